@@ -1,0 +1,208 @@
+"""From files and `key=value` words to a `Config`.
+
+A file may say `extends:` (one file or several; later ones win, the file itself wins last).
+A section that is a single word names a shipped file of that section: `method: avcil` is
+`configs/method/avcil.yaml`. Every value remembers which file said it, for the error line.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+import avcil_dist
+from avcil_dist.config import Config, MethodConfig
+from avcil_dist.errors import ConfigError
+from avcil_dist.methods import method_class
+
+NAMED_SECTIONS = ("method", "engine")
+COMMAND_LINE = "command line"
+
+Tree = dict[str, Any]
+Origins = dict[str, str]
+
+
+def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
+    """The validated configuration of a file or shipped name, with `section.key=value` overrides.
+
+    Raises ConfigError, one line that names file, key, value and what is allowed.
+    """
+    path = find_config(name)
+    tree, origins = _read(path, chain=())
+    for override in overrides:
+        _override(tree, origins, override)
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, tree, origins, Config, path.name)) from None
+    kind = method_class(config.method.name).Options
+    try:
+        options = kind.model_validate(config.method.model_extra)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, tree["method"], origins, kind, path.name, section="method")) from None
+    return config.model_copy(update={"method": MethodConfig(name=config.method.name, **options.model_dump())})
+
+
+def config_from_yaml(text: str) -> Config:
+    """The configuration that `config_to_yaml` wrote."""
+    try:
+        return Config.model_validate(yaml.safe_load(text))
+    except (ValidationError, yaml.YAMLError) as error:
+        raise ConfigError(f"not a resolved configuration: {str(error).splitlines()[0]}") from None
+
+
+def config_to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Dotted keys to values, as trackers take them."""
+
+    def walk(prefix: str, node: Any) -> Iterable[tuple[str, Any]]:
+        if isinstance(node, Mapping):
+            for key, value in node.items():
+                yield from walk(f"{prefix}.{key}" if prefix else key, value)
+        else:
+            yield prefix, node
+
+    return dict(walk("", config.model_dump(mode="json")))
+
+
+def shipped_configs() -> Path:
+    """The folder of the shipped files: beside the package when installed, above it in a checkout."""
+    package = Path(avcil_dist.__file__).parent
+    return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+
+
+def find_config(name: str) -> Path:
+    """A path as it is, or the shipped benchmark of that name."""
+    shipped = shipped_configs()
+    for path in (Path(name), shipped / "benchmark" / f"{name}.yaml", shipped / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    names = sorted(path.stem for path in (shipped / "benchmark").glob("*.yaml"))
+    raise ConfigError(f"{name}: no such file, and no shipped benchmark of that name (there are: {', '.join(names)})")
+
+
+def _read(path: Path, chain: tuple[Path, ...]) -> tuple[Tree, Origins]:
+    if path.resolve() in chain:
+        raise ConfigError(f"{path}: extends itself, by way of {chain[-1].name}")
+    try:
+        document = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path}: a configuration is a mapping of sections, this is {type(document).__name__}")
+    bases = document.pop("extends", [])
+    tree: Tree = {}
+    origins: Origins = {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        beside = path.parent / base
+        base_tree, base_origins = _read(beside if beside.is_file() else find_config(base), (*chain, path.resolve()))
+        _merge(tree, base_tree)
+        origins |= base_origins
+    for section in NAMED_SECTIONS:
+        if isinstance(document.get(section), str):
+            document[section] = _named_section(section, document[section], path.name)
+            tree.pop(section, None)
+    _merge(tree, document)
+    origins |= dict.fromkeys(_keys(document), path.name)
+    return tree, origins
+
+
+def _named_section(section: str, name: str, said_by: str) -> Tree:
+    folder = shipped_configs() / section
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        names = sorted(file.stem for file in folder.glob("*.yaml"))
+        raise ConfigError(f"{said_by}: {section}: {name!r} is none of {', '.join(names)}")
+    return dict(yaml.safe_load(path.read_text()))
+
+
+def _override(tree: Tree, origins: Origins, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{COMMAND_LINE}: {override!r} is not of the form section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    if key in NAMED_SECTIONS and isinstance(value, str):
+        tree[key] = _named_section(key, value, COMMAND_LINE)
+        return
+    *sections, leaf = key.split(".")
+    node = tree
+    for section in sections:
+        child = node.setdefault(section, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{COMMAND_LINE}: {key}: {section!r} is a value, not a section")
+        node = child
+    node[leaf] = value
+    origins[key] = COMMAND_LINE
+
+
+def _merge(tree: Tree, other: Tree) -> None:
+    for key, value in other.items():
+        if isinstance(value, dict) and isinstance(tree.get(key), dict):
+            _merge(tree[key], value)
+        else:
+            tree[key] = value
+
+
+def _keys(tree: Tree, prefix: str = "") -> Iterable[str]:
+    for key, value in tree.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _keys(value, f"{prefix}{key}.")
+
+
+def _explain(
+    error: ValidationError, tree: Tree, origins: Origins, model: type[BaseModel], file: str, section: str = ""
+) -> str:
+    """The first fault as one line: where, which key, which value, what is allowed."""
+    fault = error.errors()[0]
+    keys: list[str] = []
+    node: Any = tree
+    for part in fault["loc"]:  # pydantic puts the tags of unions between the keys; a tag leads nowhere in the tree
+        if isinstance(node, Mapping) and (part in node or (fault["type"] == "missing" and part == fault["loc"][-1])):
+            keys.append(str(part))
+            node = node.get(part)
+    key = ".".join([section, *keys] if section else keys)
+    where = next((origins[key[:end]] for end in _ancestors(key) if key[:end] in origins), file)
+    if not key:
+        return f"{where}: {fault['msg'].removeprefix('Value error, ')}"
+    if fault["type"] == "extra_forbidden":
+        return f"{where}: {key}: unknown key; {_nearest(keys, model)}"
+    if fault["type"] in ("missing", "union_tag_not_found"):
+        return f"{where}: {key}: missing; say it in the file or on the command line"
+    return f"{where}: {key}: {node!r}: {fault['msg']}"
+
+
+def _ancestors(key: str) -> Iterable[int]:
+    yield len(key)
+    yield from (i for i in range(len(key) - 1, -1, -1) if key[i] == ".")
+
+
+def _section_fields(keys: Sequence[str], model: type[BaseModel]) -> set[str]:
+    """The keys that the section holding `keys[-1]` may have, over all kinds that it may be of."""
+    models = [model]
+    for key in keys[:-1]:
+        fields = [kind.model_fields[key] for kind in models if key in kind.model_fields]
+        models = [kind for field in fields for kind in _models_in(field.annotation)]
+    return {name for kind in models for name in kind.model_fields}
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in getattr(annotation, "__args__", ()) for model in _models_in(part)]
+
+
+def _nearest(keys: Sequence[str], model: type[BaseModel]) -> str:
+    allowed = _section_fields(keys, model)
+    close = difflib.get_close_matches(keys[-1], allowed, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(sorted(allowed))}"

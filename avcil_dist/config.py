@@ -1,0 +1,175 @@
+"""The settings of a run, as typed sections. What a file may say is written here and nowhere else.
+
+How files are found, extended and overridden is `compose.py`.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ClipConfig(Section):
+    """How a raw clip becomes tensors. The defaults are those of VideoMAE and AudioMAE."""
+
+    frames: PositiveInt = Field(16, description="frames taken evenly over the clip")
+    size: PositiveInt = Field(224, description="side of the square picture, pixels")
+    sample_rate: PositiveInt = Field(16_000, description="sound is resampled to this, Hz")
+    mel_bins: PositiveInt = Field(128, description="bins of the log-mel filterbank")
+    mel_frames: PositiveInt = Field(1024, description="filterbank frames of 10 ms; longer sound is cut, shorter padded")
+    mel_mean: float = Field(-4.2677393, description="normalisation is (x - mean) / (2 std)")
+    mel_std: PositiveFloat = 4.5689974
+    silent: Literal["error", "silence"] = Field(
+        "error", description="a clip without an audio track: an error, or silence"
+    )
+
+
+class DataConfig(Section):
+    """Which clips, and how they are read."""
+
+    manifest: str = Field(description="path or url of manifest.json")
+    window: PositiveInt = Field(16, description="shards that the shuffle mixes at a time")
+    canonical_nodes: PositiveInt = Field(
+        1, description="ranges of the plan; fixes the global batches, whatever the machines"
+    )
+    workers: int = Field(0, ge=0, description="decoding processes a rank; 0 decodes in the rank's own process")
+    max_bad_fraction: float = Field(
+        0.01, ge=0, le=1, description="damaged clips that an epoch may skip before the step stops"
+    )
+    clip: ClipConfig = ClipConfig()
+
+
+class ScenarioConfig(Section):
+    """The class stream."""
+
+    steps: PositiveInt | list[PositiveInt] = Field(
+        description="classes of every step, or a list with the number of each"
+    )
+    classes: list[str] | None = Field(
+        None, description="the classes in order of arrival; default: the manifest's, as listed"
+    )
+    shuffle: int | None = Field(None, description="seed of a shuffled class order")
+
+
+class PrecomputedConfig(Section):
+    """Features from feature shards; nothing is computed."""
+
+    kind: Literal["precomputed"]
+
+
+class SmallConfig(Section):
+    """Convolutions that a laptop trains from scratch."""
+
+    kind: Literal["small"]
+    dim: PositiveInt = 64
+
+
+class TransformerConfig(Section):
+    """A vision transformer. `weights` is a path, a hub name, or `random`; the sizes are read only for `random`."""
+
+    weights: str = Field(description="path, hub name, or `random` (never silently random)")
+    frozen: bool = Field(True, description="no gradient, no optimizer state")
+    dim: PositiveInt = 768
+    depth: PositiveInt = 12
+    heads: PositiveInt = 12
+
+
+class VideoMAEConfig(TransformerConfig):
+    """VideoMAE: tubelets of 2 frames by 16 by 16 pixels (Tong et al. 2022)."""
+
+    kind: Literal["videomae"]
+
+
+class AudioMAEConfig(TransformerConfig):
+    """AudioMAE: ViT on 16 by 16 patches of the log-mel filterbank (Huang et al. 2022)."""
+
+    kind: Literal["audiomae"]
+
+
+class ModelConfig(Section):
+    """The two encoders; attention, projections and head follow from their dimension."""
+
+    visual: Annotated[PrecomputedConfig | SmallConfig | VideoMAEConfig, Field(discriminator="kind")]
+    audio: Annotated[PrecomputedConfig | SmallConfig | AudioMAEConfig, Field(discriminator="kind")]
+
+
+class MethodConfig(Section):
+    """A method by name, and its own options; each method's file says which it has."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str
+
+
+class MemoryConfig(Section):
+    """The exemplars, shared evenly by the classes remembered."""
+
+    size: int = Field(0, ge=0, description="exemplars in all")
+    selection: Literal["random"] = "random"
+
+
+class OptimConfig(Section):
+    """Adam with weight decay as L2, constant learning rate. Batches are global: of all ranks together."""
+
+    lr: PositiveFloat = 1e-3
+    weight_decay: float = Field(1e-4, ge=0)
+    epochs: PositiveInt = 200
+    batch: PositiveInt = Field(256, description="clips of the current step, global")
+    replay_batch: PositiveInt = Field(128, description="exemplars beside them, global")
+    eval_batch: PositiveInt = Field(256, description="clips of an evaluation batch, global")
+    select: Literal["best_val", "last"] = Field("best_val", description="the epoch whose weights are the step's result")
+
+
+class EngineConfig(Section):
+    """How the step runs on the machines at hand."""
+
+    zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage")
+    timeout_minutes: PositiveFloat = Field(30.0, description="a rank that waits longer for the others ends the step")
+
+
+class TrackingConfig(Section):
+    """MLflow. Secrets come from the environment, never from here."""
+
+    uri: str | None = Field(None, description="tracking server or database; default: sqlite in the output folder")
+    experiment: str = "avcil"
+
+
+class Config(Section):
+    """Everything that a run depends on."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="of the benchmark; part of the run's name")
+    seed: int = Field(0, ge=0)
+    output: str = Field("runs", description="folder that takes step artifacts and the tracking database")
+    data: DataConfig
+    scenario: ScenarioConfig
+    model: ModelConfig
+    method: MethodConfig
+    memory: MemoryConfig = MemoryConfig()
+    optim: OptimConfig = OptimConfig()
+    engine: EngineConfig = EngineConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def stream_name(self) -> str:
+        """The name of the stream: benchmark, method and seed."""
+        return f"{self.name}-{self.method.name}-seed{self.seed}"
+
+    @model_validator(mode="after")
+    def _batches_fill_the_ranges(self) -> "Config":
+        if self.optim.batch % self.data.canonical_nodes:
+            raise ValueError(
+                f"optim.batch={self.optim.batch} is not a multiple of "
+                f"data.canonical_nodes={self.data.canonical_nodes}; each range gives an equal share of a batch"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _encoders_agree(self) -> "Config":
+        if (self.model.visual.kind == "precomputed") != (self.model.audio.kind == "precomputed"):
+            raise ValueError("model.visual and model.audio: both are precomputed, or neither")
+        return self

@@ -1,0 +1,192 @@
+"""From the bytes of one clip to frames and sound, with PyAV.
+
+A container is opened and closed within one call, so that nothing outlives its clip. How frames
+and sound become the encoders' inputs is `transforms.py`.
+"""
+
+import io
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import av
+import numpy as np
+import torch
+import torchaudio
+
+from avcil_dist.errors import DataError
+
+# Containers that hold their own streams. Playlists are left out: they make a decoder open other files and urls.
+CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf"
+
+
+@dataclass(frozen=True)
+class DecodedClip:
+    """Frames uint8 (T, 3, H, W), RGB, and mono sound float32 (samples,) in [-1, 1]."""
+
+    frames: torch.Tensor
+    waveform: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ClipInfo:
+    """What a container says of its clip: seconds, Hz, pixels. `sample_rate` is None without an audio track."""
+
+    duration: float
+    frames_per_second: float
+    width: int
+    height: int
+    sample_rate: int | None
+    container: str
+
+
+def probe_clip(data: bytes, where: str) -> ClipInfo:
+    """What the container says, without decoding. Raises DataError, naming `where`, for what is no video."""
+    with _opened(data, where) as container:
+        video = _video_stream(container, where)
+        audio = container.streams.audio
+        return ClipInfo(
+            duration=_duration(container, video, where),
+            frames_per_second=float(video.average_rate or 0),
+            width=video.width,
+            height=video.height,
+            sample_rate=audio[0].rate if audio else None,
+            container=container.format.name,
+        )
+
+
+def decode_clip(
+    data: bytes, *, num_frames: int, sample_rate: int, silent: Literal["error", "silence"], where: str
+) -> DecodedClip:
+    """Frames taken evenly by time and mono sound at `sample_rate`.
+
+    The clip is cut into `num_frames` equal spans; of each, the frame shown at its middle is taken. Times
+    beyond the last frame give the last frame. A clip without sound gives silence of the clip's length, or
+    DataError, as `silent` says. Raises DataError, naming `where`, for an empty, damaged or cut clip.
+    """
+    with _opened(data, where) as container:
+        video = _video_stream(container, where)
+        audio = container.streams.audio[0] if container.streams.audio else None
+        if audio is None and silent == "error":
+            raise DataError(f"{where}: no audio track; leave the clip out, or set clip.silent=silence")
+        duration = _duration(container, video, where)
+        start = float((video.start_time or 0) * video.time_base)
+        picker = _FramePicker([start + (i + 0.5) * duration / num_frames for i in range(num_frames)])
+        sound = _SoundCollector()
+        for packet in container.demux(*(stream for stream in (video, audio) if stream is not None)):
+            if packet.is_corrupt:
+                raise DataError(f"{where}: truncated or corrupt: a packet is cut short")
+            for frame in packet.decode():
+                if packet.stream is video:
+                    picker.add(frame)
+                else:
+                    sound.add(frame)
+        frames = picker.finish()
+        if frames is None:
+            raise DataError(f"{where}: truncated or corrupt: no frame could be decoded")
+        waveform = sound.finish(sample_rate)
+    if waveform is None:
+        if silent == "error":
+            raise DataError(f"{where}: no sound in its audio track; leave the clip out, or set clip.silent=silence")
+        waveform = torch.zeros(round(duration * sample_rate))
+    return DecodedClip(frames=frames, waveform=waveform)
+
+
+class _FramePicker:
+    """Takes frames in order of time and keeps, as RGB, only those shown at the wanted times."""
+
+    def __init__(self, times: list[float]) -> None:
+        self._times = times
+        self._latest: Any = None
+        self._picked: list[torch.Tensor] = []
+        self._reformatter = av.video.reformatter.VideoReformatter()
+
+    def add(self, frame: Any) -> None:
+        if frame.time is not None:
+            self._pick_before(frame.time)
+        self._latest = frame
+
+    def finish(self) -> torch.Tensor | None:
+        """(T, 3, H, W), or None when there was no frame."""
+        if self._latest is None:
+            return None
+        self._pick_before(math.inf)
+        return torch.stack(self._picked)
+
+    def _pick_before(self, time: float) -> None:
+        """The latest frame is shown until `time`: it is taken for every wanted time before."""
+        rgb = None
+        while self._latest is not None and len(self._picked) < len(self._times):
+            if self._times[len(self._picked)] >= time:
+                return
+            rgb = self._to_rgb(self._latest) if rgb is None else rgb
+            self._picked.append(rgb)
+
+    def _to_rgb(self, frame: Any) -> torch.Tensor:
+        # a stream may change its picture size midway; all frames get the size of the first taken
+        height, width = self._picked[0].shape[1:] if self._picked else (frame.height, frame.width)
+        picture = self._reformatter.reformat(frame, width=width, height=height, format="rgb24", threads=1).to_ndarray()
+        return torch.from_numpy(picture).permute(2, 0, 1).contiguous()
+
+
+class _SoundCollector:
+    """Takes audio frames of any sample format and gives one mono waveform."""
+
+    def __init__(self) -> None:
+        self._resampler: Any = None
+        self._rate = 0
+        self._parts: list[np.ndarray] = []
+
+    def add(self, frame: Any) -> None:
+        if self._resampler is None:
+            self._rate = frame.sample_rate
+            # only the sample format changes here; torchaudio's resampling is the one the encoders were trained with
+            self._resampler = av.AudioResampler(format="fltp", layout=frame.layout, rate=frame.sample_rate)
+        self._parts += [part.to_ndarray().mean(axis=0) for part in self._resampler.resample(frame)]
+
+    def finish(self, sample_rate: int) -> torch.Tensor | None:
+        """(samples,) float32, or None when there was no sample."""
+        if self._resampler is not None:
+            self._parts += [part.to_ndarray().mean(axis=0) for part in self._resampler.resample(None)]
+        if not sum(part.size for part in self._parts):
+            return None
+        waveform = torch.from_numpy(np.concatenate(self._parts))
+        return torchaudio.functional.resample(waveform, self._rate, sample_rate)
+
+
+@contextmanager
+def _opened(data: bytes, where: str) -> Iterator[Any]:
+    """The container, closed in any case; the decoder's faults become DataError."""
+    if not data:
+        raise DataError(f"{where}: empty (0 bytes)")
+    container = None
+    try:
+        container = av.open(io.BytesIO(data), options={"format_whitelist": CONTAINERS}, metadata_errors="ignore")
+        yield container
+    except (av.FFmpegError, ValueError, EOFError) as error:
+        fault = "not a video, or cut before its index" if container is None else "truncated or corrupt"
+        raise DataError(f"{where}: {fault} ({getattr(error, 'strerror', None) or error})") from None
+    finally:
+        if container is not None:
+            container.close()
+
+
+def _video_stream(container: Any, where: str) -> Any:
+    if not container.streams.video:
+        raise DataError(f"{where}: no video track")
+    for stream in (*container.streams.video[:1], *container.streams.audio[:1]):
+        if stream.codec_context is None:
+            raise DataError(f"{where}: no decoder for its {stream.type} track")
+        stream.thread_count = 1  # ranks and workers share the cores
+    return container.streams.video[0]
+
+
+def _duration(container: Any, video: Any, where: str) -> float:
+    """Seconds of the video track, or of the whole where the track does not say."""
+    if video.duration:
+        return float(video.duration * video.time_base)
+    if container.duration:
+        return float(container.duration / av.time_base)
+    raise DataError(f"{where}: the container does not say how long the clip is")

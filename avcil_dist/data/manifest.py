@@ -1,0 +1,197 @@
+"""The manifest: the index of a set of shards, and the only list of them (nothing is globbed).
+
+A shard holds clips of one split of one class. Per shard the manifest has url (relative to the
+manifest's folder), class, split, bytes and sha256; per clip its key and where each member's
+bytes lie in the tar. Its content hash names the data set in every run's record.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+
+from avcil_dist import storage
+from avcil_dist.errors import DataError
+
+FORMAT = 1
+KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]+")
+MEMBERS = {"clip": ("mp4", "json"), "feature": ("visual.npy", "audio.npy", "json")}
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar. `offsets[member][i]` and `sizes[member][i]` are the bytes of clip i's member."""
+
+    url: str
+    class_name: str
+    split: Split
+    bytes: int
+    sha256: str
+    keys: tuple[str, ...]
+    offsets: dict[str, np.ndarray]
+    sizes: dict[str, np.ndarray]
+
+    @property
+    def count(self) -> int:
+        """Clips in the shard."""
+        return len(self.keys)
+
+    def to_record(self) -> dict[str, Any]:
+        """The shard as plain JSON values."""
+        return {
+            "url": self.url,
+            "class": self.class_name,
+            "split": self.split,
+            "count": self.count,
+            "bytes": self.bytes,
+            "sha256": self.sha256,
+            "keys": list(self.keys),
+            "members": {name: [self.offsets[name].tolist(), self.sizes[name].tolist()] for name in self.offsets},
+        }
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> "Shard":
+        """The inverse of `to_record`."""
+        return cls(
+            url=record["url"],
+            class_name=record["class"],
+            split=record["split"],
+            bytes=record["bytes"],
+            sha256=record["sha256"],
+            keys=tuple(record["keys"]),
+            offsets={name: np.asarray(spans[0], dtype=np.int64) for name, spans in record["members"].items()},
+            sizes={name: np.asarray(spans[1], dtype=np.int64) for name, spans in record["members"].items()},
+        )
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A set of shards. Clips are numbered through: shard 0's first, then shard 1's, and so on.
+
+    `shape` is empty for clips; for features it has frames T, positions S and dim D.
+    `root` is the folder that shard urls are relative to; it is not part of the content.
+    """
+
+    kind: Literal["clip", "feature"]
+    classes: tuple[str, ...]
+    shards: tuple[Shard, ...]
+    shape: dict[str, int]
+    root: str = "."
+
+    @cached_property
+    def first_clips(self) -> np.ndarray:
+        """(shards + 1,): the number of each shard's first clip, and last the number of clips."""
+        return np.concatenate([[0], np.cumsum([shard.count for shard in self.shards], dtype=np.int64)])
+
+    @cached_property
+    def content_hash(self) -> str:
+        """The sha256 of all but the place: equal for equal data, wherever it lies."""
+        return storage.sha256(json.dumps(self._content(), sort_keys=True, separators=(",", ":")).encode())
+
+    def url(self, shard: int) -> str:
+        """Where shard number `shard` lies."""
+        return storage.join(self.root, self.shards[shard].url)
+
+    def shard_numbers(self, classes: Iterable[str], split: Split) -> list[int]:
+        """The shards of these classes and this split, in the manifest's order."""
+        wanted = set(classes)
+        return [
+            number for number, shard in enumerate(self.shards) if shard.split == split and shard.class_name in wanted
+        ]
+
+    def clips(self, classes: Iterable[str], split: Split) -> np.ndarray:
+        """The numbers of these classes' clips of this split, in the manifest's order."""
+        ranges = [np.arange(self.first_clips[n], self.first_clips[n + 1]) for n in self.shard_numbers(classes, split)]
+        return np.concatenate([np.empty(0, dtype=np.int64), *ranges])
+
+    def locate(self, clip: int) -> tuple[int, int]:
+        """The shard number of a clip, and its row in that shard."""
+        shard = int(np.searchsorted(self.first_clips, clip, side="right")) - 1
+        return shard, int(clip - self.first_clips[shard])
+
+    def key(self, clip: int) -> str:
+        """The clip's key."""
+        shard, row = self.locate(clip)
+        return self.shards[shard].keys[row]
+
+    def class_of(self, clip: int) -> str:
+        """The clip's class."""
+        return self.shards[self.locate(clip)[0]].class_name
+
+    def clip_numbers(self, class_name: str, keys: Sequence[str]) -> np.ndarray:
+        """The numbers of a class's training clips by key. Raises DataError for a key that is not there."""
+        numbers = {self.key(clip): clip for clip in self.clips([class_name], "train")}
+        missing = [key for key in keys if key not in numbers]
+        if missing:
+            raise DataError(f"{self.root}: class {class_name!r} has no clip {missing[0]!r}; is it another data set?")
+        return np.array([numbers[key] for key in keys], dtype=np.int64)
+
+    def save(self, url: str) -> None:
+        """Write the manifest, its content hash included."""
+        document = self._content() | {"content_hash": self.content_hash}
+        storage.write_bytes(url, json.dumps(document, sort_keys=True, separators=(",", ":")).encode())
+
+    def _content(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "kind": self.kind,
+            "classes": list(self.classes),
+            "shape": self.shape,
+            "shards": [shard.to_record() for shard in self.shards],
+        }
+
+
+def load_manifest(url: str) -> Manifest:
+    """Read a manifest and hold it against its own hash.
+
+    Raises DataError for a file that is no manifest, was changed, or has keys a tar must not have.
+    """
+    document = storage.read_json(url)
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise DataError(f"{url}: not a manifest of format {FORMAT}; make one with `avcil shards build`")
+    try:
+        manifest = Manifest(
+            kind=document["kind"],
+            classes=tuple(document["classes"]),
+            shards=tuple(Shard.from_record(record) for record in document["shards"]),
+            shape=dict(document["shape"]),
+            root=storage.parent(url),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{url}: damaged manifest: {error!r}") from None
+    if manifest.content_hash != document.get("content_hash"):
+        raise DataError(
+            f"{url}: its content does not match its hash; it was changed by hand or cut short: build it again"
+        )
+    check_keys(url, (key for shard in manifest.shards for key in shard.keys))
+    return manifest
+
+
+def check_keys(where: str, keys: Iterable[str]) -> None:
+    """Raises DataError for a key that WebDataset would split or a path could abuse."""
+    for key in keys:
+        if not KEY_PATTERN.fullmatch(key):
+            raise DataError(f"{where}: clip key {key!r}; keys are letters, digits, '_' and '-'")
+
+
+def check_shards(manifest: Manifest, numbers: Iterable[int]) -> None:
+    """Raises DataError, naming all of them, when shards are missing or of another size than recorded."""
+    faults = []
+    for number in numbers:
+        url, expected = manifest.url(number), manifest.shards[number].bytes
+        try:
+            found = storage.size(url)
+        except DataError as error:
+            faults.append(str(error))
+            continue
+        if found != expected:
+            faults.append(f"{url}: {found} bytes, the manifest says {expected}")
+    if faults:
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise DataError(f"{faults[0]}{more}; restore the shards, or build them again")

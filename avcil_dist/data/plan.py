@@ -1,0 +1,149 @@
+"""The plan: which clip is in which batch of an epoch. Pure functions of numbers.
+
+The plan never sees the world size; a rank takes its slice of every global batch. So each clip
+comes once per epoch, all ranks have equally many batches, the global batches are the same on 1,
+2 or 64 ranks, and to resume at batch b is to start at `batches[b:]`.
+
+The step's clips, in an order of shards fixed for the step, are cut into `canonical_nodes` equal
+ranges; each global batch is an equal share of each. A machine serves whole ranges, so it reads
+the same part in every epoch.
+"""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from avcil_dist.data.manifest import Manifest
+from avcil_dist.errors import ConfigError
+from avcil_dist.seeds import generator
+
+PADDING = -1
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """`batches` (batches, global_batch) of clip numbers; `rest`: the clips that fill no batch in this epoch."""
+
+    batches: np.ndarray
+    rest: np.ndarray
+
+
+def plan_epoch(
+    manifest: Manifest,
+    classes: Iterable[str],
+    *,
+    seed: int,
+    step: int,
+    epoch: int,
+    global_batch: int,
+    canonical_nodes: int,
+    window: int,
+) -> EpochPlan:
+    """Plan one epoch over the training clips of `classes`.
+
+    `window` is the number of shards that the shuffle mixes at a time within a range. Raises
+    ConfigError when `global_batch` is not a multiple of `canonical_nodes`.
+    """
+    if global_batch % canonical_nodes:
+        raise ConfigError(f"batch {global_batch} is not a multiple of {canonical_nodes} canonical nodes")
+    numbers = manifest.shard_numbers(classes, "train")
+    counts = np.array([manifest.shards[number].count for number in numbers], dtype=np.int64)
+    names = [manifest.shards[number].class_name for number in numbers]
+    order = _spread(names, counts, generator(seed, "shards", step))
+    clips = _clips_of(manifest, [numbers[i] for i in order])
+
+    share = global_batch // canonical_nodes
+    ranges = [
+        _shuffle_range(manifest, part, generator(seed, "clips", step, epoch, number), window)
+        for number, part in enumerate(np.array_split(clips, canonical_nodes))
+    ]
+    num_batches = min(len(part) for part in ranges) // share
+    full = num_batches * share
+    return EpochPlan(
+        batches=np.concatenate([part[:full].reshape(num_batches, share) for part in ranges], axis=1),
+        rest=np.concatenate([part[full:] for part in ranges]),
+    )
+
+
+def plan_replay(
+    exemplars: np.ndarray, *, seed: int, step: int, first: int, count: int, global_batch: int
+) -> np.ndarray:
+    """Batches `first` … `first + count - 1` of exemplars, (count, global_batch), counted over the whole step.
+
+    The exemplars are gone through again and again, reshuffled at each pass; a batch may lie across
+    two passes.
+    """
+    start, stop, size = first * global_batch, (first + count) * global_batch, len(exemplars)
+    passes = range(start // size, -(-stop // size))
+    stream = [exemplars[generator(seed, "replay", step, number).permutation(size)] for number in passes]
+    offset = start - passes.start * size
+    return np.concatenate([exemplars[:0], *stream])[offset : offset + count * global_batch].reshape(count, global_batch)
+
+
+def plan_evaluation(clips: np.ndarray, global_batch: int) -> np.ndarray:
+    """All clips in their order, (batches, global_batch), the last batch filled up with PADDING."""
+    num_batches = -(-len(clips) // global_batch)
+    padded = np.full(num_batches * global_batch, PADDING, dtype=np.int64)
+    padded[: len(clips)] = clips
+    return padded.reshape(num_batches, global_batch)
+
+
+def rank_share(batches: np.ndarray, rank: int, world_size: int) -> np.ndarray:
+    """A rank's columns of global batches (batches, global_batch): equal, contiguous, in rank order."""
+    share = batches.shape[1] // world_size
+    return batches[:, rank * share : (rank + 1) * share]
+
+
+def check_batch_fits(setting: str, global_batch: int, world_size: int) -> None:
+    """Raises ConfigError, naming the sizes that fit, when the ranks cannot have equal shares."""
+    if global_batch % world_size:
+        fitting = [size for size in range(1, global_batch + 1) if global_batch % size == 0]
+        raise ConfigError(
+            f"{setting}={global_batch} cannot be shared by {world_size} processes; "
+            f"it fits {', '.join(map(str, fitting))} processes, or choose a multiple of {world_size}"
+        )
+
+
+def _spread(names: Sequence[str], counts: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """An order of segments in which each class's clips are spread evenly: any stretch has the classes in proportion."""
+    place = np.empty(len(names))
+    of_class: dict[str, list[int]] = {}
+    for index, name in enumerate(names):
+        of_class.setdefault(name, []).append(index)
+    for indices in of_class.values():
+        shuffled = np.array(indices)[random.permutation(len(indices))]
+        before = np.cumsum(counts[shuffled]) - counts[shuffled]
+        place[shuffled] = (before + random.random() * counts[shuffled]) / counts[shuffled].sum()
+    return np.argsort(place, kind="stable")
+
+
+def _clips_of(manifest: Manifest, numbers: Sequence[int]) -> np.ndarray:
+    spans = [np.arange(manifest.first_clips[number], manifest.first_clips[number + 1]) for number in numbers]
+    return np.concatenate([np.empty(0, dtype=np.int64), *spans])
+
+
+def _shuffle_range(manifest: Manifest, clips: np.ndarray, random: np.random.Generator, window: int) -> np.ndarray:
+    """Put the range's segments (its parts of shards) in a new order, then mix clips over `window` segments."""
+    shards = np.searchsorted(manifest.first_clips, clips, side="right") - 1
+    bounds = [0, *(np.flatnonzero(np.diff(shards)) + 1), len(clips)]
+    segments = [clips[a:b] for a, b in itertools.pairwise(bounds) if b > a]
+    if not segments:
+        return clips
+    names = [manifest.shards[manifest.locate(segment[0])[0]].class_name for segment in segments]
+    counts = np.array([len(segment) for segment in segments])
+    stream = np.concatenate([segments[i] for i in _spread(names, counts, random)])
+    return stream[_mix(len(stream), window * len(stream) / len(segments), random)]
+
+
+def _mix(count: int, reach: float, random: np.random.Generator) -> np.ndarray:
+    """A permutation that moves no element further than about `reach / 2`: a moving window, without a loop.
+
+    Each element gets its place plus a uniform jitter, reflected at the ends (which keeps the
+    density even there), and places are sorted.
+    """
+    if reach >= count:
+        return random.permutation(count)
+    place = np.abs(np.arange(count) + 0.5 + reach * (random.random(count) - 0.5))
+    return np.argsort(np.where(place > count, 2 * count - place, place), kind="stable")

@@ -1,0 +1,29 @@
+"""What a user can do wrong, typed.
+
+The command line prints such an error as one line and exits with code 2. Anything else that
+is raised is a bug of ours and keeps its traceback.
+"""
+
+
+class AvcilError(Exception):
+    """A fault outside the program: one line that says what was wrong, where, and what to do."""
+
+
+class ConfigError(AvcilError):
+    """A setting that is unknown, of the wrong type, impossible, or in conflict with another."""
+
+
+class DataError(AvcilError):
+    """A clip, shard or manifest that is missing, damaged, or not what its record says."""
+
+
+class ArtifactError(AvcilError):
+    """A step artifact that is missing, uncommitted, damaged, or of another stream."""
+
+
+class WorldError(AvcilError):
+    """A process environment that does not say who this process is."""
+
+
+class TrackingError(AvcilError):
+    """A tracking server or database that does not answer, or refuses."""

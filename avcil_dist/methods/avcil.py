@@ -1,0 +1,72 @@
+"""AV-CIL: audio-visual class-incremental learning (Pian, Mo, Guo, Tian, ICCV 2023, arXiv 2308.11073).
+
+Separated softmax and task-wise distillation, with dual audio-visual similarity constraints
+(equations 5-7) and visual attention distillation (equations 8-10).
+"""
+
+from typing import Literal
+
+from pydantic import Field, PositiveFloat
+from torch import Tensor
+
+from avcil_dist.config import Section
+from avcil_dist.methods.base import Method, Needs, Targets
+from avcil_dist.methods.losses import (
+    attention_distillation,
+    class_contrast,
+    cross_entropy,
+    instance_contrast,
+    separated_softmax,
+    task_distillation,
+)
+from avcil_dist.models.outputs import Output
+
+
+class Avcil(Method):
+    """The total is separated softmax + task-wise KD + λ_I L_I + λ_C L_C + λ L_S + (1 − λ) L_T."""
+
+    class Options(Section):
+        """Weights and switches; a part that is switched off is not computed."""
+
+        variant: Literal["released", "paper"] = Field("released", description="the authors' program, or equation 7")
+        instance: bool = Field(True, description="instance-aware contrast L_I")
+        class_aware: bool = Field(True, description="class-aware contrast L_C")
+        attention: bool = Field(True, description="visual attention distillation L_S, L_T")
+        lambda_instance: float = Field(0.1, ge=0)
+        lambda_class: float = Field(1.0, ge=0)
+        lambda_attention: float = Field(0.5, ge=0, le=1, description="λ of λ L_S + (1 − λ) L_T")
+        contrast_temperature: PositiveFloat = 0.05
+        distillation_temperature: PositiveFloat = 2.0
+
+    @property
+    def needs(self) -> Needs:
+        """A teacher, exemplars, and the divergence of attention where it is distilled."""
+        return Needs(teacher=True, replay=True, divergence=self.options.attention)
+
+    def loss(self, targets: Targets, output: Output, teacher_logits: Tensor | None) -> dict[str, Tensor]:
+        """CE_all at step 0; from then on the whole of the method."""
+        if teacher_logits is None:
+            return {"loss": cross_entropy(output.logits, targets.labels)}
+        options, context, labels = self.options, self.context, targets.labels
+        parts = {
+            "separated_softmax": separated_softmax(output.logits, labels, targets.num_current, context.num_old),
+            "task_distillation": task_distillation(
+                output.logits, teacher_logits, context.old_tasks, options.distillation_temperature
+            ),
+        }
+        total = parts["separated_softmax"] + parts["task_distillation"]
+        if options.instance:
+            parts["instance"] = instance_contrast(output.audio, output.visual, options.contrast_temperature)
+            total = total + options.lambda_instance * parts["instance"]
+        if options.class_aware:
+            parts["class_aware"] = class_contrast(
+                output.audio, output.visual, labels, options.contrast_temperature, options.variant
+            )
+            total = total + options.lambda_class * parts["class_aware"]
+        if output.divergence is not None:
+            parts["attention"] = attention_distillation(output.divergence, options.lambda_attention)
+            total = total + parts["attention"]
+        return {"loss": total, **parts}
+
+
+METHOD = Avcil

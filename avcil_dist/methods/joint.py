@@ -1,0 +1,16 @@
+"""Joint training: at each step a fresh network on all data of all seen classes. The upper bound."""
+
+from avcil_dist.methods.base import Needs
+from avcil_dist.methods.finetune import Finetune
+
+
+class Joint(Finetune):
+    """Cross-entropy as in fine-tuning; what differs is the data and the start."""
+
+    @property
+    def needs(self) -> Needs:
+        """All data, and no weights of the step before."""
+        return Needs(all_data=True, fresh_network=True)
+
+
+METHOD = Joint

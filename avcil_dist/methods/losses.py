@@ -1,0 +1,88 @@
+"""Losses as pure functions of tensors. Every mean is over the batch given, which is the global batch.
+
+A batch is current clips followed by exemplars; labels are positions in the head. A term whose rows
+or classes are absent is 0 with a graph, so a sum of terms can always be backpropagated.
+Source: Pian et al. 2023; Ahn et al. 2021 for the separated softmax.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from avcil_dist.models.outputs import Divergence
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy over all classes of the head; `logits` (B, C), `labels` (B,)."""
+    return F.cross_entropy(logits, labels, reduction="sum") / max(1, len(labels))
+
+
+def separated_softmax(logits: Tensor, labels: Tensor, num_current: int, num_old: int) -> Tensor:
+    """Cross-entropy in which current clips see only new classes and exemplars only old ones.
+
+    The first `num_current` rows of `logits` (B, C) are current clips; the first `num_old`
+    columns are old classes. Mean over all B rows.
+    """
+    parts = []
+    if num_current > 0:
+        new = F.cross_entropy(logits[:num_current, num_old:], labels[:num_current] - num_old, reduction="sum")
+        parts.append(new)
+    if num_current < len(labels):
+        parts.append(F.cross_entropy(logits[num_current:, :num_old], labels[num_current:], reduction="sum"))
+    return sum(parts, start=_zero(logits)) / max(1, len(labels))
+
+
+def task_distillation(logits: Tensor, teacher_logits: Tensor, slices: Sequence[slice], temperature: float) -> Tensor:
+    """Task-wise distillation: sum over old tasks of T²·KL(teacher ‖ student), each within its own classes.
+
+    `slices` are the old tasks' parts of the head; `logits` (B, C), `teacher_logits` (B, at least all old classes).
+    """
+    loss = _zero(logits)
+    for task in slices:
+        student = F.log_softmax(logits[:, task] / temperature, dim=1)
+        teacher = F.log_softmax(teacher_logits[:, task].detach() / temperature, dim=1)
+        loss = loss + F.kl_div(student, teacher, reduction="sum", log_target=True)
+    return temperature**2 * loss / max(1, len(logits))
+
+
+def instance_contrast(audio: Tensor, visual: Tensor, temperature: float) -> Tensor:
+    """L_I, eq. 6: each clip's sound against all pictures of the batch; its own is the target.
+
+    `audio` and `visual` (B, D) need not have unit norm. Direction audio → visual.
+    """
+    return -_log_matches(audio, visual, temperature).diagonal().sum() / max(1, len(audio))
+
+
+def class_contrast(
+    audio: Tensor, visual: Tensor, labels: Tensor, temperature: float, variant: Literal["released", "paper"]
+) -> Tensor:
+    """L_C, eq. 7: each clip's sound against all pictures of the batch; all of its class are targets.
+
+    A clip's targets are summed and divided by the batch size (`released`, the authors' program)
+    or by their number (`paper`).
+    """
+    batch = max(1, len(audio))
+    targets = (labels[:, None] == labels[None, :]).to(audio.dtype)
+    divisor = batch if variant == "released" else targets.sum(dim=1)
+    per_clip = (targets * _log_matches(audio, visual, temperature)).sum(dim=1) / divisor
+    return -per_clip.sum() / batch
+
+
+def attention_distillation(divergence: Divergence, lambda_attention: float) -> Tensor:
+    """λ L_S + (1 − λ) L_T, eq. 9-11: means over the exemplars that the divergence covers."""
+    spatial, temporal = divergence.spatial.sum(), divergence.temporal.sum()
+    return (lambda_attention * spatial + (1 - lambda_attention) * temporal) / max(1, len(divergence.spatial))
+
+
+def _log_matches(audio: Tensor, visual: Tensor, temperature: float) -> Tensor:
+    """(B, B): log-probability that row i's sound belongs to row j's pictures."""
+    scores = F.normalize(audio, dim=1) @ F.normalize(visual, dim=1).T
+    return F.log_softmax(scores / temperature, dim=1)
+
+
+def _zero(logits: Tensor) -> Tensor:
+    """0 that has a graph: the sum of no rows, so that it stays 0 whatever the rows hold."""
+    return torch.sum(logits[:0])

@@ -1,0 +1,97 @@
+"""The class stream: which classes arrive at which step, and where they sit in the head.
+
+Labels are positions in the class order, so each step's classes are one slice of the head.
+Steps may have unequal sizes; nothing is derived from `label % classes_per_step`.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from avcil_dist.errors import ConfigError
+from avcil_dist.seeds import generator
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """The classes of each step, in order. Steps count from 0."""
+
+    steps: tuple[tuple[str, ...], ...]
+
+    @property
+    def num_steps(self) -> int:
+        """How many incremental steps there are."""
+        return len(self.steps)
+
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        """All classes in order of arrival; the label of a class is its position here."""
+        return tuple(name for step in self.steps for name in step)
+
+    @cached_property
+    def labels(self) -> dict[str, int]:
+        """Class name to label."""
+        return {name: label for label, name in enumerate(self.classes)}
+
+    def new(self, step: int) -> tuple[str, ...]:
+        """The classes that arrive at `step`."""
+        return self.steps[step]
+
+    def old(self, step: int) -> tuple[str, ...]:
+        """The classes that arrived before `step`."""
+        return self.classes[: self.num_old(step)]
+
+    def seen(self, step: int) -> tuple[str, ...]:
+        """Old and new classes of `step`."""
+        return self.classes[: self.num_seen(step)]
+
+    def num_old(self, step: int) -> int:
+        """How many classes arrived before `step`."""
+        return sum(len(names) for names in self.steps[:step])
+
+    def num_seen(self, step: int) -> int:
+        """How many classes are known at the end of `step`."""
+        return self.num_old(step + 1)
+
+    def head_slices(self, step: int) -> tuple[slice, ...]:
+        """The head's slice of each task 0 … `step`."""
+        return tuple(slice(self.num_old(task), self.num_seen(task)) for task in range(step + 1))
+
+
+def make_scenario(
+    available: Sequence[str],
+    *,
+    steps: int | Sequence[int],
+    classes: Sequence[str] | None = None,
+    shuffle: int | None = None,
+) -> Scenario:
+    """Partition classes into steps.
+
+    `available` are the data's classes in listed order; `classes` chooses some of them, in its own
+    order; `shuffle` is a seed that reorders them. `steps` is the number of classes of every step,
+    or a list with the number of each. Raises ConfigError when a class would be in no step.
+    """
+    order = list(available if classes is None else classes)
+    unknown = [name for name in order if name not in set(available)]
+    if unknown:
+        raise ConfigError(
+            f"scenario.classes: {unknown[0]!r} is not in the data; its classes are {', '.join(available)}"
+        )
+    if len(set(order)) != len(order):
+        twice = next(name for name in order if order.count(name) > 1)
+        raise ConfigError(f"scenario.classes: {twice!r} is listed twice")
+    if shuffle is not None:
+        order = [order[i] for i in generator(shuffle, "class order").permutation(len(order))]
+    sizes = [steps] * -(-len(order) // steps) if isinstance(steps, int) else list(steps)
+    if sum(sizes) < len(order):
+        raise ConfigError(
+            f"scenario.steps: {len(sizes)} steps hold {sum(sizes)} of {len(order)} classes: "
+            f"{order[sum(sizes)]!r} is in no step; lengthen the steps or leave it out of scenario.classes"
+        )
+    if sum(sizes) > len(order):
+        raise ConfigError(
+            f"scenario.steps: they want {sum(sizes)} classes, there are {len(order)}; list unequal ones: [39, 30, ...]"
+        )
+    bounds = [sum(sizes[:k]) for k in range(len(sizes) + 1)]
+    return Scenario(tuple(tuple(order[a:b]) for a, b in itertools.pairwise(bounds)))

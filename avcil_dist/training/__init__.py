@@ -1,0 +1,1 @@
+"""One incremental step: engine, teacher, evaluation, step artifact."""

@@ -1,0 +1,97 @@
+"""DeepSpeed around the student, for the length of one step.
+
+The head has grown before the engine is built: a head put in later would never be updated.
+"""
+
+import logging
+import os
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from avcil_dist.config import EngineConfig, OptimConfig
+from avcil_dist.models.network import AudioVisualNetwork
+from avcil_dist.models.outputs import Output
+from avcil_dist.world import World
+
+NEVER = 10**9
+
+
+class Engine:
+    """The student, its optimizer, and their distribution over ranks."""
+
+    def __init__(
+        self, network: AudioVisualNetwork, *, optim: OptimConfig, config: EngineConfig, rows: int, device: torch.device
+    ) -> None:
+        """`rows` is the number of clips that a rank has of a global batch."""
+        deepspeed = _deepspeed()
+        self.device = device
+        self.names = [name for name, _ in network.named_parameters()]
+        trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.Adam(
+            trainable, lr=optim.lr, weight_decay=optim.weight_decay, fused=device.type == "cuda"
+        )
+        self._engine = deepspeed.initialize(
+            model=network.to(device),
+            optimizer=optimizer,
+            config={
+                "train_micro_batch_size_per_gpu": rows,
+                "gradient_accumulation_steps": 1,
+                "zero_optimization": {"stage": config.zero_stage},
+                "steps_per_print": NEVER,
+            },
+            dist_init_required=False,
+        )[0]
+        in_optimizer = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        assert config.zero_stage or all(id(parameter) in in_optimizer for parameter in trainable)
+        self.zero_stage = config.zero_stage
+
+    @property
+    def network(self) -> AudioVisualNetwork:
+        """The student as it stands; at ZeRO 3 its parameters are whole only inside a forward pass."""
+        network: AudioVisualNetwork = self._engine.module
+        return network
+
+    def __call__(self, *inputs: Any) -> Output:
+        """A forward pass with gradient."""
+        output: Output = self._engine(*inputs)
+        return output
+
+    def step(self, loss: Tensor) -> None:
+        """Backward, the sum over ranks, and the optimizer's step."""
+        self._engine.backward(loss)
+        self._engine.step()
+
+    def state(self) -> dict[str, Tensor]:
+        """All of the student's weights and buffers, whole, in host memory, on every rank."""
+        if self.zero_stage < 3:
+            return {name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()}
+        deepspeed = _deepspeed()
+        with deepspeed.zero.GatheredParameters(list(self.network.parameters())):
+            return {name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()}
+
+    def close(self) -> None:
+        """Give back what the engine holds."""
+        self._engine.destroy()
+
+
+def set_threads(world: World) -> None:
+    """Share the machine's cores among its ranks; more threads than cores make all of them slow."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.local_size))
+
+
+def _deepspeed() -> Any:
+    """DeepSpeed, imported late (it takes seconds) and without its chatter."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="deepspeed")
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    if not deepspeed.comm.is_initialized():
+        os.environ.setdefault("LOCAL_RANK", "0")
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
+    return deepspeed

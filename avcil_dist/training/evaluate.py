@@ -1,0 +1,91 @@
+"""Distributed evaluation: each clip exactly once, whatever the number of ranks and batches."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from avcil_dist.config import DataConfig
+from avcil_dist.data.loader import FixedSource, load_batches
+from avcil_dist.data.manifest import Manifest, Split
+from avcil_dist.data.plan import plan_evaluation, rank_share
+from avcil_dist.errors import DataError
+from avcil_dist.methods.base import Method
+from avcil_dist.models.network import AudioVisualNetwork
+from avcil_dist.models.outputs import Output
+from avcil_dist.scenario import Scenario
+from avcil_dist.training.distributed import collect_texts, gather_rows
+from avcil_dist.world import World
+
+DAMAGED = -1
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Labels and predicted labels (clips,) in the manifest's order; a damaged clip is predicted as DAMAGED."""
+
+    labels: np.ndarray
+    predictions: np.ndarray
+
+    @property
+    def accuracy(self) -> float:
+        """The fraction predicted correctly."""
+        return float((self.labels == self.predictions).mean())
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Predicts clips of the seen classes with all ranks together."""
+
+    manifest: Manifest
+    scenario: Scenario
+    data: DataConfig
+    global_batch: int
+    world: World
+    device: torch.device
+
+    def __call__(
+        self, network: AudioVisualNetwork, method: Method, split: Split, step: int, *, on_batch: Callable[[], None]
+    ) -> Predictions:
+        """Predict every clip of `split` of the classes seen at `step`. The network comes back in its mode.
+
+        Raises DataError on all ranks when more clips are damaged than `data.max_bad_fraction` allows.
+        """
+        clips = self.manifest.clips(self.scenario.seen(step), split)
+        batches = rank_share(plan_evaluation(clips, self.global_batch), self.world.rank, self.world.size)
+        source = FixedSource(batches)
+        predicted, faults = [], []
+        was_training = network.training
+        network.eval()
+        with torch.inference_mode():
+            for batch in load_batches(source, manifest=self.manifest, labels=self.scenario.labels, data=self.data):
+                on_device = batch.to(self.device)
+                output = network(on_device.visual, on_device.audio)
+                predicted.append(_predict(method, output, on_device.valid))
+                faults.extend(batch.faults)
+                on_batch()
+        network.train(was_training)
+        predictions = _in_order(torch.stack(predicted))[: len(clips)]
+        self._check_faults(predictions, tuple(faults), split)
+        labels = np.array([self.scenario.labels[self.manifest.class_of(clip)] for clip in clips])
+        return Predictions(labels, predictions)
+
+    def _check_faults(self, predictions: np.ndarray, faults: tuple[str, ...], split: Split) -> None:
+        num_bad = int((predictions == DAMAGED).sum())
+        if num_bad > self.data.max_bad_fraction * len(predictions):
+            named = collect_texts(faults)[0]
+            raise DataError(f"{num_bad} of {len(predictions)} {split} clips are damaged, the first: {named}")
+
+
+def _predict(method: Method, output: Output, valid: Tensor) -> Tensor:
+    return method.scores(output).argmax(dim=1).masked_fill(~valid, DAMAGED)
+
+
+def _in_order(predicted: Tensor) -> np.ndarray:
+    """From each rank's (batches, rows) to all clips in plan order."""
+    num_batches = len(predicted)
+    by_rank = gather_rows(predicted.flatten(), predicted.numel()).view(dist.get_world_size(), num_batches, -1)
+    return by_rank.transpose(0, 1).flatten().cpu().numpy()

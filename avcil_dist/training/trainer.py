@@ -1,0 +1,169 @@
+"""The training loop of a step: epochs of batches, the global loss, the epoch that is selected."""
+
+import itertools
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from avcil_dist.config import Config
+from avcil_dist.data.loader import Batch, TrainingSource, load_batches
+from avcil_dist.errors import DataError
+from avcil_dist.methods.base import Method, Targets
+from avcil_dist.models.network import AudioVisualNetwork
+from avcil_dist.models.outputs import Divergence, Output
+from avcil_dist.training.distributed import collect_texts, gather_rows
+from avcil_dist.training.engine import Engine
+from avcil_dist.training.evaluate import Evaluator
+from avcil_dist.training.teacher import Teacher
+
+
+class Observer(Protocol):
+    """Who watches a step: a progress bar, a tracker, nobody."""
+
+    def begin(self, step: int, num_epochs: int, num_batches: int) -> None:
+        """The step starts: so many epochs of so many batches."""
+
+    def advance(self) -> None:
+        """A batch, of training or of evaluation, is done."""
+
+    def epoch(self, epoch: int, values: Mapping[str, float]) -> None:
+        """An epoch is done; `values` are its mean losses, accuracy and speed."""
+
+
+@dataclass(frozen=True)
+class Selected:
+    """The weights that are the step's result, and the epoch they are from."""
+
+    state: dict[str, Tensor]
+    epoch: int
+    val_accuracy: float | None
+
+
+@dataclass
+class Trainer:
+    """The training loop of a step."""
+
+    config: Config
+    method: Method
+    teacher: Teacher | None
+    evaluator: Evaluator
+    source: TrainingSource
+    observer: Observer
+    device: torch.device
+    num_bad: int = field(default=0, init=False)
+    faults: list[str] = field(default_factory=list, init=False)
+
+    @cached_property
+    def per_epoch(self) -> int:
+        """Batches of an epoch."""
+        return len(self.source.epoch_batches(0))
+
+    def train(self, student: AudioVisualNetwork) -> Selected:
+        """Train all epochs and select one of them."""
+        engine = self._make_engine(student)
+        step, num_epochs = self.source.step, self.config.optim.epochs
+        manifest, labels = self.source.manifest, self.evaluator.scenario.labels
+        pin = self.device.type == "cuda"
+        batches = load_batches(self.source, manifest=manifest, labels=labels, data=self.config.data, pin=pin)
+        self.observer.begin(step, num_epochs, num_epochs * self.per_epoch)
+        best: Selected | None = None
+        for epoch in range(num_epochs):
+            started = time.monotonic()
+            values = self._epoch(engine, itertools.islice(batches, self.per_epoch))
+            values["clips_per_second"] = self.per_epoch * self.config.optim.batch / (time.monotonic() - started)
+            best = self._select(engine, epoch, best, values)
+            self.observer.epoch(epoch, values)
+        engine.close()
+        assert best is not None
+        return best
+
+    def _make_engine(self, student: AudioVisualNetwork) -> Engine:
+        optim, num_ranks = self.config.optim, self.source.world.size
+        replayed = optim.replay_batch if len(self.source.exemplars) else 0
+        rows = (optim.batch + replayed) // num_ranks
+        return Engine(student, optim=optim, config=self.config.engine, rows=rows, device=self.device)
+
+    def _epoch(self, engine: Engine, batches: Iterator[Batch]) -> dict[str, float]:
+        """One pass over the step's clips; returns the mean of each part of the loss."""
+        engine.network.train()
+        self.num_bad, self.faults = 0, []
+        sums: dict[str, Tensor] = {}
+        for batch in batches:
+            for name, value in self._iteration(engine, batch.to(self.device)).items():
+                sums[name] = sums.get(name, 0) + value.detach()
+            self._check_faults(batch)
+            self.observer.advance()
+        means = {name: value.item() / self.per_epoch for name, value in sums.items()}
+        return means | ({"damaged_clips": float(self.num_bad)} if self.num_bad else {})
+
+    def _iteration(self, engine: Engine, batch: Batch) -> dict[str, Tensor]:
+        """Forward on the rank's rows, loss on the global batch, backward, step."""
+        has_exemplars = batch.num_current < len(batch.labels)
+        view = self.teacher.view(batch) if self.teacher and self.method.needs.divergence and has_exemplars else None
+        output = engine(batch.visual, batch.audio, view)
+        teacher_logits = self.teacher.logits(batch) if self.teacher else None
+        gathered = gather_batch(batch, output, teacher_logits)
+        self.num_bad += gathered.num_bad
+        parts = self.method.loss(gathered.targets, gathered.output, gathered.teacher_logits)
+        engine.step(parts["loss"])
+        return parts
+
+    def _check_faults(self, batch: Batch) -> None:
+        """Stop, on all ranks at once, when more clips are damaged than an epoch may skip."""
+        self.faults.extend(batch.faults)
+        allowed = self.config.data.max_bad_fraction * self.per_epoch * self.config.optim.batch
+        if self.num_bad > allowed:
+            named = collect_texts(tuple(self.faults))[0]
+            raise DataError(
+                f"{self.num_bad} damaged clips in an epoch, data.max_bad_fraction allows {allowed:.0f}; "
+                f"the first: {named}"
+            )
+
+    def _select(self, engine: Engine, epoch: int, best: Selected | None, values: dict[str, float]) -> Selected | None:
+        """Keep the better of the best so far and this epoch; ties keep the first."""
+        if self.config.optim.select == "last":
+            is_last = epoch == self.config.optim.epochs - 1
+            return Selected(engine.state(), epoch, None) if is_last else None
+        step = self.source.step
+        predicted = self.evaluator(engine.network, self.method, "val", step, on_batch=lambda: None)
+        values["val_accuracy"] = predicted.accuracy
+        if best is None or best.val_accuracy is None or predicted.accuracy > best.val_accuracy:
+            return Selected(engine.state(), epoch, predicted.accuracy)
+        return best
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """What all ranks' rows gave together, in the plan's order, without the rows of damaged clips."""
+
+    targets: Targets
+    output: Output
+    teacher_logits: Tensor | None
+    num_bad: int
+
+
+def gather_batch(batch: Batch, output: Output, teacher_logits: Tensor | None) -> GlobalBatch:
+    """Gather a rank's rows with those of the others, with gradient; equal on all ranks."""
+    valid = gather_rows(batch.valid, batch.num_current)
+    num_current = len(valid) * batch.num_current // len(batch.valid)
+
+    def gather(rows: Tensor) -> Tensor:
+        return gather_rows(rows, batch.num_current)[valid]
+
+    def gather_exemplars(rows: Tensor) -> Tensor:
+        return gather_rows(rows, len(rows))[valid[num_current:]]
+
+    divergence = output.divergence and Divergence(
+        gather_exemplars(output.divergence.spatial), gather_exemplars(output.divergence.temporal)
+    )
+    return GlobalBatch(
+        targets=Targets(gather(batch.labels), int(valid[:num_current].sum())),
+        output=Output(gather(output.logits), gather(output.audio), gather(output.visual), divergence),
+        teacher_logits=None if teacher_logits is None else gather(teacher_logits),
+        num_bad=int((~valid).sum()),
+    )

@@ -1,0 +1,102 @@
+"""Who this process is among the processes of a step: rank, local rank, world size.
+
+Pure: a function of an environment given as a mapping. It starts nothing and connects to nothing.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from avcil_dist.errors import WorldError
+
+TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+SLURM_VARIABLES = (
+    "SLURM_PROCID",
+    "SLURM_LOCALID",
+    "SLURM_STEP_NUM_TASKS",
+    "SLURM_STEP_TASKS_PER_NODE",
+    "SLURM_STEP_NODELIST",
+)
+FIRST_JOB_PORT, JOB_PORTS = 20000, 10000
+
+
+@dataclass(frozen=True)
+class World:
+    """The place of one process. Ranks count from 0; `local_*` are within this machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    master_addr: str = "127.0.0.1"
+    master_port: int = 0
+    launcher: str = "none"
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process decides, writes and talks for all."""
+        return self.rank == 0
+
+
+def world_from_environment(environment: Mapping[str, str]) -> World:
+    """The world that torchrun or srun has set up, or a world of one process.
+
+    Raises WorldError when only a part of a launcher's variables is set: guessing the rest would
+    make ranks wait for each other for ever.
+    """
+    if any(name in environment for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
+        return _from_torchrun(environment)
+    if "SLURM_STEP_ID" in environment:
+        return _from_slurm(environment)
+    return World()
+
+
+def first_host(node_list: str) -> str:
+    """The first host of a SLURM node list: `gpu[03-07,9],x1` gives `gpu03`."""
+    found = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\])?", node_list)
+    if not found:
+        raise WorldError(f"SLURM_STEP_NODELIST={node_list!r}: no host name in it")
+    return found[1] + (found[2] or "")
+
+
+def _from_torchrun(environment: Mapping[str, str]) -> World:
+    _require(environment, TORCHRUN_VARIABLES, "torchrun")
+    return World(
+        rank=_integer(environment, "RANK"),
+        size=_integer(environment, "WORLD_SIZE"),
+        local_rank=_integer(environment, "LOCAL_RANK"),
+        local_size=_integer(environment, "LOCAL_WORLD_SIZE"),
+        master_addr=environment["MASTER_ADDR"],
+        master_port=_integer(environment, "MASTER_PORT"),
+        launcher="torchrun",
+    )
+
+
+def _from_slurm(environment: Mapping[str, str]) -> World:
+    _require(environment, (*SLURM_VARIABLES, "SLURM_JOB_ID"), "srun")
+    job_id = _integer(environment, "SLURM_JOB_ID")
+    return World(
+        rank=_integer(environment, "SLURM_PROCID"),
+        size=_integer(environment, "SLURM_STEP_NUM_TASKS"),
+        local_rank=_integer(environment, "SLURM_LOCALID"),
+        local_size=int(environment["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0]),
+        master_addr=first_host(environment["SLURM_STEP_NODELIST"]),
+        master_port=FIRST_JOB_PORT + job_id % JOB_PORTS,
+        launcher="slurm",
+    )
+
+
+def _require(environment: Mapping[str, str], names: tuple[str, ...], launcher: str) -> None:
+    missing = [name for name in names if name not in environment]
+    if missing:
+        raise WorldError(
+            f"the environment is half set: {launcher} also sets {', '.join(missing)}; "
+            f"start with {launcher}, or unset what is left of it"
+        )
+
+
+def _integer(environment: Mapping[str, str], name: str) -> int:
+    try:
+        return int(environment[name])
+    except ValueError:
+        raise WorldError(f"{name}={environment[name]!r} is not a whole number") from None

@@ -1,0 +1,1 @@
+"""Makes WebDataset shards; nothing here is needed to train on shards that exist."""

@@ -1,0 +1,249 @@
+"""A labelled audio-visual data set of real mp4 files, rendered: for tests, tutorials and measurements.
+
+A class is a texture, a motion and a pulsing tone that belong together. In each clip one shape pulses in
+time with the tone; silent shapes with other classes' looks stand elsewhere and do not pulse. So the label
+is in the picture, in the sound, and in which part of the picture sounds.
+"""
+
+import colorsys
+import csv
+import io
+import multiprocessing
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+
+from avcil_dist import storage
+from avcil_dist.data.manifest import SPLITS
+from avcil_dist.errors import ConfigError
+from avcil_dist.seeds import generator
+
+# A class's number times such an irrational, modulo 1, spreads any number of classes evenly over a parameter;
+# a different one for each parameter makes the parameters independent.
+IRRATIONALS = np.array(
+    [0.6180340, 0.4142136, 0.7320508, 0.3166248, 0.6457513, 0.3588989, 0.7958315, 0.3851648, 0.5677644]
+)
+CHUNK_CLIPS = 8
+
+
+@dataclass(frozen=True)
+class SyntheticSpec:
+    """What to render: clips per class and split, seconds, pixels (square), Hz."""
+
+    num_classes: int = 8
+    clips: Mapping[str, int] = field(default_factory=lambda: {"train": 40, "val": 8, "test": 10})
+    seconds: float = 2.0
+    size: int = 64
+    frames_per_second: int = 10
+    sample_rate: int = 16_000
+    num_distractors: int = 2
+    seed: int = 0
+
+    @property
+    def num_clips(self) -> int:
+        """Clips in all."""
+        return self.num_classes * sum(self.clips.values())
+
+
+@dataclass(frozen=True)
+class _ClassLook:
+    """What a class looks and sounds like. Angles in radians, rates in Hz; stripes are per shape radius."""
+
+    colours: np.ndarray
+    orientation: float
+    stripes: float
+    direction: float
+    orbits: bool
+    speed: float
+    pitch: float
+    pulse: float
+    brightness: float
+
+
+def render_dataset(
+    folder: Path, spec: SyntheticSpec, *, progress: Callable[[], None] | None = None, processes: int = 1
+) -> Path:
+    """Write `folder/<split>/<class>/<key>.mp4` and `folder/clips.csv` (path, label, split); give the csv's path.
+
+    The bytes follow from the spec, whatever `processes`. Clips that are there already are kept, so a second
+    run continues a broken one. `progress` is called once a clip. Raises ConfigError for a spec that cannot be
+    rendered, or a folder that holds clips of another spec.
+    """
+    _check(folder, spec)
+    wanted = [
+        (split, number, index)
+        for split in SPLITS
+        for number in range(spec.num_classes)
+        for index in range(spec.clips.get(split, 0))
+    ]
+    chunks = [wanted[i : i + CHUNK_CLIPS] for i in range(0, len(wanted), CHUNK_CLIPS)]
+    render = partial(_render_chunk, folder, spec)
+    if processes == 1:
+        _count(map(render, chunks), progress)
+    else:
+        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+            _count(pool.map(render, chunks), progress)
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["path", "label", "split"])
+    rows.writerows([_clip_path(*clip), class_name(clip[1]), clip[0]] for clip in wanted)
+    storage.write_bytes(str(folder / "clips.csv"), text.getvalue().encode())
+    return folder / "clips.csv"
+
+
+def class_name(number: int) -> str:
+    """The name of a rendered class: `class_007`."""
+    return f"class_{number:03d}"
+
+
+def render_clip(spec: SyntheticSpec, split: str, number: int, index: int) -> bytes:
+    """One mp4 (H.264 and AAC) of class `number`."""
+    random = generator(spec.seed, "synthetic clip", split, number, index)
+    pulse_phase = random.uniform(0, 2 * np.pi)
+    frames = _render_frames(spec, number, pulse_phase, random)
+    return _encode(spec, frames, _render_sound(spec, number, pulse_phase, random))
+
+
+def _check(folder: Path, spec: SyntheticSpec) -> None:
+    unknown = sorted(spec.clips.keys() - set(SPLITS))
+    if unknown:
+        raise ConfigError(f"clips: {unknown[0]!r} is none of {', '.join(SPLITS)}")
+    if spec.num_classes < 1 or spec.num_clips < 1 or min(spec.clips.values()) < 0:
+        raise ConfigError("at least one class and one clip are needed to render a data set")
+    if spec.size % 2 or spec.size < 32:
+        raise ConfigError(f"size: {spec.size}; H.264 wants an even number of pixels, the shapes at least 32")
+    if spec.seconds * spec.frames_per_second < 1:
+        raise ConfigError(f"seconds: {spec.seconds}; a clip needs at least one frame")
+    record = str(folder / "spec.json")
+    look = {name: value for name, value in asdict(spec).items() if name != "clips"}
+    if storage.exists(record) and storage.read_json(record) != look:
+        raise ConfigError(f"{folder}: holds clips rendered with other settings; give another folder, or remove it")
+    storage.write_json(record, look)
+
+
+def _count(chunks: Iterable[int], progress: Callable[[], None] | None) -> None:
+    for rendered in chunks:
+        for _ in range(rendered):
+            if progress:
+                progress()
+
+
+def _render_chunk(folder: Path, spec: SyntheticSpec, clips: list[tuple[str, int, int]]) -> int:
+    for clip in clips:
+        path = folder / _clip_path(*clip)
+        if not path.exists():
+            storage.write_bytes(str(path), render_clip(spec, *clip))
+    return len(clips)
+
+
+def _clip_path(split: str, number: int, index: int) -> str:
+    return f"{split}/{class_name(number)}/{split}-{number:03d}-{index:05d}.mp4"
+
+
+def _class_look(number: int) -> _ClassLook:
+    hue, pitch, orientation, stripes, direction, speed, contrast, pulse, bright = (number * IRRATIONALS) % 1.0
+    pair = (hue, (hue + 0.3 + 0.4 * contrast) % 1.0)
+    return _ClassLook(
+        colours=np.array([colorsys.hsv_to_rgb(pair[0], 0.85, 1.0), colorsys.hsv_to_rgb(pair[1], 0.85, 0.55)]),
+        orientation=np.pi * orientation,
+        stripes=0.4 + 0.8 * stripes,
+        direction=2 * np.pi * direction,
+        orbits=number % 2 == 1,
+        speed=0.4 + 0.8 * speed,
+        pitch=150.0 * 10.0**pitch,
+        pulse=1.0 + 2.0 * pulse,
+        brightness=0.3 + 0.6 * bright,
+    )
+
+
+def _loudness(look: _ClassLook, phase: float, times: np.ndarray) -> np.ndarray:
+    """The envelope of the tone and of the shape that makes it, in [0, 1]."""
+    return (0.5 + 0.5 * np.sin(2 * np.pi * look.pulse * times + phase)) ** 2
+
+
+def _render_frames(spec: SyntheticSpec, number: int, pulse_phase: float, random: np.random.Generator) -> np.ndarray:
+    """(T, size, size, 3) uint8."""
+    num_frames, size = round(spec.seconds * spec.frames_per_second), spec.size
+    times = np.arange(num_frames, dtype=np.float32) / spec.frames_per_second
+    level, slope = random.uniform(0.2, 0.4), random.uniform(-0.1, 0.1, 2)
+    ramp = np.linspace(-1, 1, size, dtype=np.float32)
+    background = level + slope[0] * ramp[:, None] + slope[1] * ramp[None, :]
+    noise = 0.03 * random.standard_normal((num_frames, size, size), dtype=np.float32)
+    picture = np.repeat((background + noise).astype(np.float32)[..., None], 3, axis=-1)
+
+    others = [other for other in range(spec.num_classes) if other != number]
+    distractors = random.permutation(others)[: spec.num_distractors]
+    looks = [_class_look(number), *(_class_look(int(other)) for other in distractors)]
+    # each shape moves within a cell of its own, so shapes never overlap
+    side = int(np.ceil(np.sqrt(len(looks))))
+    cell = size // side
+    places = random.permutation(side * side)[: len(looks)]
+    for rank, (look, place) in enumerate(zip(looks, places, strict=True)):
+        steady = np.full(num_frames, 0.4, dtype=np.float32)
+        strength = steady if rank else _loudness(look, pulse_phase, times)
+        row, column = (int(place) // side) * cell, (int(place) % side) * cell
+        _draw_shape(picture[:, row : row + cell, column : column + cell], look, times, strength, random)
+    return (picture.clip(0, 1) * 255).astype(np.uint8)
+
+
+def _draw_shape(
+    canvas: np.ndarray, look: _ClassLook, times: np.ndarray, strength: np.ndarray, random: np.random.Generator
+) -> None:
+    """Draw one moving disc into `canvas` (T, cell, cell, 3); `strength` (T,) is its brightness and size."""
+    cell = canvas.shape[1]
+    phase = 2 * np.pi * look.speed * times + random.uniform(0, 2 * np.pi)
+    along, across = np.sin(phase), np.cos(phase) if look.orbits else np.zeros_like(phase)
+    turn = np.exp(1j * look.direction)
+    path = 0.14 * cell * (along + 1j * across) * turn
+    centre = cell * (0.5 + random.uniform(-0.04, 0.04, 2))
+    radius = cell * random.uniform(0.24, 0.28) * (0.75 + 0.4 * strength)
+
+    grid = np.arange(cell, dtype=np.float32)
+    dx = (grid[None, None, :] - (centre[0] + path.real)[:, None, None]).astype(np.float32)
+    dy = (grid[None, :, None] - (centre[1] + path.imag)[:, None, None]).astype(np.float32)
+    disc = np.clip(radius[:, None, None] - np.sqrt(dx * dx + dy * dy) + 0.5, 0, 1).astype(np.float32)
+    wave = look.stripes * 2 * np.pi / radius.mean()
+    stripes = np.sin(wave * (dx * np.float32(np.cos(look.orientation)) + dy * np.float32(np.sin(look.orientation))))
+    mix = (0.5 + 0.5 * np.tanh(3 * stripes)).astype(np.float32)[..., None]
+    colours = look.colours.astype(np.float32)
+    shape = (colours[0] * mix + colours[1] * (1 - mix)) * (0.35 + 0.65 * strength)[:, None, None, None]
+    canvas += disc[..., None] * (shape.astype(np.float32) - canvas)
+
+
+def _render_sound(spec: SyntheticSpec, number: int, pulse_phase: float, random: np.random.Generator) -> np.ndarray:
+    """(samples,) float32: the class's tone under its envelope, and noise."""
+    look = _class_look(number)
+    times = np.arange(round(spec.seconds * spec.sample_rate)) / spec.sample_rate
+    pitch = look.pitch * 2.0 ** random.normal(0, 0.01)
+    tone = np.zeros(times.size, dtype=np.float32)
+    for harmonic in range(1, 5):
+        if harmonic * pitch < 0.45 * spec.sample_rate:
+            angle = (2 * np.pi * harmonic * pitch * times + random.uniform(0, 2 * np.pi)) % (2 * np.pi)
+            tone += np.float32(look.brightness ** (harmonic - 1)) * np.sin(angle.astype(np.float32))
+    loudness = (0.1 + 0.9 * _loudness(look, pulse_phase, times)).astype(np.float32)
+    noise = np.float32(0.01) * random.standard_normal(times.size, dtype=np.float32)
+    return np.float32(0.2 * random.uniform(0.5, 1.5)) * tone * loudness + noise
+
+
+def _encode(spec: SyntheticSpec, frames: np.ndarray, sound: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4", container_options={"fflags": "+bitexact"}) as container:
+        video: Any = container.add_stream("libx264", rate=spec.frames_per_second)
+        video.width, video.height, video.pix_fmt, video.thread_count = spec.size, spec.size, "yuv420p", 1
+        video.options = {"preset": "ultrafast", "crf": "26"}
+        audio: Any = container.add_stream("aac", rate=spec.sample_rate, layout="mono")
+        audio.options = {"aac_coder": "fast"}
+        for picture in frames:
+            container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(video.encode(None))
+        block = av.AudioFrame.from_ndarray(sound.clip(-1, 1)[None], format="fltp", layout="mono")
+        block.sample_rate = spec.sample_rate
+        container.mux(audio.encode(block))
+        container.mux(audio.encode(None))
+    return buffer.getvalue()

@@ -1,0 +1,1 @@
+"""Starts things: the command line and the processes of a run."""

@@ -1,0 +1,23 @@
+# Sourced by the other scripts: makes .venv if there is none and installs the project into it.
+# Usage: ensure_environment [EXTRAS]; sets VENV.
+set -euo pipefail
+
+PROJECT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+VENV="$PROJECT/.venv"
+
+ensure_environment() {
+    local extras=${1:-} stamp wanted
+    stamp="$VENV/.installed${extras}"
+    wanted=$(cksum < "$PROJECT/setup.py")
+    if [ ! -x "$VENV/bin/python" ]; then
+        "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+            || { echo "Python 3.11 or newer is needed; name one with PYTHON=/path/to/python3.11" >&2; exit 2; }
+        echo "Making $VENV"
+        "${PYTHON:-python3}" -m venv "$VENV"
+    fi
+    if [ ! -e "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
+        echo "Installing avcil-dist and what it stands on (several GB the first time)"
+        "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$PROJECT${extras}"
+        echo "$wanted" > "$stamp"
+    fi
+}

@@ -1,0 +1,119 @@
+"""Runs a stream on the machine at hand: one set of processes per step.
+
+The command line's process only supervises: it holds no model and no process group. Each step's
+ranks are fresh processes, so nothing leaks from step to step, and a step here is what a cluster
+job is. Under torchrun or srun every rank supervises one process of its own.
+"""
+
+import multiprocessing
+import os
+import socket
+import sys
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch.cuda
+import torch.multiprocessing
+
+from avcil_dist import storage
+from avcil_dist.config import Config
+from avcil_dist.errors import AvcilError, WorldError
+from avcil_dist.training.stream import check_run, next_step, stream_url
+from avcil_dist.world import World, world_from_environment
+from launch.progress import SilentProgress, StepProgress
+from launch.tracked import publish_step, stream_run, track_step
+
+USER_ERROR, INTERRUPTED = 2, 130
+PRELOADED = ["torch", "deepspeed", "avcil_dist.training.step", "avcil_dist.tracking.mlflow"]
+
+
+@dataclass(frozen=True)
+class StepJob:
+    """All that a rank needs to run its part of a step. Picklable, without state."""
+
+    config: Config
+    step: int
+    num_steps: int
+    worlds: tuple[World, ...]
+    run_id: str | None
+
+
+def run_stream(config: Config, *, processes: int, restart: bool = False) -> str:
+    """Run all steps that are not committed yet; returns the stream's folder.
+
+    With no launcher around, each step gets `processes` ranks on this machine; otherwise the
+    launcher's. `restart` removes the committed steps first. Raises the step's AvcilError, or
+    WorldError when a process died.
+    """
+    place = world_from_environment(os.environ)
+    has_launcher = place.launcher != "none"
+    num_steps = check_run(config, place.size if has_launcher else processes).num_steps
+    stream = stream_url(config)
+    first = 0 if restart else next_step(stream, num_steps)
+    if restart and place.is_main:
+        storage.remove_tree(stream)
+    with stream_run(config, is_main=place.is_main) as run_id:
+        for step in range(first, num_steps):
+            worlds = (_rank_of(place, step),) if has_launcher else local_worlds(processes)
+            _run_job(StepJob(config, step, num_steps, worlds, run_id))
+    return stream
+
+
+def local_worlds(processes: int) -> tuple[World, ...]:
+    """The worlds of `processes` ranks on this machine, which meet at a port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return tuple(
+        World(rank, processes, rank, processes, "127.0.0.1", port, launcher="local") for rank in range(processes)
+    )
+
+
+def _rank_of(place: World, step: int) -> World:
+    """The launcher's rank, with a port of its own for each step: the launcher itself uses the first."""
+    return replace(place, master_port=place.master_port + 1 + step)
+
+
+def _run_job(job: StepJob) -> None:
+    """Run the job's ranks to their end; the first to fail ends the others."""
+    # A forked process cannot use a GPU that its parent has looked at; without GPUs, forking saves seconds a step.
+    method = "spawn" if torch.cuda.is_available() else "forkserver"
+    context = multiprocessing.get_context(method)
+    context.set_forkserver_preload(PRELOADED)
+    errors = context.SimpleQueue()
+    try:
+        torch.multiprocessing.start_processes(
+            _run_rank, args=(job, errors), nprocs=len(job.worlds), start_method=method
+        )
+    except torch.multiprocessing.ProcessExitedException as failure:
+        if failure.exit_code == INTERRUPTED:
+            raise KeyboardInterrupt from None
+        if failure.exit_code == USER_ERROR and not errors.empty():
+            raise errors.get() from None
+        how = f"signal {failure.signal_name}" if failure.signal_name else f"exit code {failure.exit_code}"
+        raise WorldError(
+            f"step {job.step}: the process of rank {job.worlds[failure.error_index].rank} ended with {how}; "
+            "run the same command again to continue after the last committed step"
+        ) from None
+
+
+def _run_rank(index: int, job: StepJob, errors: Any) -> None:
+    """One rank's process: run the step, hand an error to the supervisor."""
+    from avcil_dist.training.step import run_step
+
+    world, config = job.worlds[index], job.config
+    try:
+        if not world.is_main or job.run_id is None:
+            run_step(config, job.step, world=world, observer=SilentProgress())
+            return
+        with (
+            track_step(config, job.run_id, job.step) as tracker,
+            StepProgress(config.stream_name, job.num_steps, tracker) as progress,
+        ):
+            run_step(config, job.step, world=world, observer=progress)
+            publish_step(config, tracker, job.step)
+    except AvcilError as error:
+        errors.put(error)
+        sys.exit(USER_ERROR)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)

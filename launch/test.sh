@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Lint, types and the whole test suite, in the project's own environment.
+# Usage: bash launch/test.sh [--with-system] [PYTEST ARGUMENTS]
+#   --with-system   first install the services that some tests start, where allowed (Debian, root)
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+if [ "${1:-}" = "--with-system" ]; then
+    shift
+    bash "$PROJECT/launch/system.sh"
+fi
+ensure_environment "[test]"
+
+cd "$PROJECT"
+"$VENV/bin/ruff" check .
+"$VENV/bin/ruff" format --check .
+"$VENV/bin/mypy"
+"$VENV/bin/python" -m pytest "$@"

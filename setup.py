@@ -1,0 +1,68 @@
+"""Packaging. Versions are those that were seen to work together."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+VERSION = "0.1.0"
+
+REQUIRED = [
+    "torch==2.14.1",  # tensors, autograd, process groups
+    "torchvision==0.29.1",  # picture transforms
+    "torchaudio==2.11.0",  # resampling, Kaldi filterbank
+    "deepspeed==0.19.8",  # ZeRO, the training engine
+    "webdataset==1.0.2",  # the loader's pipeline
+    "mlflow==3.17.2",  # runs, metrics, artifacts
+    "submitit==1.5.4",  # SLURM jobs
+    "fsspec==2026.9.0",  # one interface to local files and object storage
+    "av==18.1.0",  # decoding and encoding video and sound
+    "transformers==5.23.0",  # VideoMAE
+    "timm==1.0.31",  # AudioMAE's vision transformer
+    "safetensors==0.8.0",  # weights without pickle
+    "numpy==2.4.6",  # plans, metrics, npy members
+    "pydantic==2.14.3",  # typed configuration
+    "pyyaml==6.0.3",  # configuration files
+    "click==8.5.1",  # the command line
+    "rich==15.0.0",  # tables and progress bars in a terminal
+    "jinja2==3.1.6",  # the report page
+    "matplotlib==3.11.2",  # its plots
+    "filelock==4.2.11",  # one process makes the tracking database
+]
+TEST = [
+    "pytest==9.2.0",
+    "hypothesis==6.170.15",  # properties of the plan
+    "ruff==0.17.6",  # lint and format
+    "mypy==2.4.1",  # types
+    "types-PyYAML==6.0.12.20261113",
+]
+
+setup(
+    name="avcil-dist",
+    version=VERSION,
+    description="Distributed audio-visual class-incremental learning",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[
+        "avcil_dist",
+        "avcil_dist.data",
+        "avcil_dist.models",
+        "avcil_dist.methods",
+        "avcil_dist.training",
+        "avcil_dist.tracking",
+        "avcil_dist.configs",  # the shipped yaml files, so that an installed wheel has them
+        "data_shards",
+        "launch",
+    ],
+    package_dir={"avcil_dist.configs": "configs"},
+    package_data={
+        "avcil_dist.tracking": ["*.j2"],
+        "avcil_dist.configs": ["*.yaml", "*/*.yaml"],
+        "launch": ["*.sh"],
+    },
+    install_requires=REQUIRED,
+    extras_require={"test": TEST, "dev": [*TEST, "pre-commit"]},
+    entry_points={"console_scripts": ["avcil = launch.cli:cli"]},
+)

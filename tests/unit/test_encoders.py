@@ -1,0 +1,287 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from avcil_dist.config import (
+    AudioMAEConfig,
+    ClipConfig,
+    ModelConfig,
+    PrecomputedConfig,
+    SmallConfig,
+    VideoMAEConfig,
+)
+from avcil_dist.errors import ConfigError
+from avcil_dist.models.encoders import (
+    AudioMAE,
+    SmallAudio,
+    SmallVisual,
+    VideoMAE,
+    build_audio_encoder,
+    build_visual_encoder,
+)
+from avcil_dist.models.network import build_network
+
+CLIP = ClipConfig(frames=4, size=32, mel_frames=64, mel_bins=32)
+TINY = {"dim": 24, "depth": 2, "heads": 2}
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def videomae(weights: str | Path = "random", clip: ClipConfig = CLIP, **options: object) -> VideoMAE:
+    config = VideoMAEConfig.model_validate({"kind": "videomae", "weights": str(weights), **TINY, **options})
+    encoder = build_visual_encoder(config, clip, None)
+    assert isinstance(encoder, VideoMAE)
+    return encoder
+
+
+def audiomae(weights: str | Path = "random", clip: ClipConfig = CLIP, **options: object) -> AudioMAE:
+    config = AudioMAEConfig.model_validate({"kind": "audiomae", "weights": str(weights), **TINY, **options})
+    encoder = build_audio_encoder(config, clip, None)
+    assert isinstance(encoder, AudioMAE)
+    return encoder
+
+
+def pictures(clips: int) -> Tensor:
+    return torch.rand(clips, CLIP.frames, 3, CLIP.size, CLIP.size)
+
+
+def log_mel(clips: int) -> Tensor:
+    return torch.randn(clips, CLIP.mel_frames, CLIP.mel_bins)
+
+
+def weights_of(encoder: VideoMAE | AudioMAE) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in encoder.body.state_dict().items()}
+
+
+def test_precomputed_features_pass_in_float32() -> None:
+    visual = build_visual_encoder(PrecomputedConfig(kind="precomputed"), CLIP, 6)
+    audio = build_audio_encoder(PrecomputedConfig(kind="precomputed"), CLIP, 6)
+    tokens, sound = torch.randn(2, 3, 4, 6).half(), torch.randn(2, 6).half()
+    assert visual.dim == audio.dim == 6
+    assert torch.equal(visual(tokens), tokens.float())
+    assert torch.equal(audio(sound), sound.float())
+
+
+@pytest.mark.parametrize("size", [32, 48, 64])
+def test_small_encoders_give_tokens_and_a_vector(size: int) -> None:
+    config = SmallConfig(kind="small", dim=10)
+    visual, audio = build_visual_encoder(config, CLIP, None), build_audio_encoder(config, CLIP, None)
+    assert visual.dim == audio.dim == 10
+    assert visual(torch.rand(2, 5, 3, size, size)).shape == (2, 5, 16, 10)
+    assert audio(torch.randn(2, 128, size)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_small_encoders_see_each_clip_alone(training: bool) -> None:
+    visual, audio = SmallVisual(16).train(training), SmallAudio(16).train(training)
+    shown, heard = pictures(6), log_mel(6)
+    torch.testing.assert_close(visual(shown)[2:3], visual(shown[2:3]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(audio(heard)[2:3], audio(heard[2:3]), rtol=1e-5, atol=1e-5)
+
+
+def test_small_visual_encoder_sees_motion() -> None:
+    # The same pictures in another order: a frame's tokens change, so they are more than the frame's picture.
+    visual, shown = SmallVisual(16), pictures(1)
+    backwards = visual(shown.flip(1)).flip(1)
+    assert (visual(shown) - backwards).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("modality", ["sound", "pictures"])
+def test_a_small_encoder_learns_pitch_or_motion_in_a_few_steps(modality: str) -> None:
+    # Two classes that only the place on the mel scale tells apart, or only the order of the same four pictures.
+    labels = torch.arange(32) % 2
+    encoder = SmallAudio(32) if modality == "sound" else SmallVisual(32)
+    clips = 0.2 * (log_mel(32) if modality == "sound" else pictures(32))
+    for clip, label in enumerate(labels):
+        if modality == "sound":
+            clips[clip, :, 20 if label else 10] += 1
+        else:
+            for frame in range(4):
+                column = 6 * (frame if label else 3 - frame)
+                clips[clip, frame, :, 12:20, column : column + 8] += 1
+    head = nn.Linear(32, 2)
+    optimizer = torch.optim.Adam([*encoder.parameters(), *head.parameters()], lr=1e-3)
+    for _ in range(40):
+        features = encoder(clips[:24])
+        logits = head(features if modality == "sound" else features.mean(dim=(1, 2)))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(logits, labels[:24]).backward()
+        optimizer.step()
+    unseen = encoder(clips[24:])
+    predicted = head(unseen if modality == "sound" else unseen.mean(dim=(1, 2))).argmax(1)
+    assert torch.equal(predicted, labels[24:])
+
+
+def test_videomae_gives_the_last_hidden_state_by_tubelet() -> None:
+    encoder, shown = videomae(), pictures(2)
+    tokens = encoder(shown)
+    assert encoder.dim == 24
+    assert tokens.shape == (2, 2, 4, 24)
+    assert torch.equal(tokens.flatten(1, 2), encoder.body(shown).last_hidden_state)
+
+
+def test_audiomae_is_the_mean_over_patches_without_the_class_token() -> None:
+    encoder, heard = audiomae(), log_mel(2)
+    sound = encoder(heard)
+    assert encoder.dim == 24
+    assert sound.shape == (2, 24)
+    tokens = encoder.body.forward_features(heard.unsqueeze(1))
+    assert tokens.shape == (2, 1 + 8, 24)
+    torch.testing.assert_close(sound, tokens[:, 1:].mean(1))
+
+
+@pytest.mark.parametrize(("make", "inputs"), [(videomae, pictures), (audiomae, log_mel)])
+def test_a_frozen_encoder_does_not_change_and_one_that_trains_does(make, inputs) -> None:
+    for frozen in (True, False):
+        encoder = make(frozen=frozen).train()
+        head, before = nn.Linear(24, 2), weights_of(encoder)
+        assert encoder.body.training is not frozen
+        optimizer = torch.optim.Adam([*encoder.parameters(), *head.parameters()], lr=0.1, weight_decay=0.1)
+        output = encoder(inputs(2))
+        assert output.requires_grad is not frozen
+        head(output).square().sum().backward()
+        optimizer.step()
+        same = [torch.equal(tensor, before[name]) for name, tensor in weights_of(encoder).items()]
+        assert all(same) if frozen else not any(same)
+
+
+@pytest.mark.parametrize(("make", "inputs"), [(videomae, pictures), (audiomae, log_mel)])
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth", "w.bin"])
+def test_weights_from_a_file_give_the_same_output(tmp_path: Path, make, inputs, name: str) -> None:
+    original, batch = make(), inputs(2)
+    path = tmp_path / name
+    state = weights_of(original) | {"mask_token": torch.zeros(1)}
+    save_file(state, path) if path.suffix == ".safetensors" else torch.save({"model": state}, path)
+    assert torch.equal(make(path)(batch), original(batch))
+
+
+def test_videomae_from_a_folder_of_a_pretraining_checkpoint(tmp_path: Path) -> None:
+    config = transformers.VideoMAEConfig(
+        image_size=32, num_frames=4, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=96,
+        decoder_hidden_size=24, decoder_num_hidden_layers=1, decoder_num_attention_heads=2, use_mean_pooling=False,
+    )  # fmt: skip
+    model = transformers.VideoMAEForPreTraining(config).eval()
+    model.save_pretrained(tmp_path)
+    shown = pictures(2)
+    expected = model.videomae(shown).last_hidden_state
+    torch.testing.assert_close(videomae(tmp_path)(shown).flatten(1, 2), expected)
+    with pytest.raises(ConfigError, match="has 2 attention heads, the config 4; set heads: 2"):
+        videomae(tmp_path, heads=4)
+
+
+def test_older_names_of_videomae_biases_are_understood(tmp_path: Path) -> None:
+    original, shown = videomae(), pictures(1)
+    state = weights_of(original)
+    for name in [name for name in state if name.endswith(("query.bias", "value.bias"))]:
+        state[name] = torch.randn(24)
+    original.body.load_state_dict(state)
+    older = {
+        "videomae." + name.replace("query.bias", "q_bias").replace("value.bias", "v_bias"): tensor
+        for name, tensor in state.items()
+    }
+    save_file(older, tmp_path / "old.safetensors")
+    assert torch.equal(videomae(tmp_path / "old.safetensors")(shown), original(shown))
+
+
+def test_a_finetuned_audiomae_normalises_after_the_mean(tmp_path: Path) -> None:
+    state = {name.replace("norm.", "fc_norm.") if name.startswith("norm.") else name: tensor
+             for name, tensor in weights_of(audiomae()).items()}  # fmt: skip
+    save_file(state, tmp_path / "finetuned.safetensors")
+    encoder, heard = audiomae(tmp_path / "finetuned.safetensors"), log_mel(2)
+    tokens = encoder.body.forward_features(heard.unsqueeze(1))
+    torch.testing.assert_close(encoder(heard), encoder.body.fc_norm(tokens[:, 1:].mean(1)))
+
+
+@pytest.mark.parametrize("make", [videomae, audiomae])
+def test_weights_that_do_not_fit_are_named(tmp_path: Path, make) -> None:
+    state = weights_of(make())
+    removed, reshaped = list(state)[:2]
+    del state[removed]
+    state[reshaped] = torch.zeros(3)
+    state["stray.weight"] = torch.zeros(3)
+    save_file(state, tmp_path / "bad.safetensors")
+    with pytest.raises(ConfigError) as error:
+        make(tmp_path / "bad.safetensors")
+    for part in (f"1 missing ({removed})", "1 unexpected (stray.weight)", f"1 of another shape ({reshaped})"):
+        assert part in str(error.value)
+
+
+def test_a_checkpoint_of_other_objects_is_not_unpickled(tmp_path: Path) -> None:
+    torch.save({"model": weights_of(audiomae()), "args": Path("x")}, tmp_path / "objects.pth")
+    with pytest.raises(ConfigError, match=r"objects\.pth does not read as a file of tensors"):
+        audiomae(tmp_path / "objects.pth")
+
+
+@pytest.mark.parametrize("name", ["damaged.safetensors", "damaged.pth"])
+def test_a_damaged_file_is_a_config_error(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"\x00\x01nothing of the kind")
+    with pytest.raises(ConfigError, match="does not read as a file of tensors"):
+        videomae(tmp_path / name)
+
+
+def test_a_file_that_is_no_state_dict_is_refused(tmp_path: Path) -> None:
+    torch.save({"epoch": 3}, tmp_path / "other.pth")
+    with pytest.raises(ConfigError, match="is not a state dict"):
+        videomae(tmp_path / "other.pth")
+
+
+def test_a_path_without_a_file_is_a_config_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        videomae(tmp_path / "absent.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({}))
+    with pytest.raises(ConfigError, match=r"neither model\.safetensors nor pytorch_model\.bin"):
+        videomae(tmp_path)
+
+
+def test_a_hub_that_cannot_be_reached_asks_for_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match="nobody/nothing-of-this-name is neither a path nor reachable on the hub"):
+        videomae("nobody/nothing-of-this-name")
+
+
+@pytest.mark.parametrize(
+    ("make", "clip", "options", "setting"),
+    [
+        (videomae, {"size": 40}, {}, "data.clip.size=40"),
+        (videomae, {"frames": 5}, {}, "data.clip.frames=5"),
+        (videomae, {}, {"heads": 5}, "model.visual.dim=24"),
+        (audiomae, {"mel_frames": 100}, {}, "data.clip.mel_frames=100"),
+        (audiomae, {"mel_bins": 40}, {}, "data.clip.mel_bins=40"),
+        (audiomae, {}, {"heads": 5}, "model.audio.dim=24"),
+    ],
+)
+def test_sizes_that_patches_do_not_fill_are_refused(make, clip: dict, options: dict, setting: str) -> None:
+    with pytest.raises(ConfigError, match=f"{setting} is not a multiple of"):
+        make(clip=CLIP.model_copy(update=clip), **options)
+
+
+def model_config(visual: dict, audio: dict) -> ModelConfig:
+    return ModelConfig.model_validate({"visual": visual, "audio": audio})
+
+
+def test_a_network_is_built_for_clips_and_for_features() -> None:
+    small = {"kind": "small", "dim": 16}
+    network = build_network(model_config(small, small), CLIP, {}, num_classes=3)
+    assert network(pictures(2), log_mel(2)).logits.shape == (2, 3)
+    features = {"kind": "precomputed"}
+    shape = {"frames": 2, "positions": 5, "dim": 6}
+    network = build_network(model_config(features, features), CLIP, shape, num_classes=3)
+    assert network(torch.randn(2, 2, 5, 6), torch.randn(2, 6)).visual.shape == (2, 6)
+
+
+def test_encoders_must_agree_with_each_other_and_with_the_data() -> None:
+    small, wide, features = {"kind": "small", "dim": 16}, {"kind": "small", "dim": 32}, {"kind": "precomputed"}
+    with pytest.raises(ConfigError, match=r"visual encoder has dim 16, the audio encoder 32"):
+        build_network(model_config(small, wide), CLIP, {}, num_classes=3)
+    with pytest.raises(ConfigError, match="precomputed needs feature shards"):
+        build_network(model_config(features, features), CLIP, {}, num_classes=3)
+    with pytest.raises(ConfigError, match="small needs clips"):
+        build_network(model_config(small, small), CLIP, {"frames": 2, "positions": 5, "dim": 6}, num_classes=3)

@@ -1,0 +1,124 @@
+"""Metrics on numbers worked out by hand."""
+
+import json
+
+import pytest
+
+from avcil_dist.training.metrics import (
+    StreamMetrics,
+    accuracy_row,
+    forgetting,
+    per_class_accuracy,
+    seen_accuracy,
+)
+
+# Tasks of 3, 1 and 2 classes: nothing here divides evenly.
+LABELS = [0, 0, 1, 2, 3, 3, 3, 4, 5, 5]
+PREDICTIONS = [0, 1, 1, 2, 3, 5, 5, 5, 5, 5]
+TASKS = [slice(0, 3), slice(3, 4), slice(4, 6)]
+
+
+def make_metrics(rows: list[list[float]], seen: list[float]) -> StreamMetrics:
+    metrics = None
+    for step, (row, accuracy) in enumerate(zip(rows, seen, strict=True)):
+        metrics = StreamMetrics.after(
+            metrics,
+            step=step,
+            row=row,
+            seen=accuracy,
+            per_class={"dog": accuracy},
+            num_test_clips=10 * (step + 1),
+            epoch=step + 5,
+            val_accuracy=None if step else 0.5,
+        )
+    assert metrics is not None
+    return metrics
+
+
+def test_each_task_is_judged_on_its_own_clips_whatever_its_size() -> None:
+    assert accuracy_row(LABELS, PREDICTIONS, TASKS) == pytest.approx([3 / 4, 1 / 3, 2 / 3])
+
+
+def test_seen_accuracy_counts_clips_not_tasks() -> None:
+    seen = seen_accuracy(LABELS, PREDICTIONS)
+    assert seen == pytest.approx(6 / 10)
+    assert seen != pytest.approx(sum(accuracy_row(LABELS, PREDICTIONS, TASKS)) / 3)
+
+
+def test_a_task_without_clips_is_an_error() -> None:
+    with pytest.raises(ValueError, match="task 1"):
+        accuracy_row([0, 1, 2, 4], [0, 1, 2, 4], TASKS)
+
+
+def test_no_clips_at_all_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no test clips"):
+        seen_accuracy([], [])
+
+
+def test_a_missing_prediction_is_an_error() -> None:
+    with pytest.raises(ValueError, match="per clip"):
+        seen_accuracy([0, 1], [0])
+
+
+def test_per_class_accuracy_leaves_out_a_class_without_clips() -> None:
+    accuracy = per_class_accuracy([0, 0, 2], [0, 2, 2], ["dog", "cat", "bus"])
+    assert accuracy == {"dog": 0.5, "bus": 1.0}
+
+
+def test_forgetting_compares_with_the_best_earlier_step() -> None:
+    matrix = [[0.9], [0.5, 0.8], [0.6, 0.3, 0.7]]
+    # F_1 = 0.9 - 0.5; F_2 = mean(max(0.9, 0.5) - 0.6, 0.8 - 0.3)
+    assert forgetting(matrix) == pytest.approx([0.4, 0.4])
+
+
+def test_forgetting_is_negative_where_old_tasks_gain() -> None:
+    assert forgetting([[0.5], [0.7, 0.9], [0.8, 0.9, 0.1]]) == pytest.approx([-0.2, -0.05])
+
+
+def test_the_first_step_forgets_nothing() -> None:
+    assert forgetting([[0.5]]) == []
+    assert make_metrics([[0.5]], [0.5]).average_forgetting is None
+
+
+def test_a_stream_grows_step_by_step() -> None:
+    metrics = make_metrics([[0.9], [0.5, 0.8], [0.6, 0.3, 0.7]], [0.9, 0.6, 0.45])
+    assert metrics.step == 2
+    assert metrics.accuracy[1] == (0.5, 0.8)
+    assert metrics.mean_accuracy == pytest.approx(0.65)
+    assert metrics.average_forgetting == pytest.approx(0.4)
+    assert (metrics.num_test_clips, metrics.epoch, metrics.val_accuracy) == (30, 7, None)
+
+
+def test_a_step_that_is_left_out_is_an_error() -> None:
+    first = make_metrics([[0.9]], [0.9])
+    with pytest.raises(ValueError, match="does not follow"):
+        StreamMetrics.after(
+            first, step=2, row=[1, 1, 1], seen=1, per_class={}, num_test_clips=1, epoch=0, val_accuracy=None
+        )
+
+
+def test_a_row_of_the_wrong_length_is_an_error() -> None:
+    with pytest.raises(ValueError, match="accuracy matrix"):
+        make_metrics([[0.9], [0.5]], [0.9, 0.5])
+
+
+def test_the_record_survives_json() -> None:
+    metrics = make_metrics([[0.9], [0.5, 0.8]], [0.9, 0.6])
+    record = json.loads(json.dumps(metrics.to_record()))
+    assert StreamMetrics.from_record(record) == metrics
+    assert record["forgetting"] == pytest.approx([0.4])
+    assert record["mean_accuracy"] == pytest.approx(0.75)
+    assert json.loads(json.dumps(make_metrics([[0.5]], [0.5]).to_record()))["average_forgetting"] is None
+
+
+@pytest.mark.parametrize("damage", [{"accuracy": None}, {"step": 5}, {"per_class": []}, {"epoch": None}])
+def test_a_damaged_record_is_refused(damage: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"record|step 5"):
+        StreamMetrics.from_record({**make_metrics([[0.9]], [0.9]).to_record(), **damage})
+
+
+def test_an_incomplete_record_is_refused() -> None:
+    record = make_metrics([[0.9]], [0.9]).to_record()
+    del record["seen_accuracy"]
+    with pytest.raises(ValueError, match="seen_accuracy"):
+        StreamMetrics.from_record(record)

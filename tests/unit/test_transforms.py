@@ -1,0 +1,75 @@
+import pytest
+import torch
+
+from avcil_dist.config import ClipConfig
+from avcil_dist.data.decode import DecodedClip
+from avcil_dist.data.transforms import IMAGENET_MEAN, IMAGENET_STD, ClipTransform
+
+torch.set_num_threads(1)
+SMALL = ClipConfig(frames=2, size=32, mel_bins=32, mel_frames=50)
+
+
+def _clip(height: int = 48, width: int = 64, samples: int = 16000) -> DecodedClip:
+    generator = torch.Generator().manual_seed(0)
+    frames = torch.randint(0, 256, (2, 3, height, width), dtype=torch.uint8, generator=generator)
+    return DecodedClip(frames, torch.randn(samples, generator=generator) * 0.1)
+
+
+def test_default_shapes_are_those_of_the_encoders() -> None:
+    visual, audio = ClipTransform(ClipConfig())(_clip())
+    assert visual.shape == (2, 3, 224, 224)
+    assert audio.shape == (1024, 128)
+    assert visual.dtype == audio.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 100), (100, 32), (33, 31), (16, 20), (32, 32)])
+def test_any_picture_shape_becomes_the_square(height: int, width: int) -> None:
+    visual, _ = ClipTransform(SMALL)(_clip(height, width))
+    assert visual.shape == (2, 3, 32, 32)
+
+
+def test_the_centre_is_kept_and_normalised() -> None:
+    frames = torch.zeros(1, 3, 32, 96, dtype=torch.uint8)
+    frames[..., 32:64] = 255
+    visual, _ = ClipTransform(SMALL)(DecodedClip(frames, torch.zeros(800)))
+    white = (1 - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)
+    torch.testing.assert_close(visual, white[None, :, None, None].expand(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize("samples", [0, 1, 399, 400, 401])
+def test_sound_shorter_than_a_window_is_padded(samples: int) -> None:
+    _, audio = ClipTransform(SMALL)(_clip(samples=samples))
+    assert audio.shape == (50, 32)
+    assert torch.isfinite(audio).all()
+
+
+def test_padding_is_zero_before_normalisation() -> None:
+    _, audio = ClipTransform(SMALL)(_clip(samples=4000))
+    padding = torch.full((50 - 23, 32), -SMALL.mel_mean / (2 * SMALL.mel_std))
+    torch.testing.assert_close(audio[23:], padding)
+    assert (audio[22] != padding[0]).any()
+
+
+def test_long_sound_is_cut_to_its_first_frames() -> None:
+    clip = _clip(samples=20000)
+    clip = DecodedClip(clip.frames, clip.waveform - clip.waveform.mean())
+    _, short = ClipTransform(SMALL)(clip)
+    _, long = ClipTransform(SMALL.model_copy(update={"mel_frames": 100}))(clip)
+    torch.testing.assert_close(short, long[:50])
+
+
+def test_a_constant_offset_of_the_sound_changes_nothing() -> None:
+    clip = _clip()
+    _, plain = ClipTransform(SMALL)(clip)
+    _, moved = ClipTransform(SMALL)(DecodedClip(clip.frames, clip.waveform + 0.3))
+    torch.testing.assert_close(plain, moved, atol=1e-3, rtol=1e-3)
+
+
+def test_a_higher_tone_fills_higher_bins() -> None:
+    times = torch.arange(16000) / 16000
+    frames = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    peaks = []
+    for pitch in (200, 1000, 4000):
+        _, audio = ClipTransform(SMALL)(DecodedClip(frames, torch.sin(2 * torch.pi * pitch * times)))
+        peaks.append(int(audio.mean(0).argmax()))
+    assert peaks == sorted(set(peaks))

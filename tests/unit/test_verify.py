@@ -1,0 +1,148 @@
+import io
+import json
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from avcil_dist import storage
+from avcil_dist.data.manifest import Manifest, load_manifest
+from avcil_dist.errors import DataError
+from data_shards.verify import TableRow, table, verify_shards
+from launch.shards import shards
+from tests.features import make_feature_shards
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return make_feature_shards(tmp_path / "data", classes=2, clips={"train": 20, "test": 3}, dim=8)
+
+
+def _path(url: str, number: int) -> Path:
+    return Path(load_manifest(url).url(number))
+
+
+def test_good_shards_have_no_faults(url: str) -> None:
+    seen: list[tuple[int, int]] = []
+    assert verify_shards(url, progress=lambda done, total: seen.append((done, total))) == []
+    assert seen == [(n, 6) for n in range(1, 7)]
+
+
+def test_flipped_byte_is_found(url: str) -> None:
+    path = _path(url, 1)
+    data = bytearray(path.read_bytes())
+    data[700] ^= 1
+    path.write_bytes(data)
+    faults = verify_shards(url)
+    assert len(faults) == 1
+    assert str(path) in faults[0]
+    assert "sha256" in faults[0]
+
+
+def test_tar_cut_at_a_block_is_found(url: str) -> None:
+    path = _path(url, 0)
+    path.write_bytes(path.read_bytes()[: 512 * 6])
+    faults = verify_shards(url)
+    assert len(faults) == 1
+    assert f"{path}: 3072 bytes" in faults[0]
+
+
+def test_missing_shard_is_found_beside_other_faults(url: str) -> None:
+    _path(url, 0).unlink()
+    _path(url, 3).write_bytes(b"")
+    faults = verify_shards(url)
+    assert len(faults) == 2
+    assert "missing" in faults[0]
+    assert "0 bytes" in faults[1]
+
+
+def _rerecord(url: str, number: int, content: bytes) -> None:
+    """Write a shard and record its new size and digest, so that only its structure can betray it."""
+    manifest = load_manifest(url)
+    _path(url, number).write_bytes(content)
+    shards_ = list(manifest.shards)
+    shards_[number] = replace(shards_[number], bytes=len(content), sha256=storage.sha256(content))
+    Manifest(manifest.kind, manifest.classes, tuple(shards_), manifest.shape, manifest.root).save(url)
+
+
+def test_renamed_member_is_found_though_the_digest_agrees(url: str) -> None:
+    content = _path(url, 2).read_bytes()
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        infos = tar.getmembers()
+        members = [(info.name, tar.extractfile(info).read()) for info in infos]  # type: ignore[union-attr]
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo("stranger.audio.npy" if name == members[1][0] else name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    _rerecord(url, 2, buffer.getvalue())
+    faults = verify_shards(url)
+    assert len(faults) == 2
+    assert f"{members[1][0]}: (offset, size) missing" in " ".join(faults)
+    assert "stranger.audio.npy" in " ".join(faults)
+
+
+def test_what_is_no_tar_is_found_though_the_digest_agrees(url: str) -> None:
+    _rerecord(url, 2, b"x" * 2048)
+    assert "not a tar" in verify_shards(url)[0]
+
+
+def test_wrong_label_inside_a_clip_is_found(url: str) -> None:
+    content = _path(url, 2).read_bytes()
+    assert content.count(b'"class_000"') == 3
+    _rerecord(url, 2, content.replace(b'"class_000"', b'"class_001"', 1))
+    faults = verify_shards(url)
+    assert len(faults) == 1
+    assert "test-000-00000.json says ('class_001', 'test')" in faults[0]
+
+
+def test_table_counts_per_class_and_split(url: str) -> None:
+    manifest = load_manifest(url)
+    rows = table(manifest)
+    size = manifest.shards[0].bytes + manifest.shards[1].bytes
+    assert rows[0] == TableRow("class_000", "train", 2, 20, size)
+    assert [(row.class_name, row.split, row.clips) for row in rows[1:]] == [
+        ("class_000", "test", 3),
+        ("class_001", "train", 20),
+        ("class_001", "test", 3),
+    ]
+
+
+def test_commands_render_build_verify_and_list(tmp_path: Path) -> None:
+    run = CliRunner().invoke
+    clips, output = str(tmp_path / "clips"), str(tmp_path / "out")
+    words = ["--classes", "2", "--train", "2", "--val", "0", "--test", "1", "--seconds", "1", "--size", "32"]
+    for line in (
+        ["synth", clips, *words, "--processes", "1"],
+        ["build", f"{clips}/clips.csv", output, "--processes", "1"],
+        ["verify", f"{output}/manifest.json"],
+    ):
+        result = run(shards, line)
+        assert result.exit_code == 0, result.output
+    listed = run(shards, ["ls", f"{output}/manifest.json"]).output
+    assert load_manifest(f"{output}/manifest.json").content_hash in listed
+    assert [line.split()[:4] for line in listed.splitlines()[1:3]] == [
+        ["class_000", "train", "1", "2"],
+        ["class_000", "test", "1", "1"],
+    ]
+    again = run(shards, ["build", f"{clips}/clips.csv", output, "--processes", "1"])
+    assert "unchanged" in again.output
+
+
+def test_verify_command_prints_the_faults_and_raises(url: str) -> None:
+    _path(url, 0).unlink()
+    result = CliRunner().invoke(shards, ["verify", url])
+    assert isinstance(result.exception, DataError)
+    assert "1 faults" in str(result.exception)
+    assert "missing" in result.output
+
+
+def test_manifest_of_a_build_survives_json_formatting_only_unchanged(url: str) -> None:
+    document = json.loads(Path(url).read_text())
+    document["shards"][0]["keys"][0] = "other"
+    Path(url).write_text(json.dumps(document))
+    with pytest.raises(DataError, match="hash"):
+        verify_shards(url)

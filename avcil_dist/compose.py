@@ -173,6 +173,9 @@ def _explain(
             node = node.get(part)
     key = ".".join([section, *keys] if section else keys)
     where = next((origins[key[:end]] for end in _ancestors(key) if key[:end] in origins), file)
+    if fault["type"] == "union_tag_invalid":
+        tag = fault["ctx"]["discriminator"].strip("'")
+        return f"{where}: {key}.{tag}: {node[tag]!r} is none of {fault['ctx']['expected_tags']}"
     if not key:
         return f"{where}: {fault['msg'].removeprefix('Value error, ')}"
     if fault["type"] == "extra_forbidden":

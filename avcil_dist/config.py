@@ -3,9 +3,10 @@
 How files are found, extended and overridden is `compose.py`.
 """
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -137,6 +138,13 @@ class TrackingConfig(Section):
 
     uri: str | None = Field(None, description="tracking server or database; default: sqlite in the output folder")
     experiment: str = "avcil"
+
+    @field_validator("uri")
+    @classmethod
+    def _holds_no_secret(cls, uri: str | None) -> str | None:
+        if uri and re.search(r"://[^/@]*@", uri):
+            raise ValueError("no user or password here; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
+        return uri
 
 
 class Config(Section):

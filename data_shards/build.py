@@ -27,6 +27,7 @@ from avcil_dist.data.decode import decode_clip, probe_clip
 from avcil_dist.data.manifest import SPLITS, Manifest, Shard, Split, load_manifest
 from avcil_dist.errors import ConfigError, DataError
 from avcil_dist.seeds import derive_seed
+from data_shards.synthetic import end_with_starter
 from data_shards.writer import shard_url, write_shard
 
 FORMAT = 1
@@ -191,9 +192,7 @@ class _Mapper:
         if processes > 1:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload([__name__])  # torch is imported once, not by every process
-            self._pool = ProcessPoolExecutor(
-                processes, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
-            )
+            self._pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_start_worker)
 
     def __enter__(self) -> Callable[..., Iterator[Any]]:
         return self._pool.map if self._pool else map
@@ -203,6 +202,11 @@ class _Mapper:
             self._pool.shutdown(cancel_futures=True)
         if kind is BrokenProcessPool:
             raise DataError("a building process died; start again to continue, with --processes 1 to see at which clip")
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    end_with_starter()
 
 
 def _build_unit(settings: _Settings, unit: Unit, digest: str) -> dict[str, Any]:

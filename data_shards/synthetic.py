@@ -9,6 +9,9 @@ import colorsys
 import csv
 import io
 import multiprocessing
+import multiprocessing.connection
+import os
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -87,8 +90,12 @@ def render_dataset(
     if processes == 1:
         _count(map(render, chunks), progress)
     else:
-        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        context = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(processes, mp_context=context, initializer=end_with_starter)
+        try:
             _count(pool.map(render, chunks), progress)
+        finally:
+            pool.shutdown(cancel_futures=True)
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["path", "label", "split"])
@@ -108,6 +115,18 @@ def render_clip(spec: SyntheticSpec, split: str, number: int, index: int) -> byt
     pulse_phase = random.uniform(0, 2 * np.pi)
     frames = _render_frames(spec, number, pulse_phase, random)
     return _encode(spec, frames, _render_sound(spec, number, pulse_phase, random))
+
+
+def end_with_starter() -> None:
+    """Let this worker process end when the process that started it is killed; it would wait for work for ever."""
+    starter = multiprocessing.parent_process()
+    assert starter is not None, "called in a worker"
+
+    def wait_and_end() -> None:
+        multiprocessing.connection.wait([starter.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait_and_end, daemon=True).start()
 
 
 def _check(folder: Path, spec: SyntheticSpec) -> None:

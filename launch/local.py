@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.cuda
-import torch.multiprocessing
+from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 
 from avcil_dist import storage
 from avcil_dist.config import Config
 from avcil_dist.errors import AvcilError, WorldError
+from avcil_dist.training.engine import name_accelerator
 from avcil_dist.training.stream import check_run, next_step, stream_url
 from avcil_dist.world import World, world_from_environment
 from launch.progress import SilentProgress, StepProgress
@@ -80,12 +81,11 @@ def _run_job(job: StepJob) -> None:
     method = "spawn" if torch.cuda.is_available() else "forkserver"
     context = multiprocessing.get_context(method)
     context.set_forkserver_preload(PRELOADED)
+    name_accelerator()
     errors = context.SimpleQueue()
     try:
-        torch.multiprocessing.start_processes(
-            _run_rank, args=(job, errors), nprocs=len(job.worlds), start_method=method
-        )
-    except torch.multiprocessing.ProcessExitedException as failure:
+        start_processes(_run_rank, args=(job, errors), nprocs=len(job.worlds), start_method=method)
+    except ProcessExitedException as failure:
         if failure.exit_code == INTERRUPTED:
             raise KeyboardInterrupt from None
         if failure.exit_code == USER_ERROR and not errors.empty():

@@ -60,8 +60,13 @@ class Batch:
 class Decoder(Protocol):
     """From the members of a clip to its two tensors."""
 
-    members: tuple[str, ...]
-    dtype: torch.dtype
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The members it reads."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of both tensors."""
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -158,7 +163,7 @@ def load_batches(
     return iter(loader)
 
 
-class _EachWorkersShare(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+class _EachWorkersShare(torch.utils.data.IterableDataset):
     """Worker w of W takes batches w, w + W, …: the loader asks the workers in turn, so the order stays."""
 
     def __init__(self, source: Iterable[Request]) -> None:

@@ -3,6 +3,8 @@
 The head has grown before the engine is built: a head put in later would never be updated.
 """
 
+import contextlib
+import io
 import logging
 import os
 import warnings
@@ -24,12 +26,17 @@ class Engine:
     """The student, its optimizer, and their distribution over ranks."""
 
     def __init__(
-        self, network: AudioVisualNetwork, *, optim: OptimConfig, config: EngineConfig, rows: int, device: torch.device
+        self,
+        network: AudioVisualNetwork,
+        *,
+        optim: OptimConfig,
+        config: EngineConfig,
+        rows: int,
+        world: World,
+        device: torch.device,
     ) -> None:
         """`rows` is the number of clips that a rank has of a global batch."""
-        deepspeed = _deepspeed()
-        self.device = device
-        self.names = [name for name, _ in network.named_parameters()]
+        deepspeed = _deepspeed(world)
         trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
         optimizer = torch.optim.Adam(
             trainable, lr=optim.lr, weight_decay=optim.weight_decay, fused=device.type == "cuda"
@@ -48,6 +55,7 @@ class Engine:
         in_optimizer = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         assert config.zero_stage or all(id(parameter) in in_optimizer for parameter in trainable)
         self.zero_stage = config.zero_stage
+        self._deepspeed = deepspeed
 
     @property
     def network(self) -> AudioVisualNetwork:
@@ -69,8 +77,7 @@ class Engine:
         """All of the student's weights and buffers, whole, in host memory, on every rank."""
         if self.zero_stage < 3:
             return {name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()}
-        deepspeed = _deepspeed()
-        with deepspeed.zero.GatheredParameters(list(self.network.parameters())):
+        with self._deepspeed.zero.GatheredParameters(list(self.network.parameters())):
             return {name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()}
 
     def close(self) -> None:
@@ -83,15 +90,22 @@ def set_threads(world: World) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.local_size))
 
 
-def _deepspeed() -> Any:
-    """DeepSpeed, imported late (it takes seconds) and without its chatter."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="deepspeed")
+def name_accelerator() -> None:
+    """Tell DeepSpeed what it would guess with a warning; it looks when it is imported."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _deepspeed(world: World) -> Any:
+    """DeepSpeed, imported late (it takes seconds), joined to the process group, and without its chatter."""
+    for module in ("torch.distributed", "deepspeed"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    name_accelerator()
+    os.environ["LOCAL_RANK"] = str(world.local_rank)  # where DeepSpeed looks for the rank's device
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
     if not deepspeed.comm.is_initialized():
-        os.environ.setdefault("LOCAL_RANK", "0")
-        deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
+        with contextlib.redirect_stdout(io.StringIO()):
+            deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
     return deepspeed

@@ -57,10 +57,11 @@ class Evaluator:
         clips = self.manifest.clips(self.scenario.seen(step), split)
         batches = rank_share(plan_evaluation(clips, self.global_batch), self.world.rank, self.world.size)
         source = FixedSource(batches)
-        predicted, faults = [], []
+        predicted: list[Tensor] = []
+        faults: list[str] = []
         was_training = network.training
         network.eval()
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference_mode: what ZeRO 3 gathers under it could not be trained on afterwards
             for batch in load_batches(source, manifest=self.manifest, labels=self.scenario.labels, data=self.data):
                 on_device = batch.to(self.device)
                 output = network(on_device.visual, on_device.audio)

@@ -3,7 +3,7 @@
 from avcil_dist import storage
 from avcil_dist.compose import flatten
 from avcil_dist.config import Config
-from avcil_dist.data.manifest import Manifest, load_manifest
+from avcil_dist.data.manifest import Manifest, Split, load_manifest
 from avcil_dist.data.plan import check_batch_fits
 from avcil_dist.errors import ConfigError
 from avcil_dist.methods import make_method
@@ -86,7 +86,7 @@ def _check_step(config: Config, manifest: Manifest, scenario: Scenario, step: in
     num_clips = len(manifest.clips(scenario.new(step), "train"))
     if num_clips < config.optim.batch:
         raise ConfigError(f"optim.batch={config.optim.batch}: step {step} has only {num_clips} training clips")
-    splits = ("test", "val") if config.optim.select == "best_val" else ("test",)
+    splits: tuple[Split, ...] = ("test", "val") if config.optim.select == "best_val" else ("test",)
     for split in splits:
         for name in scenario.new(step):
             if not manifest.shard_numbers([name], split):

@@ -83,10 +83,10 @@ class Trainer:
         return best
 
     def _make_engine(self, student: AudioVisualNetwork) -> Engine:
-        optim, num_ranks = self.config.optim, self.source.world.size
+        optim, world = self.config.optim, self.source.world
         replayed = optim.replay_batch if len(self.source.exemplars) else 0
-        rows = (optim.batch + replayed) // num_ranks
-        return Engine(student, optim=optim, config=self.config.engine, rows=rows, device=self.device)
+        rows = (optim.batch + replayed) // world.size
+        return Engine(student, optim=optim, config=self.config.engine, rows=rows, world=world, device=self.device)
 
     def _epoch(self, engine: Engine, batches: Iterator[Batch]) -> dict[str, float]:
         """One pass over the step's clips; returns the mean of each part of the loss."""

@@ -140,7 +140,7 @@ def test_verify_command_prints_the_faults_and_raises(url: str) -> None:
     assert "missing" in result.output
 
 
-def test_manifest_of_a_build_survives_json_formatting_only_unchanged(url: str) -> None:
+def test_manifest_changed_by_hand_is_refused(url: str) -> None:
     document = json.loads(Path(url).read_text())
     document["shards"][0]["keys"][0] = "other"
     Path(url).write_text(json.dumps(document))

@@ -71,7 +71,7 @@ class SmallConfig(Section):
 
 
 class TransformerConfig(Section):
-    """A vision transformer. `weights` is a path, a hub name, or `random`; the sizes are read only for `random`."""
+    """A vision transformer. `weights` is a path, a hub name, or `random`, and must fit the sizes given here."""
 
     weights: str = Field(description="path, hub name, or `random` (never silently random)")
     frozen: bool = Field(True, description="no gradient, no optimizer state")

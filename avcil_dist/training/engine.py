@@ -68,9 +68,12 @@ class Engine:
         output: Output = self._engine(*inputs)
         return output
 
-    def step(self, loss: Tensor) -> None:
-        """Backward, the sum over ranks, and the optimizer's step."""
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of the loss, summed over what each rank's rows gave to it."""
         self._engine.backward(loss)
+
+    def step(self) -> None:
+        """The optimizer's step; gradients are cleared."""
         self._engine.step()
 
     def state(self) -> dict[str, Tensor]:

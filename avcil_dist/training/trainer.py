@@ -110,7 +110,8 @@ class Trainer:
         gathered = gather_batch(batch, output, teacher_logits)
         self.num_bad += gathered.num_bad
         parts = self.method.loss(gathered.targets, gathered.output, gathered.teacher_logits)
-        engine.step(parts["loss"])
+        engine.backward(parts["loss"])
+        engine.step()
         return parts
 
     def _check_faults(self, batch: Batch) -> None:

@@ -1,0 +1,55 @@
+"""Small streams on feature shards: a configuration file, and runs of it through the command line."""
+
+from pathlib import Path
+
+import yaml
+from click.testing import CliRunner, Result
+
+from avcil_dist import storage
+from avcil_dist.training.artifact import StepArtifact, load_artifact
+from launch.cli import cli
+from tests.features import make_feature_shards
+
+CLASSES, STEPS = 6, [3, 2, 1]
+
+
+def write_config(folder: Path, **changes: object) -> Path:
+    """Feature shards of 6 classes, and a configuration of 3 unequal steps over them, with sections changed."""
+    manifest = folder / "shards" / "manifest.json"
+    if not manifest.exists():
+        make_feature_shards(folder / "shards", classes=CLASSES, clips={"train": 24, "val": 6, "test": 10})
+    document: dict[str, object] = {
+        "extends": "base",
+        "name": "tiny",
+        "output": str(folder / "runs"),
+        "data": {"manifest": str(manifest)},
+        "scenario": {"steps": STEPS},
+        "model": {"visual": {"kind": "precomputed"}, "audio": {"kind": "precomputed"}},
+        "memory": {"size": 30},
+        "optim": {"epochs": 12, "batch": 12, "replay_batch": 6, "eval_batch": 16, "lr": 0.003},
+    }
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(document | changes))
+    return path
+
+
+def avcil(*words: object) -> Result:
+    """Run the command in this process; its ranks are processes of their own."""
+    return CliRunner().invoke(cli, [str(word) for word in words])
+
+
+def train(config: Path, *words: object) -> str:
+    """Train a stream that must succeed; its folder."""
+    result = avcil("train", config, *words)
+    assert result.exit_code == 0, result.output
+    return result.output.splitlines()[-1].split(":")[0]
+
+
+def last_artifact(stream: str) -> StepArtifact:
+    """What the last step committed."""
+    return load_artifact(stream, len(STEPS) - 1)
+
+
+def weights_digest(stream: str, step: int = len(STEPS) - 1) -> str:
+    """The digest of a step's weights."""
+    return storage.sha256_file(f"{stream}/step_{step:03d}/model.safetensors")

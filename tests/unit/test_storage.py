@@ -1,0 +1,161 @@
+import hashlib
+import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from avcil_dist import storage
+from avcil_dist.errors import ConfigError, DataError
+
+
+@pytest.fixture(params=["plain", "file://", "memory://"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A folder on each kind of filesystem that needs no server."""
+    if request.param == "memory://":
+        url = f"memory:/{tmp_path}"
+        yield url
+        storage.remove_tree(url)
+    else:
+        yield str(tmp_path) if request.param == "plain" else f"file://{tmp_path}"
+
+
+@contextmanager
+def files_no_longer_than(num_bytes: int) -> Iterator[None]:
+    """A disk that is full, as far as this process can tell: longer writes fail midway."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_what_is_written_is_read(root: str) -> None:
+    url = storage.join(root, "a/b", "file.bin")
+    assert not storage.exists(url)
+    storage.write_bytes(url, b"first")
+    storage.write_bytes(url, b"other!")
+    assert storage.exists(url)
+    assert storage.read_bytes(url) == b"other!"
+    assert storage.size(url) == 6
+
+
+def test_json_comes_back_and_equal_values_give_equal_bytes(root: str) -> None:
+    first, second = storage.join(root, "1.json"), storage.join(root, "2.json")
+    storage.write_json(first, {"b": [1, None], "a": "é"})
+    storage.write_json(second, {"a": "é", "b": [1, None]})
+    assert storage.read_json(first) == {"a": "é", "b": [1, None]}
+    assert storage.read_bytes(first) == storage.read_bytes(second)
+
+
+def test_a_missing_file_is_named(root: str) -> None:
+    url = storage.join(root, "gone.json")
+    for read in (storage.read_bytes, storage.size, storage.read_json, storage.sha256_file):
+        with pytest.raises(DataError) as caught:
+            read(url)
+        assert str(caught.value) == f"{url}: missing"
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path: Path) -> None:
+    for read in (storage.read_bytes, storage.read_json, storage.sha256_file):
+        with pytest.raises(DataError, match=f"^{tmp_path}: .*missing"):
+            read(str(tmp_path))
+
+
+def test_a_file_in_the_place_of_a_folder_is_a_missing_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(DataError, match="manifest.json: missing"):
+        storage.read_bytes(f"{tmp_path}/file/manifest.json")
+
+
+@pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe{}"])
+def test_a_file_that_is_no_json_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"x\.json: not valid JSON \(") as caught:
+        storage.read_json(f"{tmp_path}/x.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_write_that_fails_midway_leaves_the_old_file_alone(tmp_path: Path) -> None:
+    url = f"{tmp_path}/model.bin"
+    storage.write_bytes(url, b"old")
+    with files_no_longer_than(1000), pytest.raises(OSError, match="too large"):
+        storage.write_bytes(url, bytes(5000))
+    assert storage.read_bytes(url) == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["model.bin"]
+
+
+def test_a_first_write_that_fails_midway_leaves_nothing(tmp_path: Path) -> None:
+    with files_no_longer_than(1000), pytest.raises(OSError, match="too large"):
+        storage.write_bytes(f"{tmp_path}/model.bin", bytes(5000))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("url", ["pipe:cat x", "pipe:curl http://host/x.tar"])
+def test_pipe_urls_are_refused_and_run_nothing(tmp_path: Path, url: str) -> None:
+    for use in (storage.open_filesystem, storage.read_bytes, storage.exists, storage.size):
+        with pytest.raises(ConfigError, match="pipe urls run shell commands"):
+            use(url)
+    marker = tmp_path / "ran"
+    with pytest.raises(ConfigError, match="pipe urls run shell commands"):
+        storage.read_bytes(storage.join(str(tmp_path), f"pipe:touch {marker}"))
+    assert not marker.exists()
+
+
+def test_an_unknown_protocol_is_one_line_that_names_it() -> None:
+    with pytest.raises(ConfigError, match="^nosuch://bucket/x: Protocol not known: nosuch") as caught:
+        storage.read_bytes("nosuch://bucket/x")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("parts", "joined"),
+    [
+        (("runs", "a", "b.tar"), "runs/a/b.tar"),
+        (("runs/", "a"), "runs/a"),
+        (("s3://bucket/data", "train/c.tar"), "s3://bucket/data/train/c.tar"),
+        (("runs", "/data/c.tar"), "/data/c.tar"),
+        (("runs", "s3://bucket/c.tar"), "s3://bucket/c.tar"),
+        (("runs",), "runs"),
+    ],
+)
+def test_join(parts: tuple[str, ...], joined: str) -> None:
+    assert storage.join(*parts) == joined
+
+
+@pytest.mark.parametrize(("url", "folder"), [("a/b/c.json", "a/b"), ("s3://x/c.json", "s3://x"), ("c.json", ".")])
+def test_parent(url: str, folder: str) -> None:
+    assert storage.parent(url) == folder
+
+
+def test_a_removed_tree_is_gone_and_may_be_removed_again(root: str) -> None:
+    folder = storage.join(root, "step_000")
+    storage.write_bytes(storage.join(folder, "deep/x"), b"x")
+    storage.remove_tree(folder)
+    assert not storage.exists(storage.join(folder, "deep/x"))
+    storage.remove_tree(folder)
+
+
+def test_a_local_copy_holds_the_whole_folder(root: str) -> None:
+    for name in ("x.txt", "deep/y.txt"):
+        storage.write_bytes(storage.join(root, "folder", name), name.encode())
+    with storage.local_copy(storage.join(root, "folder")) as folder:
+        found = {str(p.relative_to(folder)): p.read_text() for p in Path(folder).rglob("*") if p.is_file()}
+        assert found == {"x.txt": "x.txt", "deep/y.txt": "deep/y.txt"}
+    assert Path(folder).exists() == (not root.startswith("memory"))
+
+
+def test_digests_of_bytes_and_of_a_file_longer_than_a_chunk(root: str) -> None:
+    data = bytes(range(256)) * (storage.CHUNK_BYTES // 256) + b"end"
+    storage.write_bytes(storage.join(root, "long.bin"), data)
+    expected = hashlib.sha256(data).hexdigest()
+    assert storage.sha256(data) == expected
+    assert storage.sha256_file(storage.join(root, "long.bin")) == expected
+
+
+def test_written_json_is_plain_json(tmp_path: Path) -> None:
+    storage.write_json(f"{tmp_path}/x.json", {"a": [1]})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": [1]}

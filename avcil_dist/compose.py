@@ -6,6 +6,7 @@ A section that is a single word names a shipped file of that section: `method: a
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,10 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
         config = Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(_explain(error, tree, origins, Config, path.name)) from None
-    kind = method_class(config.method.name).Options
+    try:
+        kind = method_class(config.method.name).Options
+    except ConfigError as error:
+        raise ConfigError(f"{_said_by('method.name', origins, path.name)}: {error}") from None
     try:
         options = kind.model_validate(config.method.model_extra)
     except ValidationError as error:
@@ -93,16 +97,14 @@ def _read(path: Path, chain: tuple[Path, ...]) -> tuple[Tree, Origins]:
         raise ConfigError(f"{path}: extends itself, by way of {chain[-1].name}")
     try:
         document = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):
         raise ConfigError(f"{path}: a configuration is a mapping of sections, this is {type(document).__name__}")
-    bases = document.pop("extends", [])
     tree: Tree = {}
     origins: Origins = {}
-    for base in [bases] if isinstance(bases, str) else bases:
-        beside = path.parent / base
-        base_tree, base_origins = _read(beside if beside.is_file() else find_config(base), (*chain, path.resolve()))
+    for base in _bases(path, document.pop("extends", [])):
+        base_tree, base_origins = _read(base, (*chain, path.resolve()))
         _merge(tree, base_tree)
         origins |= base_origins
     for section in NAMED_SECTIONS:
@@ -112,6 +114,17 @@ def _read(path: Path, chain: tuple[Path, ...]) -> tuple[Tree, Origins]:
     _merge(tree, document)
     origins |= dict.fromkeys(_keys(document), path.name)
     return tree, origins
+
+
+def _bases(path: Path, extends: Any) -> list[Path]:
+    """The files that `path` extends, each beside it or by shipped name."""
+    names = [extends] if isinstance(extends, str) else extends
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{path}: extends: {extends!r} is neither a file nor a list of files")
+    try:
+        return [path.parent / name if (path.parent / name).is_file() else find_config(name) for name in names]
+    except ConfigError as error:
+        raise ConfigError(f"{path}: extends: {error}") from None
 
 
 def _named_section(section: str, name: str, said_by: str) -> Tree:
@@ -125,7 +138,7 @@ def _named_section(section: str, name: str, said_by: str) -> Tree:
 
 def _override(tree: Tree, origins: Origins, override: str) -> None:
     key, equals, text = override.partition("=")
-    if not equals or not key:
+    if not equals or not all(key.split(".")):
         raise ConfigError(f"{COMMAND_LINE}: {override!r} is not of the form section.key=value")
     try:
         value = yaml.safe_load(text)
@@ -171,23 +184,28 @@ def _explain(
         if isinstance(node, Mapping) and (part in node or (fault["type"] == "missing" and part == fault["loc"][-1])):
             keys.append(str(part))
             node = node.get(part)
-    key = ".".join([section, *keys] if section else keys)
-    where = next((origins[key[:end]] for end in _ancestors(key) if key[:end] in origins), file)
     if fault["type"] == "union_tag_invalid":
-        tag = fault["ctx"]["discriminator"].strip("'")
-        return f"{where}: {key}.{tag}: {node[tag]!r} is none of {fault['ctx']['expected_tags']}"
+        keys.append(fault["ctx"]["discriminator"].strip("'"))
+        node = node[keys[-1]]
+    key = ".".join([section, *keys] if section else keys)
+    where = _said_by(key, origins, file)
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "union_tag_invalid":
+        return f"{where}: {key}: {node!r} is none of {fault['ctx']['expected_tags']}"
     if not key:
-        return f"{where}: {fault['msg'].removeprefix('Value error, ')}"
+        return f"{where}: {message}"
     if fault["type"] == "extra_forbidden":
         return f"{where}: {key}: unknown key; {_nearest(keys, model)}"
     if fault["type"] in ("missing", "union_tag_not_found"):
         return f"{where}: {key}: missing; say it in the file or on the command line"
-    return f"{where}: {key}: {node!r}: {fault['msg']}"
+    shown = re.sub("://[^/@]*@", "://***@", repr(node))  # an error line ends in logs: no password in it
+    return f"{where}: {key}: {shown}: {message}"
 
 
-def _ancestors(key: str) -> Iterable[int]:
-    yield len(key)
-    yield from (i for i in range(len(key) - 1, -1, -1) if key[i] == ".")
+def _said_by(key: str, origins: Origins, file: str) -> str:
+    """Who said the key, or the nearest section that it is in; `file` where nobody did."""
+    ends = [len(key), *(i for i in range(len(key) - 1, -1, -1) if key[i] == ".")]
+    return next((origins[key[:end]] for end in ends if key[:end] in origins), file)
 
 
 def _section_fields(keys: Sequence[str], model: type[BaseModel]) -> set[str]:
@@ -207,5 +225,9 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 def _nearest(keys: Sequence[str], model: type[BaseModel]) -> str:
     allowed = _section_fields(keys, model)
+    if keys[-1] in allowed:
+        return "another kind has it, this one does not"
+    if not allowed:
+        return "none is allowed here"
     close = difflib.get_close_matches(keys[-1], allowed, n=1)
     return f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(sorted(allowed))}"

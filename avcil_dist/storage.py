@@ -37,7 +37,8 @@ def join(root: str, *parts: str) -> str:
     """`root/part/part`; an absolute last part or a full url stands for itself."""
     joined = root
     for part in parts:
-        joined = part if "://" in part or part.startswith("/") else f"{joined.rstrip('/')}/{part}"
+        stands_alone = "://" in part or part.startswith(("/", "pipe:"))  # a pipe, so that it is refused by name
+        joined = part if stands_alone else f"{joined.rstrip('/')}/{part}"
     return joined
 
 
@@ -56,19 +57,15 @@ def exists(url: str) -> bool:
 def size(url: str) -> int:
     """Bytes of the file at `url`. Raises DataError where there is none."""
     filesystem, path = open_filesystem(url)
-    try:
+    with _read_faults(url):
         return int(filesystem.size(path))
-    except FileNotFoundError:
-        raise DataError(f"{url}: missing") from None
 
 
 def read_bytes(url: str) -> bytes:
     """The whole file. Raises DataError where there is none."""
     filesystem, path = open_filesystem(url)
-    try:
+    with _read_faults(url):
         return bytes(filesystem.cat_file(path))
-    except FileNotFoundError:
-        raise DataError(f"{url}: missing") from None
 
 
 def write_bytes(url: str, data: bytes) -> None:
@@ -128,10 +125,21 @@ def sha256(data: bytes) -> str:
 
 
 def sha256_file(url: str) -> str:
-    """The hex digest of the file at `url`, read in chunks."""
+    """The hex digest of the file at `url`, read in chunks. Raises DataError where there is none."""
     filesystem, path = open_filesystem(url)
     digest = hashlib.sha256()
-    with filesystem.open(path, "rb") as file:
+    with _read_faults(url), filesystem.open(path, "rb") as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+@contextmanager
+def _read_faults(url: str) -> Iterator[None]:
+    """What a wrong url makes of a read, as DataError."""
+    try:
+        yield
+    except IsADirectoryError:
+        raise DataError(f"{url}: a folder, not a file") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"{url}: missing") from None

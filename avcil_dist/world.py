@@ -13,6 +13,7 @@ TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "M
 SLURM_VARIABLES = (
     "SLURM_PROCID",
     "SLURM_LOCALID",
+    "SLURM_NODEID",
     "SLURM_STEP_NUM_TASKS",
     "SLURM_STEP_TASKS_PER_NODE",
     "SLURM_STEP_NODELIST",
@@ -53,10 +54,10 @@ def world_from_environment(environment: Mapping[str, str]) -> World:
 
 def first_host(node_list: str) -> str:
     """The first host of a SLURM node list: `gpu[03-07,9],x1` gives `gpu03`."""
-    found = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\])?", node_list)
+    found = re.match(r"(?:[^\[,]|\[[^\]]*\])+", node_list)
     if not found:
         raise WorldError(f"SLURM_STEP_NODELIST={node_list!r}: no host name in it")
-    return found[1] + (found[2] or "")
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", found[0])
 
 
 def _from_torchrun(environment: Mapping[str, str]) -> World:
@@ -79,11 +80,26 @@ def _from_slurm(environment: Mapping[str, str]) -> World:
         rank=_integer(environment, "SLURM_PROCID"),
         size=_integer(environment, "SLURM_STEP_NUM_TASKS"),
         local_rank=_integer(environment, "SLURM_LOCALID"),
-        local_size=int(environment["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0]),
+        local_size=_tasks_of_node(environment),
         master_addr=first_host(environment["SLURM_STEP_NODELIST"]),
         master_port=FIRST_JOB_PORT + job_id % JOB_PORTS,
         launcher="slurm",
     )
+
+
+def _tasks_of_node(environment: Mapping[str, str]) -> int:
+    """The number for this node in a list such as `3(x2),1`: three tasks on each of two nodes, one on the third."""
+    tasks = environment["SLURM_STEP_TASKS_PER_NODE"]
+    counts: list[int] = []
+    for part in tasks.split(","):
+        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if not found:
+            raise WorldError(f"SLURM_STEP_TASKS_PER_NODE={tasks!r} is not a list of counts")
+        counts += [int(found[1])] * int(found[2] or 1)
+    node = _integer(environment, "SLURM_NODEID")
+    if node not in range(len(counts)):
+        raise WorldError(f"SLURM_NODEID={node} is not in SLURM_STEP_TASKS_PER_NODE={tasks!r}")
+    return counts[node]
 
 
 def _require(environment: Mapping[str, str], names: tuple[str, ...], launcher: str) -> None:

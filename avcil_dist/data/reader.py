@@ -27,7 +27,9 @@ class ShardReader:
         sizes = np.array([shard.sizes[member][row] for member in self.members])
         filesystem, path = storage.open_filesystem(url)
         try:
-            found = filesystem.cat_ranges([path] * len(starts), starts.tolist(), (starts + sizes).tolist())
+            found = filesystem.cat_ranges(
+                [path] * len(starts), starts.tolist(), (starts + sizes).tolist(), on_error="raise"
+            )
         except OSError as error:
             raise DataError(f"{url}: clip {shard.keys[row]}: {error}") from None
         for member, size, data in zip(self.members, sizes, found, strict=True):

@@ -79,6 +79,11 @@ def test_uneven_nodes_have_their_own_number_of_tasks(node: str, local_size: int)
     assert world_from_environment(environment).local_size == local_size
 
 
+def test_a_node_that_the_task_list_does_not_reach_is_an_error() -> None:
+    with pytest.raises(WorldError, match="SLURM_NODEID=2 is not in"):
+        world_from_environment(SLURM | {"SLURM_NODEID": "2"})
+
+
 def test_jobs_that_share_a_node_have_ports_of_their_own() -> None:
     ports = {world_from_environment(SLURM | {"SLURM_JOB_ID": str(job)}).master_port for job in range(100, 150)}
     assert len(ports) == 50

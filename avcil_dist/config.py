@@ -42,6 +42,10 @@ class DataConfig(Section):
     max_bad_fraction: float = Field(
         0.01, ge=0, le=1, description="damaged clips that an epoch may skip before the step stops"
     )
+    source_disjoint: bool = Field(
+        False,
+        description="also test on the clips whose source video (the key up to its last _) no training clip is from",
+    )
     clip: ClipConfig = ClipConfig()
 
 
@@ -95,6 +99,7 @@ class AudioMAEConfig(TransformerConfig):
 class ModelConfig(Section):
     """The two encoders; attention, projections and head follow from their dimension."""
 
+    modality: Literal["both", "audio", "visual"] = Field("both", description="learn from sound and pictures, or one")
     visual: Annotated[PrecomputedConfig | SmallConfig | VideoMAEConfig, Field(discriminator="kind")]
     audio: Annotated[PrecomputedConfig | SmallConfig | AudioMAEConfig, Field(discriminator="kind")]
 
@@ -111,7 +116,9 @@ class MemoryConfig(Section):
     """The exemplars, shared evenly by the classes remembered."""
 
     size: int = Field(0, ge=0, description="exemplars in all")
-    selection: Literal["random"] = "random"
+    selection: Literal["published", "random", "herding"] = Field(
+        "published", description="which clips of a class: random, nearest to its mean, or as the method is published"
+    )
 
 
 class OptimConfig(Section):

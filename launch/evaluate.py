@@ -9,12 +9,12 @@ from avcil_dist.data.manifest import Split, check_shards, load_manifest
 from avcil_dist.errors import ArtifactError
 from avcil_dist.methods import make_method
 from avcil_dist.methods.base import StepContext
-from avcil_dist.models.network import build_network
 from avcil_dist.training.artifact import is_committed, load_artifact
 from avcil_dist.training.distributed import local_device, process_group
 from avcil_dist.training.engine import set_threads
 from avcil_dist.training.evaluate import Evaluator
 from avcil_dist.training.metrics import accuracy_row, per_class_accuracy, seen_accuracy
+from avcil_dist.training.networks import network_after
 from avcil_dist.world import world_from_environment
 from launch.local import local_worlds
 
@@ -36,9 +36,9 @@ def evaluate_stream(stream: str, step: int | None, split: str, manifest_url: str
     set_threads(world)
     with process_group(world, device, config.engine.timeout_minutes):
         method = make_method(config.method)
-        method.load_state_dict(artifact.method)
         method.begin_step(StepContext(scenario, artifact.step))
-        network = build_network(config.model, config.data.clip, manifest.shape, len(seen)).to(device)
+        method.load_state_dict(artifact.method)
+        network = network_after(config, manifest, scenario, method, artifact.step).to(device)
         network.load_state_dict(artifact.model)
         evaluator = Evaluator(manifest, scenario, config.data, config.optim.eval_batch, world, device)
         found = evaluator(network, method, cast(Split, split), artifact.step, on_batch=lambda: None)

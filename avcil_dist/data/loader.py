@@ -86,11 +86,15 @@ class Request:
 
 @dataclass(frozen=True)
 class TrainingSource:
-    """All training batches of a step for one rank, from batch `start` on, epoch after epoch."""
+    """All training batches of a step for one rank, from batch `start` on, epoch after epoch.
+
+    `exemplars` come in batches of their own beside the current clips; `joined` ones are among them.
+    """
 
     manifest: Manifest
     classes: tuple[str, ...]
     exemplars: np.ndarray
+    joined: np.ndarray
     data: DataConfig
     optim: OptimConfig
     seed: int
@@ -109,6 +113,7 @@ class TrainingSource:
             global_batch=self.optim.batch,
             canonical_nodes=self.data.canonical_nodes,
             window=self.data.window,
+            exemplars=self.joined,
         ).batches
 
     def __iter__(self) -> Iterator[Request]:

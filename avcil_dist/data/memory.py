@@ -1,12 +1,16 @@
 """The memory: exemplars of old classes, as keys. The clips themselves stay in the shards.
 
-Pure: selection is a function of keys and seed, independent of ranks.
+Pure: selection is a function of keys and seed, or of features, independent of ranks.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from avcil_dist.seeds import generator
+
+DECIMALS = 6
 
 
 @dataclass(frozen=True)
@@ -29,20 +33,50 @@ class Memory:
         """The inverse of `to_record`."""
         return cls({name: tuple(keys) for name, keys in record.items()})
 
-    def update(self, candidates: Mapping[str, Sequence[str]], size: int, seed: int) -> "Memory":
-        """The memory after a step that brought the classes of `candidates` (name to all their keys).
+    def update(self, ranked: Mapping[str, Sequence[str]], size: int) -> "Memory":
+        """The memory after a step that brought the classes of `ranked` (name to keys, the most wanted first).
 
-        Every class gets `size // classes`; old classes keep their first ones, new classes a random
-        choice; a class with fewer clips gives what it has.
+        Every class gets `size // classes` and keeps its first ones; a class with fewer clips gives
+        what it has.
         """
-        quota = size // (len(self.keys) + len(candidates))
-        kept = {name: keys[:quota] for name, keys in self.keys.items()}
-        return Memory(kept | {name: _choose(name, keys, quota, seed) for name, keys in candidates.items()})
+        share = quota(size, len(self.keys) + len(ranked))
+        return Memory({name: tuple(keys[:share]) for name, keys in {**self.keys, **ranked}.items()})
 
 
 EMPTY_MEMORY = Memory({})
 
 
-def _choose(name: str, keys: Sequence[str], quota: int, seed: int) -> tuple[str, ...]:
-    order = generator(seed, "memory", name).permutation(len(keys))
-    return tuple(keys[i] for i in order[:quota])
+def quota(size: int, num_classes: int) -> int:
+    """Exemplars a class."""
+    return size // num_classes
+
+
+def random_order(name: str, keys: Sequence[str], seed: int) -> list[str]:
+    """A class's keys in an order that depends on its name and the seed alone."""
+    return [keys[i] for i in generator(seed, "memory", name).permutation(len(keys))]
+
+
+def herding_order(features: np.ndarray, count: int) -> list[int]:
+    """The rows of `features` (clips, D) whose running mean stays closest to the mean of all; at most `count`.
+
+    Unit-norm features, picked without replacement, the best first; of equal ones the first row.
+    Source: Welling 2009, Rebuffi et al. 2017 (iCaRL), algorithm 4.
+    """
+    units = unit_rows(features)
+    mean, total = units.mean(axis=0), np.zeros(units.shape[1])
+    left = np.ones(len(units), dtype=bool)
+    picked: list[int] = []
+    for number in range(1, min(count, len(units)) + 1):
+        distance = np.square(units - (number * mean - total)).sum(axis=1)
+        best = int(np.where(left, distance.round(DECIMALS), np.inf).argmin())
+        picked.append(best)
+        left[best] = False
+        total += units[best]
+    return picked
+
+
+def unit_rows(features: np.ndarray) -> np.ndarray:
+    """Rows of unit length in float64, without the digits in which one machine differs from another; zero stays zero."""
+    exact = features.astype(np.float64)
+    lengths = np.linalg.norm(exact, axis=1, keepdims=True)
+    return (exact / np.where(lengths > 0, lengths, 1)).round(DECIMALS)

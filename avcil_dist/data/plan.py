@@ -20,6 +20,7 @@ from avcil_dist.errors import ConfigError
 from avcil_dist.seeds import generator
 
 PADDING = -1
+NO_CLIPS = np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -40,19 +41,20 @@ def plan_epoch(
     global_batch: int,
     canonical_nodes: int,
     window: int,
+    exemplars: np.ndarray = NO_CLIPS,
 ) -> EpochPlan:
-    """Plan one epoch over the training clips of `classes`.
+    """Plan one epoch over the training clips of `classes`, and `exemplars` (clip numbers) of others among them.
 
     `window` is the number of shards that the shuffle mixes at a time within a range. Raises
     ConfigError when `global_batch` is not a multiple of `canonical_nodes`.
     """
     if global_batch % canonical_nodes:
         raise ConfigError(f"batch {global_batch} is not a multiple of {canonical_nodes} canonical nodes")
-    numbers = manifest.shard_numbers(classes, "train")
-    counts = np.array([manifest.shards[number].count for number in numbers], dtype=np.int64)
-    names = [manifest.shards[number].class_name for number in numbers]
+    spans = [*_shards_clips(manifest, manifest.shard_numbers(classes, "train")), *_by_shard(manifest, exemplars)]
+    counts = np.array([len(span) for span in spans], dtype=np.int64)
+    names = [manifest.class_of(span[0]) for span in spans]
     order = _spread(names, counts, generator(seed, "shards", step))
-    clips = _clips_of(manifest, [numbers[i] for i in order])
+    clips = np.concatenate([NO_CLIPS, *(spans[i] for i in order)])
 
     share = global_batch // canonical_nodes
     ranges = [
@@ -119,9 +121,15 @@ def _spread(names: Sequence[str], counts: np.ndarray, random: np.random.Generato
     return np.argsort(place, kind="stable")
 
 
-def _clips_of(manifest: Manifest, numbers: Sequence[int]) -> np.ndarray:
-    spans = [np.arange(manifest.first_clips[number], manifest.first_clips[number + 1]) for number in numbers]
-    return np.concatenate([np.empty(0, dtype=np.int64), *spans])
+def _shards_clips(manifest: Manifest, numbers: Sequence[int]) -> list[np.ndarray]:
+    return [np.arange(manifest.first_clips[number], manifest.first_clips[number + 1]) for number in numbers]
+
+
+def _by_shard(manifest: Manifest, clips: np.ndarray) -> list[np.ndarray]:
+    """The clips by number, in parts that lie in one shard each."""
+    ordered = np.sort(clips)
+    shards = np.searchsorted(manifest.first_clips, ordered, side="right")
+    return [part for part in np.split(ordered, np.flatnonzero(np.diff(shards)) + 1) if len(part)]
 
 
 def _shuffle_range(manifest: Manifest, clips: np.ndarray, random: np.random.Generator, window: int) -> np.ndarray:

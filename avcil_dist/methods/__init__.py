@@ -7,7 +7,7 @@ from avcil_dist.config import MethodConfig
 from avcil_dist.errors import ConfigError
 from avcil_dist.methods.base import Method
 
-NOT_METHODS = {"base", "losses"}
+NOT_METHODS = {"base", "losses", "nearest_mean"}
 
 
 def method_names() -> list[str]:

@@ -41,26 +41,32 @@ class Avcil(Method):
     @property
     def needs(self) -> Needs:
         """A teacher, exemplars, and the divergence of attention where it is distilled."""
-        return Needs(teacher=True, replay=True, divergence=self.options.attention)
+        options = self.options
+        return Needs(
+            teacher=True,
+            memory="replay",
+            divergence=options.attention,
+            both_modalities=options.instance or options.class_aware or options.attention,
+        )
 
-    def loss(self, targets: Targets, output: Output, teacher_logits: Tensor | None) -> dict[str, Tensor]:
+    def loss(self, targets: Targets, output: Output, teacher: Output | None) -> dict[str, Tensor]:
         """CE_all at step 0; from then on the whole of the method."""
-        if teacher_logits is None:
+        if teacher is None:
             return {"loss": cross_entropy(output.logits, targets.labels)}
         options, context, labels = self.options, self.context, targets.labels
         parts = {
             "separated_softmax": separated_softmax(output.logits, labels, targets.num_current, context.num_old),
             "task_distillation": task_distillation(
-                output.logits, teacher_logits, context.old_tasks, options.distillation_temperature
+                output.logits, teacher.logits, context.old_tasks, options.distillation_temperature
             ),
         }
         total = parts["separated_softmax"] + parts["task_distillation"]
         if options.instance:
-            parts["instance"] = instance_contrast(output.audio, output.visual, options.contrast_temperature)
+            parts["instance"] = instance_contrast(*output.modalities, options.contrast_temperature)
             total = total + options.lambda_instance * parts["instance"]
         if options.class_aware:
             parts["class_aware"] = class_contrast(
-                output.audio, output.visual, labels, options.contrast_temperature, options.variant
+                *output.modalities, labels, options.contrast_temperature, options.variant
             )
             total = total + options.lambda_class * parts["class_aware"]
         if output.divergence is not None:

@@ -1,17 +1,19 @@
 """What a class-incremental method is: the interface between an algorithm and the step that trains it.
 
 A method never sees ranks, storage or the engine. The outputs that `loss` is given are those of
-the *global* batch, gathered with gradient, so a mean over rows is a mean over all ranks.
+the *global* batch, gathered with gradient, so a mean over rows is a mean over all ranks. What a
+method wants of a step it says in `needs`; what it needs not, it is not given.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from avcil_dist.config import Section
+from avcil_dist.models.design import PLAIN, Design
 from avcil_dist.models.outputs import Output
 from avcil_dist.scenario import Scenario
 
@@ -21,10 +23,20 @@ class Needs:
     """What a step must provide. A step 0 has no teacher and no exemplars, whatever a method needs."""
 
     teacher: bool = False
-    replay: bool = False
+    memory: Literal["none", "replay", "join"] = "none"  # exemplars beside the current clips, or among them
+    selection: Literal["random", "herding"] = "random"  # of exemplars, as published
+    means: bool = False  # the exemplars' features at the end of a step
     divergence: bool = False
+    importance: bool = False  # the teacher's, through `importance_loss`; the teacher's head then grows too
+    both_modalities: bool = False
     all_data: bool = False
     fresh_network: bool = False
+    training: Literal["every step", "first step", "never"] = "every step"
+    design: Design = PLAIN
+
+    def trains_at(self, step: int) -> bool:
+        """Whether the network is trained at this step, by gradients."""
+        return self.training == "every step" or (self.training == "first step" and step == 0)
 
 
 @dataclass(frozen=True)
@@ -40,6 +52,11 @@ class StepContext:
         return self.scenario.num_old(self.step)
 
     @property
+    def num_seen(self) -> int:
+        """Classes that are known at the end of the step."""
+        return self.scenario.num_seen(self.step)
+
+    @property
     def old_tasks(self) -> tuple[slice, ...]:
         """The head's slice of each earlier step."""
         return self.scenario.head_slices(self.step)[:-1]
@@ -47,7 +64,10 @@ class StepContext:
 
 @dataclass(frozen=True)
 class Targets:
-    """Labels (B,) of the global batch: `num_current` current clips first, then exemplars."""
+    """Labels (B,) of the global batch: `num_current` current clips first, then exemplars.
+
+    Exemplars that join the training clips are current clips.
+    """
 
     labels: Tensor
     num_current: int
@@ -70,19 +90,32 @@ class Method(ABC):
         return Needs()
 
     def begin_step(self, context: StepContext) -> None:
-        """Called before the network grows."""
+        """Called with the state of the step before loaded, before the network grows."""
         self.context = context
 
+    def imprint(self, features: Sequence[Tensor], norm: float) -> Tensor:
+        """Proxies (new classes · proxies, D) from each new class's features (clips, D), before training.
+
+        `norm` is the mean length of the old proxies. Asked of a method whose head is of proxies.
+        """
+        raise NotImplementedError(f"{type(self).__name__} asks for proxies and makes none")
+
     @abstractmethod
-    def loss(self, targets: Targets, output: Output, teacher_logits: Tensor | None) -> dict[str, Tensor]:
+    def loss(self, targets: Targets, output: Output, teacher: Output | None) -> dict[str, Tensor]:
         """`loss`, a scalar to minimise, and its parts by name."""
 
-    def end_step(self, context: StepContext) -> None:
-        """Called with the step's weights selected, before they are written."""
-        assert context == self.context
+    def importance_loss(self, labels: Tensor, output: Output) -> Tensor:
+        """A teacher's loss of each clip (B,); the norms of its gradient by `output.features()` are the importance."""
+        raise NotImplementedError(f"{type(self).__name__} asks for importance and names no loss")
+
+    def end_step(self, exemplars: Sequence[Tensor] | None) -> None:  # noqa: B027 - most methods do nothing then
+        """Called with the step's weights selected and the memory updated, before the test.
+
+        `exemplars` are the features (exemplars, D) of each seen class, where the method needs means.
+        """
 
     def scores(self, output: Output) -> Tensor:
-        """Class scores (B, C); the prediction is the largest."""
+        """Class scores (B, C); the prediction is the largest. Asked during training too, to select an epoch."""
         return output.logits
 
     def state_dict(self) -> dict[str, Any]:
@@ -93,3 +126,30 @@ class Method(ABC):
         """The inverse of `state_dict`."""
         if state:
             raise ValueError(f"{type(self).__name__} keeps no state, was given {', '.join(state)}")
+
+
+class OnePassMethod(Method):
+    """A method whose classifier comes in closed form from sums over clips: one pass, no gradient.
+
+    Each rank's method sums over its own clips; the step adds the ranks' sums up in between.
+    """
+
+    @abstractmethod
+    def observe(self, output: Output, labels: Tensor) -> None:
+        """Add these clips (B rows) to the sums of this step."""
+
+    @abstractmethod
+    def sums(self) -> list[Tensor]:
+        """The sums of this step. The step replaces their content by that over all ranks."""
+
+    @abstractmethod
+    def solve(self) -> Tensor:
+        """The candidate classifiers after this step, stacked; from sums that are whole."""
+
+    @abstractmethod
+    def candidate_scores(self, output: Output, candidates: Tensor) -> Tensor:
+        """Class scores of every candidate, (candidates, B, C)."""
+
+    @abstractmethod
+    def choose(self, candidates: Tensor, accuracies: Sequence[float]) -> float:
+        """Keep the candidate that did best on the validation clips (0 accuracies: there are none); its accuracy."""

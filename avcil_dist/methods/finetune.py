@@ -10,7 +10,7 @@ from avcil_dist.models.outputs import Output
 class Finetune(Method):
     """Cross-entropy over all seen classes, on current clips."""
 
-    def loss(self, targets: Targets, output: Output, teacher_logits: Tensor | None) -> dict[str, Tensor]:
+    def loss(self, targets: Targets, output: Output, teacher: Output | None) -> dict[str, Tensor]:
         """CE_all."""
         return {"loss": cross_entropy(output.logits, targets.labels)}
 

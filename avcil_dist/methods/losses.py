@@ -48,6 +48,42 @@ def task_distillation(logits: Tensor, teacher_logits: Tensor, slices: Sequence[s
     return temperature**2 * loss / max(1, len(logits))
 
 
+def sigmoid_distillation(logits: Tensor, teacher_logits: Tensor, variant: Literal["released", "paper"]) -> Tensor:
+    """Binary cross-entropy of old logits (B, C_o) with the teacher's answers, mean over rows and classes.
+
+    `released`: the authors' program hands a sigmoid to a loss that takes one itself.
+    """
+    ours = torch.sigmoid(logits) if variant == "released" else logits
+    answers = torch.sigmoid(teacher_logits.detach())
+    return F.binary_cross_entropy_with_logits(ours, answers, reduction="sum") / max(1, logits.numel())
+
+
+def proxy_nca(logits: Tensor, labels: Tensor) -> Tensor:
+    """NCA loss of each clip (B,), from similarities to classes (B, C), as the authors' program has it.
+
+    Its margin is subtracted from every logit, so it cancels out; and where the sum is over the other
+    classes, the clip's own counts as the largest logit of the row. The maximum is part of the
+    function, not a shift that cancels, so it takes its share of the gradient.
+    """
+    shifted = logits - logits.amax(dim=1, keepdim=True)
+    own = F.one_hot(labels, logits.shape[1]).bool()
+    others = shifted.masked_fill(own, 0).exp().sum(dim=1).log()
+    return others - shifted[own]
+
+
+def feature_discrepancy(features: Sequence[Tensor], teacher_features: Sequence[Tensor], importance: Tensor) -> Tensor:
+    """Σ_m mean_i( I_m,i · ‖norm(h_m) − norm(h'_m)‖ ) (Kang et al. 2022).
+
+    `features` are M of (B, D_m); `importance` (B, M) is normalised over m here.
+    """
+    shares = importance / importance.sum(dim=1, keepdim=True).clamp_min(torch.finfo(importance.dtype).tiny)
+    loss = torch.sum(features[0][:0])
+    for ours, theirs, share in zip(features, teacher_features, shares.unbind(dim=1), strict=True):
+        distance = _length(F.normalize(ours, dim=1) - F.normalize(theirs.detach(), dim=1))
+        loss = loss + (share.detach() * distance).sum() / max(1, len(share))
+    return loss
+
+
 def instance_contrast(audio: Tensor, visual: Tensor, temperature: float) -> Tensor:
     """L_I, eq. 6: each clip's sound against all pictures of the batch; its own is the target.
 
@@ -86,3 +122,9 @@ def _log_matches(audio: Tensor, visual: Tensor, temperature: float) -> Tensor:
 def _zero(logits: Tensor) -> Tensor:
     """0 that has a graph: the sum of no rows, so that it stays 0 whatever the rows hold."""
     return torch.sum(logits[:0])
+
+
+def _length(rows: Tensor) -> Tensor:
+    """Lengths (B,) of rows, with gradient 0 and not NaN at length 0."""
+    squares = rows.square().sum(dim=1)
+    return torch.where(squares > 0, squares, 1).sqrt() * (squares > 0)

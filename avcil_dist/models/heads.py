@@ -1,7 +1,8 @@
 """Classifiers that grow with the class stream."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class LinearHead(nn.Linear):
@@ -18,6 +19,43 @@ class LinearHead(nn.Linear):
         return self.out_features
 
 
+class ProxyHead(nn.Module):
+    """Local similarity classifier: several proxies a class, those of old classes frozen.
+
+    A clip's similarity to a proxy is the negative squared distance of their unit vectors; a class's
+    logit is the mean over its proxies, weighted by the softmax of the similarities themselves.
+    Source: Douillard et al. 2020 (PODNet), Kang et al. 2022 (AFC).
+    """
+
+    def __init__(self, dim: int, num_classes: int, num_frozen: int, num_proxies: int) -> None:
+        """The first `num_frozen` of the classes take no gradient."""
+        super().__init__()
+        self.num_proxies = num_proxies
+        self.frozen: Tensor
+        self.register_buffer("frozen", torch.randn(num_frozen * num_proxies, dim) / dim**0.5)
+        self.proxies = nn.Parameter(torch.randn((num_classes - num_frozen) * num_proxies, dim) / dim**0.5)
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the head knows."""
+        return (len(self.frozen) + len(self.proxies)) // self.num_proxies
+
+    @property
+    def mean_norm(self) -> float:
+        """The mean length of all proxies."""
+        return float(torch.cat([self.frozen, self.proxies.detach()]).norm(dim=1).mean())
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """Logits (B, C) of features (B, D)."""
+        proxies = F.normalize(torch.cat([self.frozen, self.proxies]), dim=1)
+        similarity = 2 * F.normalize(feature, dim=1) @ proxies.T - 2  # of unit vectors: -|a - b|² = 2ab - 2
+        by_class = similarity.unflatten(1, (-1, self.num_proxies))
+        return (by_class.softmax(dim=2) * by_class).sum(dim=2)
+
+
+Head = LinearHead | ProxyHead
+
+
 def grow(head: LinearHead, num_classes: int) -> LinearHead:
     """A new head for `num_classes` classes: old rows and biases as they were, new ones freshly drawn.
 
@@ -31,4 +69,19 @@ def grow(head: LinearHead, num_classes: int) -> LinearHead:
     with torch.no_grad():
         grown.weight[:old] = head.weight
         grown.bias[:old] = head.bias
+    return grown
+
+
+def grow_proxies(head: ProxyHead, num_classes: int, new: Tensor) -> ProxyHead:
+    """A new head for `num_classes` classes: the proxies there are, frozen, and `new` (new classes · proxies, D).
+
+    Raises ValueError when `new` are not the proxies of as many classes as come in.
+    """
+    dim = head.frozen.shape[1]
+    if new.shape != ((num_classes - head.num_classes) * head.num_proxies, dim):
+        raise ValueError(f"{tuple(new.shape)} are not the proxies of {num_classes - head.num_classes} classes")
+    grown = ProxyHead(dim, num_classes, head.num_classes, head.num_proxies).to(head.frozen)
+    with torch.no_grad():
+        grown.frozen.copy_(torch.cat([head.frozen, head.proxies]))
+        grown.proxies.copy_(new)
     return grown

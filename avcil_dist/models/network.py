@@ -1,43 +1,29 @@
-"""The audio-visual network: two encoders, audio-guided attention, a projection each, and a head.
+"""Networks: encoders, and what follows them (`design.py`).
 
-Source: Pian et al. 2023, eq. 1-6.
+With sound and pictures that is audio-guided attention, a projection each, and a head; with one of
+the two, a projection and a head. Source: Pian et al. 2023, eq. 1-6.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from avcil_dist.config import ClipConfig, ModelConfig
 from avcil_dist.errors import ConfigError
 from avcil_dist.models.attention import AudioGuidedAttention, TeacherView
+from avcil_dist.models.design import PLAIN, Design
 from avcil_dist.models.encoders import Encoder, build_audio_encoder, build_visual_encoder
-from avcil_dist.models.heads import LinearHead, grow
-from avcil_dist.models.outputs import Output
+from avcil_dist.models.heads import Head, LinearHead, ProxyHead, grow, grow_proxies
+from avcil_dist.models.outputs import Divergence, Output, sum_present
 
 
-class AudioVisualNetwork(nn.Module):
-    """A student or a teacher. Both encoders have the same dimension D."""
+class Network(nn.Module, ABC):
+    """A student or a teacher."""
 
-    def __init__(self, visual_encoder: Encoder, audio_encoder: Encoder, num_classes: int) -> None:
-        super().__init__()
-        dim = visual_encoder.dim
-        self.visual_encoder = visual_encoder
-        self.audio_encoder = audio_encoder
-        self.attention = AudioGuidedAttention(dim)
-        self.audio_proj = nn.Linear(dim, dim)
-        self.visual_proj = nn.Linear(dim, dim)
-        self.classifier = LinearHead(dim, num_classes)
-
-    @property
-    def num_classes(self) -> int:
-        """How many classes the head knows."""
-        return self.classifier.num_classes
-
-    def grow(self, num_classes: int) -> None:
-        """Replace the head by a larger one. Only before an engine is built: an engine would not see the new rows."""
-        self.classifier = grow(self.classifier, num_classes)
-
+    @abstractmethod
     def forward(self, visual: Tensor, audio: Tensor, teacher: TeacherView | None = None) -> Output:
         """Classify a batch.
 
@@ -45,11 +31,66 @@ class AudioVisualNetwork(nn.Module):
         pictures (B, frames, 3, H, W) and log-mel (B, mel_frames, mel_bins). `teacher` is a
         teacher's view of the last rows; with it the output has a divergence.
         """
+
+
+class HeadedNetwork(Network):
+    """A network that ends in projections and a head."""
+
+    audio_proj: nn.Linear
+    visual_proj: nn.Linear
+    classifier: Head
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the head knows."""
+        return self.classifier.num_classes
+
+    def grow(self, num_classes: int, new_proxies: Tensor | None = None) -> None:
+        """Replace the head by a larger one. Only before an engine is built: an engine would not see the new rows.
+
+        A head of proxies is given those of the new classes.
+        """
+        if isinstance(self.classifier, LinearHead):
+            self.classifier = grow(self.classifier, num_classes)
+        else:
+            assert new_proxies is not None
+            self.classifier = grow_proxies(self.classifier, num_classes, new_proxies)
+
+    def finish(self, sound: Tensor | None, pooled: Tensor | None, divergence: Divergence | None = None) -> Output:
+        """From encoded sound (B, D) and pooled pictures (B, D) to the output."""
+        audio = None if sound is None else torch.relu(self.audio_proj(sound))
+        visual = None if pooled is None else torch.relu(self.visual_proj(pooled))
+        return Output(self.classifier(sum_present(audio, visual)), audio, visual, pooled, divergence)
+
+    def retrace(self, output: Output) -> Output:
+        """The same output, with a graph from its features to its logits and nothing before them."""
+        with torch.enable_grad():
+            audio = None if output.audio is None else output.audio.detach().requires_grad_()
+            pooled = None if output.pooled is None else output.pooled.detach().requires_grad_()
+            visual = None if pooled is None else torch.relu(self.visual_proj(pooled))
+            return Output(self.classifier(sum_present(audio, visual)), audio, visual, pooled)
+
+
+class AudioVisualNetwork(HeadedNetwork):
+    """Sound and pictures. Both encoders have the same dimension D."""
+
+    def __init__(
+        self, visual_encoder: Encoder, audio_encoder: Encoder, num_classes: int, head: ProxyHead | None = None
+    ) -> None:
+        super().__init__()
+        dim = visual_encoder.dim
+        self.visual_encoder = visual_encoder
+        self.audio_encoder = audio_encoder
+        self.attention = AudioGuidedAttention(dim)
+        self.audio_proj = nn.Linear(dim, dim)
+        self.visual_proj = nn.Linear(dim, dim)
+        self.classifier = head or LinearHead(dim, num_classes)
+
+    def forward(self, visual: Tensor, audio: Tensor, teacher: TeacherView | None = None) -> Output:
+        """Attend to the pictures as the sound guides, project both, classify their sum."""
         sound = self.audio_encoder(audio)
         pooled, divergence = self.attention(sound, self.visual_encoder(visual), teacher)
-        audio_feature = torch.relu(self.audio_proj(sound))
-        visual_feature = torch.relu(self.visual_proj(pooled))
-        return Output(self.classifier(audio_feature + visual_feature), audio_feature, visual_feature, divergence)
+        return self.finish(sound, pooled, divergence)
 
     @torch.no_grad()
     def view(self, visual: Tensor, audio: Tensor, rows: slice) -> TeacherView:
@@ -57,19 +98,89 @@ class AudioVisualNetwork(nn.Module):
         return TeacherView(self.attention, self.audio_encoder(audio[rows]), self.visual_encoder(visual[rows]))
 
 
+class AudioNetwork(HeadedNetwork):
+    """Sound alone."""
+
+    def __init__(self, encoder: Encoder, num_classes: int, head: ProxyHead | None = None) -> None:
+        super().__init__()
+        self.audio_encoder = encoder
+        self.audio_proj = nn.Linear(encoder.dim, encoder.dim)
+        self.classifier = head or LinearHead(encoder.dim, num_classes)
+
+    def forward(self, visual: Tensor, audio: Tensor, teacher: TeacherView | None = None) -> Output:
+        """Project the sound and classify it; the pictures are not looked at."""
+        return self.finish(self.audio_encoder(audio), None)
+
+
+class VisualNetwork(HeadedNetwork):
+    """Pictures alone, pooled by the mean over their tokens."""
+
+    def __init__(self, encoder: Encoder, num_classes: int, head: ProxyHead | None = None) -> None:
+        super().__init__()
+        self.visual_encoder = encoder
+        self.visual_proj = nn.Linear(encoder.dim, encoder.dim)
+        self.classifier = head or LinearHead(encoder.dim, num_classes)
+
+    def forward(self, visual: Tensor, audio: Tensor, teacher: TeacherView | None = None) -> Output:
+        """Pool the pictures, project, classify; the sound is not listened to."""
+        return self.finish(None, self.visual_encoder(visual).mean(dim=(1, 2)))
+
+
+class PooledTokens(Network):
+    """Encoders, and the mean of each cell of a grid of visual tokens. Nothing is learnt here."""
+
+    def __init__(self, visual_encoder: Encoder | None, audio_encoder: Encoder | None, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.visual_encoder = visual_encoder
+        self.audio_encoder = audio_encoder
+        self.grid = grid
+
+    def forward(self, visual: Tensor, audio: Tensor, teacher: TeacherView | None = None) -> Output:
+        """`audio` (B, D) and `visual` (B, cells · D) as encoded; there are no logits, (B, 0).
+
+        A grid finer than the tokens is cut down to them: a mean of one token, taken twice, is no new feature.
+        """
+        sound = None if self.audio_encoder is None else self.audio_encoder(audio)
+        if self.visual_encoder is None:
+            return Output(audio.new_zeros(len(audio), 0), sound, None)
+        tokens = self.visual_encoder(visual)
+        grid = (min(self.grid[0], tokens.shape[1]), min(self.grid[1], tokens.shape[2]))
+        cells = F.adaptive_avg_pool2d(tokens.permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1)
+        return Output(tokens.new_zeros(len(tokens), 0), sound, cells.flatten(1))
+
+
 def build_network(
-    model: ModelConfig, clip: ClipConfig, feature_shape: Mapping[str, int], num_classes: int
-) -> AudioVisualNetwork:
+    model: ModelConfig,
+    clip: ClipConfig,
+    feature_shape: Mapping[str, int],
+    num_classes: int,
+    *,
+    design: Design = PLAIN,
+    num_frozen: int = 0,
+) -> Network:
     """Make a network with fresh weights (from torch's global generator), except those that the config names.
 
-    `feature_shape` is the manifest's: frames, positions and dim of features, empty for clips.
-    Raises ConfigError when the encoders do not fit the data or each other.
+    `feature_shape` is the manifest's: frames, positions and dim of features, empty for clips. Of the
+    head's `num_classes`, proxies of the first `num_frozen` are frozen. Raises ConfigError when the
+    encoders do not fit the data or each other.
     """
-    visual_encoder = build_visual_encoder(model.visual, clip, feature_shape.get("dim"))
-    audio_encoder = build_audio_encoder(model.audio, clip, feature_shape.get("dim"))
-    if visual_encoder.dim != audio_encoder.dim:
+    dim = feature_shape.get("dim")
+    visual = None if model.modality == "audio" else build_visual_encoder(model.visual, clip, dim)
+    audio = None if model.modality == "visual" else build_audio_encoder(model.audio, clip, dim)
+    if visual is not None and audio is not None and visual.dim != audio.dim:
         raise ConfigError(
-            f"model: the visual encoder has dim {visual_encoder.dim}, the audio encoder {audio_encoder.dim}; "
+            f"model: the visual encoder has dim {visual.dim}, the audio encoder {audio.dim}; "
             "set model.visual.dim and model.audio.dim to the same number"
         )
-    return AudioVisualNetwork(visual_encoder, audio_encoder, num_classes)
+    if design.pool is not None:
+        return PooledTokens(visual, audio, design.pool)
+
+    def head(width: int) -> ProxyHead | None:
+        return ProxyHead(width, num_classes, num_frozen, design.num_proxies) if design.head == "proxies" else None
+
+    if visual is None:
+        assert audio is not None
+        return AudioNetwork(audio, num_classes, head(audio.dim))
+    if audio is None:
+        return VisualNetwork(visual, num_classes, head(visual.dim))
+    return AudioVisualNetwork(visual, audio, num_classes, head(visual.dim))

@@ -88,6 +88,18 @@ def decide_together(decide: Callable[[], T]) -> T:
     return answer
 
 
+def broadcast_tensor(make: Callable[[], Tensor] | None, device: torch.device) -> Tensor:
+    """What rank 0 makes, on all ranks; the others give None."""
+    tensor = make().contiguous() if make else torch.empty(0)
+    shape: list[Any] = [(tuple(tensor.shape), tensor.dtype)]
+    dist.broadcast_object_list(shape, src=0)
+    if not make:
+        tensor = torch.empty(shape[0][0], dtype=shape[0][1])
+    tensor = tensor.to(device)
+    dist.broadcast(tensor, src=0)
+    return tensor
+
+
 def collect_texts(texts: tuple[str, ...]) -> list[str]:
     """The texts of all ranks, in rank order."""
     collected: list[tuple[str, ...]] = [()] * dist.get_world_size()

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from avcil_dist.config import EngineConfig, OptimConfig
-from avcil_dist.models.network import AudioVisualNetwork
+from avcil_dist.models.network import Network
 from avcil_dist.models.outputs import Output
 from avcil_dist.world import World
 
@@ -27,7 +27,7 @@ class Engine:
 
     def __init__(
         self,
-        network: AudioVisualNetwork,
+        network: Network,
         *,
         optim: OptimConfig,
         config: EngineConfig,
@@ -58,9 +58,9 @@ class Engine:
         self._deepspeed = deepspeed
 
     @property
-    def network(self) -> AudioVisualNetwork:
+    def network(self) -> Network:
         """The student as it stands; at ZeRO 3 its parameters are whole only inside a forward pass."""
-        network: AudioVisualNetwork = self._engine.module
+        network: Network = self._engine.module
         return network
 
     def __call__(self, *inputs: Any) -> Output:
@@ -79,13 +79,18 @@ class Engine:
     def state(self) -> dict[str, Tensor]:
         """All of the student's weights and buffers, whole, in host memory, on every rank."""
         if self.zero_stage < 3:
-            return {name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()}
+            return whole_state(self.network)
         with self._deepspeed.zero.GatheredParameters(list(self.network.parameters())):
-            return {name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()}
+            return whole_state(self.network)
 
     def close(self) -> None:
         """Give back what the engine holds."""
         self._engine.destroy()
+
+
+def whole_state(network: Network) -> dict[str, Tensor]:
+    """A copy of a network's weights and buffers in host memory."""
+    return {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
 
 
 def set_threads(world: World) -> None:

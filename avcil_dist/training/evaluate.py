@@ -14,7 +14,7 @@ from avcil_dist.data.manifest import Manifest, Split
 from avcil_dist.data.plan import plan_evaluation, rank_share
 from avcil_dist.errors import DataError
 from avcil_dist.methods.base import Method
-from avcil_dist.models.network import AudioVisualNetwork
+from avcil_dist.models.network import Network
 from avcil_dist.models.outputs import Output
 from avcil_dist.scenario import Scenario
 from avcil_dist.training.distributed import collect_texts, gather_rows
@@ -48,7 +48,7 @@ class Evaluator:
     device: torch.device
 
     def __call__(
-        self, network: AudioVisualNetwork, method: Method, split: Split, step: int, *, on_batch: Callable[[], None]
+        self, network: Network, method: Method, split: Split, step: int, *, on_batch: Callable[[], None]
     ) -> Predictions:
         """Predict every clip of `split` of the classes seen at `step`. The network comes back in its mode.
 

@@ -9,6 +9,7 @@ from avcil_dist.errors import ConfigError
 from avcil_dist.methods import make_method
 from avcil_dist.scenario import Scenario, make_scenario
 from avcil_dist.training.artifact import StepArtifact, is_committed, load_artifact
+from avcil_dist.training.requirements import check_needs
 
 # Settings that say how and where a stream runs, not what it computes.
 OPERATIONAL = ("output", "engine.", "tracking.", "data.manifest", "data.workers", "optim.eval_batch")
@@ -63,15 +64,10 @@ def check_run(config: Config, world_size: int) -> Scenario:
     """
     manifest = load_manifest(config.data.manifest)
     scenario = scenario_of(config, manifest)
-    needs = make_method(config.method).needs
+    check_needs(config, manifest, scenario)
     check_batch_fits("optim.batch", config.optim.batch, world_size)
     check_batch_fits("optim.eval_batch", config.optim.eval_batch, world_size)
-    if needs.replay:
-        check_batch_fits("optim.replay_batch", config.optim.replay_batch, world_size)
-        if config.memory.size < scenario.num_seen(scenario.num_steps - 2):
-            raise ConfigError(
-                f"memory.size={config.memory.size}: method {config.method.name} needs an exemplar a class"
-            )
+    check_batch_fits("optim.replay_batch", config.optim.replay_batch, world_size)
     if (manifest.kind == "feature") != (config.model.visual.kind == "precomputed"):
         raise ConfigError(
             f"{config.data.manifest} holds {manifest.kind}s, "
@@ -83,10 +79,12 @@ def check_run(config: Config, world_size: int) -> Scenario:
 
 
 def _check_step(config: Config, manifest: Manifest, scenario: Scenario, step: int) -> None:
+    trains = make_method(config.method).needs.trains_at(step)
     num_clips = len(manifest.clips(scenario.new(step), "train"))
-    if num_clips < config.optim.batch:
+    if trains and num_clips < config.optim.batch:
         raise ConfigError(f"optim.batch={config.optim.batch}: step {step} has only {num_clips} training clips")
-    splits: tuple[Split, ...] = ("test", "val") if config.optim.select == "best_val" else ("test",)
+    selects = trains and config.optim.select == "best_val"
+    splits: tuple[Split, ...] = ("train", "test", "val") if selects else ("train", "test")
     for split in splits:
         for name in scenario.new(step):
             if not manifest.shard_numbers([name], split):

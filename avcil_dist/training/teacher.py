@@ -1,20 +1,24 @@
 """The teacher: the network of the step before, frozen, outside the student's engine."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from avcil_dist.data.loader import Batch
+from avcil_dist.methods.base import Method
 from avcil_dist.models.attention import TeacherView
-from avcil_dist.models.network import AudioVisualNetwork
+from avcil_dist.models.network import AudioVisualNetwork, HeadedNetwork, Network
+from avcil_dist.models.outputs import Output
 
 
 class Teacher(nn.Module):
     """Locked: `.train()` on it or on what holds it changes nothing, no parameter takes a gradient."""
 
-    def __init__(self, network: AudioVisualNetwork, state: Mapping[str, Tensor], device: torch.device) -> None:
+    def __init__(self, network: Network, state: Mapping[str, Tensor], device: torch.device) -> None:
         super().__init__()
+        assert isinstance(network, HeadedNetwork)
         self.network = network
         self.network.load_state_dict(dict(state))
         self.network.requires_grad_(False).eval().to(device)
@@ -23,12 +27,30 @@ class Teacher(nn.Module):
         """Stay in evaluation mode."""
         return self
 
+    def grow(self, num_classes: int, new_proxies: Tensor | None) -> None:
+        """Give the teacher the student's classes, to ask it about clips of new ones."""
+        self.network.grow(num_classes, new_proxies)
+        self.network.requires_grad_(False).eval()
+
     def logits(self, batch: Batch) -> Tensor:
         """(B, old classes), as an ordinary tensor: inference tensors cannot be kept for backward."""
         with torch.inference_mode():
             logits = self.network(batch.visual, batch.audio).logits
         return logits.clone()
 
+    def output(self, batch: Batch, method: Method) -> Output:
+        """What the method needs of the teacher: logits, and features with their importance where it asks for them."""
+        if not method.needs.importance:
+            return Output(self.logits(batch), None, None)
+        with torch.no_grad():
+            output: Output = self.network(batch.visual, batch.audio)
+        traced = self.network.retrace(output)
+        with torch.enable_grad():
+            loss = method.importance_loss(batch.labels, traced).sum()  # a clip's loss knows no other clip
+        gradients = torch.autograd.grad(loss, traced.features())
+        return replace(output, importance=torch.stack([gradient.norm(dim=1) for gradient in gradients], dim=1))
+
     def view(self, batch: Batch) -> TeacherView:
         """What the teacher attends to in the batch's exemplars."""
+        assert isinstance(self.network, AudioVisualNetwork)
         return self.network.view(batch.visual, batch.audio, slice(batch.num_current, None))

@@ -14,7 +14,7 @@ from avcil_dist.config import Config
 from avcil_dist.data.loader import Batch, TrainingSource, load_batches
 from avcil_dist.errors import DataError
 from avcil_dist.methods.base import Method, Targets
-from avcil_dist.models.network import AudioVisualNetwork
+from avcil_dist.models.network import Network
 from avcil_dist.models.outputs import Divergence, Output
 from avcil_dist.training.distributed import collect_texts, gather_rows
 from avcil_dist.training.engine import Engine
@@ -63,7 +63,7 @@ class Trainer:
         """Batches of an epoch."""
         return len(self.source.epoch_batches(0))
 
-    def train(self, student: AudioVisualNetwork) -> Selected:
+    def train(self, student: Network) -> Selected:
         """Train all epochs and select one of them."""
         engine = self._make_engine(student)
         step, num_epochs = self.source.step, self.config.optim.epochs
@@ -82,7 +82,7 @@ class Trainer:
         assert best is not None
         return best
 
-    def _make_engine(self, student: AudioVisualNetwork) -> Engine:
+    def _make_engine(self, student: Network) -> Engine:
         optim, world = self.config.optim, self.source.world
         replayed = optim.replay_batch if len(self.source.exemplars) else 0
         rows = (optim.batch + replayed) // world.size
@@ -106,10 +106,10 @@ class Trainer:
         has_exemplars = batch.num_current < len(batch.labels)
         view = self.teacher.view(batch) if self.teacher and self.method.needs.divergence and has_exemplars else None
         output = engine(batch.visual, batch.audio, view)
-        teacher_logits = self.teacher.logits(batch) if self.teacher else None
-        gathered = gather_batch(batch, output, teacher_logits)
+        taught = self.teacher.output(batch, self.method) if self.teacher else None
+        gathered = gather_batch(batch, output, taught)
         self.num_bad += gathered.num_bad
-        parts = self.method.loss(gathered.targets, gathered.output, gathered.teacher_logits)
+        parts = self.method.loss(gathered.targets, gathered.output, gathered.teacher)
         engine.backward(parts["loss"])
         engine.step()
         return parts
@@ -144,27 +144,44 @@ class GlobalBatch:
 
     targets: Targets
     output: Output
-    teacher_logits: Tensor | None
+    teacher: Output | None
     num_bad: int
 
 
-def gather_batch(batch: Batch, output: Output, teacher_logits: Tensor | None) -> GlobalBatch:
-    """Gather a rank's rows with those of the others, with gradient; equal on all ranks."""
+def gather_batch(batch: Batch, output: Output, teacher: Output | None) -> GlobalBatch:
+    """Gather a rank's rows with those of the others, with gradient; equal on all ranks.
+
+    Pooled pictures are only compared with a teacher's, so without those they stay where they are.
+    """
     valid = gather_rows(batch.valid, batch.num_current)
     num_current = len(valid) * batch.num_current // len(batch.valid)
 
     def gather(rows: Tensor) -> Tensor:
         return gather_rows(rows, batch.num_current)[valid]
 
+    def gather_present(rows: Tensor | None) -> Tensor | None:
+        return None if rows is None else gather(rows)
+
     def gather_exemplars(rows: Tensor) -> Tensor:
         return gather_rows(rows, len(rows))[valid[num_current:]]
 
-    divergence = output.divergence and Divergence(
-        gather_exemplars(output.divergence.spatial), gather_exemplars(output.divergence.temporal)
-    )
+    def gather_output(rows: Output, *, with_pooled: bool) -> Output:
+        divergence = rows.divergence and Divergence(
+            gather_exemplars(rows.divergence.spatial), gather_exemplars(rows.divergence.temporal)
+        )
+        return Output(
+            logits=gather(rows.logits),
+            audio=gather_present(rows.audio),
+            visual=gather_present(rows.visual),
+            pooled=gather_present(rows.pooled) if with_pooled else None,
+            divergence=divergence,
+            importance=gather_present(rows.importance),
+        )
+
+    with_pooled = teacher is not None and teacher.pooled is not None
     return GlobalBatch(
         targets=Targets(gather(batch.labels), int(valid[:num_current].sum())),
-        output=Output(gather(output.logits), gather(output.audio), gather(output.visual), divergence),
-        teacher_logits=None if teacher_logits is None else gather(teacher_logits),
+        output=gather_output(output, with_pooled=with_pooled),
+        teacher=None if teacher is None else gather_output(teacher, with_pooled=with_pooled),
         num_bad=int((~valid).sum()),
     )

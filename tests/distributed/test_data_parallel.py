@@ -14,7 +14,7 @@ from avcil_dist.data.loader import Batch
 from avcil_dist.data.manifest import load_manifest
 from avcil_dist.methods import make_method
 from avcil_dist.methods.base import StepContext
-from avcil_dist.models.network import AudioVisualNetwork, build_network
+from avcil_dist.models.network import Network, build_network
 from avcil_dist.scenario import Scenario
 from avcil_dist.training.engine import Engine
 from avcil_dist.training.evaluate import Evaluator
@@ -31,7 +31,7 @@ PRECOMPUTED = ModelConfig.model_validate({"visual": {"kind": "precomputed"}, "au
 SHAPE = {"frames": 2, "positions": 3, "dim": DIM}
 
 
-def _network(num_classes: int, seed: int) -> AudioVisualNetwork:
+def _network(num_classes: int, seed: int) -> Network:
     torch.manual_seed(seed)
     return build_network(PRECOMPUTED, ClipConfig(), SHAPE, num_classes)
 
@@ -71,8 +71,8 @@ def _loss_and_gradient(
         device=CPU,
     )
     view = teacher.view(batch) if method.needs.divergence else None
-    gathered = gather_batch(batch, engine(batch.visual, batch.audio, view), teacher.logits(batch))
-    loss = method.loss(gathered.targets, gathered.output, gathered.teacher_logits)["loss"]
+    gathered = gather_batch(batch, engine(batch.visual, batch.audio, view), teacher.output(batch, method))
+    loss = method.loss(gathered.targets, gathered.output, gathered.teacher)["loss"]
     engine.backward(loss)
     gradients = {name: safe_get_full_grad(value).numpy().copy() for name, value in student.named_parameters()}
     return loss.item(), gradients

@@ -1,0 +1,40 @@
+"""Learning without forgetting: the old network's answers on new clips, no exemplars.
+
+Source: Li and Hoiem 2016, as the baseline of Pian et al. 2023.
+"""
+
+from pydantic import PositiveFloat
+from torch import Tensor
+
+from avcil_dist.config import Section
+from avcil_dist.methods.base import Method, Needs, Targets
+from avcil_dist.methods.losses import cross_entropy, separated_softmax, task_distillation
+from avcil_dist.models.outputs import Output
+
+
+class Lwf(Method):
+    """Cross-entropy over the new logits + task-wise distillation, both on current clips."""
+
+    class Options(Section):
+        """Settings of the distillation."""
+
+        distillation_temperature: PositiveFloat = 2.0
+
+    @property
+    def needs(self) -> Needs:
+        """A teacher."""
+        return Needs(teacher=True)
+
+    def loss(self, targets: Targets, output: Output, teacher: Output | None) -> dict[str, Tensor]:
+        """CE_all at step 0; from then on CE over new logits + task-wise KD."""
+        if teacher is None:
+            return {"loss": cross_entropy(output.logits, targets.labels)}
+        context, labels = self.context, targets.labels
+        new = separated_softmax(output.logits, labels, len(labels), context.num_old)
+        distilled = task_distillation(
+            output.logits, teacher.logits, context.old_tasks, self.options.distillation_temperature
+        )
+        return {"loss": new + distilled, "new_classes": new, "task_distillation": distilled}
+
+
+METHOD = Lwf

@@ -1,0 +1,37 @@
+"""Separated softmax for incremental learning (Ahn et al. 2021), as the baseline of Pian et al. 2023."""
+
+from pydantic import PositiveFloat
+from torch import Tensor
+
+from avcil_dist.config import Section
+from avcil_dist.methods.base import Method, Needs, Targets
+from avcil_dist.methods.losses import cross_entropy, separated_softmax, task_distillation
+from avcil_dist.models.outputs import Output
+
+
+class Ssil(Method):
+    """Separated softmax + task-wise distillation, with a batch of exemplars beside every current one."""
+
+    class Options(Section):
+        """Settings of the distillation."""
+
+        distillation_temperature: PositiveFloat = 2.0
+
+    @property
+    def needs(self) -> Needs:
+        """A teacher and replay."""
+        return Needs(teacher=True, memory="replay")
+
+    def loss(self, targets: Targets, output: Output, teacher: Output | None) -> dict[str, Tensor]:
+        """CE_all at step 0; from then on separated softmax + task-wise KD."""
+        if teacher is None:
+            return {"loss": cross_entropy(output.logits, targets.labels)}
+        context = self.context
+        separated = separated_softmax(output.logits, targets.labels, targets.num_current, context.num_old)
+        distilled = task_distillation(
+            output.logits, teacher.logits, context.old_tasks, self.options.distillation_temperature
+        )
+        return {"loss": separated + distilled, "separated_softmax": separated, "task_distillation": distilled}
+
+
+METHOD = Ssil

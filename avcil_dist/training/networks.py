@@ -1,0 +1,76 @@
+"""The networks of a step: the shape that a method's network has at each step, the student and the teacher."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from avcil_dist.config import Config
+from avcil_dist.data.manifest import Manifest
+from avcil_dist.methods.base import Method, StepContext
+from avcil_dist.models.network import HeadedNetwork, Network, build_network
+from avcil_dist.scenario import Scenario
+from avcil_dist.seeds import derive_seed
+from avcil_dist.training.artifact import StepArtifact
+from avcil_dist.training.features import FeaturePass
+from avcil_dist.training.teacher import Teacher
+
+
+def network_after(config: Config, manifest: Manifest, scenario: Scenario, method: Method, step: int) -> Network:
+    """A network with fresh weights and the shape that it has at the end of `step`."""
+    needs = method.needs
+    trained = 0 if needs.training == "first step" else step
+    return build_network(
+        config.model,
+        config.data.clip,
+        manifest.shape,
+        scenario.num_seen(trained),
+        design=needs.design,
+        num_frozen=scenario.num_old(trained),
+    )
+
+
+@dataclass(frozen=True)
+class NetworkMaker:
+    """Makes the networks of one step."""
+
+    config: Config
+    manifest: Manifest
+    context: StepContext
+    method: Method
+    features: FeaturePass
+    device: torch.device
+
+    def make(self, previous: StepArtifact | None) -> tuple[Network, Teacher | None]:
+        """The student, its head grown, and the teacher where the method has one."""
+        needs, step = self.method.needs, self.context.step
+        torch.manual_seed(derive_seed(self.config.seed, "weights", step))
+        if previous is None:
+            return self._after(step).to(self.device), None
+        teacher = Teacher(self._after(step - 1), previous.model, self.device) if needs.teacher else None
+        if needs.fresh_network:
+            return self._after(step).to(self.device), teacher
+        student = self._after(step - 1)
+        student.load_state_dict(previous.model)
+        if needs.trains_at(step):
+            self._grow(student, teacher)
+        return student.to(self.device), teacher
+
+    def _after(self, step: int) -> Network:
+        return network_after(self.config, self.manifest, self.context.scenario, self.method, step)
+
+    def _grow(self, student: Network, teacher: Teacher | None) -> None:
+        assert isinstance(student, HeadedNetwork)
+        new = self._new_proxies(student) if self.method.needs.design.head == "proxies" else None
+        student.grow(self.context.num_seen, new)
+        if teacher and self.method.needs.importance:
+            teacher.grow(self.context.num_seen, new)
+
+    def _new_proxies(self, student: HeadedNetwork) -> Tensor:
+        """Proxies of the new classes, from what the student makes of their clips before it has learnt them."""
+        names = self.context.scenario.new(self.context.step)
+        found = self.features.by_class(
+            student.to(self.device), {name: self.manifest.clips([name], "train") for name in names}
+        )
+        assert not isinstance(student.classifier, torch.nn.Linear)
+        return self.method.imprint([found[name].features for name in names], student.classifier.mean_norm)

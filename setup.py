@@ -28,6 +28,7 @@ REQUIRED = [
     "jinja2==3.1.6",  # the report page
     "matplotlib==3.11.2",  # its plots
     "filelock==4.2.11",  # one process makes the tracking database
+    "scikit-learn==1.9.1",  # k-means, from which new proxies start
 ]
 TEST = [
     "pytest==9.2.0",

@@ -7,7 +7,7 @@ whatever the order of classes and steps. Source of the idea: Zhuang et al. 2022 
 Memory, in bytes, with F the length of φ, C the classes and K the candidates for γ: a rank holds G as
 the trapezoids above its diagonal, about 4F²(1 + 1024/F), of the steps before and again of this one;
 K·8FC for the candidates; and the rank that solves two whole F × F matrices, 16F². At F = 10,000,
-C = 309, K = 9: 0.9 GB on every rank, 0.22 GB of candidates, 1.6 GB more on the first.
+C = 309, K = 9: 0.9 GB and 0.22 GB of candidates on every rank, 1.6 GB more on the one that solves.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from avcil_dist.config import Section
+from avcil_dist.errors import ConfigError
 from avcil_dist.methods.base import Needs, OnePassMethod, StepContext, Targets
 from avcil_dist.methods.losses import cross_entropy
-from avcil_dist.models.design import PLAIN, Design
+from avcil_dist.models.design import Design
 from avcil_dist.models.outputs import Output
 from avcil_dist.seeds import generator
 
@@ -63,9 +64,10 @@ class Analytic(OnePassMethod):
     @property
     def needs(self) -> Needs:
         """Features that stay as they are."""
+        chooses = len(self.options.gammas) > 1
         if self.options.features == "network":
-            return Needs(training="first step", design=PLAIN)
-        return Needs(training="never", design=Design(pool=self.options.pool))
+            return Needs(training="first step", validation=chooses)
+        return Needs(training="never", validation=chooses, design=Design(pool=self.options.pool))
 
     def begin_step(self, context: StepContext) -> None:
         """The classifier is to be solved anew."""
@@ -88,32 +90,37 @@ class Analytic(OnePassMethod):
         return [self._new[name] for name in sorted(self._new)]
 
     def solve(self) -> Tensor:
-        """(candidates, F, C): one W for each γ, largest first; one factorisation each."""
+        """(candidates, F, C): one W for each γ, largest first; one factorisation each.
+
+        A γ too small to make the sums invertible in float64 gives W = 0. Raises ConfigError where all are.
+        """
         total = self._total()
         targets = total["targets"]
-        size = len(targets)
-        gram = torch.zeros(size, size, dtype=torch.float64, device=targets.device)
-        solutions = []
-        for gamma in self.gammas:
-            for name, first in _panels(size):
-                panel = total[name]
-                gram[first : first + len(panel), first:] = panel
+        size, num_classes = targets.shape
+        solutions = targets.new_zeros(len(self.gammas), size, num_classes)
+        gram, info = targets.new_zeros(size, size), torch.zeros((), dtype=torch.int32, device=targets.device)
+        num_solved = 0
+        for gamma, solution in zip(self.gammas, solutions, strict=True):
+            for name, first in _panels(size):  # the factor of the γ before lies there
+                gram[first : first + PANEL, first:] = total[name]
             gram.diagonal().add_(gamma)
-            factor = torch.linalg.cholesky(gram, upper=True)
-            solutions.append(torch.cholesky_solve(targets, factor, upper=True))
-            del factor
-        return torch.stack(solutions)
+            torch.linalg.cholesky_ex(gram, upper=True, out=(gram, info))
+            if not info.item():
+                solution.copy_(torch.cholesky_solve(targets, gram, upper=True))
+                num_solved += 1
+        if not num_solved:
+            raise ConfigError(f"method.gammas: {self.gammas} are too small for these features; add larger ones")
+        return solutions
 
     def candidate_scores(self, output: Output, candidates: Tensor) -> Tensor:
         """φW of each W."""
         return self._phi(output).double() @ candidates
 
-    def choose(self, candidates: Tensor, accuracies: Sequence[float]) -> float:
-        """Keep the best W and its γ; the largest γ of equally good ones, and where nothing tells them apart."""
+    def choose(self, candidates: Tensor, accuracies: Sequence[float]) -> None:
+        """Keep the best W and its γ, of equally good ones that of the largest γ."""
         best = int(np.argmax(accuracies)) if accuracies else 0
         self.gamma, self.weights = self.gammas[best], candidates[best].clone()
         self._before, self._new = self._total(), {}
-        return accuracies[best] if accuracies else float("nan")
 
     def scores(self, output: Output) -> Tensor:
         """φW; while the network of step 0 trains, its own logits."""

@@ -31,6 +31,7 @@ class Needs:
     both_modalities: bool = False
     all_data: bool = False
     fresh_network: bool = False
+    validation: bool = False  # clips of each class, whatever selects the epoch
     training: Literal["every step", "first step", "never"] = "every step"
     design: Design = PLAIN
 
@@ -151,5 +152,5 @@ class OnePassMethod(Method):
         """Class scores of every candidate, (candidates, B, C)."""
 
     @abstractmethod
-    def choose(self, candidates: Tensor, accuracies: Sequence[float]) -> float:
-        """Keep the candidate that did best on the validation clips (0 accuracies: there are none); its accuracy."""
+    def choose(self, candidates: Tensor, accuracies: Sequence[float]) -> None:
+        """Keep the candidate that did best on the validation clips; the first, where there are no such clips."""

@@ -88,14 +88,16 @@ def decide_together(decide: Callable[[], T]) -> T:
     return answer
 
 
-def broadcast_tensor(make: Callable[[], Tensor] | None, device: torch.device) -> Tensor:
-    """What rank 0 makes, on all ranks; the others give None."""
-    tensor = make().contiguous() if make else torch.empty(0)
-    shape: list[Any] = [(tuple(tensor.shape), tensor.dtype)]
-    dist.broadcast_object_list(shape, src=0)
-    if not make:
-        tensor = torch.empty(shape[0][0], dtype=shape[0][1])
-    tensor = tensor.to(device)
+def make_together(make: Callable[[], Tensor], device: torch.device) -> Tensor:
+    """Rank 0 makes a tensor; all ranks get it, on their device, or raise its error."""
+    made: list[Tensor] = []
+
+    def describe() -> tuple[tuple[int, ...], torch.dtype]:
+        made.append(make().to(device).contiguous())
+        return tuple(made[0].shape), made[0].dtype
+
+    shape, dtype = decide_together(describe)
+    tensor = made[0] if made else torch.empty(shape, dtype=dtype, device=device)
     dist.broadcast(tensor, src=0)
     return tensor
 

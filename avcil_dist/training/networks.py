@@ -7,7 +7,9 @@ from torch import Tensor
 
 from avcil_dist.config import Config
 from avcil_dist.data.manifest import Manifest
+from avcil_dist.errors import DataError
 from avcil_dist.methods.base import Method, StepContext
+from avcil_dist.models.heads import ProxyHead
 from avcil_dist.models.network import HeadedNetwork, Network, build_network
 from avcil_dist.scenario import Scenario
 from avcil_dist.seeds import derive_seed
@@ -72,5 +74,8 @@ class NetworkMaker:
         found = self.features.by_class(
             student.to(self.device), {name: self.manifest.clips([name], "train") for name in names}
         )
-        assert not isinstance(student.classifier, torch.nn.Linear)
+        for name in names:
+            if not len(found[name].features):
+                raise DataError(f"class {name!r}: none of its training clips can be read; restore its shards")
+        assert isinstance(student.classifier, ProxyHead)
         return self.method.imprint([found[name].features for name in names], student.classifier.mean_norm)

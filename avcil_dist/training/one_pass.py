@@ -7,7 +7,7 @@ from torch import Tensor
 from avcil_dist.data.manifest import Manifest
 from avcil_dist.methods.base import OnePassMethod, StepContext
 from avcil_dist.models.network import Network
-from avcil_dist.training.distributed import broadcast_tensor
+from avcil_dist.training.distributed import make_together
 from avcil_dist.training.features import FeaturePass
 
 
@@ -23,7 +23,7 @@ def train_one_pass(
     for total in method.sums():
         dist.all_reduce(total)
     # One rank solves: it needs the whole of the sums, and the others the same last digit.
-    candidates = broadcast_tensor(method.solve if dist.get_rank() == 0 else None, features.device)
+    candidates = make_together(method.solve, features.device)
     validation = manifest.clips(context.scenario.seen(context.step), "val")
     if not len(validation):
         method.choose(candidates, [])
@@ -36,4 +36,6 @@ def train_one_pass(
         count += batch.valid.sum()
     dist.all_reduce(hits)
     dist.all_reduce(count)
-    return method.choose(candidates, (hits / count).tolist())
+    accuracies: list[float] = (hits / count).tolist()
+    method.choose(candidates, accuracies)
+    return max(accuracies)

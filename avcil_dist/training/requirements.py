@@ -35,6 +35,7 @@ def describe(needs: Needs) -> list[str]:
         "a head of proxies": needs.design.head == "proxies",
         "all data of seen classes": needs.all_data,
         "a fresh network each step": needs.fresh_network,
+        "validation clips": needs.validation,
         "gradients at step 0 alone": needs.training == "first step",
         "no gradients": needs.training == "never",
     }

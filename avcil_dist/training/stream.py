@@ -79,11 +79,12 @@ def check_run(config: Config, world_size: int) -> Scenario:
 
 
 def _check_step(config: Config, manifest: Manifest, scenario: Scenario, step: int) -> None:
-    trains = make_method(config.method).needs.trains_at(step)
+    needs = make_method(config.method).needs
+    trains = needs.trains_at(step)
     num_clips = len(manifest.clips(scenario.new(step), "train"))
     if trains and num_clips < config.optim.batch:
         raise ConfigError(f"optim.batch={config.optim.batch}: step {step} has only {num_clips} training clips")
-    selects = trains and config.optim.select == "best_val"
+    selects = needs.validation or (trains and config.optim.select == "best_val")
     splits: tuple[Split, ...] = ("train", "test", "val") if selects else ("train", "test")
     for split in splits:
         for name in scenario.new(step):

@@ -1,0 +1,106 @@
+"""Adaptive feature consolidation (Kang et al. 2022), as the baseline of Pian et al. 2023.
+
+A head of proxies, NCA loss, and features kept near the teacher's where its loss depends on them.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor
+from torch.nn import functional as F
+
+from avcil_dist.config import Section
+from avcil_dist.methods.base import Method, Needs, StepContext, Targets
+from avcil_dist.methods.losses import cross_entropy, feature_discrepancy, proxy_nca
+from avcil_dist.methods.nearest_mean import class_means, nearness
+from avcil_dist.models.design import Design
+from avcil_dist.models.outputs import Output
+
+
+class Afc(Method):
+    """NCA + λ √(step + 1) · feature discrepancy, on current clips and exemplars together.
+
+    The importance of a feature is that of the teacher with the new classes' imprinted proxies beside
+    its own, so that a clip of a new class has a loss there; it is a constant of the clip in a step.
+    """
+
+    class Options(Section):
+        """The head, the weight of the discrepancy, and how to predict."""
+
+        predict: Literal["nme", "lsc"] = Field("nme", description="by the nearest mean of exemplars, or by the head")
+        num_proxies: PositiveInt = Field(10, description="proxies a class, K")
+        lambda_discrepancy: float = Field(0.5, ge=0, description="times the root of the number of steps so far")
+
+    means: Tensor | None = None
+
+    @property
+    def needs(self) -> Needs:
+        """A teacher and its gradients, exemplars that join, and a head of proxies."""
+        return Needs(
+            teacher=True,
+            memory="join",
+            selection="herding",
+            means=self.options.predict == "nme",
+            importance=True,
+            design=Design(head="proxies", num_proxies=self.options.num_proxies),
+        )
+
+    def begin_step(self, context: StepContext) -> None:
+        """The means were of the network of the step before."""
+        super().begin_step(context)
+        self.means = None
+
+    def imprint(self, features: Sequence[Tensor], norm: float) -> Tensor:
+        """The centres of K clusters of each class's unit-norm features, as long as the old proxies are on average."""
+        centres = [cluster_centres(of_class, self.options.num_proxies) for of_class in features]
+        return norm * F.normalize(torch.cat(centres), dim=1)
+
+    def loss(self, targets: Targets, output: Output, teacher: Output | None) -> dict[str, Tensor]:
+        """CE_all at step 0; from then on NCA with the discrepancy."""
+        if teacher is None:
+            return {"loss": cross_entropy(output.logits, targets.labels)}
+        assert teacher.importance is not None
+        nca = proxy_nca(output.logits, targets.labels).sum() / max(1, len(targets.labels))
+        discrepancy = feature_discrepancy(output.features(), teacher.features(), teacher.importance)
+        weight = self.options.lambda_discrepancy * (self.context.step + 1) ** 0.5
+        return {"loss": nca + weight * discrepancy, "nca": nca, "discrepancy": discrepancy}
+
+    def importance_loss(self, labels: Tensor, output: Output) -> Tensor:
+        """NCA of each clip."""
+        return proxy_nca(output.logits, labels)
+
+    def end_step(self, exemplars: Sequence[Tensor] | None) -> None:
+        """Take the means."""
+        self.means = None if exemplars is None else class_means(exemplars)
+
+    def scores(self, output: Output) -> Tensor:
+        """Nearness to each class's mean, where there are means; else the logits."""
+        return output.logits if self.means is None else nearness(output.feature, self.means)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The means, so that the step's artifact predicts as the step did."""
+        return {} if self.means is None else {"means": self.means}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The means."""
+        self.means = state.get("means")
+
+
+def cluster_centres(features: Tensor, count: int) -> Tensor:
+    """(count, D): centres of k-means of unit-norm features (clips, D).
+
+    With fewer different clips than centres the clips are the centres, taken in turn.
+    """
+    from sklearn.cluster import KMeans  # a second to import, and only this method needs it
+
+    units = F.normalize(features.double(), dim=1)
+    different = torch.unique(units.float().round(decimals=6), dim=0).to(units)
+    if len(different) <= count:
+        return different[torch.arange(count) % len(different)].float()
+    found = KMeans(count, n_init=1, random_state=0).fit(units.numpy())
+    return torch.from_numpy(found.cluster_centers_).float()
+
+
+METHOD = Afc

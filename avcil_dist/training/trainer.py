@@ -19,6 +19,7 @@ from avcil_dist.models.outputs import Divergence, Output
 from avcil_dist.training.distributed import collect_texts, gather_rows
 from avcil_dist.training.engine import Engine
 from avcil_dist.training.evaluate import Evaluator
+from avcil_dist.training.replay import exemplars_at_hand
 from avcil_dist.training.teacher import Teacher
 
 
@@ -65,11 +66,13 @@ class Trainer:
 
     def train(self, student: Network) -> Selected:
         """Train all epochs and select one of them."""
-        engine = self._make_engine(student)
+        labels, pin = self.evaluator.scenario.labels, self.device.type == "cuda"
+        with exemplars_at_hand(self.source) as (source, manifest):
+            batches = load_batches(source, manifest=manifest, labels=labels, data=self.config.data, pin=pin)
+            return self._train(self._make_engine(student), batches)
+
+    def _train(self, engine: Engine, batches: Iterator[Batch]) -> Selected:
         step, num_epochs = self.source.step, self.config.optim.epochs
-        manifest, labels = self.source.manifest, self.evaluator.scenario.labels
-        pin = self.device.type == "cuda"
-        batches = load_batches(self.source, manifest=manifest, labels=labels, data=self.config.data, pin=pin)
         self.observer.begin(step, num_epochs, num_epochs * self.per_epoch)
         best: Selected | None = None
         for epoch in range(num_epochs):

@@ -1,0 +1,136 @@
+"""Exemplars at hand: where shards lie far away, a step copies its exemplars to each machine once.
+
+A batch of exemplars is drawn from all old classes, so it touches a shard of nearly every one. Read
+where they lie, 1,500 exemplars of 100 classes are small reads from 100 shards, again and again;
+copied, they are one file a class on the local disk. Where the shards are local files, a read at
+random costs nothing that a copy would save, and they are read where they are.
+
+The plan keeps the clips' own numbers: which clip is in which batch does not depend on the place.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+from fsspec.implementations.local import LocalFileSystem
+
+from avcil_dist import storage
+from avcil_dist.data.loader import Request, TrainingSource
+from avcil_dist.data.manifest import MEMBERS, Manifest, Shard, load_manifest
+from avcil_dist.data.reader import ShardReader
+from avcil_dist.errors import DataError
+
+READS = 16  # at a time: far storage answers late, but to many at once
+
+
+@dataclass(frozen=True)
+class Redirected:
+    """The same requests, with other numbers for some clips."""
+
+    source: Iterable[Request]
+    numbers: Mapping[int, int]
+
+    def __iter__(self) -> Iterator[Request]:
+        for request in self.source:
+            clips = [self.numbers.get(int(clip), int(clip)) for clip in request.clips]
+            yield replace(request, clips=np.array(clips, dtype=np.int64))
+
+
+@contextmanager
+def exemplars_at_hand(source: TrainingSource) -> Iterator[tuple[Iterable[Request], Manifest]]:
+    """Requests and manifest to load from: the source's own, or with its exemplars copied for the length of the block.
+
+    Every rank calls it; the first of each machine copies. Raises DataError on all ranks when one cannot.
+    """
+    clips = np.unique(np.concatenate([source.exemplars, source.joined]))
+    if all(_is_local(source.manifest.url(shard)) for shard in {source.manifest.locate(clip)[0] for clip in clips}):
+        yield source, source.manifest
+        return
+    world = source.world
+    own = Path(tempfile.mkdtemp(prefix="avcil-exemplars-")) if world.local_rank == 0 else None
+    try:
+        fault = _try_to_copy(source.manifest, clips, own) if own else None
+        told: list[tuple[str, str | None]] = [("", None)] * world.size
+        dist.all_gather_object(told, (str(own), fault))
+        faults = [said for _, said in told if said]
+        if faults:
+            raise DataError(faults[0])
+        folder = told[world.rank - world.local_rank][0]
+        manifest, numbers = with_copies(source.manifest, load_manifest(f"{folder}/manifest.json"))
+        yield Redirected(source, numbers), manifest
+    finally:
+        if own:
+            shutil.rmtree(own)
+
+
+def copy_clips(manifest: Manifest, clips: np.ndarray, folder: Path) -> None:
+    """Copy clips into `folder`, one file a class with their members end to end, and write its manifest.
+
+    A clip that cannot be read is left out: training finds it where it was, and deals with it there.
+    """
+    members = tuple(name for name in MEMBERS[manifest.kind] if name != "json")
+    reader = ShardReader(manifest, members)
+    of_class: dict[str, list[int]] = {}
+    for clip in clips:
+        of_class.setdefault(manifest.class_of(clip), []).append(int(clip))
+    shards = []
+    with ThreadPoolExecutor(READS) as pool:
+        for number, (name, numbers) in enumerate(of_class.items()):
+            found = [(clip, data) for clip, data in pool.map(lambda clip: (clip, _read(reader, clip)), numbers) if data]
+            path = folder / f"{number:04d}.bin"
+            parts = [data[member] for _, data in found for member in members]
+            path.write_bytes(b"".join(parts))
+            sizes = np.array([len(part) for part in parts], dtype=np.int64).reshape(len(found), len(members))
+            starts = (np.cumsum(sizes) - sizes.ravel()).reshape(sizes.shape)
+            shards.append(
+                Shard(
+                    url=path.name,
+                    class_name=name,
+                    split="train",
+                    bytes=int(sizes.sum()),
+                    sha256=storage.sha256_file(str(path)),
+                    keys=tuple(manifest.key(clip) for clip, _ in found),
+                    offsets={member: starts[:, column] for column, member in enumerate(members)},
+                    sizes={member: sizes[:, column] for column, member in enumerate(members)},
+                )
+            )
+    copied = Manifest(manifest.kind, manifest.classes, tuple(shards), manifest.shape, root=str(folder))
+    copied.save(f"{folder}/manifest.json")
+
+
+def with_copies(manifest: Manifest, copied: Manifest) -> tuple[Manifest, dict[int, int]]:
+    """A manifest with the copies' shards at its end, and each copied clip's number there."""
+    shards = [replace(shard, url=copied.url(number)) for number, shard in enumerate(copied.shards)]
+    joined = replace(manifest, shards=(*manifest.shards, *shards))
+    numbers: dict[int, int] = {}
+    first = int(manifest.first_clips[-1])
+    for shard in copied.shards:
+        originals = manifest.clip_numbers(shard.class_name, shard.keys)
+        numbers |= {int(original): first + row for row, original in enumerate(originals)}
+        first += shard.count
+    return joined, numbers
+
+
+def _try_to_copy(manifest: Manifest, clips: np.ndarray, folder: Path) -> str | None:
+    try:
+        copy_clips(manifest, clips, folder)
+    except OSError as error:
+        return f"{folder}: exemplars cannot be copied there ({error}); make room, or name another folder with TMPDIR"
+    return None
+
+
+def _read(reader: ShardReader, clip: int) -> Mapping[str, bytes] | None:
+    try:
+        return reader.read(clip)
+    except DataError:
+        return None
+
+
+def _is_local(url: str) -> bool:
+    return isinstance(storage.open_filesystem(url)[0], LocalFileSystem)

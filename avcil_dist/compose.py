@@ -2,7 +2,9 @@
 
 A file may say `extends:` (one file or several; later ones win, the file itself wins last).
 A section that is a single word names a shipped file of that section: `method: avcil` is
-`configs/method/avcil.yaml`. Every value remembers which file said it, for the error line.
+`configs/method/avcil.yaml`. A file may also say `by_method:`, settings that hold for one method
+each; those of the method that is run count as said by that file, so that a file which extends it,
+and the command line, have the last word. Every value remembers which file said it, for the error line.
 """
 
 import difflib
@@ -21,6 +23,7 @@ from avcil_dist.methods import method_class
 
 NAMED_SECTIONS = ("method", "engine")
 COMMAND_LINE = "command line"
+BY_METHOD = "by_method"
 
 Tree = dict[str, Any]
 Origins = dict[str, str]
@@ -33,8 +36,13 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     """
     path = find_config(name)
     tree, origins = _read(path, chain=())
-    for override in overrides:
+    chosen = [word for word in overrides if word.partition("=")[0] in ("method", "method.name")]
+    for override in chosen:  # which method it is decides what `by_method` says, and the other words come after that
         _override(tree, origins, override)
+    _resolve_by_method(tree, origins, path.name)
+    for override in overrides:
+        if override not in chosen:
+            _override(tree, origins, override)
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
@@ -107,6 +115,8 @@ def _read(path: Path, chain: tuple[Path, ...]) -> tuple[Tree, Origins]:
         base_tree, base_origins = _read(base, (*chain, path.resolve()))
         _merge(tree, base_tree)
         origins |= base_origins
+    for settings in _by_method(tree, path.name).values():
+        _forget(settings, document)
     for section in NAMED_SECTIONS:
         if isinstance(document.get(section), str):
             document[section] = _named_section(section, document[section], path.name)
@@ -114,6 +124,40 @@ def _read(path: Path, chain: tuple[Path, ...]) -> tuple[Tree, Origins]:
     _merge(tree, document)
     origins |= dict.fromkeys(_keys(document), path.name)
     return tree, origins
+
+
+def _by_method(tree: Tree, file: str) -> dict[str, Tree]:
+    """The settings by method. Raises ConfigError where they are no mapping of mappings."""
+    found = tree.get(BY_METHOD, {})
+    if not isinstance(found, dict) or not all(isinstance(settings, dict) for settings in found.values()):
+        raise ConfigError(f"{file}: {BY_METHOD}: a mapping of methods to settings, each as in a file of its own")
+    return found
+
+
+def _resolve_by_method(tree: Tree, origins: Origins, file: str) -> None:
+    """Put the chosen method's settings in their places, and drop the others'."""
+    by_method = _by_method(tree, file)
+    tree.pop(BY_METHOD, None)
+    for name in by_method:
+        try:
+            method_class(name)
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {BY_METHOD}: {error}") from None
+    section = tree.get("method")
+    chosen = str(section.get("name")) if isinstance(section, dict) else ""
+    settings = by_method.get(chosen, {})
+    _merge(tree, settings)
+    said_by = origins.get(f"{BY_METHOD}.{chosen}", file)
+    origins |= dict.fromkeys(_keys(settings), f"{said_by} ({BY_METHOD}.{chosen})")
+
+
+def _forget(settings: Tree, document: Tree) -> None:
+    """Drop what the document says itself: a file that extends another has the last word, for every method."""
+    for key, value in document.items():
+        if isinstance(value, dict) and isinstance(settings.get(key), dict):
+            _forget(settings[key], value)
+        elif not (key in NAMED_SECTIONS and isinstance(value, str)):  # a name is no word on what the section holds
+            settings.pop(key, None)
 
 
 def _bases(path: Path, extends: Any) -> list[Path]:

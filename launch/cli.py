@@ -7,6 +7,7 @@ import click
 
 import avcil_dist
 from avcil_dist.errors import AvcilError
+from launch.experiments import compare, methods, sweep
 from launch.shards import shards
 
 USER_ERROR, INTERRUPTED = 2, 130
@@ -40,7 +41,8 @@ def cli() -> None:
     """
 
 
-cli.add_command(shards)
+for _command in (shards, methods, sweep, compare):
+    cli.add_command(_command)
 
 
 @cli.command()

@@ -63,7 +63,7 @@ def herding_order(features: np.ndarray, count: int) -> list[int]:
     Source: Welling 2009, Rebuffi et al. 2017 (iCaRL), algorithm 4.
     """
     units = unit_rows(features)
-    mean, total = units.mean(axis=0), np.zeros(units.shape[1])
+    mean, total = units.sum(axis=0) / max(1, len(units)), np.zeros(units.shape[1])
     left = np.ones(len(units), dtype=bool)
     picked: list[int] = []
     for number in range(1, min(count, len(units)) + 1):

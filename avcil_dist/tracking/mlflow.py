@@ -26,7 +26,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
-from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH, MAX_PARAMS_TAGS_PER_BATCH
+from mlflow.utils.validation import MAX_METRICS_PER_BATCH, MAX_PARAM_VAL_LENGTH, MAX_PARAMS_TAGS_PER_BATCH
 from sqlalchemy.exc import SQLAlchemyError
 
 from avcil_dist.config import TrackingConfig
@@ -106,6 +106,7 @@ class StepTracker:
         self.step = step
         self.name = f"step_{step:03d}"
         self._held: dict[tuple[str, str], set[int]] = {}
+        self._known: dict[str, set[str]] = {}
 
     def __enter__(self) -> Self:
         with _reported(self.uri):
@@ -130,14 +131,20 @@ class StepTracker:
             self._log(self.run_id, values, position)
 
     def stream_metrics(self, metrics: StreamMetrics) -> None:
-        """Log the stream's numbers at the incremental step, to the stream run; each task's accuracy to the step run."""
+        """Log the stream's numbers at the incremental step, to the stream run; tasks' and classes' to the step run.
+
+        The confusion matrix is in the artifact's metrics.json.
+        """
         values = {"seen_accuracy": metrics.seen_accuracy[-1], "mean_accuracy": metrics.mean_accuracy}
         if metrics.average_forgetting is not None:
             values |= {"forgetting": metrics.forgetting[-1], "average_forgetting": metrics.average_forgetting}
+        if metrics.source_disjoint is not None:
+            values["source_disjoint_accuracy"] = metrics.source_disjoint.seen_accuracy[-1]
         tasks = {f"accuracy_task_{task}": accuracy for task, accuracy in enumerate(metrics.accuracy[-1])}
+        classes = {f"accuracy_class/{_as_key(name)}": value for name, value in metrics.per_class.items()}
         with _reported(self.uri):
             self._log(self.stream_run, values, metrics.step)
-            self._log(self.run_id, tasks, metrics.step)
+            self._log(self.run_id, tasks | classes, metrics.step)
 
     def artifact(self, folder: str) -> None:
         """Upload a local step artifact to the step run, under `step_003`. Raises ArtifactError for an empty folder."""
@@ -168,16 +175,27 @@ class StepTracker:
 
     def _log(self, run_id: str, values: Mapping[str, float], position: int) -> None:
         now = int(time.time() * 1000)
+        if run_id not in self._known:
+            self._known[run_id] = set(self._client.get_run(run_id).data.metrics)
         new = [key for key in values if position not in self._positions(run_id, key)]
-        self._client.log_batch(run_id, metrics=[Metric(key, float(values[key]), now, position) for key in new])
+        for first in range(0, len(new), MAX_METRICS_PER_BATCH):
+            batch = new[first : first + MAX_METRICS_PER_BATCH]
+            self._client.log_batch(run_id, metrics=[Metric(key, float(values[key]), now, position) for key in batch])
         for key in new:
             self._held[run_id, key].add(position)
 
     def _positions(self, run_id: str, key: str) -> set[int]:
         """Where the metric has a value already; asked of the server once, MLflow would keep both."""
+        if key not in self._known[run_id]:
+            self._held.setdefault((run_id, key), set())
         if (run_id, key) not in self._held:
             self._held[run_id, key] = {metric.step for metric in self._client.get_metric_history(run_id, key)}
         return self._held[run_id, key]
+
+
+def _as_key(name: str) -> str:
+    """A class name in the letters that MLflow takes."""
+    return re.sub(r"[^\w \-.]", "_", name)
 
 
 def _connect(uri: str) -> MlflowClient:

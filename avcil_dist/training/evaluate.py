@@ -12,12 +12,12 @@ from avcil_dist.config import DataConfig
 from avcil_dist.data.loader import FixedSource, load_batches
 from avcil_dist.data.manifest import Manifest, Split
 from avcil_dist.data.plan import plan_evaluation, rank_share
-from avcil_dist.errors import DataError
 from avcil_dist.methods.base import Method
 from avcil_dist.models.network import Network
 from avcil_dist.models.outputs import Output
 from avcil_dist.scenario import Scenario
-from avcil_dist.training.distributed import collect_texts, gather_rows
+from avcil_dist.training.distributed import gather_rows
+from avcil_dist.training.features import check_damaged
 from avcil_dist.world import World
 
 DAMAGED = -1
@@ -25,8 +25,9 @@ DAMAGED = -1
 
 @dataclass(frozen=True)
 class Predictions:
-    """Labels and predicted labels (clips,) in the manifest's order; a damaged clip is predicted as DAMAGED."""
+    """Clip numbers, labels, predicted labels (clips,) in the manifest's order; a damaged clip is predicted DAMAGED."""
 
+    clips: np.ndarray
     labels: np.ndarray
     predictions: np.ndarray
 
@@ -70,15 +71,9 @@ class Evaluator:
                 on_batch()
         network.train(was_training)
         predictions = _in_order(torch.stack(predicted))[: len(clips)]
-        self._check_faults(predictions, tuple(faults), split)
+        check_damaged(int((predictions == DAMAGED).sum()), len(predictions), faults, self.data)
         labels = np.array([self.scenario.labels[self.manifest.class_of(clip)] for clip in clips])
-        return Predictions(labels, predictions)
-
-    def _check_faults(self, predictions: np.ndarray, faults: tuple[str, ...], split: Split) -> None:
-        num_bad = int((predictions == DAMAGED).sum())
-        if num_bad > self.data.max_bad_fraction * len(predictions):
-            named = collect_texts(faults)[0]
-            raise DataError(f"{num_bad} of {len(predictions)} {split} clips are damaged, the first: {named}")
+        return Predictions(clips, labels, predictions)
 
 
 def _predict(method: Method, output: Output, valid: Tensor) -> Tensor:

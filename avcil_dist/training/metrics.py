@@ -46,6 +46,18 @@ def per_class_accuracy(labels: ArrayLike, predictions: ArrayLike, classes: Seque
     }
 
 
+def confusion(labels: ArrayLike, predictions: ArrayLike, classes: Sequence[str]) -> dict[str, dict[str, int]]:
+    """The confusion matrix without its zeros: class → predicted class → clips; a clip not predicted (-1) is in none."""
+    truth, _ = _compare(labels, predictions)
+    guess = np.asarray(predictions)
+    matrix: dict[str, dict[str, int]] = {}
+    for label, name in enumerate(classes):
+        found, counts = np.unique(guess[(truth == label) & (guess >= 0)], return_counts=True)
+        if np.any(truth == label):
+            matrix[name] = {classes[int(other)]: int(count) for other, count in zip(found, counts, strict=True)}
+    return matrix
+
+
 def forgetting(matrix: Sequence[Sequence[float]]) -> list[float]:
     """F_k = mean over j < k of (max over i < k of A[i][j], less A[k][j]), for each k ≥ 1.
 
@@ -60,11 +72,20 @@ def forgetting(matrix: Sequence[Sequence[float]]) -> list[float]:
 
 
 @dataclass(frozen=True)
+class SubsetMetrics:
+    """a_0 … a_step on a part of the test clips, and how many there were at the last step."""
+
+    seen_accuracy: tuple[float, ...]
+    num_test_clips: int
+
+
+@dataclass(frozen=True)
 class StreamMetrics:
     """A stream up to and with `step`: the content of `metrics.json`.
 
     `accuracy` holds rows 0 … step of the accuracy matrix, `seen_accuracy` a_0 … a_step;
-    `per_class`, `num_test_clips`, `epoch` (the selected one) and `val_accuracy` are of the last step.
+    `per_class`, `confusion`, `num_test_clips`, `epoch` (the selected one) and `val_accuracy` are of
+    the last step; `source_disjoint` is of the test clips whose source no training clip shares.
     Raises ValueError where the parts do not fit each other.
     """
 
@@ -75,6 +96,8 @@ class StreamMetrics:
     num_test_clips: int
     epoch: int
     val_accuracy: float | None
+    confusion: Mapping[str, Mapping[str, int]] = field(default_factory=dict, repr=False)
+    source_disjoint: SubsetMetrics | None = None
 
     def __post_init__(self) -> None:
         if [len(row) for row in self.accuracy] != list(range(1, self.step + 2)):
@@ -94,10 +117,17 @@ class StreamMetrics:
         num_test_clips: int,
         epoch: int,
         val_accuracy: float | None,
+        confusion: Mapping[str, Mapping[str, int]] | None = None,
+        source_disjoint: tuple[float, int] | None = None,
     ) -> "StreamMetrics":
-        """The metrics after `step`, given those after the step before it (None at step 0)."""
+        """The metrics after `step`, given those after the step before it (None at step 0).
+
+        `source_disjoint` is the seen accuracy on those clips, and their number.
+        """
         if step != (0 if previous is None else previous.step + 1):
             raise ValueError(f"step {step} does not follow on {'nothing' if previous is None else previous.step}")
+        before = previous.source_disjoint.seen_accuracy if previous and previous.source_disjoint else ()
+        subset = source_disjoint and SubsetMetrics((*before, source_disjoint[0]), source_disjoint[1])
         return cls(
             step=step,
             accuracy=(*(previous.accuracy if previous else ()), tuple(row)),
@@ -106,6 +136,8 @@ class StreamMetrics:
             num_test_clips=num_test_clips,
             epoch=epoch,
             val_accuracy=val_accuracy,
+            confusion=dict(confusion or {}),
+            source_disjoint=subset,
         )
 
     @property
@@ -137,13 +169,20 @@ class StreamMetrics:
             "num_test_clips": self.num_test_clips,
             "epoch": self.epoch,
             "val_accuracy": self.val_accuracy,
+            "confusion": {name: dict(row) for name, row in self.confusion.items()},
+            "source_disjoint": self.source_disjoint
+            and {
+                "seen_accuracy": list(self.source_disjoint.seen_accuracy),
+                "mean_accuracy": _mean(self.source_disjoint.seen_accuracy),
+                "num_test_clips": self.source_disjoint.num_test_clips,
+            },
         }
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> "StreamMetrics":
         """What `to_record` wrote; derived numbers are computed anew. Raises ValueError for anything else."""
         try:
-            val_accuracy = record["val_accuracy"]
+            val_accuracy, subset = record["val_accuracy"], record["source_disjoint"]
             return cls(
                 step=int(record["step"]),
                 accuracy=tuple(tuple(float(value) for value in row) for row in record["accuracy"]),
@@ -152,6 +191,14 @@ class StreamMetrics:
                 num_test_clips=int(record["num_test_clips"]),
                 epoch=int(record["epoch"]),
                 val_accuracy=None if val_accuracy is None else float(val_accuracy),
+                confusion={
+                    str(name): {str(other): int(count) for other, count in row.items()}
+                    for name, row in record["confusion"].items()
+                },
+                source_disjoint=subset
+                and SubsetMetrics(
+                    tuple(float(value) for value in subset["seen_accuracy"]), int(subset["num_test_clips"])
+                ),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a record of stream metrics: {error!r}") from None

@@ -2,6 +2,7 @@
 
 from avcil_dist.config import Config
 from avcil_dist.data.manifest import Manifest
+from avcil_dist.data.sources import source_disjoint
 from avcil_dist.errors import ConfigError
 from avcil_dist.methods import make_method, method_class, method_names
 from avcil_dist.methods.base import Needs
@@ -18,6 +19,8 @@ def check_needs(config: Config, manifest: Manifest, scenario: Scenario) -> None:
             f"engine.zero_stage={config.engine.zero_stage}: method {name} keeps no optimizer state that could be "
             "shared out; use engine=zero0"
         )
+    if config.data.source_disjoint:
+        _check_sources(config, manifest, scenario)
     if needs.design.pool is not None and manifest.kind == "clip":
         _check_fixed_encoders(config)
 
@@ -68,6 +71,15 @@ def _check_memory(config: Config, needs: Needs, scenario: Scenario) -> None:
         raise ConfigError(
             f"memory.size={config.memory.size}: method {config.method.name} needs an exemplar a class, "
             f"{scenario.num_seen(last)} in all; raise it, or use a method without memory: {', '.join(without)}"
+        )
+
+
+def _check_sources(config: Config, manifest: Manifest, scenario: Scenario) -> None:
+    """From step 0 on there are test clips of videos that no training clip is from."""
+    if not source_disjoint(manifest, scenario.classes, manifest.clips(scenario.new(0), "test")).any():
+        raise ConfigError(
+            f"data.source_disjoint: every test clip of step 0 in {config.data.manifest} is from a training clip's "
+            "video; set it to false"
         )
 
 

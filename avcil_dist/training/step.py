@@ -13,6 +13,7 @@ from avcil_dist.data.loader import TrainingSource
 from avcil_dist.data.manifest import Manifest, check_shards, load_manifest
 from avcil_dist.data.memory import EMPTY_MEMORY, Memory
 from avcil_dist.data.plan import NO_CLIPS
+from avcil_dist.data.sources import source_disjoint
 from avcil_dist.methods import make_method
 from avcil_dist.methods.base import Method, OnePassMethod, StepContext
 from avcil_dist.scenario import Scenario
@@ -21,7 +22,7 @@ from avcil_dist.training.distributed import decide_together, local_device, proce
 from avcil_dist.training.engine import set_threads, whole_state
 from avcil_dist.training.evaluate import Evaluator, Predictions
 from avcil_dist.training.features import FeaturePass
-from avcil_dist.training.metrics import StreamMetrics, accuracy_row, per_class_accuracy, seen_accuracy
+from avcil_dist.training.metrics import StreamMetrics, accuracy_row, confusion, per_class_accuracy, seen_accuracy
 from avcil_dist.training.networks import NetworkMaker, network_after
 from avcil_dist.training.one_pass import train_one_pass
 from avcil_dist.training.selection import MemoryKeeper, exemplar_clips
@@ -78,7 +79,7 @@ def step_in_group(config: Config, step: int, *, world: World, observer: Observer
         method=method.state_dict(),
         memory=memory,
         scenario=scenario,
-        metrics=_metrics(previous, context, tested, selected),
+        metrics=_metrics(config, manifest, previous, context, tested, selected),
         config=config,
         manifest_hash=manifest.content_hash,
     )
@@ -111,16 +112,27 @@ def _training_source(
 
 
 def _metrics(
-    previous: StepArtifact | None, context: StepContext, tested: Predictions, selected: Selected
+    config: Config,
+    manifest: Manifest,
+    previous: StepArtifact | None,
+    context: StepContext,
+    tested: Predictions,
+    selected: Selected,
 ) -> StreamMetrics:
-    labels, predictions = tested.labels, tested.predictions
+    labels, predictions, seen = tested.labels, tested.predictions, context.scenario.seen(context.step)
+    disjoint = None
+    if config.data.source_disjoint:
+        rows = source_disjoint(manifest, context.scenario.classes, tested.clips)
+        disjoint = seen_accuracy(labels[rows], predictions[rows]), int(rows.sum())
     return StreamMetrics.after(
         previous.metrics if previous else None,
         step=context.step,
         row=accuracy_row(labels, predictions, context.scenario.head_slices(context.step)),
         seen=seen_accuracy(labels, predictions),
-        per_class=per_class_accuracy(labels, predictions, context.scenario.seen(context.step)),
+        per_class=per_class_accuracy(labels, predictions, seen),
         num_test_clips=len(labels),
         epoch=selected.epoch,
         val_accuracy=selected.val_accuracy,
+        confusion=confusion(labels, predictions, seen),
+        source_disjoint=disjoint,
     )

@@ -42,7 +42,7 @@ def make_grid(config: str, words: Sequence[str], *, ablation: bool, processes: i
             )
         suffix = "".join(f"-{_slug(word)}" for word in chosen if word.partition("=")[0] in varied and _slug(word))
         point = Point(resolved.model_copy(update={"name": resolved.name + suffix}), chosen)
-        check_run(point.config, processes)
+        check_run(point.config, processes, restart=False)
         points.append(point)
     return points
 

@@ -6,6 +6,8 @@ is damaged: the row stays, marked as not valid, so that all ranks go on in step.
 
 import io
 import itertools
+import tokenize
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -26,6 +28,9 @@ from avcil_dist.errors import DataError
 from avcil_dist.world import World
 
 Pair = tuple[Tensor, Tensor]
+
+# What numpy raises for damaged bytes: it reads the header as Python text, and a zip where they begin like one.
+NPY_FAULTS = (ValueError, TypeError, RuntimeError, EOFError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile)
 
 
 @dataclass(frozen=True)
@@ -270,8 +275,9 @@ class _FeatureDecoder:
             visual, audio = (
                 torch.from_numpy(array).view(shape) for array, shape in zip(arrays, self.shapes, strict=True)
             )
-        except (ValueError, RuntimeError, EOFError) as error:
-            raise DataError(f"{key}: not features of {self.shapes[0]} and {self.shapes[1]}: {error}") from None
+        except NPY_FAULTS as error:
+            fault = " ".join(str(error).split())  # numpy explains itself on several lines
+            raise DataError(f"{key}: not features of {self.shapes[0]} and {self.shapes[1]}: {fault}") from None
         return visual, audio
 
 

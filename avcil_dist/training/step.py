@@ -16,7 +16,6 @@ from avcil_dist.data.plan import NO_CLIPS
 from avcil_dist.data.sources import source_disjoint
 from avcil_dist.methods import make_method
 from avcil_dist.methods.base import Method, OnePassMethod, StepContext
-from avcil_dist.scenario import Scenario
 from avcil_dist.training.artifact import StepArtifact, save_artifact
 from avcil_dist.training.distributed import decide_together, local_device, process_group
 from avcil_dist.training.engine import set_threads, whole_state
@@ -26,7 +25,7 @@ from avcil_dist.training.metrics import StreamMetrics, accuracy_row, confusion, 
 from avcil_dist.training.networks import NetworkMaker, network_after
 from avcil_dist.training.one_pass import train_one_pass
 from avcil_dist.training.selection import MemoryKeeper, exemplar_clips
-from avcil_dist.training.stream import load_previous, scenario_of, stream_url
+from avcil_dist.training.stream import load_previous, scenario_of, shards_of, stream_url
 from avcil_dist.training.trainer import Observer, Selected, Trainer
 from avcil_dist.world import World
 
@@ -47,7 +46,7 @@ def step_in_group(config: Config, step: int, *, world: World, observer: Observer
     manifest = load_manifest(config.data.manifest)
     scenario = scenario_of(config, manifest)
     previous = load_previous(config, manifest, step)
-    decide_together(lambda: _check_data(config, manifest, scenario, step))
+    decide_together(lambda: check_shards(manifest, shards_of(manifest, scenario, step)))
 
     method = make_method(config.method)
     method.load_state_dict(previous.method if previous else {})
@@ -85,12 +84,6 @@ def step_in_group(config: Config, step: int, *, world: World, observer: Observer
     )
     decide_together(lambda: save_artifact(stream_url(config), artifact))
     return artifact
-
-
-def _check_data(config: Config, manifest: Manifest, scenario: Scenario, step: int) -> None:
-    """Every shard that the step may read is there, in its recorded size."""
-    classes = scenario.seen(step)
-    check_shards(manifest, [n for split in ("train", "val", "test") for n in manifest.shard_numbers(classes, split)])
 
 
 def _training_source(

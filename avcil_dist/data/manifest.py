@@ -7,7 +7,7 @@ bytes lie in the tar. Its content hash names the data set in every run's record.
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -109,6 +109,30 @@ class Manifest:
         """The numbers of these classes' clips of this split, in the manifest's order."""
         ranges = [np.arange(self.first_clips[n], self.first_clips[n + 1]) for n in self.shard_numbers(classes, split)]
         return np.concatenate([np.empty(0, dtype=np.int64), *ranges])
+
+    def shards_of(self, clips: np.ndarray) -> np.ndarray:
+        """The shard number of each clip."""
+        return np.searchsorted(self.first_clips, clips, side="right") - 1
+
+    def spans(self, member: str, clips: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where each clip's member lies in its shard: the offset of its first byte, and its size."""
+        offsets, sizes = self._spans[member]
+        return offsets[clips], sizes[clips]
+
+    @cached_property
+    def _spans(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        return {
+            member: (
+                np.concatenate([shard.offsets[member] for shard in self.shards]),
+                np.concatenate([shard.sizes[member] for shard in self.shards]),
+            )
+            for member in MEMBERS[self.kind]
+            if all(member in shard.offsets for shard in self.shards)
+        }
+
+    def shard_labels(self, labels: Mapping[str, int]) -> np.ndarray:
+        """(shards,): the label of each shard's class; -1 for a class without one."""
+        return np.array([labels.get(shard.class_name, -1) for shard in self.shards], dtype=np.int64)
 
     def locate(self, clip: int) -> tuple[int, int]:
         """The shard number of a clip, and its row in that shard."""

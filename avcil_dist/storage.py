@@ -34,6 +34,8 @@ S3_CONFIG = {
     "connect_timeout": 10,
     "read_timeout": 30,  # of a connection on which nothing comes
     "max_pool_connections": 64,
+    "request_checksum_calculation": "when_required",  # servers differ here, some send the whole's for a range;
+    "response_checksum_validation": "when_required",  # what must be right is held against the manifest's sha256
 }
 
 

@@ -8,6 +8,7 @@ bytes lie in the tar. Its content hash names the data set in every run's record.
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -21,6 +22,7 @@ FORMAT = 1
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]+")
 MEMBERS = {"clip": ("mp4", "json"), "feature": ("visual.npy", "audio.npy", "json")}
 Split = Literal["train", "val", "test"]
+QUESTIONS_AT_A_TIME = 16
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
@@ -206,16 +208,16 @@ def check_keys(where: str, keys: Iterable[str]) -> None:
 
 def check_shards(manifest: Manifest, numbers: Iterable[int]) -> None:
     """Raises DataError, naming all of them, when shards are missing or of another size than recorded."""
-    faults = []
-    for number in numbers:
+    def fault(number: int) -> str | None:
         url, expected = manifest.url(number), manifest.shards[number].bytes
         try:
             found = storage.size(url)
         except DataError as error:
-            faults.append(str(error))
-            continue
-        if found != expected:
-            faults.append(f"{url}: {found} bytes, the manifest says {expected}")
+            return str(error)
+        return f"{url}: {found} bytes, the manifest says {expected}" if found != expected else None
+
+    with ThreadPoolExecutor(QUESTIONS_AT_A_TIME) as threads:
+        faults = [found for found in threads.map(fault, numbers) if found]
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise DataError(f"{faults[0]}{more}; restore the shards, or build them again")

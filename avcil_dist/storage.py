@@ -142,8 +142,13 @@ def write_bytes(url: str, data: bytes) -> None:
 
 
 def upload(source: str | Path, url: str) -> None:
-    """Copy a local file to `url`, as atomic as `write_bytes`; a large one goes in parts and is never all in memory."""
+    """Copy a local file to `url`, as atomic as `write_bytes`; a large one goes in parts and is never all in memory.
+
+    Raises DataError where there is no such file.
+    """
     filesystem, path = open_filesystem(url)
+    if not Path(source).is_file():
+        raise DataError(f"{source}: missing")
     if not isinstance(filesystem, LocalFileSystem):
         _trying(lambda: filesystem.put_file(str(source), path), url, WRITE_SECONDS)
         return

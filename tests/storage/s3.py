@@ -67,7 +67,7 @@ class S3Server:
 
 
 class FaultyProxy:
-    """Passes requests on to a server; of the reads of objects (GET), every `every`-th meets a fault of `faults` in turn.
+    """Passes requests on to a server; of the reads of shards, every `every`-th meets a fault of `faults` in turn.
 
     "refuse": 503 · "cut": half the body, then the connection is closed · "stall": half the body, then nothing ·
     "reset": the connection is reset at once.
@@ -86,7 +86,7 @@ class FaultyProxy:
             def do_GET(self) -> None:
                 proxy.pass_on(self)
 
-            do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
+            do_HEAD = do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815 (the names that http.server calls)
 
             def log_message(self, format: str, *arguments: object) -> None:
                 """Say nothing."""

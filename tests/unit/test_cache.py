@@ -106,7 +106,8 @@ def test_a_shard_that_another_process_uses_is_not_removed(shards: Shards) -> Non
     )
     words = [sys.executable, "-c", script, str(shards.cache.folder), shards.digest(1)]
     with subprocess.Popen(words, cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdin and other.stdout
+        assert other.stdin is not None
+        assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
         for number in (2, 3, 4, 5):
             shards.use(number)

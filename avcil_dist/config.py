@@ -39,6 +39,17 @@ class DataConfig(Section):
         1, description="ranges of the plan; fixes the global batches, whatever the machines"
     )
     workers: int = Field(0, ge=0, description="decoding processes a rank; 0 decodes in the rank's own process")
+    threads: PositiveInt = Field(8, description="reads at a time, a rank or decoding process")
+    cache: str = Field(
+        "auto",
+        description="folder on the local disk for whole shards, shared by the processes of a node; `none`: ranged "
+        "reads; `auto`: a folder below TMPDIR for remote shards, local ones are read where they are",
+    )
+    cache_gigabytes: PositiveFloat = Field(
+        50.0, description="most that the cache holds; shards for which there is no room are read by ranges"
+    )
+    prefetch: PositiveInt = Field(2, description="shards fetched into the cache ahead of their first use")
+    retry_seconds: PositiveFloat = Field(300.0, description="a remote read is tried again for so long")
     max_bad_fraction: float = Field(
         0.01, ge=0, le=1, description="damaged clips that an epoch may skip before the step stops"
     )

@@ -17,6 +17,10 @@ class DataError(AvcilError):
     """A clip, shard or manifest that is missing, damaged, or not what its record says."""
 
 
+class StorageError(AvcilError):
+    """A storage that refuses, has no such bucket, or still does not answer at the deadline."""
+
+
 class ArtifactError(AvcilError):
     """A step artifact that is missing, uncommitted, damaged, or of another stream."""
 

@@ -4,13 +4,12 @@ Its source is the plan, its stages work on whole batches, and a batch keeps its 
 is damaged: the row stays, marked as not valid, so that all ranks go on in step.
 """
 
-import io
 import itertools
-import tokenize
-import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -18,19 +17,13 @@ import torch.utils.data
 import webdataset
 from torch import Tensor
 
-from avcil_dist.config import ClipConfig, DataConfig, OptimConfig
-from avcil_dist.data.decode import decode_clip
+from avcil_dist.config import DataConfig, OptimConfig
+from avcil_dist.data.layout import ClipLayout, Faults, FeatureLayout, Layout, Pair, Rows
 from avcil_dist.data.manifest import Manifest
-from avcil_dist.data.plan import PADDING, plan_epoch, plan_replay, rank_share
-from avcil_dist.data.reader import ShardReader
-from avcil_dist.data.transforms import ClipTransform
+from avcil_dist.data.plan import NO_CLIPS, PADDING, plan_epoch, plan_replay, rank_share
+from avcil_dist.data.reader import BATCHES_AHEAD, OpenReader, Request, ShardReader
 from avcil_dist.errors import DataError
 from avcil_dist.world import World
-
-Pair = tuple[Tensor, Tensor]
-
-# What numpy raises for damaged bytes: it reads the header as Python text, and a zip where they begin like one.
-NPY_FAULTS = (ValueError, TypeError, RuntimeError, EOFError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile)
 
 
 @dataclass(frozen=True)
@@ -39,7 +32,8 @@ class Batch:
 
     `visual` (B, …) and `audio` (B, …) are pictures and filterbanks, or features; `labels` (B,)
     are positions in the class order; `valid` (B,) is false for padding and damaged clips, whose
-    rows are zero; `faults` say what was damaged.
+    rows are zero; `faults` say what was damaged; `counts` what reading took since the batch before, by
+    the names of `reader.COUNTS`, and "stall_seconds", the time that its taker waited for it.
     """
 
     visual: Tensor
@@ -48,6 +42,7 @@ class Batch:
     valid: Tensor
     num_current: int
     faults: tuple[str, ...] = ()
+    counts: Mapping[str, float] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
@@ -62,33 +57,6 @@ class Batch:
         return replace(self, **pinned)
 
 
-class Decoder(Protocol):
-    """From the members of a clip to its two tensors."""
-
-    @property
-    def members(self) -> tuple[str, ...]:
-        """The members it reads."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of both tensors."""
-
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The shapes of visual and audio."""
-
-    def __call__(self, members: Mapping[str, bytes], key: str) -> Pair:
-        """Raises DataError, naming the clip's key, for what cannot be decoded."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """The clip numbers of a rank's batch, in row order."""
-
-    clips: np.ndarray
-    num_current: int
-
-
 @dataclass(frozen=True)
 class TrainingSource:
     """All training batches of a step for one rank, from batch `start` on, epoch after epoch.
@@ -99,13 +67,13 @@ class TrainingSource:
     manifest: Manifest
     classes: tuple[str, ...]
     exemplars: np.ndarray
-    joined: np.ndarray
     data: DataConfig
     optim: OptimConfig
     seed: int
     step: int
     world: World
     start: int = 0
+    joined: np.ndarray = field(default_factory=lambda: NO_CLIPS)
 
     def epoch_batches(self, epoch: int) -> np.ndarray:
         """The epoch's global batches, (batches, optim.batch)."""
@@ -154,14 +122,18 @@ class FixedSource:
 def load_batches(
     source: Iterable[Request], *, manifest: Manifest, labels: Mapping[str, int], data: DataConfig, pin: bool = False
 ) -> Iterator[Batch]:
-    """The batches of `source`, in its order, whatever the number of decoding processes."""
-    decoder: Decoder = _ClipDecoder(data.clip) if manifest.kind == "clip" else _FeatureDecoder(manifest.shape)
-    num_workers = data.workers if manifest.kind == "clip" else 0
+    """The batches of `source`, in its order, whatever the number of decoding processes.
+
+    `pin` puts them in page-locked memory. Raises DataError and StorageError as the reader does.
+    """
+    is_clip = manifest.kind == "clip"
+    layout: Layout = ClipLayout(manifest, data.clip) if is_clip else FeatureLayout(manifest, pin=pin)
+    num_workers = data.workers if is_clip else 0  # processes are for decoding
     pipeline = webdataset.DataPipeline(
         _EachWorkersShare(source),
-        _Fetch(ShardReader(manifest, decoder.members)),
-        _Decode(decoder, manifest),
-        _Collate(decoder, manifest, labels),
+        _Fetch(ShardReader(manifest, data), layout),
+        _Decode(layout),
+        _Collate(manifest, manifest.shard_labels(labels)),
     )
     loader = webdataset.WebLoader(
         pipeline,
@@ -170,7 +142,17 @@ def load_batches(
         multiprocessing_context="forkserver" if num_workers else None,
         pin_memory=pin,
     )
-    return iter(loader)
+    return _timed(iter(loader))
+
+
+def _timed(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The batches, each with the seconds that its taker waited for it."""
+    while True:
+        started = time.monotonic()
+        batch = next(batches, None)
+        if batch is None:
+            return
+        yield replace(batch, counts={**batch.counts, "stall_seconds": time.monotonic() - started})
 
 
 class _EachWorkersShare(torch.utils.data.IterableDataset):
@@ -184,105 +166,80 @@ class _EachWorkersShare(torch.utils.data.IterableDataset):
         return itertools.islice(self.source, worker.id, None, worker.num_workers) if worker else iter(self.source)
 
 
+@dataclass
+class _Fetched:
+    """A batch whose bytes are there, but for the rows in `faults`."""
+
+    request: Request
+    rows: Rows
+    faults: Faults
+    counts: Mapping[str, float]
+
+
 @dataclass(frozen=True)
 class _Fetch:
-    """Clip numbers to bytes; a clip that cannot be read becomes its DataError."""
+    """Clip numbers to bytes, some batches ahead of their turn."""
 
     reader: ShardReader
+    layout: Layout
 
-    def __call__(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Any]]]:
-        for request in requests:
-            yield (
-                request,
-                [None if clip == PADDING else _or_fault(self.reader.read, int(clip)) for clip in request.clips],
-            )
+    def __call__(self, requests: Iterable[Request]) -> Iterator[_Fetched]:
+        with self.reader.open() as reader:
+            coming: deque[tuple[Request, Future[_Fetched]]] = deque()
+            for request in reader.ahead(requests):
+                coming.append((request, reader.submit(self._fetch, reader, request)))
+                if len(coming) > BATCHES_AHEAD:
+                    yield self._finish(reader, *coming.popleft())
+            while coming:
+                yield self._finish(reader, *coming.popleft())
+
+    def _fetch(self, reader: OpenReader, request: Request) -> _Fetched:
+        rows = self.layout.lay_out(request.clips)
+        found = reader.read(request, rows.segments)
+        faults = {row: self._named(request.clips[row], fault) for row, fault in found.items()}
+        return _Fetched(request, rows, faults, {})
+
+    def _finish(self, reader: OpenReader, request: Request, future: "Future[_Fetched]") -> _Fetched:
+        fetched = future.result()
+        reader.release(request)
+        return replace(fetched, counts=reader.take_counts())
+
+    def _named(self, clip: int, fault: DataError) -> DataError:
+        manifest = self.reader.manifest
+        url = manifest.url(manifest.locate(clip)[0])
+        return DataError(f"{url}: clip {manifest.key(clip)}: {str(fault).removeprefix(f'{url}: ')}")
 
 
 @dataclass(frozen=True)
 class _Decode:
-    """Bytes to tensors, with the same treatment of faults."""
+    """Bytes to tensors; a clip that cannot be decoded becomes its DataError."""
 
-    decoder: Decoder
-    manifest: Manifest
+    layout: Layout
 
-    def __call__(self, batches: Iterable[tuple[Request, list[Any]]]) -> Iterator[tuple[Request, list[Any]]]:
-        for request, items in batches:
-            yield (
-                request,
-                [
-                    _or_fault(self.decoder, item, self.manifest.key(clip)) if isinstance(item, Mapping) else item
-                    for clip, item in zip(request.clips, items, strict=True)
-                ],
-            )
+    def __call__(self, batches: Iterable[_Fetched]) -> Iterator[tuple[_Fetched, Pair]]:
+        for fetched in batches:
+            yield fetched, self.layout.decode(fetched.rows, fetched.faults)
 
 
 @dataclass(frozen=True)
 class _Collate:
-    """Decoded clips to one Batch; rows without a clip stay zero."""
+    """Tensors to a Batch."""
 
-    decoder: Decoder
     manifest: Manifest
-    labels: Mapping[str, int]
+    shard_labels: np.ndarray
 
-    def __call__(self, batches: Iterable[tuple[Request, list[Any]]]) -> Iterator[Batch]:
-        for request, items in batches:
-            valid = [isinstance(item, tuple) for item in items]
-            visual, audio = (
-                torch.zeros((len(items), *shape), dtype=self.decoder.dtype) for shape in self.decoder.shapes
+    def __call__(self, batches: Iterable[tuple[_Fetched, Pair]]) -> Iterator[Batch]:
+        for fetched, (visual, audio) in batches:
+            clips, faults = fetched.request.clips, fetched.faults
+            is_clip = clips != PADDING
+            labels = np.where(is_clip, self.shard_labels[self.manifest.shards_of(clips)], 0)
+            valid = is_clip & ~np.isin(np.arange(len(clips)), list(faults))
+            yield Batch(
+                visual,
+                audio,
+                torch.from_numpy(labels),
+                torch.from_numpy(valid),
+                fetched.request.num_current,
+                tuple(str(faults[row]) for row in sorted(faults)),
+                fetched.counts,
             )
-            for row in np.flatnonzero(valid):
-                visual[row], audio[row] = items[row]
-            labels = [0 if clip == PADDING else self.labels[self.manifest.class_of(clip)] for clip in request.clips]
-            faults = tuple(str(item) for item in items if isinstance(item, DataError))
-            yield Batch(visual, audio, torch.tensor(labels), torch.tensor(valid), request.num_current, faults)
-
-
-@dataclass(frozen=True)
-class _ClipDecoder:
-    """mp4 to pictures and filterbank."""
-
-    clip: ClipConfig
-    members = ("mp4",)
-    dtype = torch.float32
-
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return (self.clip.frames, 3, self.clip.size, self.clip.size), (self.clip.mel_frames, self.clip.mel_bins)
-
-    def __call__(self, members: Mapping[str, bytes], key: str) -> Pair:
-        clip = self.clip
-        decoded = decode_clip(
-            members["mp4"], num_frames=clip.frames, sample_rate=clip.sample_rate, silent=clip.silent, where=key
-        )
-        return ClipTransform(clip)(decoded)
-
-
-@dataclass(frozen=True)
-class _FeatureDecoder:
-    """npy to features, in the type they are stored in."""
-
-    shape: Mapping[str, int]
-    members = ("visual.npy", "audio.npy")
-    dtype = torch.float16
-
-    @property
-    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return (self.shape["frames"], self.shape["positions"], self.shape["dim"]), (self.shape["dim"],)
-
-    def __call__(self, members: Mapping[str, bytes], key: str) -> Pair:
-        try:
-            arrays = [np.load(io.BytesIO(members[name]), allow_pickle=False) for name in self.members]
-            visual, audio = (
-                torch.from_numpy(array).view(shape) for array, shape in zip(arrays, self.shapes, strict=True)
-            )
-        except NPY_FAULTS as error:
-            fault = " ".join(str(error).split())  # numpy explains itself on several lines
-            raise DataError(f"{key}: not features of {self.shapes[0]} and {self.shapes[1]}: {fault}") from None
-        return visual, audio
-
-
-def _or_fault(function: Callable[..., Any], *arguments: Any) -> Any:
-    try:
-        return function(*arguments)
-    except DataError as error:
-        return error

@@ -7,7 +7,8 @@ bytes lie in the tar. Its content hash names the data set in every run's record.
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -21,6 +22,7 @@ FORMAT = 1
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]+")
 MEMBERS = {"clip": ("mp4", "json"), "feature": ("visual.npy", "audio.npy", "json")}
 Split = Literal["train", "val", "test"]
+QUESTIONS_AT_A_TIME = 16
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
@@ -110,6 +112,30 @@ class Manifest:
         ranges = [np.arange(self.first_clips[n], self.first_clips[n + 1]) for n in self.shard_numbers(classes, split)]
         return np.concatenate([np.empty(0, dtype=np.int64), *ranges])
 
+    def shards_of(self, clips: np.ndarray) -> np.ndarray:
+        """The shard number of each clip."""
+        return np.searchsorted(self.first_clips, clips, side="right") - 1
+
+    def spans(self, member: str, clips: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where each clip's member lies in its shard: the offset of its first byte, and its size."""
+        offsets, sizes = self._spans[member]
+        return offsets[clips], sizes[clips]
+
+    @cached_property
+    def _spans(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        return {
+            member: (
+                np.concatenate([shard.offsets[member] for shard in self.shards]),
+                np.concatenate([shard.sizes[member] for shard in self.shards]),
+            )
+            for member in MEMBERS[self.kind]
+            if all(member in shard.offsets for shard in self.shards)
+        }
+
+    def shard_labels(self, labels: Mapping[str, int]) -> np.ndarray:
+        """(shards,): the label of each shard's class; -1 for a class without one."""
+        return np.array([labels.get(shard.class_name, -1) for shard in self.shards], dtype=np.int64)
+
     def locate(self, clip: int) -> tuple[int, int]:
         """The shard number of a clip, and its row in that shard."""
         shard = int(np.searchsorted(self.first_clips, clip, side="right")) - 1
@@ -182,16 +208,17 @@ def check_keys(where: str, keys: Iterable[str]) -> None:
 
 def check_shards(manifest: Manifest, numbers: Iterable[int]) -> None:
     """Raises DataError, naming all of them, when shards are missing or of another size than recorded."""
-    faults = []
-    for number in numbers:
+
+    def fault(number: int) -> str | None:
         url, expected = manifest.url(number), manifest.shards[number].bytes
         try:
             found = storage.size(url)
         except DataError as error:
-            faults.append(str(error))
-            continue
-        if found != expected:
-            faults.append(f"{url}: {found} bytes, the manifest says {expected}")
+            return str(error)
+        return f"{url}: {found} bytes, the manifest says {expected}" if found != expected else None
+
+    with ThreadPoolExecutor(QUESTIONS_AT_A_TIME) as threads:
+        faults = [found for found in threads.map(fault, numbers) if found]
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise DataError(f"{faults[0]}{more}; restore the shards, or build them again")

@@ -63,7 +63,8 @@ class Evaluator:
         was_training = network.training
         network.eval()
         with torch.no_grad():  # not inference_mode: what ZeRO 3 gathers under it could not be trained on afterwards
-            for batch in load_batches(source, manifest=self.manifest, labels=self.scenario.labels, data=self.data):
+            pin, labels = self.device.type == "cuda", self.scenario.labels
+            for batch in load_batches(source, manifest=self.manifest, labels=labels, data=self.data, pin=pin):
                 on_device = batch.to(self.device)
                 output = network(on_device.visual, on_device.audio)
                 predicted.append(_predict(method, output, on_device.valid))
@@ -72,7 +73,7 @@ class Evaluator:
         network.train(was_training)
         predictions = _in_order(torch.stack(predicted))[: len(clips)]
         check_damaged(int((predictions == DAMAGED).sum()), len(predictions), faults, self.data)
-        labels = np.array([self.scenario.labels[self.manifest.class_of(clip)] for clip in clips])
+        labels = self.manifest.shard_labels(self.scenario.labels)[self.manifest.shards_of(clips)]
         return Predictions(clips, labels, predictions)
 
 

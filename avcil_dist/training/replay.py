@@ -18,13 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
-from fsspec.implementations.local import LocalFileSystem
 
 from avcil_dist import storage
-from avcil_dist.data.loader import Request, TrainingSource
+from avcil_dist.data.loader import TrainingSource
 from avcil_dist.data.manifest import MEMBERS, Manifest, Shard, load_manifest
-from avcil_dist.data.reader import ShardReader
-from avcil_dist.errors import DataError
+from avcil_dist.data.reader import Request, read_members
+from avcil_dist.errors import DataError, StorageError
 
 READS = 16  # at a time: far storage answers late, but to many at once
 
@@ -49,13 +48,13 @@ def exemplars_at_hand(source: TrainingSource) -> Iterator[tuple[Iterable[Request
     Every rank calls it; the first of each machine copies. Raises DataError on all ranks when one cannot.
     """
     clips = np.unique(np.concatenate([source.exemplars, source.joined]))
-    if all(_is_local(source.manifest.url(shard)) for shard in {source.manifest.locate(clip)[0] for clip in clips}):
+    if not any(storage.is_remote(source.manifest.url(shard)) for shard in np.unique(source.manifest.shards_of(clips))):
         yield source, source.manifest
         return
     world = source.world
     own = Path(tempfile.mkdtemp(prefix="avcil-exemplars-")) if world.local_rank == 0 else None
     try:
-        fault = _try_to_copy(source.manifest, clips, own) if own else None
+        fault = _try_to_copy(source, clips, own) if own else None
         told: list[tuple[str, str | None]] = [("", None)] * world.size
         dist.all_gather_object(told, (str(own), fault))
         faults = [said for _, said in told if said]
@@ -69,20 +68,27 @@ def exemplars_at_hand(source: TrainingSource) -> Iterator[tuple[Iterable[Request
             shutil.rmtree(own)
 
 
-def copy_clips(manifest: Manifest, clips: np.ndarray, folder: Path) -> None:
+def copy_clips(manifest: Manifest, clips: np.ndarray, folder: Path, *, seconds: float) -> None:
     """Copy clips into `folder`, one file a class with their members end to end, and write its manifest.
 
-    A clip that cannot be read is left out: training finds it where it was, and deals with it there.
+    `seconds` is how long a read is tried again. A clip that cannot be read is left out: training finds it
+    where it was, and deals with it there.
     """
     members = tuple(name for name in MEMBERS[manifest.kind] if name != "json")
-    reader = ShardReader(manifest, members)
+
+    def read(clip: int) -> tuple[int, dict[str, bytes] | None]:
+        try:
+            return clip, read_members(manifest, clip, members, seconds=seconds)
+        except (DataError, StorageError):
+            return clip, None
+
     of_class: dict[str, list[int]] = {}
     for clip in clips:
         of_class.setdefault(manifest.class_of(clip), []).append(int(clip))
     shards = []
     with ThreadPoolExecutor(READS) as pool:
         for number, (name, numbers) in enumerate(of_class.items()):
-            found = [(clip, data) for clip, data in pool.map(lambda clip: (clip, _read(reader, clip)), numbers) if data]
+            found = [(clip, data) for clip, data in pool.map(read, numbers) if data]
             path = folder / f"{number:04d}.bin"
             parts = [data[member] for _, data in found for member in members]
             path.write_bytes(b"".join(parts))
@@ -117,20 +123,9 @@ def with_copies(manifest: Manifest, copied: Manifest) -> tuple[Manifest, dict[in
     return joined, numbers
 
 
-def _try_to_copy(manifest: Manifest, clips: np.ndarray, folder: Path) -> str | None:
+def _try_to_copy(source: TrainingSource, clips: np.ndarray, folder: Path) -> str | None:
     try:
-        copy_clips(manifest, clips, folder)
+        copy_clips(source.manifest, clips, folder, seconds=source.data.retry_seconds)
     except OSError as error:
         return f"{folder}: exemplars cannot be copied there ({error}); make room, or name another folder with TMPDIR"
     return None
-
-
-def _read(reader: ShardReader, clip: int) -> Mapping[str, bytes] | None:
-    try:
-        return reader.read(clip)
-    except DataError:
-        return None
-
-
-def _is_local(url: str) -> bool:
-    return isinstance(storage.open_filesystem(url)[0], LocalFileSystem)

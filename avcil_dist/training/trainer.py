@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from avcil_dist.config import Config
 from avcil_dist.data.loader import Batch, TrainingSource, load_batches
+from avcil_dist.data.reader import COUNTS
 from avcil_dist.errors import DataError
 from avcil_dist.methods.base import Method, Targets
 from avcil_dist.models.network import Network
@@ -33,7 +35,7 @@ class Observer(Protocol):
         """A batch, of training or of evaluation, is done."""
 
     def epoch(self, epoch: int, values: Mapping[str, float]) -> None:
-        """An epoch is done; `values` are its mean losses, accuracy and speed."""
+        """An epoch is done; `values` are its mean losses, accuracy, speed, and what reading took, of all ranks."""
 
 
 @dataclass(frozen=True)
@@ -96,13 +98,22 @@ class Trainer:
         engine.network.train()
         self.num_bad, self.faults = 0, []
         sums: dict[str, Tensor] = {}
+        reading: Counter[str] = Counter()
         for batch in batches:
+            reading.update(batch.counts)
             for name, value in self._iteration(engine, batch.to(self.device)).items():
                 sums[name] = sums.get(name, 0) + value.detach()
             self._check_faults(batch)
             self.observer.advance()
         means = {name: value.item() / self.per_epoch for name, value in sums.items()}
-        return means | ({"damaged_clips": float(self.num_bad)} if self.num_bad else {})
+        means |= {"damaged_clips": float(self.num_bad)} if self.num_bad else {}
+        return means | self._of_all_ranks(reading)
+
+    def _of_all_ranks(self, reading: Mapping[str, float]) -> dict[str, float]:
+        """What reading the epoch took, summed over the ranks."""
+        names = (*COUNTS, "stall_seconds")
+        own = torch.tensor([[reading.get(name, 0.0) for name in names]], dtype=torch.float64, device=self.device)
+        return dict(zip(names, gather_rows(own, 1).sum(dim=0).tolist(), strict=True))
 
     def _iteration(self, engine: Engine, batch: Batch) -> dict[str, Tensor]:
         """Forward on the rank's rows, loss on the global batch, backward, step."""

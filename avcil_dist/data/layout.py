@@ -1,0 +1,217 @@
+"""Where the bytes of a batch go, and how they become its tensors: one layout for features, one for clips.
+
+Features are read straight into the batch, header by header checked: no object per clip is made.
+Clips are read as they are and decoded row by row.
+"""
+
+import io
+import tokenize
+import weakref
+import zipfile
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from avcil_dist.config import ClipConfig
+from avcil_dist.data.decode import decode_clip
+from avcil_dist.data.manifest import Manifest
+from avcil_dist.data.plan import PADDING
+from avcil_dist.data.reader import Segment
+from avcil_dist.data.transforms import ClipTransform
+from avcil_dist.errors import DataError
+
+TAR_BLOCK = 512  # a member's header lies before its bytes: with its name there, the place is the right one
+NAME_BYTES = 100
+SPARE_BUFFERS = 8
+# What numpy raises for damaged bytes: it reads the header as Python text, and a zip where they begin like one.
+NPY_FAULTS = (ValueError, TypeError, RuntimeError, EOFError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile)
+Pair = tuple[Tensor, Tensor]
+Faults = dict[int, DataError]
+
+
+@dataclass
+class Rows:
+    """A batch on its way: the clips of its rows, what to read, and where the members' headers and bytes come to lie.
+
+    `heads[member][row]` and `bodies[member][row]` are the first bytes of a member, from its tar header on, and
+    the others.
+    """
+
+    clips: np.ndarray
+    segments: list[Segment] = field(default_factory=list)
+    heads: list[list[memoryview]] = field(default_factory=list)
+    bodies: list[list[memoryview]] = field(default_factory=list)
+    tensors: Pair | None = None
+
+
+class Layout(Protocol):
+    """How a batch is read and decoded."""
+
+    def lay_out(self, clips: np.ndarray) -> Rows:
+        """The rows of these clips, ready to be read."""
+
+    def decode(self, rows: Rows, faults: Faults) -> Pair:
+        """Visual and audio of all rows, zero where there is no clip; damaged rows are added to `faults`."""
+
+
+class FeatureLayout:
+    """Features, float16, read into a batch in their final place (page-locked memory if `pin`)."""
+
+    members = ("visual.npy", "audio.npy")
+
+    def __init__(self, manifest: Manifest, *, pin: bool) -> None:
+        self.manifest = manifest
+        shape = manifest.shape
+        self.shapes = (shape["frames"], shape["positions"], shape["dim"]), (shape["dim"],)
+        self.headers = [_npy_header((shape["frames"] * shape["positions"], shape["dim"])), _npy_header(self.shapes[1])]
+        self._buffers = _Buffers(pin)
+
+    def lay_out(self, clips: np.ndarray) -> Rows:
+        """Tensors for the batch; a member of another size than expected gets bytes of its own."""
+        rows = Rows(clips)
+        tensors = [self._buffers.take((len(clips), *shape)) for shape in self.shapes]
+        rows.tensors = tensors[0], tensors[1]
+        present = np.flatnonzero(clips != PADDING)
+        shards = self.manifest.shards_of(clips)
+        for member, header, tensor in zip(self.members, self.headers, tensors, strict=True):
+            flat = tensor.numpy().reshape(len(clips), -1).view(np.uint8)
+            starts, sizes = self.manifest.spans(member, clips)
+            heads = memoryview(bytearray(len(clips) * (TAR_BLOCK + len(header))))
+            step = TAR_BLOCK + len(header)
+            rows.heads.append([heads[row * step : (row + 1) * step] for row in range(len(clips))])
+            rows.bodies.append([row.data for row in flat])
+            for row in present:
+                if sizes[row] != len(header) + flat.shape[1]:
+                    rows.heads[-1][row] = memoryview(bytearray(TAR_BLOCK))
+                    rows.bodies[-1][row] = memoryview(bytearray(int(sizes[row])))
+                buffers = (rows.heads[-1][row], rows.bodies[-1][row])
+                rows.segments.append(Segment(int(shards[row]), int(starts[row]) - TAR_BLOCK, buffers, int(row)))
+        return rows
+
+    def decode(self, rows: Rows, faults: Faults) -> Pair:
+        """Hold each header against the expected one; a member that has another is parsed."""
+        assert rows.tensors is not None
+        for row, clip in enumerate(rows.clips):
+            if clip == PADDING or row in faults:
+                continue
+            key = self.manifest.key(int(clip))
+            try:
+                for number, member in enumerate(self.members):
+                    head = rows.heads[number][row]
+                    _check_name(head, f"{key}.{member}")
+                    if head[TAR_BLOCK:] != self.headers[number]:
+                        data = bytes(head[TAR_BLOCK:]) + bytes(rows.bodies[number][row])
+                        rows.tensors[number][row] = self._parse(data, key, number)
+            except DataError as error:
+                faults[row] = error
+        _clear(rows, faults)
+        return rows.tensors
+
+    def _parse(self, data: bytes, key: str, number: int) -> Tensor:
+        try:
+            return torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False)).view(self.shapes[number])
+        except NPY_FAULTS as error:
+            reason = " ".join(str(error).split())  # numpy explains itself on several lines
+            raise DataError(f"{key}: {self.members[number]}: no features of {self.shapes[number]}: {reason}") from None
+
+
+class ClipLayout:
+    """mp4 files, decoded to pictures and filterbanks, float32."""
+
+    member = "mp4"
+
+    def __init__(self, manifest: Manifest, clip: ClipConfig) -> None:
+        self.manifest, self.clip = manifest, clip
+
+    @cached_property
+    def _transform(self) -> ClipTransform:
+        return ClipTransform(self.clip)
+
+    def lay_out(self, clips: np.ndarray) -> Rows:
+        """Bytes for each row."""
+        starts, sizes = self.manifest.spans(self.member, clips)
+        shards = self.manifest.shards_of(clips)
+        heads = [memoryview(bytearray(TAR_BLOCK)) for _ in clips]
+        bodies = [
+            memoryview(bytearray(0 if clip == PADDING else int(size))) for clip, size in zip(clips, sizes, strict=True)
+        ]
+        segments = [
+            Segment(int(shards[row]), int(starts[row]) - TAR_BLOCK, (heads[row], bodies[row]), int(row))
+            for row in np.flatnonzero(clips != PADDING)
+        ]
+        return Rows(clips, segments, [heads], [bodies])
+
+    def decode(self, rows: Rows, faults: Faults) -> Pair:
+        """Decode row by row."""
+        clip = self.clip
+        visual = torch.zeros(len(rows.clips), clip.frames, 3, clip.size, clip.size)
+        audio = torch.zeros(len(rows.clips), clip.mel_frames, clip.mel_bins)
+        for row, number in enumerate(rows.clips):
+            if number == PADDING or row in faults:
+                continue
+            key = self.manifest.key(int(number))
+            try:
+                _check_name(rows.heads[0][row], f"{key}.{self.member}")
+                decoded = decode_clip(
+                    bytes(rows.bodies[0][row]),
+                    num_frames=clip.frames,
+                    sample_rate=clip.sample_rate,
+                    silent=clip.silent,
+                    where=key,
+                )
+                visual[row], audio[row] = self._transform(decoded)
+            except DataError as error:
+                faults[row] = error
+        return visual, audio
+
+
+class _Buffers:
+    """Memory of batches, used again once nobody holds the batch: fresh pages cost more time than the read."""
+
+    def __init__(self, pin: bool) -> None:
+        self._pin = pin
+        self._spare: list[np.ndarray] = []
+
+    def take(self, shape: tuple[int, ...]) -> Tensor:
+        """A tensor of any content, float16."""
+        if self._pin:  # torch keeps page-locked memory itself, until the copies from it are done
+            return torch.empty(shape, dtype=torch.float16, pin_memory=True)
+        size = 2 * int(np.prod(shape))
+        fitting = next((number for number, memory in enumerate(self._spare) if len(memory) == size), None)
+        memory = np.empty(size, dtype=np.uint8) if fitting is None else self._spare.pop(fitting)
+        array = memory.view(np.float16).reshape(shape)
+        weakref.finalize(array, _give_back, self._spare, memory).atexit = False
+        return torch.from_numpy(array)
+
+
+def _give_back(spare: list[np.ndarray], memory: np.ndarray) -> None:
+    if len(spare) < SPARE_BUFFERS:
+        spare.append(memory)
+
+
+def _npy_header(shape: tuple[int, ...]) -> bytes:
+    """The header that numpy writes before float16 values of `shape`."""
+    description = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float16)), "fortran_order": False, "shape": shape}
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, description)
+    return buffer.getvalue()
+
+
+def _check_name(head: memoryview, name: str) -> None:
+    """Raises DataError when a tar header is not that of `name` (a folder before it may be)."""
+    found = bytes(head[:NAME_BYTES]).split(b"\0")[0].rsplit(b"/")[-1]
+    wanted = name.encode()
+    if found != wanted and not (len(wanted) > NAME_BYTES - 20 and found and wanted.startswith(found)):
+        raise DataError(f"{name.split('.')[0]}: the shard holds no {name} where the manifest says; it is damaged")
+
+
+def _clear(rows: Rows, faults: Faults) -> None:
+    """Make rows without a clip zero."""
+    assert rows.tensors is not None
+    for row in {*np.flatnonzero(rows.clips == PADDING).tolist(), *faults}:
+        for tensor in rows.tensors:
+            tensor[row] = 0

@@ -1,0 +1,194 @@
+import hashlib
+import os
+import resource
+import subprocess
+import sys
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from avcil_dist import storage
+from avcil_dist.data import cache as cache_module
+from avcil_dist.data.cache import ShardCache
+from avcil_dist.errors import ConfigError, DataError
+
+PROJECT = Path(__file__).parents[2]
+SIZE = 1000
+
+
+class Shards:
+    """Objects in memory, and a cache for so many of them."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        self.root = f"memory://{uuid.uuid4().hex}"
+        self.counts: Counter[str] = Counter()
+        self.executor = ThreadPoolExecutor(2)
+        self.cache = ShardCache(
+            folder / "cache",
+            count * SIZE,
+            executor=self.executor,
+            retry_seconds=1,
+            count=lambda name, amount: self.counts.update({name: amount}),
+            on_retry=lambda: self.counts.update(retries=1),
+        )
+
+    def content(self, number: int) -> bytes:
+        return bytes([number]) * SIZE
+
+    def digest(self, number: int) -> str:
+        return hashlib.sha256(self.content(number)).hexdigest()
+
+    def open(self, number: int) -> int | None:
+        url = f"{self.root}/{number}.tar"
+        if not storage.exists(url):
+            storage.write_bytes(url, self.content(number))
+        return self.cache.open(url, SIZE, self.digest(number))
+
+    def use(self, number: int) -> None:
+        descriptor = self.open(number)
+        assert descriptor is not None
+        assert os.pread(descriptor, SIZE, 0) == self.content(number)
+        os.close(descriptor)
+
+    def kept(self) -> set[int]:
+        names = {path.name for path in self.cache.folder.iterdir() if path.is_file()}
+        return {number for number in range(20) if f"{self.digest(number)}.tar" in names}
+
+    def leftovers(self) -> list[str]:
+        return [path.name for path in self.cache.folder.iterdir() if path.name.startswith(".")]
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Iterator[Shards]:
+    made = Shards(tmp_path, 3)
+    yield made
+    made.executor.shutdown()
+    storage.remove_tree(made.root)
+
+
+def test_a_shard_is_fetched_once(shards: Shards) -> None:
+    for _ in range(3):
+        shards.use(1)
+    assert shards.counts == {"cache_misses": 1, "cache_hits": 2, "fetched_bytes": SIZE}
+
+
+def test_the_least_recently_used_shard_makes_room(shards: Shards) -> None:
+    for number in (1, 2, 3, 1, 4):
+        shards.use(number)
+    assert shards.kept() == {1, 3, 4}
+
+
+def test_a_shard_in_use_is_never_removed_even_the_oldest(shards: Shards) -> None:
+    held = shards.open(1)
+    assert held is not None
+    for number in (2, 3, 4, 5, 6):
+        shards.use(number)
+    assert 1 in shards.kept()
+    os.close(held)
+    for number in (2, 3, 4):
+        shards.use(number)
+    assert 1 not in shards.kept()
+
+
+def test_a_shard_that_another_process_uses_is_not_removed(shards: Shards) -> None:
+    shards.use(1)
+    script = (
+        "import sys; from concurrent.futures import ThreadPoolExecutor; from pathlib import Path;"
+        "from avcil_dist.data.cache import ShardCache;"
+        "cache = ShardCache(Path(sys.argv[1]), 9999, executor=ThreadPoolExecutor(1), retry_seconds=1,"
+        " count=print, on_retry=print);"
+        "assert cache.find(1000, sys.argv[2]) is not None; print('held', flush=True); sys.stdin.read()"
+    )
+    words = [sys.executable, "-c", script, str(shards.cache.folder), shards.digest(1)]
+    with subprocess.Popen(words, cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdin is not None
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        for number in (2, 3, 4, 5):
+            shards.use(number)
+        assert 1 in shards.kept()
+        other.kill()  # its end frees what it held
+        other.wait()
+    for number in (2, 3, 4):
+        shards.use(number)
+    assert 1 not in shards.kept()
+
+
+def test_without_room_the_cache_says_so(shards: Shards) -> None:
+    held = [shards.open(number) for number in (1, 2, 3)]
+    assert shards.open(4) is None
+    assert shards.counts["cache_full"] == 1
+    assert shards.kept() == {1, 2, 3}
+    for descriptor in held:
+        assert descriptor is not None
+        os.close(descriptor)
+    shards.use(4)
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """No file may grow, as far as this process can tell."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE // 2, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_on_a_full_disk_the_cache_says_so_and_leaves_nothing(shards: Shards) -> None:
+    with full_disk():
+        assert shards.open(1) is None
+    assert shards.leftovers() == []
+    shards.use(1)
+
+
+def test_a_part_of_the_disk_stays_free(shards: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "DISK_RESERVE", 1.0)
+    assert shards.open(1) is None
+
+
+def test_a_shard_that_is_not_the_manifests_is_refused_and_not_kept(shards: Shards) -> None:
+    url = f"{shards.root}/1.tar"
+    storage.write_bytes(url, b"x" * SIZE)
+    with pytest.raises(DataError, match=rf"^{url}: its sha256 is not the manifest's") as caught:
+        shards.open(1)
+    assert "\n" not in str(caught.value)
+    assert shards.kept() == set()
+    assert shards.leftovers() == []
+
+
+@pytest.mark.parametrize("content", [None, b"x" * (SIZE - 1)])
+def test_a_shard_that_is_missing_or_short_is_named(shards: Shards, content: bytes | None) -> None:
+    url = f"{shards.root}/1.tar"
+    if content is not None:
+        storage.write_bytes(url, content)
+    with pytest.raises(DataError, match=rf"^{url}: "):
+        shards.cache.open(url, SIZE, shards.digest(1))
+    assert shards.leftovers() == []
+
+
+def test_what_a_killed_process_left_makes_room(shards: Shards) -> None:
+    left = shards.cache.folder / ".0123.dead"
+    left.write_bytes(bytes(3 * SIZE))
+    shards.use(1)
+    assert not left.exists()
+
+
+def test_a_kept_file_of_another_length_is_not_taken(shards: Shards) -> None:
+    shards.use(1)
+    path = shards.cache.folder / f"{shards.digest(1)}.tar"
+    path.write_bytes(b"short")
+    shards.use(1)
+    assert shards.counts["cache_misses"] == 2
+
+
+def test_a_folder_that_cannot_be_made_is_a_fault_of_the_configuration(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"^data\.cache: .*file/cache: .*; name a folder that can be written"):
+        Shards(tmp_path / "file", 1)

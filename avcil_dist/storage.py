@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -82,6 +82,30 @@ def write_bytes(url: str, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_file(url: str) -> Iterator[BinaryIO]:
+    """A local file to write, for what is too large for memory; it appears at `url`, whole, when the block ends well.
+
+    Object stores get it as one upload (in parts where it is large), which they show only when it is complete.
+    """
+    filesystem, path = open_filesystem(url)
+    is_local = isinstance(filesystem, LocalFileSystem)
+    folder = Path(path).parent if is_local else Path(tempfile.gettempdir())
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{Path(path).name}.{uuid.uuid4().hex}"
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if is_local:
+            temporary.replace(path)
+        else:
+            filesystem.put_file(str(temporary), path)
     finally:
         temporary.unlink(missing_ok=True)
 

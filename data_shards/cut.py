@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import av
@@ -18,6 +19,7 @@ import numpy as np
 
 from avcil_dist.data.decode import CONTAINERS
 from avcil_dist.errors import DataError
+from data_shards.rejections import ClipRejectedError
 
 COPIED_VIDEO, COPIED_AUDIO = {"h264", "hevc", "mpeg4"}, {"aac", "mp3"}
 AAC_RATES = {8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000}
@@ -35,7 +37,7 @@ def cut_clip(path: str, start: float, duration: float | None) -> bytes:
         span = _Span(container, start, end, path)
         packets = span.packets()
         if not any(packet.stream is span.video for packet in packets):
-            raise DataError(f"{path}: ends before the cut at {start:g} s")
+            raise ClipRejectedError("short", f"{path}: ends before the cut at {start:g} s")
         if _can_copy(span, packets):
             return _copied(span, packets)
         return _encoded(span, packets, path)
@@ -80,22 +82,21 @@ class _Span:
     def streams(self) -> list[Any]:
         return [stream for stream in (self.video, self.audio) if stream is not None]
 
-    def time(self, stamped: Any) -> float:
-        """When a packet or frame is shown or heard."""
-        return float(stamped.pts * stamped.time_base) - self.origin
+    def time(self, stamped: Any, stream: Any) -> float:
+        """When a packet or frame of a stream is shown or heard."""
+        return float(stamped.pts * stream.time_base) - self.origin
 
     def packets(self) -> list[Any]:
         """All packets from the key frame at or before the start on, to the end, in the file's order."""
         self.container.seek(int((self.start + self.origin) * av.time_base), backward=True)
         found, is_open = [], {stream.index for stream in self.streams}
         for packet in self.container.demux(*self.streams):
-            if packet.pts is None or packet.dts is None:
-                continue
-            if float(packet.dts * packet.time_base) - self.origin >= self.end:
+            stamp = packet.pts if packet.dts is None else packet.dts  # some containers have not both
+            if stamp is not None and float(stamp * packet.time_base) - self.origin >= self.end:
                 is_open.discard(packet.stream.index)
                 if not is_open:
                     break
-            elif packet.stream.index in is_open:
+            elif packet.size and packet.stream.index in is_open:
                 found.append(packet)
         return found
 
@@ -104,13 +105,15 @@ def _can_copy(span: _Span, packets: list[Any]) -> bool:
     codecs = span.video.codec_context.name, span.audio.codec_context.name if span.audio else "aac"
     if codecs[0] not in COPIED_VIDEO or codecs[1] not in COPIED_AUDIO:
         return False
+    if any(packet.pts is None or packet.dts is None for packet in packets):
+        return False
     video = [packet for packet in packets if packet.stream is span.video]
     half_frame = 0.5 / float(span.video.average_rate or 25)
-    if not video[0].is_keyframe or abs(span.time(video[0]) - span.start) > half_frame:
+    if not video[0].is_keyframe or abs(span.time(video[0], span.video) - span.start) > half_frame:
         return False
     # a frame shown after the end may be one that frames before the end are made from: then all are encoded anew
-    first = span.time(video[0])
-    return all(first <= span.time(packet) < span.end - CLOSE for packet in video)
+    first = span.time(video[0], span.video)
+    return all(first <= span.time(packet, span.video) < span.end - CLOSE for packet in video)
 
 
 def _copied(span: _Span, packets: list[Any]) -> bytes:
@@ -135,14 +138,14 @@ def _copied(span: _Span, packets: list[Any]) -> bytes:
 def _encoded(span: _Span, packets: list[Any], path: str) -> bytes:
     pictures = _pictures(span, packets)
     if not pictures:
-        raise DataError(f"{path}: ends before the cut at {span.start:g} s")
+        raise ClipRejectedError("short", f"{path}: ends before the cut at {span.start:g} s")
     sound = _Sound(span, packets)
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4", container_options={"fflags": "+bitexact"}) as target:
         video: Any = target.add_stream("libx264", rate=span.video.average_rate or 25)
         video.width, video.height = pictures[0].width // 2 * 2, pictures[0].height // 2 * 2
         video.pix_fmt, video.thread_count, video.options = "yuv420p", 1, QUALITY
-        video.time_base = span.video.time_base
+        video.codec_context.time_base = span.video.time_base
         heard: Any = None
         if sound.samples.size:
             heard = target.add_stream("aac", rate=sound.rate, layout=sound.layout)
@@ -157,7 +160,8 @@ def _encoded(span: _Span, packets: list[Any], path: str) -> bytes:
         target.mux(video.encode(None))
         if heard:
             block = av.AudioFrame.from_ndarray(sound.samples, format="fltp", layout=sound.layout)
-            block.sample_rate = sound.rate
+            # with a time stamp, the encoder says how many samples it puts in front, and players leave them out
+            block.sample_rate, block.pts, block.time_base = sound.rate, 0, Fraction(1, sound.rate)
             target.mux(heard.encode(block))
             target.mux(heard.encode(None))
     return buffer.getvalue()
@@ -167,12 +171,12 @@ def _pictures(span: _Span, packets: list[Any]) -> list[Any]:
     """The frames shown within the span, first the one that is shown when it starts."""
     shown: list[Any] = []
     for frame in _frames(span.video, packets):
-        if frame.pts is None or span.time(frame) >= span.end - CLOSE:
+        if frame.pts is None or span.time(frame, span.video) >= span.end - CLOSE:
             continue
-        if span.time(frame) <= span.start + CLOSE:
+        if span.time(frame, span.video) <= span.start + CLOSE:
             shown.clear()
         shown.append(frame)
-    last = span.time(shown[-1]) + 1 / float(span.video.average_rate or 25) if shown else 0.0
+    last = span.time(shown[-1], span.video) + 1 / float(span.video.average_rate or 25) if shown else 0.0
     return shown if last > span.start + CLOSE else []
 
 
@@ -189,7 +193,7 @@ class _Sound:
         resampler = av.AudioResampler(format="fltp", layout=self.layout, rate=self.rate)
         parts, begin = [], None
         for frame in _frames(span.audio, packets):
-            begin = span.time(frame) if begin is None and frame.pts is not None else begin
+            begin = span.time(frame, span.audio) if begin is None and frame.pts is not None else begin
             parts += [part.to_ndarray() for part in resampler.resample(frame)]
         parts += [part.to_ndarray() for part in resampler.resample(None)] if parts else []
         samples = np.concatenate(parts, axis=1) if parts else self.samples

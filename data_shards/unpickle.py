@@ -68,6 +68,13 @@ class _Name:
         return self._make(*arguments)
 
 
+def _encoded(text: str, encoding: str) -> bytes:
+    """How old pickles write bytes: as text, and the name of an encoding."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"the encoding {encoding!r} is not admitted")
+    return text.encode(encoding)
+
+
 class _Type:
     """A numpy dtype, from its name and byte order."""
 
@@ -130,6 +137,9 @@ class _Unpickler(pickle._Unpickler):  # the one in Python: the one in C keeps al
             ("numpy", "ndarray"): _Name(None),
             ("builtins", "set"): _Name(set),
             ("builtins", "frozenset"): _Name(frozenset),
+            ("__builtin__", "set"): _Name(set),
+            ("__builtin__", "frozenset"): _Name(frozenset),
+            ("_codecs", "encode"): _Name(_encoded),
         }
         for module in MULTIARRAY:
             self._admitted |= {(module, "_reconstruct"): array, (module, "scalar"): scalar}

@@ -30,6 +30,7 @@ from data_shards.rejections import Rejection
 from data_shards.writer import feature_members
 
 Members = tuple[str, dict[str, bytes]]
+_NOTHING = np.empty((0, 0, 0)), np.empty((0, 0))  # encoders do not take batches without clips
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ def _encode(
 
     for batch in batches:
         keys = source.keys[row : row + len(batch.valid)]
-        visual, audio = encoders(batch)
+        visual, audio = encoders(batch) if batch.valid.any() else _NOTHING
         faults, taken = iter(batch.faults), 0
         for place, key in enumerate(keys):
             if not batch.valid[place]:

@@ -57,7 +57,7 @@ def import_features(
     *,
     frames: int,
     clips_per_shard: int,
-    progress: Progress | None,
+    progress: Progress | None = None,
 ) -> BuildReport:
     """Write released features as feature shards at `output`, in the classes and splits of the published lists.
 

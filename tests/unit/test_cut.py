@@ -29,9 +29,10 @@ def film(path: Path, *, seconds: int = 6, gop: int = 8, b_frames: int = 0, sound
         wave = (np.where(times >= 3, 0.8, 0.0) * np.sin(2 * np.pi * 1000 * times)).astype(np.float32)
         kind = "fltp" if sound == "aac" else "s16"
         values = wave[None] if sound == "aac" else (wave[None] * 32767).astype(np.int16)
-        block = av.AudioFrame.from_ndarray(values, format=kind, layout="mono")
-        block.sample_rate, block.pts, block.time_base = SOUND_RATE, 0, Fraction(1, SOUND_RATE)
-        target.mux(audio.encode(block))
+        for first in range(0, values.shape[1], 1000):
+            block = av.AudioFrame.from_ndarray(values[:, first : first + 1000], format=kind, layout="mono")
+            block.sample_rate, block.pts, block.time_base = SOUND_RATE, first, Fraction(1, SOUND_RATE)
+            target.mux(audio.encode(block))
         target.mux(audio.encode(None))
     return path
 

@@ -108,6 +108,19 @@ def test_ranks_and_parts_make_the_bytes_of_one_run(clips: str, tmp_path: Path) -
     assert _files(tmp_path / "parts") == _files(tmp_path / "whole")
 
 
+def test_command_under_torchrun_does_a_ranks_share(clips: str, tmp_path: Path) -> None:
+    for rank in ("0", "1"):
+        local = {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+        environment = {"RANK": rank, "WORLD_SIZE": "2"} | local
+        words = ["shards", "features", clips, f"{tmp_path}/ranks", *TINY, "--batch", "2"]
+        result = CliRunner(env=environment).invoke(cli, words)
+        assert result.exit_code == 0, result.output
+        assert ("avcil shards merge" in result.output) == (rank == "0")  # one rank speaks for all
+    merged = merge_parts(f"{tmp_path}/ranks")
+    whole = make_features(_config(clips), f"{tmp_path}/whole", batch=2, device=CPU)
+    assert merged.manifest.content_hash == whole.manifest.content_hash
+
+
 def test_batch_size_changes_features_by_rounding_only(clips: str, tmp_path: Path) -> None:
     reports = [make_features(_config(clips), f"{tmp_path}/{batch}", batch=batch, device=CPU) for batch in (1, 4)]
     for number in range(len(reports[0].manifest.shards)):

@@ -76,6 +76,13 @@ def test_class_numbers_get_names_and_the_split_is_given(tmp_path: Path) -> None:
         index_tars([url], f"{tmp_path}/m/none.json")
 
 
+def test_records_that_say_less_are_verified_by_what_they_say(tmp_path: Path) -> None:
+    files = {"x.mp4": b"1", "x.json": b'{"label": 7}', "y.mp4": b"22", "y.json": b'{"label": 7}'}
+    url = _tar(tmp_path / "a.tar", files)
+    assert index_tars([url], f"{tmp_path}/m.json", split="train").classes == ("7",)
+    assert verify_shards(f"{tmp_path}/m.json") == []
+
+
 @pytest.mark.parametrize(
     ("files", "words"),
     [

@@ -93,9 +93,9 @@ class Plan:
         return sum(job.clips for job in self.jobs)
 
     def share(self, part: Part) -> list[int]:
-        """The numbers of a part's jobs. Dealt out by size, so that parts have about equally much to do."""
+        """The numbers of a part's jobs, large ones first, so that parts and processes end at about the same time."""
         by_size = sorted(range(len(self.jobs)), key=lambda number: (-self.jobs[number].clips, number))
-        return sorted(by_size[part.index :: part.count])
+        return by_size[part.index :: part.count]
 
     def to_record(self) -> dict[str, Any]:
         """As plain JSON values. A job's own digest may differ from machine to machine, so it is left out."""

@@ -6,7 +6,6 @@ not depend on which rank makes it, nor on what was made before. Ranks share no m
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -18,9 +17,8 @@ from torch import nn
 from avcil_dist import storage
 from avcil_dist.config import Config, TransformerConfig
 from avcil_dist.data.loader import Batch, FixedSource, load_batches
-from avcil_dist.data.manifest import Manifest, load_manifest
+from avcil_dist.data.manifest import Manifest, Shard, load_manifest
 from avcil_dist.data.plan import PADDING
-from avcil_dist.data.reader import ShardReader
 from avcil_dist.errors import ConfigError, DataError
 from avcil_dist.models.encoders import Encoder, build_audio_encoder, build_visual_encoder
 from avcil_dist.seeds import derive_seed
@@ -185,7 +183,7 @@ def _encode(
 ) -> Iterator[Members]:
     """The features of each clip of a shard, with the clip's own record."""
     source, row = manifest.shards[number], 0
-    records = _Records(manifest, number)
+    records = _read_records(manifest, number)
 
     def reject(key: str, reason: str) -> None:
         rejected.append(Rejection(key, source.class_name, source.split, "corrupt", reason.removeprefix(f"{key}: ")))
@@ -199,7 +197,7 @@ def _encode(
                 reject(key, next(faults))
                 continue
             try:
-                members = feature_members(visual[taken], audio[taken], records.of(row + place))
+                members = feature_members(visual[taken], audio[taken], _record(source, records[row + place]))
             except DataError as error:
                 reject(key, str(error))
             else:
@@ -209,17 +207,28 @@ def _encode(
         advance(len(keys))
 
 
-class _Records:
-    """What the clip shard says of its clips; of a shard without `json` members, what the manifest says."""
+def _read_records(manifest: Manifest, number: int) -> list[bytes | None]:
+    """What a clip shard says of each of its clips; None for clips of a shard without `json` members.
 
-    def __init__(self, manifest: Manifest, number: int) -> None:
-        self._shard = manifest.shards[number]
-        self._first = int(manifest.first_clips[number])
-        self._reader = ShardReader(manifest, ("json",)) if "json" in self._shard.offsets else None
+    Raises DataError for a shard that is not there: a clip may be left out, a whole shard is not.
+    """
+    shard, url = manifest.shards[number], manifest.url(number)
+    if "json" not in shard.offsets:
+        return [None] * shard.count
+    starts = shard.offsets["json"]
+    ends = starts + shard.sizes["json"]
+    filesystem, path = storage.open_filesystem(url)
+    try:
+        found = filesystem.cat_ranges([path] * shard.count, starts.tolist(), ends.tolist(), on_error="raise")
+    except OSError as error:
+        raise DataError(f"{url}: cannot be read ({error}); restore it, then start again to continue") from None
+    return [bytes(data) for data in found]
 
-    def of(self, row: int) -> dict[str, Any]:
-        record: dict[str, Any] = {}
-        if self._reader:
-            with suppress(ValueError):  # others' records may be anything
-                record = dict(json.loads(self._reader.read(self._first + row)["json"]))
-        return record | {"label": self._shard.class_name, "split": self._shard.split}
+
+def _record(shard: Shard, data: bytes | None) -> dict[str, Any]:
+    """The record of a clip with the class and split that the manifest says."""
+    try:
+        record = dict(json.loads(data)) if data is not None else {}
+    except (ValueError, TypeError) as error:
+        raise DataError(f"its json cannot be read ({error})") from None
+    return record | {"label": shard.class_name, "split": shard.split}

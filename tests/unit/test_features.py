@@ -11,7 +11,7 @@ from avcil_dist.compose import load_config
 from avcil_dist.config import Config, DataConfig
 from avcil_dist.data.loader import FixedSource, load_batches
 from avcil_dist.data.manifest import Manifest, load_manifest
-from avcil_dist.errors import ConfigError
+from avcil_dist.errors import ConfigError, DataError
 from data_shards.build import build_shards
 from data_shards.features import make_features, make_features_part
 from data_shards.parts import Part, merge_parts
@@ -106,6 +106,19 @@ def test_ranks_and_parts_make_the_bytes_of_one_run(clips: str, tmp_path: Path) -
     merged = merge_parts(f"{tmp_path}/parts")
     assert merged.manifest.content_hash == whole.manifest.content_hash
     assert _files(tmp_path / "parts") == _files(tmp_path / "whole")
+
+
+def test_missing_clip_shard_stops_the_run_by_name(clips: str, tmp_path: Path) -> None:
+    manifest = load_manifest(clips)
+    lost = Path(manifest.url(1))
+    kept = lost.rename(tmp_path / "kept.tar")
+    try:
+        with pytest.raises(DataError, match=rf"{lost.name}: cannot be read .* start again to continue"):
+            make_features(_config(clips), f"{tmp_path}/out", batch=2, device=CPU)
+    finally:
+        kept.rename(lost)
+    resumed = make_features(_config(clips), f"{tmp_path}/out", batch=2, device=CPU)
+    assert sum(shard.count for shard in resumed.manifest.shards) == 13
 
 
 def test_command_under_torchrun_does_a_ranks_share(clips: str, tmp_path: Path) -> None:

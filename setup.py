@@ -30,7 +30,9 @@ REQUIRED = [
     "filelock==4.2.11",  # one process makes the tracking database
     "scikit-learn==1.9.1",  # k-means, from which new proxies start
 ]
+HDF5 = ["h5py==3.16.0"]  # the released features of two benchmarks
 TEST = [
+    *HDF5,
     "pytest==9.2.0",
     "hypothesis==6.170.15",  # properties of the plan
     "ruff==0.17.6",  # lint and format
@@ -64,6 +66,6 @@ setup(
         "launch": ["*.sh"],
     },
     install_requires=REQUIRED,
-    extras_require={"test": TEST, "dev": [*TEST, "pre-commit"]},
+    extras_require={"hdf5": HDF5, "test": TEST, "dev": [*TEST, "pre-commit"]},
     entry_points={"console_scripts": ["avcil = launch.cli:cli"]},
 )

@@ -171,6 +171,21 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def new_file(url: str) -> Iterator[BinaryIO]:
+    """A local file to write, for what is too large for memory; it appears at `url`, whole, when the block ends well."""
+    filesystem, path = open_filesystem(url)
+    if isinstance(filesystem, LocalFileSystem):
+        with _replacing(Path(path)) as file:
+            yield file
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "file"
+        with copy.open("wb") as file:
+            yield file
+        upload(copy, url)
+
+
 def remove_tree(url: str) -> None:
     """Remove a folder and all in it; nothing happens where there is none."""
     filesystem, path = open_filesystem(url)

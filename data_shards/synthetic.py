@@ -9,9 +9,6 @@ import colorsys
 import csv
 import io
 import multiprocessing
-import multiprocessing.connection
-import os
-import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -26,6 +23,7 @@ from avcil_dist import storage
 from avcil_dist.data.manifest import SPLITS
 from avcil_dist.errors import ConfigError
 from avcil_dist.seeds import generator
+from data_shards.processes import end_with_starter
 
 # A class's number times such an irrational, modulo 1, spreads any number of classes evenly over a parameter;
 # a different one for each parameter makes the parameters independent.
@@ -115,18 +113,6 @@ def render_clip(spec: SyntheticSpec, split: str, number: int, index: int) -> byt
     pulse_phase = random.uniform(0, 2 * np.pi)
     frames = _render_frames(spec, number, pulse_phase, random)
     return _encode(spec, frames, _render_sound(spec, number, pulse_phase, random))
-
-
-def end_with_starter() -> None:
-    """Let this worker process end when the process that started it is killed; it would wait for work for ever."""
-    starter = multiprocessing.parent_process()
-    assert starter is not None, "called in a worker"
-
-    def wait_and_end() -> None:
-        multiprocessing.connection.wait([starter.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=wait_and_end, daemon=True).start()
 
 
 def _check(folder: Path, spec: SyntheticSpec) -> None:

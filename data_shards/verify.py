@@ -1,14 +1,19 @@
 """Holds shards against their manifest: what is missing, what was changed, and what there is."""
 
-import io
+import hashlib
 import json
 import tarfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 from avcil_dist import storage
 from avcil_dist.data.manifest import SPLITS, Manifest, Shard, load_manifest
 from avcil_dist.errors import DataError
+from data_shards.processes import Begin, Progress, run_all
+
+READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -24,70 +29,137 @@ class TableRow:
 
 def table(manifest: Manifest) -> list[TableRow]:
     """Shards, clips and bytes per class and split, in the manifest's class order; empty ones are left out."""
-    rows = []
-    for class_name in manifest.classes:
-        for split in SPLITS:
-            shards = [manifest.shards[number] for number in manifest.shard_numbers([class_name], split)]
-            if shards:
-                clips, size = sum(shard.count for shard in shards), sum(shard.bytes for shard in shards)
-                rows.append(TableRow(class_name, split, len(shards), clips, size))
-    return rows
+    grouped: dict[tuple[str, str], list[Shard]] = {(name, split): [] for name in manifest.classes for split in SPLITS}
+    for shard in manifest.shards:
+        grouped[shard.class_name, shard.split].append(shard)
+    return [
+        TableRow(name, split, len(shards), sum(shard.count for shard in shards), sum(shard.bytes for shard in shards))
+        for (name, split), shards in grouped.items()
+        if shards
+    ]
 
 
-def verify_shards(manifest_url: str, *, progress: Callable[[int, int], None] | None = None) -> list[str]:
+def verify_shards(manifest_url: str, *, processes: int = 0, progress: Progress | None = None) -> list[str]:
     """Read every shard and hold it against the manifest; one line per fault, none when all is well.
 
-    `progress` is called with the shards done and the shards in all. Raises DataError for a manifest that
-    cannot be read.
+    A shard is read once, a small part at a time, by one of `processes` (0: this one). `progress` is called with
+    the shards done and the shards in all. Raises DataError for a manifest that cannot be read.
+    """
+    return [fault for faults in _faults(load_manifest(manifest_url), processes, progress) for fault in faults]
+
+
+def repair_manifest(
+    manifest_url: str, *, processes: int = 0, progress: Progress | None = None
+) -> tuple[Manifest, list[str]]:
+    """Rewrite a manifest so that it lists the shards that are intact; the new manifest, and the faults found.
+
+    The manifest as it was is kept beside it, as `manifest.before-repair.json`. Nothing is changed where all is
+    well. Raises DataError when no shard is intact.
     """
     manifest = load_manifest(manifest_url)
-    faults: list[str] = []
-    for number, shard in enumerate(manifest.shards):
-        faults += _shard_faults(manifest.url(number), shard)
+    faults = _faults(manifest, processes, progress)
+    intact = tuple(shard for shard, found in zip(manifest.shards, faults, strict=True) if not found)
+    if not intact:
+        raise DataError(f"{manifest_url}: not one shard is intact; nothing was changed; build them again")
+    said = [fault for found in faults for fault in found]
+    if not said:
+        return manifest, []
+    present = {shard.class_name for shard in intact}
+    classes = tuple(name for name in manifest.classes if name in present)
+    repaired = replace(manifest, classes=classes, shards=intact)
+    storage.write_bytes(f"{manifest_url.removesuffix('.json')}.before-repair.json", storage.read_bytes(manifest_url))
+    repaired.save(manifest_url)
+    return repaired, said
+
+
+def _faults(manifest: Manifest, processes: int, progress: Progress | None) -> list[list[str]]:
+    """The faults of each shard."""
+    total = len(manifest.shards)
+
+    def begun(count: int) -> None:
         if progress:
-            progress(number + 1, len(manifest.shards))
+            progress(min(count, total), total)
+
+    return run_all(partial(_check_shard, manifest), range(total), processes=processes, begun=begun)
+
+
+def _check_shard(manifest: Manifest, number: int, lethal: frozenset[int], begin: Begin) -> list[str]:
+    faults = _shard_faults(manifest.url(number), manifest.shards[number])
+    begin(0)
     return faults
 
 
 def _shard_faults(url: str, shard: Shard) -> list[str]:
     try:
-        content = storage.read_bytes(url)
-    except DataError as error:
-        return [str(error)]
-    if len(content) != shard.bytes:
-        return [f"{url}: {len(content)} bytes, the manifest says {shard.bytes}"]
-    if storage.sha256(content) != shard.sha256:
+        found = storage.size(url)
+        if found != shard.bytes:
+            return [f"{url}: {found} bytes, the manifest says {shard.bytes}"]
+        filesystem, path = storage.open_filesystem(url)
+        with filesystem.open(path, "rb", block_size=READ_BYTES * 8) as file:
+            reader = DigestingReader(file)
+            faults = _tar_faults(url, shard, reader)
+            reader.drain()
+    except (DataError, OSError) as error:
+        return [str(error) if url in str(error) else f"{url}: {error}"]
+    if reader.digest.hexdigest() != shard.sha256:
         return [f"{url}: its sha256 is not the manifest's; its bytes were changed"]
-    return _tar_faults(url, shard, content) + _label_faults(url, shard, content)
+    return faults
 
 
-def _tar_faults(url: str, shard: Shard, content: bytes) -> list[str]:
+class DigestingReader:
+    """A file read once, from beginning to end, whose digest is made on the way."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.size = 0
+        self.digest = hashlib.sha256()
+
+    def read(self, size: int) -> bytes:
+        """The next bytes."""
+        data = bytes(self._file.read(size))
+        self.digest.update(data)
+        self.size += len(data)
+        return data
+
+    def drain(self) -> None:
+        """Read what is left."""
+        while self.read(READ_BYTES):
+            continue
+
+
+def _tar_faults(url: str, shard: Shard, reader: DigestingReader) -> list[str]:
+    """What is not at its place, and which records say another class or split."""
     expected = {
         f"{key}.{member}": (int(shard.offsets[member][row]), int(shard.sizes[member][row]))
         for member in shard.offsets
         for row, key in enumerate(shard.keys)
     }
+    found: dict[str, tuple[int, int]] = {}
+    faults: list[str] = []
     try:
-        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
-            found = {info.name: (info.offset_data, info.size) for info in tar}
+        with tarfile.open(fileobj=reader, mode="r|", bufsize=READ_BYTES) as tar:  # type: ignore[call-overload]
+            for info in tar:
+                if not info.isreg():
+                    continue
+                found[info.name] = info.offset_data, info.size
+                if info.name.endswith(".json"):
+                    member = tar.extractfile(info)
+                    faults += _label_faults(url, shard, info.name, member.read() if member else b"")
     except tarfile.TarError as error:
         return [f"{url}: not a tar ({error})"]
-    wrong = [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     return [
         f"{url}: {name}: (offset, size) {found.get(name, 'missing')}, the manifest says {expected.get(name, 'nothing')}"
-        for name in sorted(wrong)
-    ]
+        for name in wrong
+    ] + faults
 
 
-def _label_faults(url: str, shard: Shard, content: bytes) -> list[str]:
-    faults = []
-    for key, offset, size in zip(shard.keys, shard.offsets["json"], shard.sizes["json"], strict=True):
-        try:
-            record = json.loads(content[offset : offset + size])
-            said = (record["label"], record["split"])
-        except (ValueError, KeyError, TypeError) as error:
-            faults.append(f"{url}: {key}.json: no label and split in it ({error!r})")
-            continue
-        if said != (shard.class_name, shard.split):
-            faults.append(f"{url}: {key}.json says {said}, the manifest {(shard.class_name, shard.split)}")
-    return faults
+def _label_faults(url: str, shard: Shard, name: str, content: bytes) -> Sequence[str]:
+    """Where a record contradicts the manifest; in shards that others made, it need not say anything."""
+    try:
+        record: dict[str, Any] = dict(json.loads(content))
+    except (ValueError, TypeError) as error:
+        return [f"{url}: {name}: no record ({error!r})"]
+    manifests = shard.class_name, shard.split
+    said = str(record.get("label", manifests[0])), str(record.get("split", manifests[1]))
+    return [] if said == manifests else [f"{url}: {name} says {said}, the manifest {manifests}"]

@@ -1,9 +1,12 @@
 """One shard: a plain tar that `wds.WebDataset(url).decode()` reads without our code."""
 
+import hashlib
 import io
+import json
 import re
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -18,47 +21,84 @@ def shard_url(split: Split, class_number: int, class_name: str, number: int) -> 
     return f"{split}/c{class_number:03d}-{slug}-{number:04d}.tar"
 
 
+def clip_members(data: bytes, record: Mapping[str, Any]) -> dict[str, bytes]:
+    """The members of a clip: the bytes of its mp4, and what is known of it."""
+    return {"mp4": data, "json": _json(record)}
+
+
+def feature_members(visual: np.ndarray, audio: np.ndarray, record: Mapping[str, Any]) -> dict[str, bytes]:
+    """The members of a clip's features, visual (tokens, dim) and audio (dim,), in float16.
+
+    Raises DataError for values that float16 cannot hold.
+    """
+    members = {}
+    for name, values in (("visual.npy", visual), ("audio.npy", audio)):
+        with np.errstate(over="ignore"):
+            halves = np.ascontiguousarray(values, dtype=np.float16)
+        if not np.isfinite(halves).all():
+            raise DataError(f"{name}: has values that are no number, or too large for float16")
+        buffer = io.BytesIO()
+        np.save(buffer, halves, allow_pickle=False)
+        members[name] = buffer.getvalue()
+    return members | {"json": _json(record)}
+
+
 def write_shard(
     url: str, *, root: str, class_name: str, split: Split, clips: Iterable[tuple[str, dict[str, bytes]]]
 ) -> Shard:
     """Write clips, each a key and its members by name, as `KEY.member` files of the tar `root/url`.
 
-    Equal clips give equal bytes: owner and time of the files are fixed. Raises DataError for a key that
-    WebDataset would split, a key that comes twice, or clips that differ in their members; ConfigError for a
-    url that is not relative to `root`.
+    One clip is in memory at a time. Equal clips give equal bytes: owner and time of the files are fixed. Raises
+    DataError for a key that WebDataset would split, a key that comes twice, or clips that differ in their
+    members; ConfigError for a url that is not relative to `root`.
     """
     if url.startswith(("/", "pipe:")) or "://" in url or ".." in url.split("/"):
         raise ConfigError(f"{url}: a shard's url is a plain path below the manifest's folder")
-    keys: list[str] = []
+    keys: dict[str, None] = {}
     offsets: dict[str, list[int]] = {}
     sizes: dict[str, list[int]] = {}
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for key, members in clips:
-            check_keys(url, [key])
-            if keys and members.keys() != offsets.keys():
-                raise DataError(f"{url}: clip {key!r} has members {sorted(members)}, the others {sorted(offsets)}")
-            keys.append(key)
-            for member, data in members.items():
-                offsets.setdefault(member, []).append(_add_file(tar, f"{key}.{member}", data, url))
-                sizes.setdefault(member, []).append(len(data))
-    if not keys:
-        raise DataError(f"{url}: a shard needs at least one clip")
-    if len(set(keys)) != len(keys):
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise DataError(f"{url}: clip key {twice!r} comes twice; rename one of the two")
-    content = buffer.getvalue()
-    storage.write_bytes(storage.join(root, url), content)
+    with storage.new_file(storage.join(root, url)) as file:
+        target = _DigestingFile(file)
+        with tarfile.open(fileobj=target, mode="w", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
+            for key, members in clips:
+                check_keys(url, [key])
+                if keys and members.keys() != offsets.keys():
+                    raise DataError(f"{url}: clip {key!r} has members {sorted(members)}, the others {sorted(offsets)}")
+                if key in keys:
+                    raise DataError(f"{url}: clip key {key!r} comes twice; rename one of the two")
+                keys[key] = None
+                for member, data in members.items():
+                    offsets.setdefault(member, []).append(_add_file(tar, f"{key}.{member}", data, url))
+                    sizes.setdefault(member, []).append(len(data))
+        if not keys:
+            raise DataError(f"{url}: a shard needs at least one clip")
     return Shard(
         url=url,
         class_name=class_name,
         split=split,
-        bytes=len(content),
-        sha256=storage.sha256(content),
+        bytes=target.size,
+        sha256=target.digest.hexdigest(),
         keys=tuple(keys),
         offsets={member: np.array(values, dtype=np.int64) for member, values in offsets.items()},
         sizes={member: np.array(values, dtype=np.int64) for member, values in sizes.items()},
     )
+
+
+class _DigestingFile:
+    """As much of a file as a tar needs to be written; the digest is made on the way."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.size = 0
+        self.digest = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        self.size += len(data)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        return self.size
 
 
 def _add_file(tar: tarfile.TarFile, name: str, data: bytes, url: str) -> int:
@@ -71,3 +111,7 @@ def _add_file(tar: tarfile.TarFile, name: str, data: bytes, url: str) -> int:
     except ValueError as error:
         raise DataError(f"{url}: {name!r}: {error}; shorten the key") from None
     return int(offset)
+
+
+def _json(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(record, sort_keys=True).encode()

@@ -18,6 +18,11 @@ import torchaudio
 
 from avcil_dist.errors import DataError
 
+
+class SilentClipError(DataError):
+    """A clip without an audio track, or with nothing in it."""
+
+
 # Containers that hold their own streams. Playlists are left out: they make a decoder open other files and urls.
 CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf"
 
@@ -70,7 +75,7 @@ def decode_clip(
         video = _video_stream(container, where)
         audio = container.streams.audio[0] if container.streams.audio else None
         if audio is None and silent == "error":
-            raise DataError(f"{where}: no audio track; leave the clip out, or set clip.silent=silence")
+            raise SilentClipError(f"{where}: no audio track; leave the clip out, or set clip.silent=silence")
         duration = _duration(container, video, where)
         start = float((video.start_time or 0) * video.time_base)
         picker = _FramePicker([start + (i + 0.5) * duration / num_frames for i in range(num_frames)])
@@ -89,7 +94,9 @@ def decode_clip(
         waveform = sound.finish(sample_rate)
     if waveform is None:
         if silent == "error":
-            raise DataError(f"{where}: no sound in its audio track; leave the clip out, or set clip.silent=silence")
+            raise SilentClipError(
+                f"{where}: no sound in its audio track; leave the clip out, or set clip.silent=silence"
+            )
         waveform = torch.zeros(round(duration * sample_rate))
     return DecodedClip(frames=frames, waveform=waveform)
 

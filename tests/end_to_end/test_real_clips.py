@@ -1,13 +1,16 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from avcil_dist.config import ClipConfig
-from avcil_dist.data.decode import decode_clip
-from avcil_dist.data.manifest import load_manifest
-from avcil_dist.data.transforms import ClipTransform
-from data_shards.build import build_shards
+from avcil_dist.compose import load_config
+from avcil_dist.config import ClipConfig, DataConfig
+from avcil_dist.data.loader import Batch, FixedSource, load_batches
+from avcil_dist.data.manifest import Manifest, load_manifest
+from data_shards.build import build_part
+from data_shards.features import make_features
+from data_shards.parts import Part, merge_parts
 from data_shards.verify import verify_shards
 
 torch.set_num_threads(1)
@@ -17,29 +20,57 @@ CLIPS = Path(__file__).parents[2].parent / "shared" / "data" / "real_clips"
 SOUNDLESS: dict[str, set[str]] = {"vas": set(), "music": {"Us9dxgfBfeo_82-97"}}
 
 
+ENCODERS = (
+    "data.workers=0",
+    "data.clip.frames=4",
+    "data.clip.size=32",
+    *(f"model.visual.{word}" for word in ("weights=random", "dim=32", "depth=1", "heads=2")),
+    *(f"model.audio.{word}" for word in ("weights=random", "dim=32", "depth=1", "heads=2")),
+)
+
+
+def _batches(manifest: Manifest, data: DataConfig) -> list[Batch]:
+    labels = {name: number for number, name in enumerate(manifest.classes)}
+    source = FixedSource(np.arange(int(manifest.first_clips[-1])).reshape(-1, 10))
+    return list(load_batches(source, manifest=manifest, labels=labels, data=data))
+
+
 @pytest.mark.skipif(not CLIPS.is_dir(), reason=f"{CLIPS} is absent: no real clips to build from")
 @pytest.mark.parametrize(("folder", "count", "classes"), [("vas", 10, 7), ("music", 80, 11)])
-def test_real_clips_are_built_verified_decoded_and_transformed(
+def test_real_clips_are_built_verified_made_into_features_and_loaded(
     tmp_path: Path, folder: str, count: int, classes: int
 ) -> None:
-    report = build_shards(CLIPS / folder, str(tmp_path), clips_per_shard=8, min_seconds=4.0, processes=2, strict=True)
+    output = f"{tmp_path}/clips"
+    for index in range(2):
+        part = Part(index, 2)
+        assert build_part(CLIPS / folder, output, part, clips_per_shard=8, min_seconds=4.0, processes=2) is None
+    report = merge_parts(output, strict=True)
     assert report.rejected == ()
     manifest = load_manifest(report.manifest_url)
     assert len(manifest.classes) == classes
     assert sum(shard.count for shard in manifest.shards) == count
-    assert verify_shards(report.manifest_url) == []
+    assert verify_shards(report.manifest_url, processes=2) == []
 
+    # the encoders' weights are random here: what is shown is that real clips go all the way
+    config = load_config("features", (*ENCODERS, f"data.manifest={report.manifest_url}"))
+    features = make_features(config, f"{tmp_path}/features", batch=8, device=torch.device("cpu"))
+    assert features.rejected == ()
+    assert [shard.keys for shard in features.manifest.shards] == [shard.keys for shard in manifest.shards]
+    assert verify_shards(features.manifest_url) == []
+
+    clip = ClipConfig(frames=8, size=112)
     soundless = set()
-    transform = ClipTransform(ClipConfig(frames=8, size=112))
-    for number, shard in enumerate(manifest.shards):
-        content = Path(manifest.url(number)).read_bytes()
-        for key, offset, size in zip(shard.keys, shard.offsets["mp4"], shard.sizes["mp4"], strict=True):
-            data = content[offset : offset + size]
-            visual, audio = transform(decode_clip(data, num_frames=8, sample_rate=16000, silent="error", where=key))
-            assert visual.shape == (8, 3, 112, 112)
-            assert audio.shape == (1024, 128)
-            assert torch.isfinite(visual).all()
-            assert torch.isfinite(audio).all()
-            if audio[:400].std() == 0:
-                soundless.add(key)
+    for number, batch in enumerate(_batches(manifest, DataConfig(manifest="clips", clip=clip))):
+        assert batch.faults == ()
+        assert batch.valid.all()
+        assert batch.visual.shape == (10, 8, 3, 112, 112)
+        assert batch.audio.shape == (10, 1024, 128)
+        assert torch.isfinite(batch.visual).all()
+        assert torch.isfinite(batch.audio).all()
+        soundless |= {manifest.key(10 * number + row) for row in range(10) if batch.audio[row, :400].std() == 0}
     assert soundless == SOUNDLESS[folder]
+    for batch in _batches(load_manifest(features.manifest_url), DataConfig(manifest="features")):
+        assert batch.faults == ()
+        assert batch.visual.shape == (10, 2, 4, 32)
+        assert batch.audio.shape == (10, 32)
+        assert torch.isfinite(batch.visual).all()

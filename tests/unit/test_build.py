@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -122,7 +123,7 @@ def test_each_fault_is_rejected_with_its_reason(tmp_path: Path) -> None:
     report = _build(_faulty_source(tmp_path / "clips"), tmp_path / "out")
     reasons = _rejected(tmp_path / "out")
     assert [shard.keys for shard in report.manifest.shards] == [("good",)]
-    assert report.rejected_per_class == {"dog": 8}
+    assert Counter(rejection.label for rejection in report.rejected) == {"dog": 8}
     assert reasons.keys() == {
         "silent.mp4", "cut.mp4", "text.mp4", "empty.mp4", "other.mkv", "renamed.mp4", "missing.mp4", "good.mp4",
     }  # fmt: skip
@@ -195,7 +196,7 @@ def test_broken_build_continues_where_it_was(tmp_path: Path) -> None:
         _build(source, output, progress=kill_halfway)
     assert not (output / "manifest.json").exists()
     finished = {path: path.stat().st_mtime_ns for path in output.rglob("*.tar")}
-    assert len(finished) == 4
+    assert len(finished) == 3
     _build(source, output)
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
     _build(source, tmp_path / "fresh")
@@ -261,8 +262,9 @@ def test_resume_with_other_settings_leaves_no_unlisted_tar(tmp_path: Path) -> No
     with pytest.raises(DataError, match="rejected"):
         _build(source, tmp_path / "out", clips_per_shard=1, strict=True)
     manifest = _build(source, tmp_path / "out", clips_per_shard=3).manifest
-    assert [shard.url for shard in manifest.shards] == ["train/c000-dog-0000.tar"]
-    assert [path.name for path in (tmp_path / "out").rglob("*.tar")] == ["c000-dog-0000.tar"]
+    assert [shard.url for shard in manifest.shards] == ["train/c000-dog-0000.tar", "train/c000-dog-0002.tar"]
+    names = sorted(path.name for path in (tmp_path / "out/train").iterdir())
+    assert names == ["c000-dog-0000.tar", "c000-dog-0002.tar"]
 
 
 def test_same_build_again_does_nothing_and_says_so(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import resource
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -159,3 +160,29 @@ def test_digests_of_bytes_and_of_a_file_longer_than_a_chunk(root: str) -> None:
 def test_written_json_is_plain_json(tmp_path: Path) -> None:
     storage.write_json(f"{tmp_path}/x.json", {"a": [1]})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": [1]}
+
+
+@pytest.mark.parametrize("protocol", ["memory", "file"])
+def test_new_file_appears_when_it_is_whole(tmp_path: Path, protocol: str) -> None:
+    root = f"memory://{uuid.uuid4().hex}" if protocol == "memory" else f"file://{tmp_path}"
+    url = storage.join(root, "deep/large.tar")
+    with storage.new_file(url) as file:
+        file.write(b"first ")
+        file.flush()
+        assert not storage.exists(url)
+        file.write(b"second")
+    assert storage.read_bytes(url) == b"first second"
+
+
+def _write_half(url: str) -> None:
+    with storage.new_file(url) as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+
+def test_new_file_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
+    url = f"{tmp_path}/large.tar"
+    storage.write_bytes(url, b"old")
+    with pytest.raises(KeyboardInterrupt):
+        _write_half(url)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"large.tar": b"old"}

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from avcil_dist import storage
 from avcil_dist.data.manifest import Manifest, load_manifest
 from avcil_dist.errors import DataError
-from data_shards.verify import TableRow, table, verify_shards
+from data_shards.verify import TableRow, repair_manifest, table, verify_shards
 from launch.shards import shards
 from tests.features import make_feature_shards
 
@@ -146,3 +146,51 @@ def test_manifest_changed_by_hand_is_refused(url: str) -> None:
     Path(url).write_text(json.dumps(document))
     with pytest.raises(DataError, match="hash"):
         verify_shards(url)
+
+
+def test_repair_lists_the_intact_shards_and_keeps_the_old_manifest(url: str) -> None:
+    before = load_manifest(url)
+    _path(url, 0).unlink()
+    for number in (3, 4, 5):  # all of class_001
+        _path(url, number).write_bytes(b"")
+    repaired, faults = repair_manifest(url)
+    assert len(faults) == 4
+    assert [shard.url for shard in repaired.shards] == [before.shards[number].url for number in (1, 2)]
+    assert repaired.classes == ("class_000",)
+    assert load_manifest(url).content_hash == repaired.content_hash
+    assert verify_shards(url) == []
+    old = load_manifest(url.replace("manifest.json", "manifest.before-repair.json"))
+    assert old.content_hash == before.content_hash
+
+
+def test_repair_changes_nothing_where_all_is_well_or_nothing_is_left(url: str) -> None:
+    before = Path(url).read_bytes()
+    assert repair_manifest(url)[1] == []
+    assert not Path(url).with_name("manifest.before-repair.json").exists()
+    for number in range(6):
+        _path(url, number).unlink()
+    with pytest.raises(DataError, match="not one shard is intact"):
+        repair_manifest(url)
+    assert Path(url).read_bytes() == before
+
+
+def test_processes_find_the_same_faults(url: str) -> None:
+    _path(url, 0).unlink()
+    _path(url, 4).write_bytes(b"")
+    assert verify_shards(url, processes=2) == verify_shards(url)
+
+
+def test_repair_command_says_what_is_left(url: str) -> None:
+    _path(url, 0).unlink()
+    result = CliRunner().invoke(shards, ["verify", url, "--repair", "--processes", "1"])
+    assert result.exit_code == 0, result.output
+    assert "repaired: 5 intact shards, 30 clips; 1 faults" in result.output
+
+
+def test_table_ends_with_sums_per_split(url: str) -> None:
+    lines = CliRunner().invoke(shards, ["ls", url]).output.splitlines()
+    assert [line.split()[:4] for line in lines if line.startswith("all")][:2] == [
+        ["all", "train", "4", "40"],
+        ["all", "test", "2", "6"],
+    ]
+    assert lines[-2].split()[:3] == ["all", "6", "46"]

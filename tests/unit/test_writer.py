@@ -65,7 +65,7 @@ def test_equal_clips_give_equal_bytes_without_owner_or_time(tmp_path: Path) -> N
 def test_unsafe_key_is_refused(tmp_path: Path, key: str) -> None:
     with pytest.raises(DataError, match="clip key"):
         _write(tmp_path, [(key, CLIPS[0][1])])
-    assert not any(tmp_path.iterdir())
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
 
 
 def test_duplicate_key_is_refused(tmp_path: Path) -> None:

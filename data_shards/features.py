@@ -1,0 +1,234 @@
+"""From clip shards to feature shards: what frozen encoders make of each clip, in float16.
+
+A feature shard holds the clips of one clip shard, and a batch never holds clips of two: so a shard's bytes do
+not depend on which rank makes it, nor on what was made before. Ranks share no more than the output folder.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from avcil_dist import storage
+from avcil_dist.config import Config, TransformerConfig
+from avcil_dist.data.loader import Batch, FixedSource, load_batches
+from avcil_dist.data.manifest import Manifest, Shard, load_manifest
+from avcil_dist.data.plan import PADDING
+from avcil_dist.errors import ConfigError, DataError
+from avcil_dist.models.encoders import Encoder, build_audio_encoder, build_visual_encoder
+from avcil_dist.seeds import derive_seed
+from data_shards.parts import FORMAT, WHOLE, BuildReport, Job, Part, Plan, finished, make_shard, merge_parts, open_jobs
+from data_shards.processes import Progress
+from data_shards.rejections import Rejection
+from data_shards.writer import feature_members
+
+Members = tuple[str, dict[str, bytes]]
+_NOTHING = np.empty((0, 0, 0)), np.empty((0, 0))  # encoders do not take batches without clips
+
+
+@dataclass(frozen=True)
+class _Encoders:
+    """The two frozen encoders on their device, and the sizes of what they give."""
+
+    visual: Encoder
+    audio: Encoder
+    device: torch.device
+    shape: dict[str, int]
+
+    def __call__(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        """Visual (rows, tokens, dim) and audio (rows, dim) of the valid rows, float32."""
+        with torch.inference_mode():
+            visual = self.visual(batch.visual[batch.valid].to(self.device))
+            audio = self.audio(batch.audio[batch.valid].to(self.device))
+        return visual.flatten(1, 2).float().cpu().numpy(), audio.float().cpu().numpy()
+
+
+def make_features(
+    config: Config, output: str, *, batch: int, device: torch.device, progress: Progress | None = None
+) -> BuildReport:
+    """Run the frozen encoders of `config` over its clip shards, into feature shards at `output`.
+
+    Clips that cannot be decoded are left out and listed in `rejected.csv`. `progress` is called with the clips
+    done and the clips in all. What a broken run had finished is not done again. Raises ConfigError for encoders
+    that are not frozen or do not fit, and for an output that others made.
+    """
+    unchanged = make_features_part(config, output, WHOLE, batch=batch, device=device, progress=progress)
+    return unchanged or merge_parts(output)
+
+
+def make_features_part(
+    config: Config, output: str, part: Part, *, batch: int, device: torch.device, progress: Progress | None = None
+) -> BuildReport | None:
+    """Make one part's feature shards; `merge_parts` makes them a data set, equal to that of a single run.
+
+    Returns None, or the report of a data set that is there already.
+    """
+    manifest = load_manifest(config.data.manifest)
+    encoders = _build_encoders(config, manifest, device)
+    plan = _plan(config, manifest, encoders)
+    unchanged = finished(output, plan.digest)
+    if unchanged:
+        return unchanged
+    numbers = open_jobs(output, plan, part)
+    total = sum(plan.jobs[number].clips for number in plan.share(part))
+    done = total - sum(plan.jobs[number].clips for number in numbers)
+
+    def advance(clips: int) -> None:
+        nonlocal done
+        done += clips
+        if progress:
+            progress(done, total)
+
+    advance(0)
+    batches = _load(config, manifest, numbers, batch) if numbers else iter(())
+    for number in numbers:
+        num_batches = -(-manifest.shards[number].count // batch)
+        _encode_shard(output, plan.jobs[number], manifest, number, encoders, islice(batches, num_batches), advance)
+    return None
+
+
+def _build_encoders(config: Config, manifest: Manifest, device: torch.device) -> _Encoders:
+    for name, section in (("visual", config.model.visual), ("audio", config.model.audio)):
+        if not isinstance(section, TransformerConfig):
+            raise ConfigError(
+                f"model.{name}.kind: {section.kind} has no weights to make features with; use a transformer"
+            )
+        if not section.frozen:
+            raise ConfigError(f"model.{name}.frozen: false; features are made by frozen encoders")
+    if manifest.kind != "clip":
+        raise ConfigError(f"{config.data.manifest}: holds features; features are made of clips")
+    clip = config.data.clip
+    torch.manual_seed(derive_seed(config.seed, "weights", 0))
+    visual = build_visual_encoder(config.model.visual, clip, None).to(device).eval()
+    audio = build_audio_encoder(config.model.audio, clip, None).to(device).eval()
+    if visual.dim != audio.dim:
+        raise ConfigError(f"model.visual.dim={visual.dim}, model.audio.dim={audio.dim}: features have one dimension")
+    with torch.inference_mode():
+        tokens = visual(torch.zeros(1, clip.frames, 3, clip.size, clip.size, device=device))
+    shape = {"frames": tokens.shape[1], "positions": tokens.shape[2], "dim": tokens.shape[3]}
+    return _Encoders(visual, audio, device, shape)
+
+
+def _plan(config: Config, manifest: Manifest, encoders: _Encoders) -> Plan:
+    """A job for each clip shard. Its digest holds the clips, what is done to them, and the weights."""
+    how = [
+        FORMAT,
+        config.data.clip.model_dump(mode="json"),
+        _weights_digest(encoders.visual),
+        _weights_digest(encoders.audio),
+    ]
+    digests = [storage.sha256(json.dumps([how, shard.sha256]).encode()) for shard in manifest.shards]
+    urls = [f"{shard.split}/{shard.url.rsplit('/', 1)[-1]}" for shard in manifest.shards]
+    if len(set(urls)) != len(urls):
+        raise ConfigError(f"{config.data.manifest}: two shards of one split have the same file name; rename one")
+    return Plan(
+        kind="feature",
+        classes=manifest.classes,
+        shape=encoders.shape,
+        digest=storage.sha256(json.dumps([how, manifest.content_hash]).encode()),
+        jobs=tuple(
+            Job(url.removesuffix(".tar"), digest, shard.count)
+            for url, digest, shard in zip(urls, digests, manifest.shards, strict=True)
+        ),
+    )
+
+
+def _weights_digest(encoder: nn.Module) -> str:
+    digests = [
+        [name, list(tensor.shape), storage.sha256(tensor.contiguous().cpu().numpy().tobytes())]
+        for name, tensor in encoder.state_dict().items()
+    ]
+    return storage.sha256(json.dumps(digests).encode())
+
+
+def _load(config: Config, manifest: Manifest, numbers: Sequence[int], batch: int) -> Iterator[Batch]:
+    """The batches of these shards, each shard's last one padded."""
+    rows = []
+    for number in numbers:
+        clips = np.arange(manifest.first_clips[number], manifest.first_clips[number + 1])
+        padding = np.full(-len(clips) % batch, PADDING, dtype=np.int64)
+        rows.append(np.concatenate([clips, padding]).reshape(-1, batch))
+    batches = np.concatenate([np.empty((0, batch), dtype=np.int64), *rows])
+    labels = {name: number for number, name in enumerate(manifest.classes)}
+    return load_batches(FixedSource(batches), manifest=manifest, labels=labels, data=config.data)
+
+
+def _encode_shard(
+    output: str,
+    job: Job,
+    manifest: Manifest,
+    number: int,
+    encoders: _Encoders,
+    batches: Iterator[Batch],
+    advance: Callable[[int], None],
+) -> None:
+    source = manifest.shards[number]
+    rejected: list[Rejection] = []
+    clips = _encode(manifest, number, encoders, batches, rejected, advance)
+    make_shard(output, job, source.class_name, source.split, clips, rejected)
+
+
+def _encode(
+    manifest: Manifest,
+    number: int,
+    encoders: _Encoders,
+    batches: Iterator[Batch],
+    rejected: list[Rejection],
+    advance: Callable[[int], None],
+) -> Iterator[Members]:
+    """The features of each clip of a shard, with the clip's own record."""
+    source, row = manifest.shards[number], 0
+    records = _read_records(manifest, number)
+
+    def reject(key: str, reason: str) -> None:
+        rejected.append(Rejection(key, source.class_name, source.split, "corrupt", reason.removeprefix(f"{key}: ")))
+
+    for batch in batches:
+        keys = source.keys[row : row + len(batch.valid)]
+        visual, audio = encoders(batch) if batch.valid.any() else _NOTHING
+        faults, taken = iter(batch.faults), 0
+        for place, key in enumerate(keys):
+            if not batch.valid[place]:
+                reject(key, next(faults))
+                continue
+            try:
+                members = feature_members(visual[taken], audio[taken], _record(source, records[row + place]))
+            except DataError as error:
+                reject(key, str(error))
+            else:
+                yield key, members
+            taken += 1
+        row += len(keys)
+        advance(len(keys))
+
+
+def _read_records(manifest: Manifest, number: int) -> list[bytes | None]:
+    """What a clip shard says of each of its clips; None for clips of a shard without `json` members.
+
+    Raises DataError for a shard that is not there: a clip may be left out, a whole shard is not.
+    """
+    shard, url = manifest.shards[number], manifest.url(number)
+    if "json" not in shard.offsets:
+        return [None] * shard.count
+    starts = shard.offsets["json"]
+    ends = starts + shard.sizes["json"]
+    filesystem, path = storage.open_filesystem(url)
+    try:
+        found = filesystem.cat_ranges([path] * shard.count, starts.tolist(), ends.tolist(), on_error="raise")
+    except OSError as error:
+        raise DataError(f"{url}: cannot be read ({error}); restore it, then start again to continue") from None
+    return [bytes(data) for data in found]
+
+
+def _record(shard: Shard, data: bytes | None) -> dict[str, Any]:
+    """The record of a clip with the class and split that the manifest says."""
+    try:
+        record = dict(json.loads(data)) if data is not None else {}
+    except (ValueError, TypeError) as error:
+        raise DataError(f"its json cannot be read ({error})") from None
+    return record | {"label": shard.class_name, "split": shard.split}

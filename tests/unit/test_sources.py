@@ -1,0 +1,183 @@
+import csv
+from pathlib import Path
+
+import pytest
+
+from avcil_dist.errors import ConfigError, DataError
+from data_shards.sources import Source, read_source
+from data_shards.splits import hold_out_validation
+
+SHARED = Path(__file__).parents[2].parent / "shared" / "data"
+VGGSOUND = SHARED / "vggsound"
+
+
+def _touch(folder: Path, *names: str) -> Path:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    return folder
+
+
+def _found(source: Source) -> dict[str, tuple[str, float, tuple[float, float | None] | None]]:
+    """Per key: the file, the second in the video, and the cut."""
+    return {row.clip.key: (Path(row.clip.path).name, row.clip.start, row.clip.cut) for row in source.rows}
+
+
+def test_vggsound_rows_find_files_by_all_their_usual_names(tmp_path: Path) -> None:
+    (tmp_path / "vggsound.csv").write_text(
+        'aaaaaaaaaaa,30,"bird chirping, tweeting",train\n'
+        "bb_bbbb-bbb,5,dog barking,test\n"
+        "ccccccccccc,120,dog barking,test\n"
+        "ddddddddddd,0,dog barking,test\n"
+    )
+    videos = _touch(
+        tmp_path / "videos", "a/aaaaaaaaaaa_000030.mp4", "b/bb_bbbb-bbb_5000_15000.mp4", "ccccccccccc.webm", "x.txt"
+    )
+    source = read_source(tmp_path / "vggsound.csv", videos)
+    assert source.classes == ("bird chirping, tweeting", "dog barking")
+    assert _found(source) == {
+        "aaaaaaaaaaa_000030": ("aaaaaaaaaaa_000030.mp4", 30.0, None),
+        "bb_bbbb-bbb_000005": ("bb_bbbb-bbb_5000_15000.mp4", 5.0, None),
+        "ccccccccccc_000120": ("ccccccccccc.webm", 120.0, (120.0, 10.0)),
+        "ddddddddddd_000000": ("ddddddddddd_000000.mp4", 0.0, None),
+    }
+    assert [row.clip.source for row in source.rows] == ["aaaaaaaaaaa", "bb_bbbb-bbb", "ccccccccccc", "ddddddddddd"]
+
+
+def test_ids_without_the_folder_of_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "vggsound.csv").write_text("aaaaaaaaaaa,30,dog,train\n")
+    with pytest.raises(ConfigError, match="--videos"):
+        read_source(tmp_path / "vggsound.csv")
+    (tmp_path / "clips.csv").write_text("path,label,split\na.mp4,dog,train\n")
+    with pytest.raises(ConfigError, match="leave out --videos"):
+        read_source(tmp_path / "clips.csv", tmp_path)
+
+
+@pytest.mark.skipif(not VGGSOUND.is_dir(), reason=f"{VGGSOUND} is absent: no VGGSound lists")
+def test_vggsound_has_its_published_counts(tmp_path: Path) -> None:
+    """The test list is the real one; of the train clips only the number in each class is known, their ids are made."""
+    with (VGGSOUND / "test.csv").open(newline="") as file:
+        test = list(csv.reader(file))
+    with (VGGSOUND / "stat.csv").open(newline="") as file:
+        clips = {label: int(count) for label, count, _ in csv.reader(file)}
+    for _, label in test:
+        clips[label] -= 1
+    train = [
+        (f"v{number:06d}-{i:04d}_{10 * i:06d}.mp4", name)
+        for number, name in enumerate(clips)
+        for i in range(clips[name])
+    ]
+    for name, rows in (("test.csv", test), ("train.csv", train)):
+        with (tmp_path / name).open("w", newline="") as file:
+            csv.writer(file).writerows(rows)
+    with (tmp_path / "vggsound.csv").open("w", newline="") as file:
+        for split, rows in (("train", train), ("test", test)):
+            csv.writer(file).writerows([n[: -len("_000000.mp4")], int(n[-10:-4]), label, split] for n, label in rows)
+    by_csv = read_source(tmp_path / "vggsound.csv", tmp_path)
+    by_lists = read_source(tmp_path / "test.csv", tmp_path)
+    for source in (by_csv, by_lists):
+        keys = {
+            split: {row.clip.key for row in source.rows if row.split == split} for split in ("train", "val", "test")
+        }
+        assert {split: len(found) for split, found in keys.items()} == {"train": 180_640, "val": 3_090, "test": 15_446}
+        assert len(source.classes) == 309
+        held = [row.label for row in source.rows if row.split == "val"]
+        assert {held.count(name) for name in source.classes} == {10}
+    assert {tuple(row) for row in by_csv.rows} == {tuple(row) for row in by_lists.rows}
+
+
+def test_validation_clips_do_not_depend_on_the_order_of_the_list() -> None:
+    clips = [("dog", f"k{i}") for i in range(100)] + [("cat", "only"), ("cat", "two")]
+    held = hold_out_validation(clips)
+    assert held == hold_out_validation(reversed(clips))
+    assert sum(label == "dog" for label, _ in held) == 10
+    assert sum(label == "cat" for label, _ in held) == 1
+
+
+AVE = "Category&VideoID&Quality&StartTime&EndTime\n"
+
+
+def test_ave_annotations_are_split_by_the_lists_beside_them(tmp_path: Path) -> None:
+    lines = [f"Church bell&id-{i}&good&0&10\n" for i in range(4)] + ["Male speech, man speaking&id-0&good&2&8\n"]
+    (tmp_path / "Annotations.txt").write_text(AVE + "".join(lines))
+    videos = _touch(tmp_path / "AVE", *(f"id-{i}.mp4" for i in range(4)))
+    hashed = read_source(tmp_path / "Annotations.txt", videos)
+    assert hashed.classes == ("Church bell", "Male speech, man speaking")
+    assert len(hashed.rows) == 5
+    for name, chosen in (("trainSet.txt", lines[:2]), ("valSet.txt", lines[2:3]), ("testSet.txt", lines[4:])):
+        (tmp_path / name).write_text("".join(chosen))
+    listed = read_source(tmp_path / "Annotations.txt", videos)
+    assert [(row.label[:6], row.split, row.clip.key) for row in listed.rows] == [
+        ("Church", "train", "id-0"),
+        ("Church", "train", "id-1"),
+        ("Church", "val", "id-2"),
+        ("Male s", "test", "id-0"),
+    ]
+    assert {row.clip.cut for row in listed.rows} == {None}  # the times are of the event within the clip
+
+
+def test_faulty_ave_line_is_named(tmp_path: Path) -> None:
+    (tmp_path / "Annotations.txt").write_text(AVE + "Church bell&id\n")
+    with pytest.raises(DataError, match="line 2: not Category"):
+        read_source(tmp_path / "Annotations.txt", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "classes", "counts"),
+    [
+        ("AVE", "{}.mp4", 28, (3294, 391, 394)),
+        ("kinetics-sounds", "{}_000010_000020.mp4", 30, (19220, 1947, 1958)),
+        ("VGGSound_100", "{}.mp4", 100, (51195, 5000, 5000)),
+    ],
+)
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is absent: no published lists")
+def test_published_lists_give_classes_splits_and_files(
+    tmp_path: Path, name: str, file: str, classes: int, counts: tuple[int, int, int]
+) -> None:
+    lists = SHARED / "official_splits" / name
+    first = read_source(lists, tmp_path).rows[0].clip
+    _touch(tmp_path, file.format(first.key))
+    source = read_source(lists, tmp_path)
+    assert len(source.classes) == classes
+    splits = [row.split for row in source.rows]
+    assert tuple(splits.count(split) for split in ("train", "val", "test")) == counts
+    assert Path(source.rows[0].clip.path).name == file.format(first.key)
+    assert source.rows[0].clip.key == first.key
+
+
+def test_csv_rows_may_cut_parts_out_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "clips.csv").write_text(
+        "path,label,split,start,duration,source\n"
+        "a.mp4,dog,train,,,\n"
+        "a.mp4,dog,train,2.5,4,film\n"
+        "a.mp4,cat,test,7,,\n"
+        "a.mp4,cat,test,,3,\n"
+    )
+    source = read_source(tmp_path / "clips.csv")
+    assert _found(source) == {
+        "a": ("a.mp4", 0.0, None),
+        "a_2500_6500": ("a.mp4", 2.5, (2.5, 4.0)),
+        "a_7000_end": ("a.mp4", 7.0, (7.0, None)),
+        "a_0_3000": ("a.mp4", 0.0, (0.0, 3.0)),
+    }
+    assert [row.clip.source for row in source.rows] == ["a", "film", "a", "a"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("clips.csv", "path,label,split,start\na.mp4,dog,train,soon\n", "line 2: 'soon' is not a number of seconds"),
+        ("clips.csv", "path,label,split,fps\na.mp4,dog,train,25\n", "its header has 'fps'"),
+        ("vggsound.csv", "aaaaaaaaaaa,30,dog,train\nbbbbbbbbbbb,x,dog,train\n", "line 2: start 'x'"),
+        ("vggsound.csv", "aaaaaaaaaaa,30,dog,train\nbbbbbbbbbbb,5,dog\n", "line 2: has not 4 columns"),
+        ("vggsound.csv", "aaaaaaaaaaa,30,dog,training\n", "line 1: split 'training'"),
+        ("other.csv", "aaaaaaaaaaa.mp4,dog\n", "its header is"),
+        ("gone.csv", None, "missing"),
+    ],
+)
+def test_faulty_list_is_named_with_its_line(tmp_path: Path, name: str, text: str | None, words: str) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=words):
+        read_source(tmp_path / name, None if name == "clips.csv" else tmp_path)

@@ -1,0 +1,145 @@
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from avcil_dist.errors import DataError
+from data_shards.splits import OFFICIAL_FILES, is_official, read_official
+from data_shards.unpickle import read_pickled_dict
+
+OFFICIAL = Path(__file__).parents[2].parent / "shared" / "data" / "official_splits"
+
+
+def save_dict(path: Path, content: Any) -> Path:
+    """Save as the published files were: a pickled object array of no dimension."""
+    np.save(path, np.array(content, dtype=object), allow_pickle=True)
+    return path
+
+
+def write_lists(folder: Path, labels: dict[str, dict[str, str]], numbers: dict[str, int]) -> Path:
+    """Split lists of a made-up benchmark."""
+    folder.mkdir(parents=True, exist_ok=True)
+    clips: dict[str, dict[int, list[str]]] = {split: {} for split in labels}
+    for split, found in labels.items():
+        for key, label in found.items():
+            clips[split].setdefault(numbers[label], []).append(key)
+    for name, content in zip(OFFICIAL_FILES, (clips, labels, numbers), strict=True):
+        save_dict(folder / name, content)
+    return folder
+
+
+LABELS = {"train": {"a": "dog", "b": "cat"}, "val": {"c": "cat"}, "test": {"d": "dog"}}
+
+
+def test_lists_are_read_in_the_order_of_the_class_numbers(tmp_path: Path) -> None:
+    lists = read_official(write_lists(tmp_path, LABELS, {"dog": 1, "cat": 0}))
+    assert is_official(tmp_path)
+    assert lists.classes == ("cat", "dog")
+    assert lists.labels == LABELS
+
+
+@pytest.mark.skipif(not OFFICIAL.is_dir(), reason=f"{OFFICIAL} is absent: no published lists")
+@pytest.mark.parametrize(
+    ("name", "first", "counts"),
+    [
+        ("AVE", "Acoustic guitar", (3294, 391, 394)),
+        ("kinetics-sounds", "playing drums", (19220, 1947, 1958)),
+        ("VGGSound_100", "playing theremin", (51195, 5000, 5000)),
+    ],
+)
+def test_published_lists_have_their_published_counts(name: str, first: str, counts: tuple[int, ...]) -> None:
+    lists = read_official(OFFICIAL / name)
+    assert lists.classes[0] == first
+    assert tuple(len(found) for found in lists.labels.values()) == counts
+    if name == "VGGSound_100":
+        train = {key.rpartition("_")[0] for key in lists.labels["train"]}
+        disjoint = [key for key in lists.labels["test"] if key.rpartition("_")[0] not in train]
+        assert len(disjoint) == 3373
+
+
+def test_lists_that_do_not_agree_are_refused(tmp_path: Path) -> None:
+    write_lists(tmp_path, LABELS, {"dog": 1, "cat": 0})
+    save_dict(tmp_path / "all_id_category_dict.npy", LABELS | {"val": {"c": "dog"}})
+    with pytest.raises(DataError, match="do not agree on the val clips"):
+        read_official(tmp_path)
+    save_dict(tmp_path / "category_encode_dict.npy", {"dog": 3, "cat": 0})
+    with pytest.raises(DataError, match="not numbered"):
+        read_official(tmp_path)
+
+
+def test_plain_values_and_numpy_scalars_are_read(tmp_path: Path) -> None:
+    content = {"a": [1, 2.5, None, True], 3: {"x", "y"}, "n": np.int64(7), "f": np.float32(0.5), "t": (1, "é" * 300)}
+    for version in (2, 3, 4, 5):
+        with (tmp_path / "d.npy").open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": "|O", "fortran_order": False, "shape": ()})
+            pickle.dump(np.array(content, dtype=object), file, protocol=version)
+        read = read_pickled_dict(tmp_path / "d.npy")
+        assert read == content
+        assert type(read["n"]) is int
+
+
+class _RunsAShell:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.target}",)
+
+
+class _Evaluates:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return eval, ("1 + 1",)
+
+
+class _LoadsNumpy:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return np.load, ("x.npy",)
+
+
+def test_malicious_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
+    target = tmp_path / "ran"
+    path = save_dict(tmp_path / "evil.npy", {"train": _RunsAShell(target)})
+    with pytest.raises(
+        DataError, match=r"evil\.npy: cannot be read .* names (posix|nt)\.system, which is not admitted"
+    ):
+        read_pickled_dict(path)
+    assert not target.exists()
+    assert np.load(path, allow_pickle=True) is not None  # the pickle does what it says, given to another reader
+    assert target.exists()
+
+
+@pytest.mark.parametrize("evil", [_Evaluates(), _LoadsNumpy(), Path("x"), np.dtype("datetime64[s]"), np.zeros(3)])
+def test_what_is_not_admitted_is_refused(tmp_path: Path, evil: Any) -> None:
+    with pytest.raises(DataError, match="admitted"):
+        read_pickled_dict(save_dict(tmp_path / "evil.npy", {"x": evil}))
+
+
+def test_a_pickle_cannot_change_what_it_names(tmp_path: Path) -> None:
+    # BUILD would set attributes of what is on the stack: here of the name numpy.dtype, to be another callable
+    program = b"\x80\x03cnumpy\ndtype\nN}X\x05\x00\x00\x00_makecbuiltins\nset\ns\x86b."
+    with (tmp_path / "evil.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|O", "fortran_order": False, "shape": ()})
+        file.write(program)
+    with pytest.raises(DataError, match="must not change"):
+        read_pickled_dict(tmp_path / "evil.npy")
+
+
+@pytest.mark.parametrize("fault", ["cut", "no npy", "numbers", "list", "missing"])
+def test_broken_file_is_one_clear_error(tmp_path: Path, fault: str) -> None:
+    path = save_dict(tmp_path / "d.npy", {"a": "b" * 1000})
+    if fault == "cut":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif fault == "no npy":
+        path.write_bytes(b"hello")
+    elif fault == "numbers":
+        np.save(path, np.zeros(3))
+    elif fault == "list":
+        save_dict(path, ["a", "b"])
+    else:
+        path.unlink()
+    with pytest.raises(DataError, match=r"d\.npy: ") as raised:
+        read_pickled_dict(path)
+    assert "\n" not in str(raised.value)

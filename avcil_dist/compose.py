@@ -128,12 +128,10 @@ def _bases(path: Path, extends: Any) -> list[Path]:
 
 
 def _named_section(section: str, name: str, said_by: str) -> Tree:
-    folder = shipped_configs() / section
-    path = folder / f"{name}.yaml"
-    if not path.is_file():
-        names = sorted(file.stem for file in folder.glob("*.yaml"))
-        raise ConfigError(f"{said_by}: {section}: {name!r} is none of {', '.join(names)}")
-    return dict(yaml.safe_load(path.read_text()))
+    shipped = {file.stem: file for file in sorted((shipped_configs() / section).glob("*.yaml"))}
+    if name not in shipped:
+        raise ConfigError(f"{said_by}: {section}: {name!r} is none of {', '.join(shipped)}")
+    return dict(yaml.safe_load(shipped[name].read_text()))
 
 
 def _override(tree: Tree, origins: Origins, override: str) -> None:
@@ -149,8 +147,9 @@ def _override(tree: Tree, origins: Origins, override: str) -> None:
         return
     *sections, leaf = key.split(".")
     node = tree
-    for section in sections:
+    for depth, section in enumerate(sections, start=1):
         child = node.setdefault(section, {})
+        origins.setdefault(".".join(sections[:depth]), COMMAND_LINE)
         if not isinstance(child, dict):
             raise ConfigError(f"{COMMAND_LINE}: {key}: {section!r} is a value, not a section")
         node = child

@@ -33,6 +33,13 @@ class World:
     master_port: int = 0
     launcher: str = "none"
 
+    def __post_init__(self) -> None:
+        if not (0 <= self.rank < self.size and 0 <= self.local_rank < self.local_size <= self.size):
+            raise WorldError(
+                f"{self.launcher} says rank {self.rank} of {self.size}, "
+                f"local rank {self.local_rank} of {self.local_size}: no such place"
+            )
+
     @property
     def is_main(self) -> bool:
         """Whether this process decides, writes and talks for all."""

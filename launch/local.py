@@ -48,7 +48,7 @@ def run_stream(config: Config, *, processes: int, restart: bool = False) -> str:
     """
     place = world_from_environment(os.environ)
     has_launcher = place.launcher != "none"
-    num_steps = check_run(config, place.size if has_launcher else processes).num_steps
+    num_steps = check_run(config, place.size if has_launcher else processes, restart=restart).num_steps
     stream = stream_url(config)
     first = 0 if restart else next_step(stream, num_steps)
     if restart and place.is_main:

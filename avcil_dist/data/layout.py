@@ -5,7 +5,9 @@ Clips are read as they are and decoded row by row.
 """
 
 import io
+import tokenize
 import weakref
+import zipfile
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -25,6 +27,8 @@ from avcil_dist.errors import DataError
 TAR_BLOCK = 512  # a member's header lies before its bytes: with its name there, the place is the right one
 NAME_BYTES = 100
 SPARE_BUFFERS = 8
+# What numpy raises for damaged bytes: it reads the header as Python text, and a zip where they begin like one.
+NPY_FAULTS = (ValueError, TypeError, RuntimeError, EOFError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile)
 Pair = tuple[Tensor, Tensor]
 Faults = dict[int, DataError]
 
@@ -110,9 +114,12 @@ class FeatureLayout:
     def _parse(self, data: bytes, key: str, number: int) -> Tensor:
         try:
             return torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False)).view(self.shapes[number])
-        except (ValueError, TypeError, RuntimeError, EOFError) as error:
-            reason = str(error).splitlines()[0]
-            raise DataError(f"{key}: {self.members[number]}: no features of {self.shapes[number]}: {reason}") from None
+        except NPY_FAULTS as error:
+            fault = " ".join(str(error).split())  # numpy explains itself on several lines
+            member = self.members[number]
+            raise DataError(
+                f"{key}: not features of {self.shapes[0]} and {self.shapes[1]}: {member}: {fault}"
+            ) from None
 
 
 class ClipLayout:

@@ -193,7 +193,7 @@ def load_manifest(url: str) -> Manifest:
             shape=dict(document["shape"]),
             root=storage.parent(url),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, AttributeError, TypeError, ValueError) as error:
         raise DataError(f"{url}: damaged manifest: {error!r}") from None
     if manifest.content_hash != document.get("content_hash"):
         raise DataError(

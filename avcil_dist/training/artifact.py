@@ -74,12 +74,7 @@ def load_artifact(stream: str, step: int) -> StepArtifact:
 
     Raises ArtifactError, naming the file, for what is missing, uncommitted or damaged.
     """
-    folder = step_url(stream, step)
-    if not is_committed(stream, step):
-        raise ArtifactError(f"{folder}: no committed step artifact; run step {step} first")
-    committed = storage.read_json(storage.join(folder, COMMITTED))
-    if committed["format"] != FORMAT:
-        raise ArtifactError(f"{folder}: artifact of format {committed['format']}, this program reads {FORMAT}")
+    folder, committed = _committed(stream, step)
     files = {name: _read(folder, name, record) for name, record in committed["files"].items()}
     return StepArtifact(
         step=committed["step"],
@@ -91,6 +86,32 @@ def load_artifact(stream: str, step: int) -> StepArtifact:
         config=config_from_yaml(files["config.yaml"].decode()),
         manifest_hash=committed["manifest_hash"],
     )
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a committed step was made with."""
+
+    config: Config
+    manifest_hash: str
+
+
+def load_origin(stream: str, step: int) -> Origin:
+    """The origin of a committed step, without reading its weights. Raises ArtifactError as `load_artifact` does."""
+    folder, committed = _committed(stream, step)
+    text = _read(folder, "config.yaml", committed["files"]["config.yaml"]).decode()
+    return Origin(config_from_yaml(text), committed["manifest_hash"])
+
+
+def _committed(stream: str, step: int) -> tuple[str, dict[str, Any]]:
+    """A step's folder and its commit record."""
+    folder = step_url(stream, step)
+    if not is_committed(stream, step):
+        raise ArtifactError(f"{folder}: no committed step artifact; run step {step} first")
+    committed: dict[str, Any] = storage.read_json(storage.join(folder, COMMITTED))
+    if committed["format"] != FORMAT:
+        raise ArtifactError(f"{folder}: artifact of format {committed['format']}, this program reads {FORMAT}")
+    return folder, committed
 
 
 def _encode(artifact: StepArtifact) -> dict[str, bytes]:

@@ -3,8 +3,6 @@
 The head has grown before the engine is built: a head put in later would never be updated.
 """
 
-import contextlib
-import io
 import logging
 import os
 import warnings
@@ -109,6 +107,7 @@ def _deepspeed(world: World) -> Any:
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
     if not deepspeed.comm.is_initialized():
-        with contextlib.redirect_stdout(io.StringIO()):
-            deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
+        # An all-reduce for inference alone; every new process would compile it, or wait for another that does.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
     return deepspeed

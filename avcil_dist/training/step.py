@@ -14,7 +14,6 @@ from avcil_dist.data.memory import EMPTY_MEMORY, Memory
 from avcil_dist.methods import make_method
 from avcil_dist.methods.base import Method, StepContext
 from avcil_dist.models.network import AudioVisualNetwork, build_network
-from avcil_dist.scenario import Scenario
 from avcil_dist.seeds import derive_seed
 from avcil_dist.training.artifact import StepArtifact, save_artifact
 from avcil_dist.training.distributed import (
@@ -25,7 +24,7 @@ from avcil_dist.training.distributed import (
 from avcil_dist.training.engine import set_threads
 from avcil_dist.training.evaluate import Evaluator, Predictions
 from avcil_dist.training.metrics import StreamMetrics, accuracy_row, per_class_accuracy, seen_accuracy
-from avcil_dist.training.stream import load_previous, scenario_of, stream_url
+from avcil_dist.training.stream import load_previous, scenario_of, shards_of, stream_url
 from avcil_dist.training.teacher import Teacher
 from avcil_dist.training.trainer import Observer, Selected, Trainer
 from avcil_dist.world import World
@@ -42,7 +41,7 @@ def run_step(config: Config, step: int, *, world: World, observer: Observer) -> 
         manifest = load_manifest(config.data.manifest)
         scenario = scenario_of(config, manifest)
         previous = load_previous(config, manifest, step)
-        decide_together(lambda: _check_data(config, manifest, scenario, step))
+        decide_together(lambda: check_shards(manifest, shards_of(manifest, scenario, step)))
 
         method = make_method(config.method)
         method.load_state_dict(previous.method if previous else {})
@@ -73,12 +72,6 @@ def run_step(config: Config, step: int, *, world: World, observer: Observer) -> 
         )
         decide_together(lambda: save_artifact(stream_url(config), artifact))
         return artifact
-
-
-def _check_data(config: Config, manifest: Manifest, scenario: Scenario, step: int) -> None:
-    """Every shard that the step may read is there, in its recorded size."""
-    classes = scenario.seen(step)
-    check_shards(manifest, [n for split in ("train", "val", "test") for n in manifest.shard_numbers(classes, split)])
 
 
 def _make_networks(

@@ -3,12 +3,12 @@
 from avcil_dist import storage
 from avcil_dist.compose import flatten
 from avcil_dist.config import Config
-from avcil_dist.data.manifest import Manifest, Split, load_manifest
+from avcil_dist.data.manifest import SPLITS, Manifest, Split, check_shards, load_manifest
 from avcil_dist.data.plan import check_batch_fits
 from avcil_dist.errors import ConfigError
 from avcil_dist.methods import make_method
 from avcil_dist.scenario import Scenario, make_scenario
-from avcil_dist.training.artifact import StepArtifact, is_committed, load_artifact
+from avcil_dist.training.artifact import StepArtifact, is_committed, load_artifact, load_origin
 
 # Settings that say how and where a stream runs, not what it computes.
 OPERATIONAL = ("output", "engine.", "tracking.", "data.manifest", "data.workers", "optim.eval_batch")
@@ -31,16 +31,21 @@ def next_step(stream: str, num_steps: int) -> int:
 
 
 def load_previous(config: Config, manifest: Manifest, step: int) -> StepArtifact | None:
-    """What the step starts from; None at step 0.
-
-    Raises ConfigError when the step before was made with other settings or other data: a stream
-    of mixed settings would be a result of nothing.
-    """
+    """What the step starts from; None at step 0. Raises ConfigError as `check_continues` does."""
     if step == 0:
         return None
+    check_continues(config, manifest, step)
+    return load_artifact(stream_url(config), step - 1)
+
+
+def check_continues(config: Config, manifest: Manifest, step: int) -> None:
+    """Raises ConfigError when the step before `step` was made with other settings or from other data.
+
+    A stream of mixed settings would be a result of nothing.
+    """
     stream = stream_url(config)
-    artifact = load_artifact(stream, step - 1)
-    was, now = flatten(artifact.config), flatten(config)
+    origin = load_origin(stream, step - 1)
+    was, now = flatten(origin.config), flatten(config)
     changed = [key for key in sorted({*was, *now}) if was.get(key) != now.get(key) and not key.startswith(OPERATIONAL)]
     if changed:
         key = changed[0]
@@ -48,16 +53,15 @@ def load_previous(config: Config, manifest: Manifest, step: int) -> StepArtifact
             f"{stream}: step {step - 1} was made with {key}={was.get(key)}, not {now.get(key)}; "
             "choose another name=, or begin anew with --restart"
         )
-    if artifact.manifest_hash != manifest.content_hash:
+    if origin.manifest_hash != manifest.content_hash:
         raise ConfigError(
             f"{stream}: step {step - 1} was made from other data than {config.data.manifest}; "
             "give the manifest it was made from, or begin anew with --restart"
         )
-    return artifact
 
 
-def check_run(config: Config, world_size: int) -> Scenario:
-    """Hold the configuration against the data and the processes before anything starts.
+def check_run(config: Config, world_size: int, *, restart: bool) -> Scenario:
+    """Hold the configuration against the data, the processes and the committed steps before anything starts.
 
     Raises ConfigError or DataError for what would otherwise fail in the middle of the stream.
     """
@@ -79,7 +83,16 @@ def check_run(config: Config, world_size: int) -> Scenario:
         )
     for step in range(scenario.num_steps):
         _check_step(config, manifest, scenario, step)
+    check_shards(manifest, shards_of(manifest, scenario, scenario.num_steps - 1))
+    num_done = 0 if restart else next_step(stream_url(config), scenario.num_steps)
+    if num_done:
+        check_continues(config, manifest, num_done)
     return scenario
+
+
+def shards_of(manifest: Manifest, scenario: Scenario, step: int) -> list[int]:
+    """The numbers of all shards that a step may read."""
+    return [number for split in SPLITS for number in manifest.shard_numbers(scenario.seen(step), split)]
 
 
 def _check_step(config: Config, manifest: Manifest, scenario: Scenario, step: int) -> None:

@@ -80,6 +80,6 @@ def _fail_on_rank_1(world: World) -> None:
 
 def test_a_rank_that_breaks_does_not_leave_the_others_waiting() -> None:
     started = time.monotonic()
-    with pytest.raises(ProcessRaisedException, match="rank 1 breaks|onnection"):
+    with pytest.raises(ProcessRaisedException, match=r"rank 1 breaks|onnection"):
         run_ranks(_fail_on_rank_1, 2)
     assert time.monotonic() - started < 50  # well before the group's timeout of a minute

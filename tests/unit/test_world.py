@@ -75,6 +75,7 @@ def test_uneven_nodes_have_their_own_number_of_tasks(node: str, local_size: int)
         "SLURM_STEP_TASKS_PER_NODE": "3(x2),1",
         "SLURM_STEP_NODELIST": "gpu[03-05]",
         "SLURM_NODEID": node,
+        "SLURM_LOCALID": "0",
     }
     assert world_from_environment(environment).local_size == local_size
 
@@ -154,3 +155,9 @@ def test_the_first_host_of_a_node_list(node_list: str, host: str) -> None:
 def test_a_node_list_without_a_host_is_an_error(node_list: str) -> None:
     with pytest.raises(WorldError, match="no host name in it"):
         first_host(node_list)
+
+
+@pytest.mark.parametrize("wrong", [{"RANK": "9"}, {"RANK": "-1"}, {"WORLD_SIZE": "0"}, {"LOCAL_RANK": "8"}])
+def test_a_place_that_cannot_be_is_refused(wrong: dict[str, str]) -> None:
+    with pytest.raises(WorldError, match="no such place"):
+        world_from_environment(TORCHRUN | wrong)

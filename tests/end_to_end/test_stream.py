@@ -1,0 +1,198 @@
+"""Whole streams through the command line: bits, resume, behaviour, what MLflow and the report hold."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from avcil_dist.data.manifest import load_manifest
+from avcil_dist.training.artifact import is_committed
+from tests.streams import STEPS, avcil, last_artifact, train, weights_digest, write_config
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_same_seed_gives_the_same_bits(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    first = train(config, f"output={tmp_path}/first", "-n", 2)
+    second = train(config, f"output={tmp_path}/second", "-n", 2)
+    other = train(config, f"output={tmp_path}/other", "-n", 2, "seed=1")
+    assert weights_digest(second) == weights_digest(first)
+    assert weights_digest(other) != weights_digest(first)
+
+
+def test_a_stream_killed_between_steps_continues_to_the_same_bits(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    whole = train(config, f"output={tmp_path}/whole")
+    stream = f"{tmp_path}/killed/tiny-avcil-seed0"
+    words = [sys.executable, "-m", "launch", "train", str(config), f"output={tmp_path}/killed"]
+    process = subprocess.Popen(words, cwd=ROOT, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not is_committed(stream, 0) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert is_committed(stream, 0)
+    assert not is_committed(stream, len(STEPS) - 1)
+
+    assert train(config, f"output={tmp_path}/killed") == stream
+    assert weights_digest(stream) == weights_digest(whole)
+    assert last_artifact(stream).metrics == last_artifact(whole).metrics
+
+
+def test_a_finished_stream_is_not_trained_again(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    stream = train(config)
+    before = Path(stream, "step_002", "COMMITTED.json").stat().st_mtime_ns
+    train(config)
+    assert Path(stream, "step_002", "COMMITTED.json").stat().st_mtime_ns == before
+    train(config, "--restart")
+    assert Path(stream, "step_002", "COMMITTED.json").stat().st_mtime_ns != before
+
+
+def test_a_half_written_artifact_does_not_count(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    stream = train(config)
+    digest = weights_digest(stream)
+    Path(stream, "step_002", "COMMITTED.json").unlink()
+    Path(stream, "step_002", "model.safetensors").write_bytes(b"half")
+    train(config)
+    assert weights_digest(stream) == digest
+
+
+def test_memory_makes_avcil_forget_less_than_finetuning_and_joint_forgets_least(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    metrics = {
+        method: last_artifact(train(config, f"method={method}")).metrics for method in ("finetune", "avcil", "joint")
+    }
+    forgetting = {method: found.average_forgetting or 0.0 for method, found in metrics.items()}
+    assert forgetting["finetune"] > 0.5
+    assert forgetting["avcil"] < forgetting["finetune"] - 0.3
+    assert forgetting["joint"] < 0.2
+    assert metrics["joint"].seen_accuracy[-1] >= metrics["avcil"].seen_accuracy[-1] - 0.05
+
+
+def test_memory_holds_the_quota_of_each_class_and_only_training_clips(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    artifact = last_artifact(train(config))
+    manifest = load_manifest(artifact.config.data.manifest)
+    assert list(artifact.memory.keys) == list(artifact.scenario.classes)
+    for name, keys in artifact.memory.keys.items():
+        assert len(keys) == 30 // 6
+        manifest.clip_numbers(name, keys)  # raises for a key that is no training clip of the class
+
+
+def test_mlflow_holds_a_stream_run_and_a_run_for_each_step(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    artifact = last_artifact(train(config))
+    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    [experiment] = [found for found in client.search_experiments() if found.name == "avcil"]
+    runs = client.search_runs([experiment.experiment_id])
+    [parent] = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    children = {run.data.tags["avcil.step"]: run for run in runs if run.info.run_id != parent.info.run_id}
+    assert sorted(children) == ["0", "1", "2"]
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert parent.data.params["optim.lr"] == "0.003"
+    seen = client.get_metric_history(parent.info.run_id, "seen_accuracy")
+    assert [point.value for point in seen] == pytest.approx(artifact.metrics.seen_accuracy)
+    assert len(client.get_metric_history(children["2"].info.run_id, "loss")) == 12
+    files = {item.path for item in client.list_artifacts(children["2"].info.run_id, "step_002")}
+    assert {"step_002/model.safetensors", "step_002/COMMITTED.json"} <= files
+
+
+def test_what_was_committed_but_not_uploaded_is_uploaded_at_the_next_start(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    stream = train(config)
+    record = Path(stream, "stream.json")
+    assert json.loads(record.read_text())["published"] == [0, 1, 2]
+    elsewhere = f"sqlite:///{tmp_path}/elsewhere.db"  # a tracking database that knows nothing of the stream
+    train(config, f"tracking.uri={elsewhere}")
+    client = MlflowClient(elsewhere)
+    runs = client.search_runs([found.experiment_id for found in client.search_experiments()])
+    assert sorted(run.data.tags["avcil.step"] for run in runs if "avcil.step" in run.data.tags) == ["0", "1", "2"]
+
+
+def test_eval_gives_the_committed_accuracy(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    stream = train(config, "-n", 2)
+    result = avcil("eval", stream)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.output)
+    metrics = last_artifact(stream).metrics
+    assert (found["step"], found["num_clips"]) == (2, 60)
+    assert found["seen_accuracy"] == pytest.approx(metrics.seen_accuracy[-1])
+    assert found["task_accuracy"] == pytest.approx(metrics.accuracy[-1])
+    validated = json.loads(avcil("eval", stream, "--split", "val").output)
+    assert validated["seen_accuracy"] == pytest.approx(metrics.val_accuracy)
+
+
+def test_report_shows_all_streams_of_a_folder(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    for method in ("finetune", "avcil"):
+        train(config, f"method={method}")
+    result = avcil("report", tmp_path / "runs", "--page", tmp_path / "page.html")
+    assert result.exit_code == 0, result.output
+    assert "finetune" in result.output
+    assert "avcil" in (tmp_path / "page.html").read_text()
+
+
+def test_torchrun_gives_the_bits_of_the_builtin_launcher(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    own = train(config, f"output={tmp_path}/own", "-n", 2)
+    torchrun = Path(sys.executable).with_name("torchrun")
+    words = [
+        torchrun,
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "launch",
+        "train",
+        config,
+        f"output={tmp_path}/torchrun",
+    ]
+    subprocess.run([str(word) for word in words], cwd=ROOT, check=True, timeout=200)
+    assert weights_digest(f"{tmp_path}/torchrun/{Path(own).name}") == weights_digest(own)
+
+
+def test_an_interrupt_ends_quietly_and_loses_no_committed_step(tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    stream = f"{tmp_path}/runs/tiny-avcil-seed0"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launch", "train", str(config), "-n", "2"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not is_committed(stream, 0) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes in the foreground
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert "interrupted" in errors
+    assert is_committed(stream, 0)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_the_demo_runs_and_avcil_forgets_clearly_less(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["bash", "launch/demo.sh", str(tmp_path / "demo")], cwd=ROOT, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr
+    forgetting = {}
+    for method in ("finetune", "avcil"):
+        metrics = json.loads((tmp_path / "demo" / f"demo-{method}-seed0" / "step_003" / "metrics.json").read_text())
+        forgetting[method] = metrics["average_forgetting"]
+        assert len(metrics["seen_accuracy"]) == 4
+    assert forgetting["avcil"] < forgetting["finetune"] - 0.3
+    assert "mlflow ui" in done.stdout
+    assert "<html" in (tmp_path / "demo" / "report.html").read_text()

@@ -1,0 +1,188 @@
+"""What the architecture promises of the source text: layers, sizes, what is packaged, what is never called."""
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[2]
+PACKAGES = ("avcil_dist", "data_shards", "launch")
+# A module imports only from its own layer or from those above it in this table.
+# compose stands below the methods because it validates a method's own options.
+LAYERS = (
+    (
+        "avcil_dist",
+        "avcil_dist.errors",
+        "avcil_dist.seeds",
+        "avcil_dist.world",
+        "avcil_dist.retry",
+        "avcil_dist.storage",
+    ),
+    ("avcil_dist.config", "avcil_dist.scenario"),
+    ("avcil_dist.data.",),
+    ("avcil_dist.models.",),
+    ("avcil_dist.methods.",),
+    ("avcil_dist.compose",),
+    ("avcil_dist.training.",),
+    ("avcil_dist.tracking.",),
+    ("data_shards.",),
+    ("launch.",),
+)
+NOT_FOR_METHODS = ("avcil_dist.storage", "deepspeed", "mlflow", "torch.distributed", "fsspec", "launch")
+PICKLERS = ("pickle", "dill", "cloudpickle", "shelve", "joblib")
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+
+
+def source_files(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (PROJECT / folder).rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PROJECT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in source_files(*PACKAGES)}
+TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
+
+
+def imports(name: str) -> Iterator[str]:
+    """Every module that `name` imports, at its head or in a function; of `from x import y`, also `x.y`."""
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: relative import"
+            yield from (node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names))
+
+
+def own_imports(name: str) -> set[str]:
+    """The project's modules that `name` needs; a package counts only where it is named itself."""
+    found = {module for module in imports(name) if module in MODULES}
+    of_packages = {module for module in found if any(other.startswith(f"{module}.") for other in found)}
+    return found - of_packages - {name}
+
+
+def layer_of(name: str) -> int:
+    for number, members in enumerate(LAYERS):
+        if any(name == member or (member.endswith(".") and f"{name}.".startswith(member)) for member in members):
+            return number
+    raise AssertionError(f"{name} is in no layer of the table")
+
+
+def within(name: str, packages: tuple[str, ...]) -> bool:
+    return any(f"{name}.".startswith(f"{package}.") for package in packages)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_imports_only_from_its_own_layer_or_from_above(name: str) -> None:
+    downward = [other for other in own_imports(name) if layer_of(other) > layer_of(name)]
+    assert not downward, f"{name} imports {', '.join(downward)} of a later layer"
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    finished: set[str] = set()
+
+    def visit(name: str, way: tuple[str, ...]) -> None:
+        assert name not in way, " imports ".join((*way[way.index(name) :], name))
+        if name not in finished:
+            for other in sorted(own_imports(name)):
+                visit(other, (*way, name))
+            finished.add(name)
+
+    for name in MODULES:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if within(name, ("avcil_dist",))])
+def test_the_library_knows_nothing_of_what_makes_shards_or_starts_it(name: str) -> None:
+    assert not [other for other in imports(name) if within(other, ("data_shards", "launch", "tests"))]
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if within(name, ("avcil_dist.methods",))])
+def test_methods_know_nothing_of_storage_or_processes(name: str) -> None:
+    assert not [other for other in imports(name) if within(other, NOT_FOR_METHODS)]
+
+
+def test_files_are_short() -> None:
+    lengths = {path: len(path.read_text().splitlines()) for path in source_files(*PACKAGES, "tests")}
+    assert not {str(path): length for path, length in lengths.items() if length > MAX_FILE_LINES}
+
+
+def test_functions_are_short() -> None:
+    long = [
+        f"{name}.{node.name}: {length} lines"
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (length := (node.end_lineno or 0) - node.lineno + 1) > MAX_FUNCTION_LINES
+    ]
+    assert not long
+
+
+def test_every_package_and_only_the_three_are_packaged() -> None:
+    setup = ast.parse((PROJECT / "setup.py").read_text())
+    call = next(node for node in ast.walk(setup) if isinstance(node, ast.Call) and ast.unparse(node.func) == "setup")
+    packages = ast.literal_eval(next(keyword.value for keyword in call.keywords if keyword.arg == "packages"))
+    folders = {".".join(path.parent.relative_to(PROJECT).parts) for path in MODULES.values()}
+    assert set(packages) == folders | {"avcil_dist.configs"}
+    assert {package.split(".")[0] for package in packages} == set(PACKAGES)
+
+
+def test_nothing_else_at_the_top_is_importable() -> None:
+    importable = {path.parent.name for path in PROJECT.glob("*/__init__.py")}
+    assert importable - {"tests"} == set(PACKAGES)
+
+
+def test_the_folder_of_configurations_holds_data_only() -> None:
+    assert {path.suffix for path in (PROJECT / "configs").rglob("*") if path.is_file()} == {".yaml"}
+
+
+def calls(tree: ast.AST) -> Iterator[tuple[str, dict[str, str], int]]:
+    """Each call: what is called, its keyword arguments, its line."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            keywords = {keyword.arg or "**": ast.unparse(keyword.value) for keyword in node.keywords}
+            yield ast.unparse(node.func), keywords, node.lineno
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_nothing_read_is_ever_unpickled(name: str) -> None:
+    found = {module for module in imports(name) if within(module, PICKLERS)}
+    if "pickle.UnpicklingError" in found:  # the error that torch.load refuses a file with
+        found -= {"pickle", "pickle.UnpicklingError"}
+    assert not found
+    for function, keywords, line in calls(TREES[name]):
+        where = f"{name}:{line}: {function}"
+        assert keywords.get("allow_pickle", "False") == "False", where
+        if function == "torch.load":
+            assert keywords.get("weights_only") == "True", where
+        if function in ("np.load", "numpy.load"):
+            assert "allow_pickle" in keywords, where
+        assert not function.startswith("pickle."), where
+        assert function not in ("yaml.load", "yaml.unsafe_load", "eval", "exec"), where
+
+
+def tracked_files() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=PROJECT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout: which files are the project's is not known")
+    return [path for name in listed.stdout.split("\0") if name and (path := PROJECT / name).is_file()]
+
+
+def test_no_text_holds_a_path_of_one_machine() -> None:
+    private = re.compile(r"(?:(?<![\w.$}~/-])|(?<=file://))/(?:work|tmp|home|root|Users)\b")
+    found = []
+    for path in tracked_files():
+        try:
+            text = path.read_text()
+        except UnicodeDecodeError:
+            continue
+        for number, line in enumerate(text.splitlines(), start=1):
+            if private.search(line):
+                found.append(f"{path.relative_to(PROJECT)}:{number}: {line.strip()[:100]}")
+    assert not found

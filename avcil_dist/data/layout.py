@@ -115,8 +115,11 @@ class FeatureLayout:
         try:
             return torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False)).view(self.shapes[number])
         except NPY_FAULTS as error:
-            reason = " ".join(str(error).split())  # numpy explains itself on several lines
-            raise DataError(f"{key}: {self.members[number]}: no features of {self.shapes[number]}: {reason}") from None
+            fault = " ".join(str(error).split())  # numpy explains itself on several lines
+            member = self.members[number]
+            raise DataError(
+                f"{key}: not features of {self.shapes[0]} and {self.shapes[1]}: {member}: {fault}"
+            ) from None
 
 
 class ClipLayout:

@@ -5,9 +5,10 @@ manifest's folder), class, split, bytes and sha256; per clip its key and where e
 bytes lie in the tar. Its content hash names the data set in every run's record.
 """
 
+import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -94,7 +95,10 @@ class Manifest:
     @cached_property
     def content_hash(self) -> str:
         """The sha256 of all but the place: equal for equal data, wherever it lies."""
-        return storage.sha256(json.dumps(self._content(), sort_keys=True, separators=(",", ":")).encode())
+        digest = hashlib.sha256()
+        for part in self._parts():
+            digest.update(part)
+        return digest.hexdigest()
 
     def url(self, shard: int) -> str:
         """Where shard number `shard` lies."""
@@ -160,17 +164,17 @@ class Manifest:
 
     def save(self, url: str) -> None:
         """Write the manifest, its content hash included."""
-        document = self._content() | {"content_hash": self.content_hash}
-        storage.write_bytes(url, json.dumps(document, sort_keys=True, separators=(",", ":")).encode())
+        first, *others = self._parts()
+        named = b'{"content_hash":' + json.dumps(self.content_hash).encode() + b"," + first.removeprefix(b"{")
+        storage.write_bytes(url, b"".join([named, *others]))
 
-    def _content(self) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            "kind": self.kind,
-            "classes": list(self.classes),
-            "shape": self.shape,
-            "shards": [shard.to_record() for shard in self.shards],
-        }
+    def _parts(self) -> Iterator[bytes]:
+        """All but the place as JSON with sorted keys, a shard at a time: as a whole it takes many times its size."""
+        head = {"format": FORMAT, "kind": self.kind, "classes": list(self.classes), "shape": self.shape, "shards": []}
+        yield _to_json(head).removesuffix(b"]}")
+        for number, shard in enumerate(self.shards):
+            yield (b"," if number else b"") + _to_json(shard.to_record())
+        yield b"]}"
 
 
 def load_manifest(url: str) -> Manifest:
@@ -197,6 +201,10 @@ def load_manifest(url: str) -> Manifest:
         )
     check_keys(url, (key for shard in manifest.shards for key in shard.keys))
     return manifest
+
+
+def _to_json(value: object) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
 def check_keys(where: str, keys: Iterable[str]) -> None:

@@ -1,5 +1,6 @@
 import io
 import itertools
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,8 +79,12 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 def stored(manifest: Manifest, clip: int) -> tuple[torch.Tensor, torch.Tensor]:
     """What the shard holds of a feature clip, read by tar offsets alone."""
-    members = read_members(manifest, clip, ("visual.npy", "audio.npy"), seconds=1)
-    visual, audio = (torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False)) for data in members.values())
+    number, row = manifest.locate(clip)
+    shard, content = manifest.shards[number], Path(manifest.url(number)).read_bytes()
+    visual, audio = (
+        torch.from_numpy(np.load(io.BytesIO(content[shard.offsets[member][row] :]), allow_pickle=False))
+        for member in ("visual.npy", "audio.npy")
+    )
     return visual.view(manifest.shape["frames"], manifest.shape["positions"], manifest.shape["dim"]), audio
 
 
@@ -251,17 +256,25 @@ def test_a_wrong_byte_in_a_header_never_stops_the_loader(features: Manifest) -> 
         assert "\n" not in "".join(batch.faults)
 
 
-def test_the_reader_reads_only_the_members_it_is_asked_for(features: Manifest) -> None:
-    members = read_members(features, 5, ("json",), seconds=1)
-    assert list(members) == ["json"]
-    assert b'"source": "train-000-00005"' in members["json"]
-
-
-def test_the_reader_reads_from_any_filesystem(features: Manifest, tmp_path: Path) -> None:
+def test_clips_are_read_from_any_filesystem(features: Manifest, tmp_path: Path) -> None:
     root = f"memory:/{tmp_path}"
     storage.write_bytes(f"{root}/{features.shards[0].url}", storage.read_bytes(features.url(0)))
-    far, members = replace(features, root=root), ("visual.npy", "audio.npy")
-    assert read_members(far, 1, members, seconds=1) == read_members(features, 1, members, seconds=1)
+    far, near = (
+        load(FixedSource(np.array([[1, 4]])), manifest)[0] for manifest in (replace(features, root=root), features)
+    )
+    assert torch.equal(far.visual[0], near.visual[0])
+    assert far.valid.tolist() == [True, False]
+    assert re.search(r"memory:/.*clip train-000-00004: missing", far.faults[0])
+    storage.remove_tree(root)
+
+
+def test_single_members_are_read_by_ranges(features: Manifest, tmp_path: Path) -> None:
+    root = f"memory:/{tmp_path}"
+    storage.write_bytes(f"{root}/{features.shards[0].url}", storage.read_bytes(features.url(0)))
+    far = replace(features, root=root)
+    members = read_members(far, 1, ("json",), seconds=1)
+    assert list(members) == ["json"]
+    assert b'"source": "train-000-00001"' in members["json"]
     with pytest.raises(DataError, match=r"clip train-000-00004: memory:/"):
-        read_members(far, 4, members, seconds=1)
+        read_members(far, 4, ("json",), seconds=1)
     storage.remove_tree(root)

@@ -9,7 +9,7 @@ import itertools
 import tokenize
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch import Tensor
 from avcil_dist.config import ClipConfig, DataConfig, OptimConfig
 from avcil_dist.data.decode import decode_clip
 from avcil_dist.data.manifest import Manifest
-from avcil_dist.data.plan import PADDING, plan_epoch, plan_replay, rank_share
+from avcil_dist.data.plan import NO_CLIPS, PADDING, plan_epoch, plan_replay, rank_share
 from avcil_dist.data.reader import ShardReader
 from avcil_dist.data.transforms import ClipTransform
 from avcil_dist.errors import DataError
@@ -99,13 +99,13 @@ class TrainingSource:
     manifest: Manifest
     classes: tuple[str, ...]
     exemplars: np.ndarray
-    joined: np.ndarray
     data: DataConfig
     optim: OptimConfig
     seed: int
     step: int
     world: World
     start: int = 0
+    joined: np.ndarray = field(default_factory=lambda: NO_CLIPS)
 
     def epoch_batches(self, epoch: int) -> np.ndarray:
         """The epoch's global batches, (batches, optim.batch)."""

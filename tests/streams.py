@@ -1,13 +1,20 @@
 """Small streams on feature shards: a configuration file, and runs of it through the command line."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import torch
 import yaml
 from click.testing import CliRunner, Result
 
 from avcil_dist import storage
+from avcil_dist.config import Config
 from avcil_dist.training.artifact import StepArtifact, load_artifact
+from avcil_dist.training.step import step_in_group
+from avcil_dist.training.stream import stream_url
+from avcil_dist.world import World
 from launch.cli import cli
+from launch.progress import SilentProgress
 from tests.features import make_feature_shards
 
 CLASSES, STEPS = 6, [3, 2, 1]
@@ -53,3 +60,15 @@ def last_artifact(stream: str) -> StepArtifact:
 def weights_digest(stream: str, step: int = len(STEPS) - 1) -> str:
     """The digest of a step's weights."""
     return storage.sha256_file(f"{stream}/step_{step:03d}/model.safetensors")
+
+
+def run_steps(world: World, config: Config, steps: Iterable[int]) -> str:
+    """Run steps of a stream within the process group that is there; the stream's folder."""
+    for step in steps:
+        step_in_group(config, step, world=world, observer=SilentProgress(), device=torch.device("cpu"))
+    return stream_url(config)
+
+
+def run_streams(world: World, configs: Sequence[Config], steps: Sequence[int] = range(len(STEPS))) -> list[str]:
+    """Run these steps of several streams, one stream after the other; their folders."""
+    return [run_steps(world, config, steps) for config in configs]

@@ -1,6 +1,7 @@
 """The network and the losses against what the authors' released program computes on the same inputs."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,8 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from avcil_dist.methods import losses
+from avcil_dist.config import MethodConfig
+from avcil_dist.methods import losses, make_method
+from avcil_dist.methods.base import StepContext, Targets
 from avcil_dist.models.encoders import Precomputed
+from avcil_dist.models.heads import ProxyHead
 from avcil_dist.models.network import AudioVisualNetwork
 from avcil_dist.models.outputs import Output
 from avcil_dist.scenario import make_scenario
@@ -30,12 +34,23 @@ class Case(NamedTuple):
     output: Output
 
     @property
+    def context(self) -> StepContext:
+        """The last step of the reference's scenario."""
+        sizes = self.facts["classes_per_task"]
+        scenario = make_scenario([str(label) for label in range(sum(sizes))], steps=sizes)
+        return StepContext(scenario, scenario.num_steps - 1)
+
+    def loss_of(self, method: str, output: Output, teacher: Output, labels: Tensor) -> Tensor:
+        """The total of a method on the whole batch."""
+        made = make_method(MethodConfig(name=method))
+        made.begin_step(self.context)
+        return made.loss(Targets(labels, self.facts["current"]), output, teacher)["loss"]
+
+    @property
     def total(self) -> dict[str, Tensor]:
         """Every term by the reference's name."""
         facts, labels, output = self.facts, self.tensors["labels"], self.output
-        sizes = facts["classes_per_task"]
-        scenario = make_scenario([str(label) for label in range(sum(sizes))], steps=sizes)
-        last = scenario.num_steps - 1
+        scenario, last = self.context.scenario, self.context.step
         temperature = facts["contrastive_temperature"]
         features = (output.audio, output.visual)
         terms = {
@@ -59,7 +74,31 @@ class Case(NamedTuple):
             + facts["lambda_class"] * terms["class_released"]
             + losses.attention_distillation(output.divergence, facts["lambda_attention"])
         )
+        taught = Output(self.tensors["teacher_logits"], None, None)
+        num_old = scenario.num_old(last)
+        new_labels = num_old + labels % facts["classes_per_task"][last]  # as the reference labels its batch for this
+        terms["icarl_released"] = self.loss_of("icarl", output, taught, labels)
+        terms["ssil_total"] = self.loss_of("ssil", output, taught, labels)
+        terms["lwf_total"] = self.loss_of("lwf", output, taught, new_labels)
         return terms
+
+    @property
+    def afc(self) -> tuple[Output, Output]:
+        """Student and teacher with the head of proxies, the teacher's output with its importance."""
+        num_old = self.context.num_old
+        proxies = torch.cat([self.tensors["afc.proxies_old"], self.tensors["afc.proxies_new"]])
+        method = make_method(MethodConfig(name="afc"))
+        outputs = []
+        for module in (self.student, self.teacher):
+            head = ProxyHead(proxies.shape[1], self.context.num_seen, num_old, num_proxies=10)
+            head.load_state_dict({"frozen": proxies[: 10 * num_old], "proxies": proxies[10 * num_old :]})
+            module.classifier = head
+            outputs.append(module(self.visual, self.audio))
+        student, teacher = outputs
+        traced = self.teacher.retrace(teacher)
+        loss = method.importance_loss(self.tensors["labels"], traced).sum()
+        norms = [gradient.norm(dim=1) for gradient in torch.autograd.grad(loss, traced.features())]
+        return student, replace(teacher, importance=torch.stack(norms, dim=1))
 
 
 def reference_name(name: str) -> str:
@@ -110,6 +149,33 @@ def test_every_loss_term_agrees(case: Case) -> None:
     ours = {name: term.item() for name, term in terms.items()}
     theirs = {name: case.facts["losses"][name] for name in terms}
     assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+
+
+def test_afc_logits_agree(case: Case) -> None:
+    student, teacher = case.afc
+    torch.testing.assert_close(student.logits, case.tensors["afc.student_logits"], **TOLERANCE)
+    torch.testing.assert_close(teacher.logits, case.tensors["afc.teacher_logits"], **TOLERANCE)
+
+
+def test_afc_importance_agrees(case: Case) -> None:
+    importance = case.afc[1].importance
+    shares = importance / importance.sum(dim=1, keepdim=True)
+    for column, name in enumerate(("pooled", "audio", "visual")):
+        torch.testing.assert_close(shares[:, column], case.tensors[f"afc.importance_{name}"], **TOLERANCE)
+
+
+def test_afc_losses_agree(case: Case) -> None:
+    student, teacher = case.afc
+    labels, theirs = case.tensors["labels"], case.facts["losses"]
+    nca = losses.proxy_nca(student.logits, labels).mean()
+    discrepancy = losses.feature_discrepancy(student.features(), teacher.features(), teacher.importance)
+    total = case.loss_of("afc", student, teacher, labels)
+    ours = {"afc_nca": nca.item(), "afc_discrepancy": discrepancy.item(), "afc_total": total.item()}
+    assert ours == pytest.approx({name: theirs[name] for name in ours}, rel=1e-5, abs=1e-5)
+
+
+def test_every_loss_of_the_reference_is_compared(case: Case) -> None:
+    assert {*case.total, "afc_nca", "afc_discrepancy", "afc_total"} == {*case.facts["losses"]}
 
 
 def test_gradients_of_the_total_agree(case: Case) -> None:

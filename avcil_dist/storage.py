@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -87,7 +87,7 @@ def write_bytes(url: str, data: bytes) -> None:
 
 
 @contextmanager
-def new_file(url: str) -> Iterator[BinaryIO]:
+def new_file(url: str) -> Iterator[IO[bytes]]:
     """A local file to write, for what is too large for memory; it appears at `url`, whole, when the block ends well.
 
     Object stores get it as one upload (in parts where it is large), which they show only when it is complete.

@@ -6,7 +6,7 @@ import json
 import re
 import tarfile
 from collections.abc import Iterable, Mapping
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
@@ -87,7 +87,7 @@ def write_shard(
 class _DigestingFile:
     """As much of a file as a tar needs to be written; the digest is made on the way."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self.size = 0
         self.digest = hashlib.sha256()

@@ -30,7 +30,7 @@ class _Commands(click.Group):
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(avcil_dist.__version__)
 def cli() -> None:
-    r"""Audio-visual class-incremental learning: make shards, train streams of steps, compare them.
+    """Audio-visual class-incremental learning: make shards, train streams of steps, compare them.
 
     \b
     A first round trip on a laptop:
@@ -51,7 +51,7 @@ for _command in (shards, methods, sweep, compare):
 @click.option("--processes", "-n", default=1, show_default=True, help="Processes (ranks) on this machine.")
 @click.option("--restart", is_flag=True, help="Remove the stream's committed steps and begin at step 0.")
 def train(config: str, overrides: tuple[str, ...], processes: int, restart: bool) -> None:
-    r"""Train the whole stream of CONFIG, step after step.
+    """Train the whole stream of CONFIG, step after step.
 
     CONFIG is a yaml file or the name of a shipped one. Steps that are committed are not done
     again: the same command continues an interrupted stream. Under torchrun or srun each process

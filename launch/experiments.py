@@ -47,7 +47,7 @@ def compare(folders: tuple[str, ...]) -> None:
 @click.option("--ablation", is_flag=True, help="Every combination of avcil's three parts, on and off.")
 @click.option("--processes", "-n", default=1, show_default=True, help="Processes (ranks) of each stream.")
 def sweep(config: str, words: tuple[str, ...], ablation: bool, processes: int) -> None:
-    r"""Train the streams of all combinations of settings on this machine, one after the other, and compare them.
+    """Train the streams of all combinations of settings on this machine, one after the other, and compare them.
 
     Everything is checked before the first starts. Steps that are committed are not done again.
 

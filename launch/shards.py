@@ -171,7 +171,7 @@ def build(
       avcil shards build runs/clips/clips.csv runs/shards
       avcil shards build vggsound.csv s3://bucket/vggsound --videos ~/vggsound --min-seconds 9
       avcil shards build vggsound.csv s3://bucket/vggsound --videos /data/vggsound --part $SLURM_ARRAY_TASK_ID/64
-    """  # noqa: D301
+    """
     from data_shards.build import build_part, build_shards
     from data_shards.parts import Part
 
@@ -230,7 +230,7 @@ def features(manifest: str, output: str, overrides: tuple[str, ...], config: str
           model.visual.weights=MCG-NJU/videomae-base model.audio.weights=audiomae.pth
       torchrun --nproc-per-node 8 -m launch shards features s3://bucket/vggsound/manifest.json \\
           s3://bucket/vggsound-features --config mine.yaml --part $SLURM_ARRAY_TASK_ID/4
-    """  # noqa: D301
+    """
     from avcil_dist.compose import load_config
     from avcil_dist.training.distributed import local_device
     from avcil_dist.world import world_from_environment

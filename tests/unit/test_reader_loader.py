@@ -242,7 +242,7 @@ def test_features_of_another_shape_are_a_fault(features: Manifest) -> None:
     other = replace(features, shape=features.shape | {"dim": 17})
     (batch,) = load(FixedSource(np.array([[0, 1]])), other)
     assert not batch.valid.any()
-    assert "no features of (2, 3, 17)" in batch.faults[0]
+    assert "not features of (2, 3, 17) and (17,)" in batch.faults[0]
 
 
 def test_a_wrong_byte_in_a_header_never_stops_the_loader(features: Manifest) -> None:

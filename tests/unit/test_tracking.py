@@ -193,9 +193,11 @@ def test_four_processes_at_once_on_a_fresh_database_are_quiet_and_complete(tmp_p
 
 def test_a_server_that_is_away_is_named_without_its_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "anna")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "secret")
     with socket.socket() as closed:  # bound, not listening: a port that refuses
         closed.bind(("127.0.0.1", 0))
-        uri = f"http://anna:secret@127.0.0.1:{closed.getsockname()[1]}"
+        uri = f"http://127.0.0.1:{closed.getsockname()[1]}"
         with pytest.raises(TrackingError) as raised:
             open_stream(TrackingConfig(uri=uri), output=str(tmp_path), name="x", parameters={}, tags={}, run_id=None)
     line = str(raised.value)

@@ -31,15 +31,14 @@ def make_grid(config: str, words: Sequence[str], *, ablation: bool, processes: i
     """
     axes = [_values(word) for word in words]
     if ablation:
+        name = load_config(config, [axis[0] for axis in axes]).method.name
+        if name != "avcil":
+            raise ConfigError(f"--ablation: it is of avcil's parts, the method is {name}; say method=avcil")
         axes += [[f"{key}=true", f"{key}=false"] for key in ABLATION]
     varied = {axis[0].partition("=")[0] for axis in axes if len(axis) > 1}
     points = []
     for chosen in itertools.product(*axes):
         resolved = load_config(config, chosen)
-        if ablation and resolved.method.name != "avcil":
-            raise ConfigError(
-                f"--ablation: it is of avcil's parts, the method is {resolved.method.name}; say method=avcil"
-            )
         suffix = "".join(f"-{_slug(word)}" for word in chosen if word.partition("=")[0] in varied and _slug(word))
         point = Point(resolved.model_copy(update={"name": resolved.name + suffix}), chosen)
         check_run(point.config, processes, restart=False)

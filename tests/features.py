@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,11 @@ import numpy as np
 from avcil_dist.data.manifest import SPLITS, Manifest, Split
 from avcil_dist.seeds import generator
 from data_shards.writer import shard_url, write_shard
+
+
+def clip_key(split: Split, number: int, row: int) -> str:
+    """The key of clip `row` of class `number`: each its own source."""
+    return f"{split}-{number:03d}-{row:05d}"
 
 
 def make_feature_shards(
@@ -23,6 +28,7 @@ def make_feature_shards(
     seed: int = 0,
     separation: float = 3.0,
     clips_per_shard: int = 16,
+    key: Callable[[Split, int, int], str] = clip_key,
 ) -> str:
     """Write feature shards of class prototypes plus unit noise; the path of their manifest.
 
@@ -40,7 +46,7 @@ def make_feature_shards(
                         root=str(folder),
                         class_name=name,
                         split=split,
-                        clips=_clips(number, name, split, rows, (frames * positions, dim), seed, separation),
+                        clips=_clips(number, name, split, rows, (frames * positions, dim), seed, separation, key),
                     )
                 )
     shape = {"frames": frames, "positions": positions, "dim": dim}
@@ -50,7 +56,14 @@ def make_feature_shards(
 
 
 def _clips(
-    number: int, name: str, split: Split, rows: range, tokens_dim: tuple[int, int], seed: int, separation: float
+    number: int,
+    name: str,
+    split: Split,
+    rows: range,
+    tokens_dim: tuple[int, int],
+    seed: int,
+    separation: float,
+    key_of: Callable[[Split, int, int], str],
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     tokens, dim = tokens_dim
     prototypes = generator(seed, "prototype", number).normal(0, separation, (2, dim))
@@ -58,7 +71,7 @@ def _clips(
         random = generator(seed, "clip", number, split, row)
         visual = prototypes[0] + random.normal(size=(tokens, dim))
         audio = prototypes[1] + random.normal(size=dim)
-        key = f"{split}-{number:03d}-{row:05d}"
+        key = key_of(split, number, row)
         record = {"label": name, "split": split, "source": key, "start": 0.0, "duration": 1.0}
         yield (
             key,

@@ -85,7 +85,7 @@ def _variant(stream: StreamReport, streams: Sequence[StreamReport]) -> str:
     own = _settings(stream.config)
     peers = [_settings(other.config) for other in streams if other.config.method.name == stream.config.method.name]
     return ", ".join(
-        f"{key.removeprefix('method.')}={value}"
+        f"{key.removeprefix('method.')}={str(value).lower() if isinstance(value, bool) else value}"
         for key, value in own.items()
         if key not in SHOWN and any(other.get(key) != value for other in peers)
     )

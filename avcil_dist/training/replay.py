@@ -63,6 +63,7 @@ def exemplars_at_hand(source: TrainingSource) -> Iterator[tuple[Iterable[Request
         folder = told[world.rank - world.local_rank][0]
         manifest, numbers = with_copies(source.manifest, load_manifest(f"{folder}/manifest.json"))
         yield Redirected(source, numbers), manifest
+        dist.barrier()  # until then another rank may read what is removed now
     finally:
         if own:
             shutil.rmtree(own)

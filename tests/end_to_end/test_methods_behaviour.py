@@ -1,0 +1,100 @@
+"""What the methods are for, on synthetic features: who forgets, and who does not."""
+
+from pathlib import Path
+
+import pytest
+
+from avcil_dist.compose import load_config
+from avcil_dist.training.artifact import StepArtifact, load_artifact
+from tests.features import make_feature_shards
+from tests.ranks import run_ranks
+from tests.streams import avcil, run_streams, write_config
+
+METHODS = ("finetune", "joint", "lwf", "ssil", "avcil", "icarl", "afc", "analytic")
+STEPS = [1, 2, 3]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, StepArtifact]:
+    """The last step of each method on six classes that overlap a little."""
+    folder = tmp_path_factory.mktemp("behaviour")
+    clips = {"train": 24, "val": 6, "test": 20}
+    make_feature_shards(folder / "shards", classes=6, clips=clips, separation=1.0)
+    path = write_config(folder, scenario={"steps": STEPS})
+    [streams] = run_ranks(run_streams, 1, [load_config(str(path), [f"method={method}"]) for method in METHODS])
+    return {method: load_artifact(stream, 2) for method, stream in zip(METHODS, streams, strict=True)}
+
+
+def forgetting(artifact: StepArtifact) -> float:
+    assert artifact.metrics.average_forgetting is not None
+    return artifact.metrics.average_forgetting
+
+
+def test_finetuning_forgets_most_of_what_it_knew(results: dict[str, StepArtifact]) -> None:
+    assert forgetting(results["finetune"]) > 0.5
+    accuracy = results["finetune"].metrics.accuracy
+    assert accuracy[2][1] < 0.5 * accuracy[1][1]
+
+
+@pytest.mark.parametrize("method", ["avcil", "ssil", "icarl", "afc"])
+def test_methods_with_memory_forget_less_by_a_wide_margin(results: dict[str, StepArtifact], method: str) -> None:
+    assert forgetting(results[method]) < forgetting(results["finetune"]) - 0.3
+
+
+def test_joint_training_is_the_best_or_near_it(results: dict[str, StepArtifact]) -> None:
+    final = {method: artifact.metrics.seen_accuracy[-1] for method, artifact in results.items()}
+    assert final["joint"] >= max(final.values()) - 0.1
+    assert final["joint"] > final["finetune"] + 0.2
+
+
+def test_analytic_learning_keeps_up_without_exemplars(results: dict[str, StepArtifact]) -> None:
+    analytic = results["analytic"]
+    assert analytic.memory.count == 0
+    assert analytic.metrics.seen_accuracy[-1] >= results["joint"].metrics.seen_accuracy[-1] - 0.1
+
+
+@pytest.mark.parametrize("method", ["icarl", "analytic"])
+def test_classes_outside_the_scenario_are_never_met(tmp_path: Path, method: str) -> None:
+    path = write_config(tmp_path, scenario={"steps": [2, 1], "classes": ["class_004", "class_000", "class_002"]})
+    gone = sorted((tmp_path / "shards").rglob("*class_001*"))
+    assert gone
+    for shard in gone:
+        shard.unlink()
+    config = load_config(str(path), [f"method={method}", "optim.epochs=1"])
+    [[stream]] = run_ranks(run_streams, 1, [config], range(2))
+    metrics = load_artifact(stream, 1).metrics
+    assert metrics.num_test_clips == 30
+    assert set(metrics.per_class) == {"class_004", "class_000", "class_002"}
+
+
+@pytest.mark.parametrize("method", ["ssil", "icarl", "afc", "analytic"])
+def test_a_class_of_one_clip_and_a_memory_larger_than_the_data(tmp_path: Path, method: str) -> None:
+    make_feature_shards(tmp_path / "shards", classes=6, clips={"train": 1, "val": 1, "test": 1})
+    optim = {"epochs": 1, "batch": 2, "replay_batch": 4, "eval_batch": 4}
+    path = write_config(tmp_path, scenario={"steps": [2, 4]}, optim=optim, memory={"size": 500})
+    [[stream]] = run_ranks(run_streams, 1, [load_config(str(path), [f"method={method}"])], range(2))
+    artifact = load_artifact(stream, 1)
+    assert artifact.metrics.num_test_clips == 6
+    if method != "analytic":
+        assert {len(keys) for keys in artifact.memory.keys.values()} == {1}
+
+
+def test_a_sweep_trains_the_grid_and_compares_it(tmp_path: Path) -> None:
+    path = write_config(tmp_path, scenario={"steps": [4, 2]})
+    words = ["sweep", path, "method=analytic", "seed=1,2", "method.gammas=[1.0]"]
+    result = avcil(*words)
+    assert result.exit_code == 0, result.output
+    assert "2/2  tiny-analytic-seed2" in result.output
+    assert "1, 2" in result.output
+    assert "±" in result.output
+    compared = avcil("compare", tmp_path / "runs")
+    assert compared.exit_code == 0
+    assert "±" in compared.output
+
+
+def test_eval_of_a_method_with_means_gives_the_committed_accuracy(results: dict[str, StepArtifact]) -> None:
+    for method in ("icarl", "afc", "analytic"):
+        artifact = results[method]
+        stream = f"{artifact.config.output}/{artifact.config.stream_name}"
+        found = avcil("eval", stream)
+        assert f'"seen_accuracy": {artifact.metrics.seen_accuracy[-1]}' in found.output

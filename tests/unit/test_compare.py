@@ -1,0 +1,97 @@
+"""Streams side by side, and grids of them."""
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from avcil_dist.compose import load_config
+from avcil_dist.errors import ConfigError
+from avcil_dist.scenario import Scenario
+from avcil_dist.tracking.compare import compare, print_comparison, spread
+from avcil_dist.tracking.report import StreamReport
+from avcil_dist.training.metrics import StreamMetrics, SubsetMetrics
+from launch.sweep import make_grid
+from tests.streams import write_config
+
+
+def stream(seen: float, *words: str, disjoint: float | None = None) -> StreamReport:
+    config = load_config("demo", words)
+    metrics = StreamMetrics(0, ((seen,),), (seen,), {}, 10, 0, None)
+    if disjoint is not None:
+        metrics = replace(metrics, source_disjoint=SubsetMetrics((disjoint,), 5))
+    return StreamReport("runs/x", config, Scenario((("a",),)), metrics)
+
+
+def printed(streams: list[StreamReport]) -> str:
+    text = io.StringIO()
+    print_comparison(compare(streams), Console(file=text, width=200))
+    return text.getvalue()
+
+
+def test_seeds_of_one_configuration_are_one_row_with_mean_and_deviation() -> None:
+    streams = [stream(0.5, "seed=1"), stream(0.8, "method=joint"), stream(0.7, "seed=2", "output=elsewhere")]
+    rows = compare(streams)
+    assert [[s.config.seed for s in row.streams] for row in rows] == [[1, 2], [0]]
+    text = printed(streams)
+    assert "60.0 ± 14.1" in text  # of 50 and 70, as a sample
+    assert "1, 2" in text
+    assert "80.0" in text
+
+
+def test_configurations_of_one_method_are_told_apart_by_what_differs() -> None:
+    rows = compare([stream(0.5), stream(0.5, "method.attention=false"), stream(0.5, "method=joint", "optim.epochs=3")])
+    assert [row.variant for row in rows] == ["attention=true", "attention=false", ""]
+
+
+def test_columns_without_values_are_left_out() -> None:
+    assert "source-disjoint" not in printed([stream(0.5)])
+    assert "forgetting" not in printed([stream(0.5)])
+    assert "25.0" in printed([stream(0.5, disjoint=0.25)])
+
+
+def test_a_single_value_has_no_deviation() -> None:
+    assert spread([0.123]) == "12.3"
+    assert spread([None, None]) == "–"
+    assert spread([0.1, None, 0.3]) == "20.0 ± 14.1"
+
+
+def test_a_grid_is_every_combination_with_a_stream_of_its_own(tmp_path: Path) -> None:
+    config = str(write_config(tmp_path))
+    points = make_grid(config, ["method=finetune,ssil", "seed=1,2", "optim.lr=0.1,0.2"], ablation=False, processes=1)
+    names = [point.config.stream_name for point in points]
+    assert len(set(names)) == 8
+    assert names[0] == "tiny-lr-0_1-finetune-seed1"
+    assert {point.config.optim.lr for point in points} == {0.1, 0.2}
+
+
+def test_commas_in_brackets_do_not_part_values(tmp_path: Path) -> None:
+    config = str(write_config(tmp_path))
+    [point] = make_grid(config, ["scenario.steps=[2,4]", "method=lwf"], ablation=False, processes=1)
+    assert point.config.scenario.steps == [2, 4]
+    assert point.config.stream_name == "tiny-lwf-seed0"
+    points = make_grid(config, ["scenario.steps=[2,4],[1,5]"], ablation=False, processes=1)
+    assert [point.config.scenario.steps for point in points] == [[2, 4], [1, 5]]
+
+
+def test_an_ablation_is_every_combination_of_avcils_parts(tmp_path: Path) -> None:
+    points = make_grid(str(write_config(tmp_path)), [], ablation=True, processes=1)
+    options = [point.config.method.model_extra or {} for point in points]
+    parts = ("instance", "class_aware", "attention")
+    assert len({tuple(found[part] for part in parts) for found in options}) == 8
+    names = {point.config.stream_name for point in points}
+    assert len(names) == 8
+    assert {"tiny-avcil-seed0", "tiny-no_instance-no_class_aware-no_attention-avcil-seed0"} <= names
+
+
+def test_an_ablation_of_another_method_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--ablation: .* the method is ssil; say method=avcil"):
+        make_grid(str(write_config(tmp_path)), ["method=ssil"], ablation=True, processes=1)
+
+
+def test_a_grid_with_an_impossible_point_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"optim.batch=5000"):
+        make_grid(str(write_config(tmp_path)), ["optim.batch=12,5000"], ablation=False, processes=1)
+    assert not (tmp_path / "runs").exists()

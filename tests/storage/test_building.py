@@ -11,7 +11,7 @@ from data_shards.features import make_features
 from data_shards.parts import Part, merge_parts
 from data_shards.verify import verify_shards
 from tests.rendered import render_tiny
-from tests.unit.test_features import TINY
+from tests.unit.test_feature_shards import TINY
 
 SETTINGS = {"clips_per_shard": 2, "min_seconds": 0.5}
 

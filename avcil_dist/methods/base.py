@@ -99,7 +99,7 @@ class Method(ABC):
 
         `norm` is the mean length of the old proxies. Asked of a method whose head is of proxies.
         """
-        raise NotImplementedError(f"{type(self).__name__} asks for proxies and makes none")
+        raise AssertionError(f"{type(self).__name__} asks for proxies and makes none")
 
     @abstractmethod
     def loss(self, targets: Targets, output: Output, teacher: Output | None) -> dict[str, Tensor]:
@@ -107,7 +107,7 @@ class Method(ABC):
 
     def importance_loss(self, labels: Tensor, output: Output) -> Tensor:
         """A teacher's loss of each clip (B,); the norms of its gradient by `output.features()` are the importance."""
-        raise NotImplementedError(f"{type(self).__name__} asks for importance and names no loss")
+        raise AssertionError(f"{type(self).__name__} asks for importance and names no loss")
 
     def end_step(self, exemplars: Sequence[Tensor] | None) -> None:  # noqa: B027 - most methods do nothing then
         """Called with the step's weights selected and the memory updated, before the test.

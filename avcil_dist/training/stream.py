@@ -12,7 +12,18 @@ from avcil_dist.training.artifact import StepArtifact, is_committed, load_artifa
 from avcil_dist.training.requirements import check_needs
 
 # Settings that say how and where a stream runs, not what it computes.
-OPERATIONAL = ("output", "engine.", "tracking.", "data.manifest", "data.workers", "optim.eval_batch")
+OPERATIONAL = (
+    "output",
+    "engine.",
+    "tracking.",
+    "data.manifest",
+    "data.workers",
+    "data.threads",
+    "data.cache",
+    "data.prefetch",
+    "data.retry_seconds",
+    "optim.eval_batch",
+)
 
 
 def stream_url(config: Config) -> str:

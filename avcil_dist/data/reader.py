@@ -57,23 +57,6 @@ class Segment:
         return self.start + sum(map(len, self.buffers))
 
 
-def read_members(manifest: Manifest, clip: int, members: Sequence[str], *, seconds: float) -> dict[str, bytes]:
-    """Some members of one clip, by ranges, tried again for so many seconds.
-
-    For a few clips; batches go through `OpenReader`. Raises DataError or StorageError, naming the clip.
-    """
-    number, row = manifest.locate(clip)
-    shard, url = manifest.shards[number], manifest.url(number)
-    found = {}
-    for member in members:
-        start = int(shard.offsets[member][row])
-        try:
-            found[member] = storage.read_range(url, start, start + int(shard.sizes[member][row]), seconds=seconds)
-        except (DataError, StorageError) as error:
-            raise type(error)(f"clip {shard.keys[row]}: {error}") from None
-    return found
-
-
 class _Source(Protocol):
     """Where a shard's bytes come from."""
 

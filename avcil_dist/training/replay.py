@@ -20,9 +20,10 @@ import numpy as np
 import torch.distributed as dist
 
 from avcil_dist import storage
+from avcil_dist.data.layout import TAR_BLOCK
 from avcil_dist.data.loader import TrainingSource
 from avcil_dist.data.manifest import MEMBERS, Manifest, Shard, load_manifest
-from avcil_dist.data.reader import Request, read_members
+from avcil_dist.data.reader import Request
 from avcil_dist.errors import DataError, StorageError
 
 READS = 16  # at a time: far storage answers late, but to many at once
@@ -48,7 +49,7 @@ def exemplars_at_hand(source: TrainingSource) -> Iterator[tuple[Iterable[Request
     Every rank calls it; the first of each machine copies. Raises DataError on all ranks when one cannot.
     """
     clips = np.unique(np.concatenate([source.exemplars, source.joined]))
-    if not any(storage.is_remote(source.manifest.url(shard)) for shard in np.unique(source.manifest.shards_of(clips))):
+    if all(storage.local_path(source.manifest.url(shard)) for shard in np.unique(source.manifest.shards_of(clips))):
         yield source, source.manifest
         return
     world = source.world
@@ -72,14 +73,14 @@ def exemplars_at_hand(source: TrainingSource) -> Iterator[tuple[Iterable[Request
 def copy_clips(manifest: Manifest, clips: np.ndarray, folder: Path, *, seconds: float) -> None:
     """Copy clips into `folder`, one file a class with their members end to end, and write its manifest.
 
-    `seconds` is how long a read is tried again. A clip that cannot be read is left out: training finds it
-    where it was, and deals with it there.
+    A member comes with its tar header, by which the loader knows it. `seconds` is how long a read is tried
+    again. A clip that cannot be read is left out: training finds it where it was, and deals with it there.
     """
     members = tuple(name for name in MEMBERS[manifest.kind] if name != "json")
 
-    def read(clip: int) -> tuple[int, dict[str, bytes] | None]:
+    def read(clip: int) -> tuple[int, list[bytes] | None]:
         try:
-            return clip, read_members(manifest, clip, members, seconds=seconds)
+            return clip, [_read_member(manifest, clip, member, seconds) for member in members]
         except (DataError, StorageError):
             return clip, None
 
@@ -89,26 +90,35 @@ def copy_clips(manifest: Manifest, clips: np.ndarray, folder: Path, *, seconds: 
     shards = []
     with ThreadPoolExecutor(READS) as pool:
         for number, (name, numbers) in enumerate(of_class.items()):
-            found = [(clip, data) for clip, data in pool.map(read, numbers) if data]
+            found = [(clip, parts) for clip, parts in pool.map(read, numbers) if parts]
             path = folder / f"{number:04d}.bin"
-            parts = [data[member] for _, data in found for member in members]
-            path.write_bytes(b"".join(parts))
-            sizes = np.array([len(part) for part in parts], dtype=np.int64).reshape(len(found), len(members))
-            starts = (np.cumsum(sizes) - sizes.ravel()).reshape(sizes.shape)
+            path.write_bytes(b"".join(part for _, parts in found for part in parts))
+            lengths = np.array([[len(part) for part in parts] for _, parts in found], dtype=np.int64)
+            lengths = lengths.reshape(len(found), len(members))
+            starts = (np.cumsum(lengths) - lengths.ravel()).reshape(lengths.shape) + TAR_BLOCK
             shards.append(
                 Shard(
                     url=path.name,
                     class_name=name,
                     split="train",
-                    bytes=int(sizes.sum()),
+                    bytes=int(lengths.sum()),
                     sha256=storage.sha256_file(str(path)),
                     keys=tuple(manifest.key(clip) for clip, _ in found),
                     offsets={member: starts[:, column] for column, member in enumerate(members)},
-                    sizes={member: sizes[:, column] for column, member in enumerate(members)},
+                    sizes={member: lengths[:, column] - TAR_BLOCK for column, member in enumerate(members)},
                 )
             )
     copied = Manifest(manifest.kind, manifest.classes, tuple(shards), manifest.shape, root=str(folder))
     copied.save(f"{folder}/manifest.json")
+
+
+def _read_member(manifest: Manifest, clip: int, member: str, seconds: float) -> bytes:
+    """A member's tar header and its bytes."""
+    number, row = manifest.locate(clip)
+    shard = manifest.shards[number]
+    start = int(shard.offsets[member][row])
+    stop = start + int(shard.sizes[member][row])
+    return storage.read_range(manifest.url(number), start - TAR_BLOCK, stop, seconds=seconds)
 
 
 def with_copies(manifest: Manifest, copied: Manifest) -> tuple[Manifest, dict[int, int]]:

@@ -31,7 +31,7 @@ def test_copies_are_the_clips_under_other_numbers(tmp_path: Path) -> None:
     exemplars = np.array([7, 2, 45, 41, 59])
     folder = tmp_path / "copies"
     folder.mkdir()
-    copy_clips(manifest, exemplars, folder)
+    copy_clips(manifest, exemplars, folder, seconds=1)
     joined, numbers = with_copies(manifest, load_manifest(f"{folder}/manifest.json"))
     assert sorted(numbers) == sorted(exemplars)
     assert set(numbers.values()) == set(range(60, 65))
@@ -56,7 +56,7 @@ def test_copies_are_the_clips_under_other_numbers(tmp_path: Path) -> None:
 def test_a_clip_that_cannot_be_read_is_not_copied(tmp_path: Path) -> None:
     manifest = load_manifest(make_feature_shards(tmp_path / "shards", classes=2, clips={"train": 5}))
     Path(manifest.url(1)).unlink()
-    copy_clips(manifest, np.array([0, 1, 7]), tmp_path)
+    copy_clips(manifest, np.array([0, 1, 7]), tmp_path, seconds=1)
     _, numbers = with_copies(manifest, load_manifest(f"{tmp_path}/manifest.json"))
     assert numbers == {0: 10, 1: 11}
 

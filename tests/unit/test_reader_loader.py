@@ -13,8 +13,6 @@ from avcil_dist.config import ClipConfig, DataConfig, OptimConfig
 from avcil_dist.data.loader import Batch, FixedSource, TrainingSource, load_batches
 from avcil_dist.data.manifest import Manifest, load_manifest
 from avcil_dist.data.plan import PADDING, plan_epoch, plan_evaluation, plan_replay
-from avcil_dist.data.reader import read_members
-from avcil_dist.errors import DataError
 from avcil_dist.world import World
 from data_shards.writer import shard_url, write_shard
 from tests.features import make_feature_shards
@@ -265,16 +263,4 @@ def test_clips_are_read_from_any_filesystem(features: Manifest, tmp_path: Path) 
     assert torch.equal(far.visual[0], near.visual[0])
     assert far.valid.tolist() == [True, False]
     assert re.search(r"memory:/.*clip train-000-00004: missing", far.faults[0])
-    storage.remove_tree(root)
-
-
-def test_single_members_are_read_by_ranges(features: Manifest, tmp_path: Path) -> None:
-    root = f"memory:/{tmp_path}"
-    storage.write_bytes(f"{root}/{features.shards[0].url}", storage.read_bytes(features.url(0)))
-    far = replace(features, root=root)
-    members = read_members(far, 1, ("json",), seconds=1)
-    assert list(members) == ["json"]
-    assert b'"source": "train-000-00001"' in members["json"]
-    with pytest.raises(DataError, match=r"clip train-000-00004: memory:/"):
-        read_members(far, 4, ("json",), seconds=1)
     storage.remove_tree(root)

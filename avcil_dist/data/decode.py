@@ -9,12 +9,13 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import av
 import numpy as np
 import torch
-import torchaudio
+import torchaudio.transforms
 
 from avcil_dist.errors import DataError
 
@@ -151,16 +152,22 @@ class _SoundCollector:
             self._rate = frame.sample_rate
             # only the sample format changes here; torchaudio's resampling is the one the encoders were trained with
             self._resampler = av.AudioResampler(format="fltp", layout=frame.layout, rate=frame.sample_rate)
-        self._parts += [part.to_ndarray().mean(axis=0) for part in self._resampler.resample(frame)]
+        self._parts += [part.to_ndarray() for part in self._resampler.resample(frame)]
 
     def finish(self, sample_rate: int) -> torch.Tensor | None:
         """(samples,) float32, or None when there was no sample."""
         if self._resampler is not None:
-            self._parts += [part.to_ndarray().mean(axis=0) for part in self._resampler.resample(None)]
+            self._parts += [part.to_ndarray() for part in self._resampler.resample(None)]
         if not sum(part.size for part in self._parts):
             return None
-        waveform = torch.from_numpy(np.concatenate(self._parts))
-        return torchaudio.functional.resample(waveform, self._rate, sample_rate)
+        waveform = torch.from_numpy(np.concatenate(self._parts, axis=1).mean(axis=0))
+        return _resampling(self._rate, sample_rate)(waveform)
+
+
+@lru_cache(maxsize=16)
+def _resampling(rate: int, sample_rate: int) -> torchaudio.transforms.Resample:
+    """The same filter for all clips of a rate: making it takes longer than its use."""
+    return torchaudio.transforms.Resample(rate, sample_rate)
 
 
 @contextmanager

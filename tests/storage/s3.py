@@ -34,7 +34,7 @@ class S3Server:
         self.folder = folder
         self.port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
-        (folder / BUCKET).mkdir(parents=True)
+        (folder / BUCKET).mkdir(parents=True, exist_ok=True)
 
     @property
     def endpoint(self) -> str:

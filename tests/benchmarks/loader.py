@@ -1,0 +1,291 @@
+"""How fast batches come, beside what the disk, other loaders, the S3 client and the decoder give: one table.
+
+No test: it asserts nothing. Run it on a quiet machine:
+
+    python -m tests.benchmarks.loader --clips 768 --folder FOLDER
+
+FOLDER takes about 4 times the size of the data (768 clips: 1.9 GB), which are removed at the end.
+"""
+
+import argparse
+import io
+import os
+import platform
+import shutil
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import av
+import fsspec
+import numpy as np
+import torch
+import webdataset
+from rich.console import Console
+from rich.table import Table
+from torch.utils.data import DataLoader
+
+from avcil_dist.data.loader import Batch, load_batches
+from avcil_dist.data.manifest import Manifest, load_manifest
+from data_shards.writer import write_shard
+from tests.features import make_feature_shards
+from tests.reading import labels_of, training_source
+from tests.rendered import tiny_clip
+from tests.storage.conftest import ENVIRONMENT, forget_filesystems
+from tests.storage.s3 import BUCKET, S3Server, find_rclone
+
+FRAMES, POSITIONS, DIM, BATCH, SHARDS = 8, 196, 768, 32, 8
+REAL_CLIPS = Path(__file__).parents[2].parent / "shared" / "data" / "real_clips" / "music"
+CORES = len(os.sched_getaffinity(0))
+
+Row = tuple[str, float, str]
+
+
+def best(repeats: int, run: Callable[[], float]) -> float:
+    """The best of some runs: others use the machine too."""
+    return max(run() for _ in range(repeats))
+
+
+def rate(count: Callable[[], float]) -> float:
+    """What `count` returns, per second of its run."""
+    started = time.perf_counter()
+    amount = count()
+    return amount / (time.perf_counter() - started)
+
+
+def read_in_sequence(paths: list[Path]) -> float:
+    buffer, total = bytearray(1 << 20), 0
+    for path in paths:
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                total += count
+    return total / 1e9
+
+
+def read_at_random(manifest: Manifest) -> float:
+    """`preadv` of clips in random order, 2 threads, into one batch."""
+    files = [os.open(manifest.url(number), os.O_RDONLY) for number in range(len(manifest.shards))]
+    clips = np.random.default_rng(0).permutation(int(manifest.first_clips[-1]))
+    starts, sizes = manifest.spans("visual.npy", clips)
+    shards = manifest.shards_of(clips)
+    batch = np.zeros((BATCH, int(sizes[0])), dtype=np.uint8)
+
+    def read(rows: Iterable[int]) -> int:
+        return sum(os.preadv(files[shards[row]], [batch[row % BATCH].data], int(starts[row])) for row in rows)
+
+    with ThreadPoolExecutor(2) as threads:
+        total = sum(threads.map(read, np.array_split(np.arange(len(clips)), len(clips) // (BATCH // 2))))
+    for file in files:
+        os.close(file)
+    return total / 1e9
+
+
+def read_as_tar(paths: list[Path]) -> float:
+    total = 0
+    for path in paths:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                file = tar.extractfile(member)
+                total += len(file.read()) if file else 0
+    return total / 1e9
+
+
+def bytes_of(batches: Iterable[Any]) -> float:
+    return sum(visual.nbytes for visual, *_ in batches) / 1e9
+
+
+def webdataset_batches(paths: list[Path], workers: int) -> Iterable[Any]:
+    urls = [str(path) for path in paths]
+    clips = webdataset.WebDataset(urls, shardshuffle=len(urls), seed=0).shuffle(256).decode()
+    batches = clips.to_tuple("visual.npy", "audio.npy").batched(BATCH)
+    return DataLoader(batches, batch_size=None, num_workers=workers) if workers else batches
+
+
+def write_mds(manifest: Manifest, folder: Path) -> None:
+    from streaming import MDSWriter
+
+    columns = {"visual": f"ndarray:float16:{FRAMES * POSITIONS},{DIM}", "audio": f"ndarray:float16:{DIM}"}
+    with MDSWriter(out=str(folder), columns=columns) as writer:
+        for number, shard in enumerate(manifest.shards):
+            data = Path(manifest.url(number)).read_bytes()
+            for row in range(shard.count):
+                members = (io.BytesIO(data[shard.offsets[f"{name}.npy"][row] :]) for name in columns)
+                writer.write(dict(zip(columns, map(np.load, members), strict=True)))
+
+
+def mds_bytes(folder: Path, workers: int) -> float:
+    from streaming import StreamingDataset
+
+    dataset = StreamingDataset(local=str(folder), shuffle=True, batch_size=BATCH)
+    return bytes_of((batch["visual"],) for batch in DataLoader(dataset, batch_size=BATCH, num_workers=workers))
+
+
+def our_batches(url: str, epochs: int, **settings: object) -> Iterable[Batch]:
+    manifest = load_manifest(url)
+    source = training_source(manifest, epochs=epochs, batch=BATCH, window=16, **settings)  # type: ignore[arg-type]
+    return load_batches(source, manifest=manifest, labels=labels_of(manifest), data=source.data)
+
+
+def our_rates(url: str, **settings: object) -> tuple[float, float]:
+    """GB a second of the first epoch, and of the others."""
+    epochs, marks, total = 5, [time.perf_counter()], 0
+    per_epoch = int(load_manifest(url).first_clips[-1]) // BATCH
+    for number, batch in enumerate(our_batches(url, epochs, **settings), start=1):
+        total += batch.visual.nbytes
+        if number % per_epoch == 0:
+            marks.append(time.perf_counter())
+    seconds = np.diff(marks)
+    return total / epochs / 1e9 / seconds[0], total / epochs / 1e9 / seconds[1:].min()
+
+
+def feature_rows(folder: Path, clips: int, repeats: int) -> list[Row]:
+    url = make_feature_shards(
+        folder / BUCKET / "shards",
+        classes=SHARDS,
+        clips={"train": clips // SHARDS},
+        frames=FRAMES,
+        positions=POSITIONS,
+        dim=DIM,
+        clips_per_shard=clips // SHARDS,
+    )
+    manifest = load_manifest(url)
+    paths = [Path(manifest.url(number)) for number in range(len(manifest.shards))]
+    read_in_sequence(paths)  # into the page cache
+    rows = [
+        ("sequential read()", best(repeats, lambda: rate(lambda: read_in_sequence(paths))), "GB/s"),
+        (
+            "preadv, random order, 2 threads, one batch",
+            best(repeats, lambda: rate(lambda: read_at_random(manifest))),
+            "GB/s",
+        ),
+        ("tarfile, sequential", best(repeats, lambda: rate(lambda: read_as_tar(paths))), "GB/s"),
+    ]
+    for workers in (0, 2):
+        name = f"webdataset: shuffle, decode, batch; {workers} workers"
+        rows.append((name, rate(lambda workers=workers: bytes_of(webdataset_batches(paths, workers))), "GB/s"))  # type: ignore[misc]
+    rows += mds_rows(manifest, folder / "mds")
+    measured = [our_rates(url) for _ in range(repeats)]
+    rows.append(("avcil-dist, first epoch of a process", max(first for first, _ in measured), "GB/s"))
+    rows.append(("avcil-dist, epochs after it", max(later for _, later in measured), "GB/s"))
+    rows.append(("sequential read(), once more", best(repeats, lambda: rate(lambda: read_in_sequence(paths))), "GB/s"))
+    return rows
+
+
+def mds_rows(manifest: Manifest, folder: Path) -> list[Row]:
+    try:
+        import streaming
+    except ImportError:
+        return [("MosaicML Streaming: not installed", float("nan"), "GB/s")]
+    write_mds(manifest, folder)
+    streaming.base.util.clean_stale_shared_memory()
+    rows = [
+        (
+            f"MosaicML Streaming: shuffled; {workers} workers",
+            rate(lambda workers=workers: mds_bytes(folder, workers)),
+            "GB/s",
+        )  # type: ignore[misc]
+        for workers in (0, 2)
+    ]
+    shutil.rmtree(folder)
+    return rows
+
+
+def s3_rows(folder: Path, threads: int, repeats: int) -> list[Row]:
+    if find_rclone() is None:
+        return [("S3: rclone is not installed", float("nan"), "GB/s")]
+    server = S3Server(folder)
+    server.start()
+    os.environ |= ENVIRONMENT | {"AWS_ENDPOINT_URL": server.endpoint}
+    forget_filesystems()
+    root = f"s3://{BUCKET}/shards"
+    manifest = load_manifest(f"{root}/manifest.json")
+
+    def whole_objects() -> float:
+        plain = fsspec.filesystem("s3", skip_instance_cache=True)
+        urls = [manifest.url(number) for number in range(len(manifest.shards))]
+        with ThreadPoolExecutor(threads) as pool:
+            return sum(pool.map(lambda url: len(plain.cat_file(url)), urls)) / 1e9
+
+    def ours(cache: str) -> float:
+        shutil.rmtree(folder / "cache", ignore_errors=True)
+        url = f"{root}/manifest.json"
+        return sum(batch.visual.nbytes for batch in our_batches(url, 1, cache=cache, threads=threads)) / 1e9
+
+    rows = [
+        (f"s3fs, whole objects, {threads} at a time", best(repeats, lambda: rate(whole_objects)), "GB/s"),
+        (
+            "avcil-dist from S3, first epoch, into the cache",
+            best(repeats, lambda: rate(lambda: ours(str(folder / "cache")))),
+            "GB/s",
+        ),
+        ("avcil-dist from S3, cache: none", best(repeats, lambda: rate(lambda: ours("none"))), "GB/s"),
+    ]
+    server.kill()
+    return rows
+
+
+def decode_whole(data: bytes) -> int:
+    """All frames and samples, nothing else, as plain PyAV gives them."""
+    with av.open(io.BytesIO(data)) as container:
+        for stream in container.streams:
+            stream.thread_count = 1
+        for packet in container.demux(container.streams.video[0], container.streams.audio[0]):
+            packet.decode()
+    return 1
+
+
+def video_rows(folder: Path, repeats: int) -> list[Row]:
+    paths = sorted(REAL_CLIPS.rglob("*.mp4"))
+    clips = [path.read_bytes() for path in paths] or [tiny_clip(index % 2, index) for index in range(64)]
+    clips *= -(-4 * BATCH // len(clips))
+    members = (((f"clip{number:04d}"), {"mp4": data, "json": b"{}"}) for number, data in enumerate(clips))
+    shard = write_shard("clips.tar", root=str(folder), class_name="all", split="train", clips=members)
+    Manifest("clip", ("all",), (shard,), {}).save(f"{folder}/manifest.json")
+
+    def plain() -> float:
+        with ProcessPoolExecutor(CORES, mp_context=get_context("forkserver")) as pool:
+            list(pool.map(decode_whole, clips[:CORES]))  # the processes are there
+            return rate(lambda: sum(pool.map(decode_whole, clips, chunksize=4)))
+
+    def ours() -> float:
+        batches = iter(our_batches(f"{folder}/manifest.json", 2, workers=CORES))
+        next(batches)
+        return rate(lambda: sum(int(batch.valid.sum()) for batch in batches))
+
+    kind = "real clips" if paths else "rendered clips"
+    return [
+        (f"PyAV alone, {CORES} processes, {kind}", best(repeats, plain), "clips/s"),
+        (f"avcil-dist, {CORES} workers, decoded and transformed", best(repeats, ours), "clips/s"),
+    ]
+
+
+def main() -> None:
+    """Measure all, print one table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clips", type=int, default=256, help="feature clips, 2.4 MB each")
+    parser.add_argument("--threads", type=int, default=8, help="requests to S3 at a time")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each, of which the best counts")
+    parser.add_argument("--folder", help="where the data are made; default: below TMPDIR")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        folder = Path(name)
+        rows = feature_rows(folder, arguments.clips, arguments.repeats)
+        rows += s3_rows(folder, arguments.threads, arguments.repeats)
+        rows += video_rows(folder, arguments.repeats)
+    size = f"{arguments.clips} clips of ({FRAMES * POSITIONS}, {DIM}) float16 in {SHARDS} shards, page cache"
+    table = Table(title=f"{size}; {platform.machine()}, {CORES} cores, Python {platform.python_version()}")
+    table.add_column("what")
+    table.add_column("rate", justify="right")
+    for what, value, unit in rows:
+        table.add_row(what, f"{value:.2f} {unit}")
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()

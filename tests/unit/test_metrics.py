@@ -7,6 +7,7 @@ import pytest
 from avcil_dist.training.metrics import (
     StreamMetrics,
     accuracy_row,
+    confusion,
     forgetting,
     per_class_accuracy,
     seen_accuracy,
@@ -63,6 +64,32 @@ def test_a_missing_prediction_is_an_error() -> None:
 def test_per_class_accuracy_leaves_out_a_class_without_clips() -> None:
     accuracy = per_class_accuracy([0, 0, 2], [0, 2, 2], ["dog", "cat", "bus"])
     assert accuracy == {"dog": 0.5, "bus": 1.0}
+
+
+def test_confusions_are_counted_by_name_and_a_clip_without_prediction_in_none() -> None:
+    matrix = confusion([0, 0, 0, 2, 2], [0, 2, -1, 2, 2], ["dog", "cat", "bus"])
+    assert matrix == {"dog": {"dog": 1, "bus": 1}, "bus": {"bus": 2}}
+
+
+def test_the_source_disjoint_accuracies_add_up_over_steps_and_survive_json() -> None:
+    metrics = None
+    for step, subset in enumerate([(0.5, 4), (0.25, 8)]):
+        metrics = StreamMetrics.after(
+            metrics,
+            step=step,
+            row=[0.5] * (step + 1),
+            seen=0.5,
+            per_class={},
+            num_test_clips=9,
+            epoch=0,
+            val_accuracy=None,
+            confusion={"dog": {"cat": 3}},
+            source_disjoint=subset,
+        )
+    assert metrics is not None
+    record = json.loads(json.dumps(metrics.to_record()))
+    assert record["source_disjoint"] == {"seen_accuracy": [0.5, 0.25], "mean_accuracy": 0.375, "num_test_clips": 8}
+    assert StreamMetrics.from_record(record) == metrics
 
 
 def test_forgetting_compares_with_the_best_earlier_step() -> None:

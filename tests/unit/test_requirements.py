@@ -9,8 +9,10 @@ from avcil_dist.compose import load_config
 from avcil_dist.errors import ConfigError
 from avcil_dist.methods import method_names
 from avcil_dist.training.stream import check_run
+from data_shards.build import build_shards
 from launch.cli import cli
 from tests.features import make_feature_shards
+from tests.rendered import render_tiny
 from tests.streams import write_config
 
 
@@ -70,6 +72,21 @@ def test_a_source_disjoint_test_of_nothing_is_refused(tmp_path: Path) -> None:
     )
     assert "every test clip of step 0" in refused(path, "data.source_disjoint=true")
     check_run(load_config(str(path), ["data.source_disjoint=false"]), 1, restart=True)
+
+
+def test_analytic_on_clips_wants_encoders_that_stay_as_they_are(tmp_path: Path) -> None:
+    manifest = build_shards(
+        render_tiny(tmp_path / "clips"),
+        str(tmp_path / "shards"),
+        clips_per_shard=8,
+        min_seconds=0.5,
+        processes=1,
+        strict=True,
+    ).manifest_url
+    words = ["method=analytic", f"data.manifest={manifest}", "scenario.steps=1", "optim.batch=2"]
+    with pytest.raises(ConfigError, match=r"encoder of kind small is trained; .* or method.features=network"):
+        check_run(load_config("demo", words), 1, restart=True)
+    check_run(load_config("demo", [*words, "method.features=network"]), 1, restart=True)
 
 
 def test_methods_are_listed_with_needs_and_options() -> None:

@@ -126,6 +126,33 @@ def test_the_stream_run_holds_the_streams_numbers_by_step(output: str, client: M
     assert history(client, tracker.run_id, "accuracy_task_1") == [(1, 0.8)]
 
 
+def test_the_step_run_holds_every_class_and_the_stream_run_the_source_disjoint_clips(
+    output: str, client: MlflowClient
+) -> None:
+    classes = {"railroad car, train wagon": 0.25, "dog": 1.0} | {f"class {number}": 0.5 for number in range(1500)}
+    metrics = StreamMetrics.after(
+        None,
+        step=0,
+        row=[0.5],
+        seen=0.5,
+        per_class=classes,
+        num_test_clips=8,
+        epoch=0,
+        val_accuracy=None,
+        source_disjoint=(0.375, 4),
+    )
+    stream = start(output)
+    for _ in range(2):  # told twice, kept once
+        with StepTracker(TRACKING, output=output, stream_run=stream, step=0) as tracker:
+            tracker.stream_metrics(metrics)
+    found = client.get_run(tracker.run_id).data.metrics
+    assert found["accuracy_class/railroad car_ train wagon"] == 0.25
+    assert found["accuracy_class/dog"] == 1.0
+    assert len([key for key in found if key.startswith("accuracy_class/")]) == 1502
+    assert len(client.get_metric_history(tracker.run_id, "accuracy_class/dog")) == 1
+    assert client.get_run(stream).data.metrics["source_disjoint_accuracy"] == 0.375
+
+
 def test_an_artifact_comes_back_as_it_went(output: str, client: MlflowClient, tmp_path: Path) -> None:
     folder = tmp_path / "local"
     (folder / "sub").mkdir(parents=True)

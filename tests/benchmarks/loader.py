@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -40,15 +41,10 @@ from tests.storage.conftest import ENVIRONMENT, forget_filesystems
 from tests.storage.s3 import BUCKET, S3Server, find_rclone
 
 FRAMES, POSITIONS, DIM, BATCH, SHARDS = 8, 196, 768, 32, 8
-REAL_CLIPS = Path(__file__).parents[2].parent / "shared" / "data" / "real_clips" / "music"
+REAL_CLIPS = Path(__file__).parents[2].parent / "shared" / "data" / "real_clips" / "vas"
 CORES = len(os.sched_getaffinity(0))
 
 Row = tuple[str, float, str]
-
-
-def best(repeats: int, run: Callable[[], float]) -> float:
-    """The best of some runs: others use the machine too."""
-    return max(run() for _ in range(repeats))
 
 
 def rate(count: Callable[[], float]) -> float:
@@ -56,6 +52,11 @@ def rate(count: Callable[[], float]) -> float:
     started = time.perf_counter()
     amount = count()
     return amount / (time.perf_counter() - started)
+
+
+def best_rate(repeats: int, count: Callable[[], float]) -> float:
+    """The best of some runs: others use the machine too."""
+    return max(rate(count) for _ in range(repeats))
 
 
 def read_in_sequence(paths: list[Path]) -> float:
@@ -99,11 +100,11 @@ def bytes_of(batches: Iterable[Any]) -> float:
     return sum(visual.nbytes for visual, *_ in batches) / 1e9
 
 
-def webdataset_batches(paths: list[Path], workers: int) -> Iterable[Any]:
+def webdataset_bytes(paths: list[Path], workers: int) -> float:
     urls = [str(path) for path in paths]
     clips = webdataset.WebDataset(urls, shardshuffle=len(urls), seed=0).shuffle(256).decode()
     batches = clips.to_tuple("visual.npy", "audio.npy").batched(BATCH)
-    return DataLoader(batches, batch_size=None, num_workers=workers) if workers else batches
+    return bytes_of(DataLoader(batches, batch_size=None, num_workers=workers) if workers else batches)
 
 
 def write_mds(manifest: Manifest, folder: Path) -> None:
@@ -156,23 +157,19 @@ def feature_rows(folder: Path, clips: int, repeats: int) -> list[Row]:
     manifest = load_manifest(url)
     paths = [Path(manifest.url(number)) for number in range(len(manifest.shards))]
     read_in_sequence(paths)  # into the page cache
-    rows = [
-        ("sequential read()", best(repeats, lambda: rate(lambda: read_in_sequence(paths))), "GB/s"),
-        (
-            "preadv, random order, 2 threads, one batch",
-            best(repeats, lambda: rate(lambda: read_at_random(manifest))),
-            "GB/s",
-        ),
-        ("tarfile, sequential", best(repeats, lambda: rate(lambda: read_as_tar(paths))), "GB/s"),
+    rows: list[Row] = [
+        ("sequential read()", best_rate(repeats, lambda: read_in_sequence(paths)), "GB/s"),
+        ("preadv, random order, 2 threads, one batch", best_rate(repeats, lambda: read_at_random(manifest)), "GB/s"),
+        ("tarfile, sequential", best_rate(repeats, lambda: read_as_tar(paths)), "GB/s"),
     ]
     for workers in (0, 2):
-        name = f"webdataset: shuffle, decode, batch; {workers} workers"
-        rows.append((name, rate(lambda workers=workers: bytes_of(webdataset_batches(paths, workers))), "GB/s"))  # type: ignore[misc]
+        found = rate(partial(webdataset_bytes, paths, workers))
+        rows.append((f"webdataset: shuffle, decode, batch; {workers} workers", found, "GB/s"))
     rows += mds_rows(manifest, folder / "mds")
     measured = [our_rates(url) for _ in range(repeats)]
     rows.append(("avcil-dist, first epoch of a process", max(first for first, _ in measured), "GB/s"))
     rows.append(("avcil-dist, epochs after it", max(later for _, later in measured), "GB/s"))
-    rows.append(("sequential read(), once more", best(repeats, lambda: rate(lambda: read_in_sequence(paths))), "GB/s"))
+    rows.append(("sequential read(), once more", best_rate(repeats, lambda: read_in_sequence(paths)), "GB/s"))
     return rows
 
 
@@ -183,14 +180,10 @@ def mds_rows(manifest: Manifest, folder: Path) -> list[Row]:
         return [("MosaicML Streaming: not installed", float("nan"), "GB/s")]
     write_mds(manifest, folder)
     streaming.base.util.clean_stale_shared_memory()
-    rows = [
-        (
-            f"MosaicML Streaming: shuffled; {workers} workers",
-            rate(lambda workers=workers: mds_bytes(folder, workers)),
-            "GB/s",
-        )  # type: ignore[misc]
-        for workers in (0, 2)
-    ]
+    rows: list[Row] = []
+    for workers in (0, 2):
+        found = rate(partial(mds_bytes, folder, workers))
+        rows.append((f"MosaicML Streaming: shuffled; {workers} workers", found, "GB/s"))
     shutil.rmtree(folder)
     return rows
 
@@ -216,14 +209,11 @@ def s3_rows(folder: Path, threads: int, repeats: int) -> list[Row]:
         url = f"{root}/manifest.json"
         return sum(batch.visual.nbytes for batch in our_batches(url, 1, cache=cache, threads=threads)) / 1e9
 
-    rows = [
-        (f"s3fs, whole objects, {threads} at a time", best(repeats, lambda: rate(whole_objects)), "GB/s"),
-        (
-            "avcil-dist from S3, first epoch, into the cache",
-            best(repeats, lambda: rate(lambda: ours(str(folder / "cache")))),
-            "GB/s",
-        ),
-        ("avcil-dist from S3, cache: none", best(repeats, lambda: rate(lambda: ours("none"))), "GB/s"),
+    cache = str(folder / "cache")
+    rows: list[Row] = [
+        (f"s3fs, whole objects, {threads} at a time", best_rate(repeats, whole_objects), "GB/s"),
+        ("avcil-dist from S3, first epoch, into the cache", best_rate(repeats, lambda: ours(cache)), "GB/s"),
+        ("avcil-dist from S3, cache: none", best_rate(repeats, lambda: ours("none")), "GB/s"),
     ]
     server.kill()
     return rows
@@ -259,8 +249,8 @@ def video_rows(folder: Path, repeats: int) -> list[Row]:
 
     kind = "real clips" if paths else "rendered clips"
     return [
-        (f"PyAV alone, {CORES} processes, {kind}", best(repeats, plain), "clips/s"),
-        (f"avcil-dist, {CORES} workers, decoded and transformed", best(repeats, ours), "clips/s"),
+        (f"PyAV alone, {CORES} processes, {kind}", max(plain() for _ in range(repeats)), "clips/s"),
+        (f"avcil-dist, {CORES} workers, decoded and transformed", max(ours() for _ in range(repeats)), "clips/s"),
     ]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mlflow import MlflowClient
 
 from avcil_dist import storage
 from avcil_dist.data.manifest import load_manifest
@@ -72,12 +73,20 @@ def test_clips_are_built_to_s3_and_a_stream_is_trained_from_there(s3: str, tmp_p
         model=SMALL,
         optim={"epochs": 1, "batch": 4, "replay_batch": 2, "eval_batch": 2},
     )
-    trained = run_avcil("train", config)
+    trained = run_avcil("train", config, "--processes", 2)
     assert trained.returncode == 0, trained.stderr
     assert (tmp_path / "runs/tiny-avcil-seed0/step_001/COMMITTED.json").exists()
     shards = load_manifest(f"{s3}/shards/manifest.json").shards
     kept = {path.stem for path in (tmp_path / "cache").glob("*.tar")}
     assert kept == {shard.sha256 for shard in shards}
+    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    runs = client.search_runs([found.experiment_id for found in client.search_experiments()])
+    [first] = [run.data.metrics for run in runs if run.data.tags.get("avcil.step") == "0"]
+    trained_on = [shard for shard in shards if shard.split == "train" and shard.class_name == shards[0].class_name]
+    assert first["cache_misses"] == len(trained_on) == 2  # of both ranks together
+    assert first["fetched_bytes"] == sum(shard.bytes for shard in trained_on)
+    assert first["stall_seconds"] > 0
+    assert first["retries"] == 0
 
 
 def test_a_missing_shard_ends_the_command_with_one_line_and_exit_code_2(s3: str, tmp_path: Path) -> None:

@@ -3,8 +3,8 @@
 A head of proxies, NCA loss, and features kept near the teacher's where its loss depends on them.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from pydantic import Field, PositiveInt
@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from avcil_dist.config import Section
-from avcil_dist.methods.base import Method, Needs, StepContext, Targets
+from avcil_dist.methods.base import Needs, Targets
 from avcil_dist.methods.losses import cross_entropy, feature_discrepancy, proxy_nca
-from avcil_dist.methods.nearest_mean import class_means, nearness
+from avcil_dist.methods.nearest_mean import NearestMean
 from avcil_dist.models.design import Design
 from avcil_dist.models.outputs import Output
 
 
-class Afc(Method):
+class Afc(NearestMean):
     """NCA + λ √(step + 1) · feature discrepancy, on current clips and exemplars together.
 
     The importance of a feature is that of the teacher with the new classes' imprinted proxies beside
@@ -33,8 +33,6 @@ class Afc(Method):
         num_proxies: PositiveInt = Field(10, description="proxies a class, K")
         lambda_discrepancy: float = Field(0.5, ge=0, description="times the root of the number of steps so far")
 
-    means: Tensor | None = None
-
     @property
     def needs(self) -> Needs:
         """A teacher and its gradients, exemplars that join, and a head of proxies."""
@@ -46,11 +44,6 @@ class Afc(Method):
             importance=True,
             design=Design(head="proxies", num_proxies=self.options.num_proxies),
         )
-
-    def begin_step(self, context: StepContext) -> None:
-        """The means were of the network of the step before."""
-        super().begin_step(context)
-        self.means = None
 
     def imprint(self, features: Sequence[Tensor], norm: float) -> Tensor:
         """The centres of K clusters of each class's unit-norm features, as long as the old proxies are on average."""
@@ -70,22 +63,6 @@ class Afc(Method):
     def importance_loss(self, labels: Tensor, output: Output) -> Tensor:
         """NCA of each clip."""
         return proxy_nca(output.logits, labels)
-
-    def end_step(self, exemplars: Sequence[Tensor] | None) -> None:
-        """Take the means."""
-        self.means = None if exemplars is None else class_means(exemplars)
-
-    def scores(self, output: Output) -> Tensor:
-        """Nearness to each class's mean, where there are means; else the logits."""
-        return output.logits if self.means is None else nearness(output.feature, self.means)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The means, so that the step's artifact predicts as the step did."""
-        return {} if self.means is None else {"means": self.means}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The means."""
-        self.means = state.get("means")
 
 
 def cluster_centres(features: Tensor, count: int) -> Tensor:

@@ -1,10 +1,44 @@
 """Prediction by the nearest mean of exemplars (Rebuffi et al. 2017), for the methods that offer it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from avcil_dist.methods.base import Method, StepContext
+from avcil_dist.models.outputs import Output
+
+
+class NearestMean(Method):
+    """A method that predicts by class means where its needs ask for them, and by its head otherwise.
+
+    While a step trains, its classes have no means and the head predicts.
+    """
+
+    means: Tensor | None = None
+
+    def begin_step(self, context: StepContext) -> None:
+        """The means were of the network of the step before."""
+        super().begin_step(context)
+        self.means = None
+
+    def end_step(self, exemplars: Sequence[Tensor] | None) -> None:
+        """Take the means."""
+        self.means = None if exemplars is None else class_means(exemplars)
+
+    def scores(self, output: Output) -> Tensor:
+        """Nearness to each class's mean, where there are means; else the logits."""
+        return output.logits if self.means is None else nearness(output.feature, self.means)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The means, so that the step's artifact predicts as the step did."""
+        return {} if self.means is None else {"means": self.means}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The means."""
+        self.means = state.get("means")
 
 
 def class_means(exemplars: Sequence[Tensor]) -> Tensor:

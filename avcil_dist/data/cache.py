@@ -97,7 +97,8 @@ class ShardCache:
             path, descriptor = temporary
             try:
                 self._fetch(url, descriptor, size, sha256)
-                path.rename(self._path(sha256))
+                with self._room():  # who counts the room must not miss a file between its names
+                    path.rename(self._path(sha256))
             except BaseException:
                 path.unlink(missing_ok=True)
                 os.close(descriptor)
@@ -109,9 +110,13 @@ class ShardCache:
     def _path(self, sha256: str) -> Path:
         return self.folder / f"{sha256}.tar"
 
+    def _room(self) -> FileLock:
+        """Held while files come, go or are counted."""
+        return FileLock(self.folder / "locks" / "room.lock")
+
     def _reserve(self, url: str, size: int, sha256: str) -> tuple[Path, int] | None:
         """A temporary file that has its whole size on the disk already, locked; None where there is no room."""
-        with FileLock(self.folder / "locks" / "room.lock"):
+        with self._room():
             if not self._make_room(size):
                 _logger.warning("%s: no room in the cache %s; it is read by ranges", url, self.folder)
                 return None

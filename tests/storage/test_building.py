@@ -2,35 +2,35 @@
 
 from pathlib import Path
 
-import torch
-
 from avcil_dist import storage
-from avcil_dist.compose import load_config
-from data_shards.build import build_part, build_shards
-from data_shards.features import make_features
-from data_shards.parts import Part, merge_parts
-from data_shards.verify import verify_shards
+from avcil_dist.data.manifest import load_manifest
 from tests.rendered import render_tiny
+from tests.storage.commands import run_avcil
 from tests.unit.test_feature_shards import TINY
 
-SETTINGS = {"clips_per_shard": 2, "min_seconds": 0.5}
+
+def avcil_shards(*words: object) -> str:
+    """Run a command of `avcil shards` that must succeed; what it prints."""
+    done = run_avcil("shards", *words)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_parts_and_features_are_built_into_a_bucket(s3: str, tmp_path: Path) -> None:
     source = render_tiny(tmp_path / "clips")
-    for index in range(2):
-        assert build_part(source, f"{s3}/clips", Part(index, 2), processes=1, **SETTINGS) is None
+    for part in ("1/2", "2/2"):
+        avcil_shards("build", source, f"{s3}/clips", "--part", part, "--clips-per-shard", 2)
         assert not storage.exists(f"{s3}/clips/manifest.json")
-    built = merge_parts(f"{s3}/clips")
-    local = build_shards(source, f"{tmp_path}/local", **SETTINGS)
-    assert built.manifest.content_hash == local.manifest.content_hash
-    assert verify_shards(built.manifest_url, processes=2) == []
+    avcil_shards("merge", f"{s3}/clips")
+    built = load_manifest(f"{s3}/clips/manifest.json")
+    avcil_shards("build", source, tmp_path / "local", "--clips-per-shard", 2)
+    assert built.content_hash == load_manifest(f"{tmp_path}/local/manifest.json").content_hash
+    avcil_shards("verify", f"{s3}/clips/manifest.json")
     assert not storage.exists(f"{s3}/clips/parts")
-    config = load_config("features", (*TINY, f"data.manifest={built.manifest_url}"))
-    features = make_features(config, f"{s3}/features", batch=4, device=torch.device("cpu"))
-    assert verify_shards(features.manifest_url) == []
-    assert make_features(config, f"{s3}/features", batch=4, device=torch.device("cpu")).unchanged
-    assert build_shards(source, f"{s3}/clips", **SETTINGS).unchanged
+    for _ in range(2):  # the second time nothing is left to do
+        avcil_shards("features", f"{s3}/clips/manifest.json", f"{s3}/features", *TINY)
+    avcil_shards("verify", f"{s3}/features/manifest.json")
+    assert load_manifest(f"{s3}/features/manifest.json").shape == {"frames": 2, "positions": 4, "dim": 32}
 
 
 def test_large_shard_goes_up_in_parts(s3: str) -> None:

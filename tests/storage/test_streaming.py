@@ -1,7 +1,6 @@
 """Streams from a real S3 server: exact, through outages and faults, each shard fetched once."""
 
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from mlflow import MlflowClient
 
 from avcil_dist import storage
@@ -19,6 +19,7 @@ from avcil_dist.errors import StorageError
 from tests.features import make_feature_shards
 from tests.reading import clips_in_order, digest, digests, rows, total, training_batches
 from tests.rendered import render_tiny
+from tests.storage.commands import run_avcil
 from tests.storage.conftest import use
 from tests.storage.s3 import BUCKET, FaultyProxy, S3Server
 from tests.streams import write_config
@@ -52,14 +53,6 @@ def store(folder: Path, url: str) -> str:
 
 def cache(way: str, folder: Path) -> str:
     return "none" if way == "none" else str(folder / "cache")
-
-
-def run_avcil(*words: object) -> "subprocess.CompletedProcess[str]":
-    """The command in a process of its own, so that its ranks have this environment."""
-    command = [sys.executable, "-m", "launch", *map(str, words)]
-    return subprocess.run(
-        command, cwd=PROJECT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
 
 
 def test_clips_are_built_to_s3_and_a_stream_is_trained_from_there(s3: str, tmp_path: Path) -> None:
@@ -196,7 +189,8 @@ def test_a_cache_of_a_twentieth_reads_each_shard_about_once_an_epoch(s3: str, tm
     held: list[int] = []
     batches = []
     for batch in training_batches(url, epochs=epochs, batch=8, window=4, prefetch=1, **settings):
-        held.append(len(list((tmp_path / "cache").glob("*.tar"))))
+        with FileLock(tmp_path / "cache" / "locks" / "room.lock"):  # nothing comes or goes while they are counted
+            held.append(len(list((tmp_path / "cache").glob("*.tar"))))
         batches.append(batch)
     counts = total(batches)
     reads = counts["cache_misses"] / epochs / len(manifest.shards)

@@ -73,6 +73,6 @@ setup(
         "launch": ["*.sh"],
     },
     install_requires=REQUIRED,
-    extras_require={"s3": S3, "gs": GS, "az": AZ, "hdf5": HDF5, "test": TEST, "dev": [*TEST, "pre-commit"]},
+    extras_require={"s3": S3, "gs": GS, "az": AZ, "hdf5": HDF5, "test": TEST, "dev": [*TEST, *GS, *AZ]},
     entry_points={"console_scripts": ["avcil = launch.cli:cli"]},
 )

@@ -114,8 +114,7 @@ def build_part(
     if unchanged:
         return unchanged
     numbers = open_jobs(output, plan, part)
-    total = sum(plan.jobs[number].clips for number in plan.share(part))
-    done = total - sum(plan.jobs[number].clips for number in numbers)
+    done, total = plan.clips_done(part, numbers)
 
     def begun(count: int) -> None:
         if progress:

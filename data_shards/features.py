@@ -75,8 +75,7 @@ def make_features_part(
     if unchanged:
         return unchanged
     numbers = open_jobs(output, plan, part)
-    total = sum(plan.jobs[number].clips for number in plan.share(part))
-    done = total - sum(plan.jobs[number].clips for number in numbers)
+    done, total = plan.clips_done(part, numbers)
 
     def advance(clips: int) -> None:
         nonlocal done

@@ -97,6 +97,11 @@ class Plan:
         by_size = sorted(range(len(self.jobs)), key=lambda number: (-self.jobs[number].clips, number))
         return by_size[part.index :: part.count]
 
+    def clips_done(self, part: Part, open_numbers: Sequence[int]) -> tuple[int, int]:
+        """The clips of a part's jobs that an earlier run finished, given those still open, and its clips in all."""
+        total = sum(self.jobs[number].clips for number in self.share(part))
+        return total - sum(self.jobs[number].clips for number in open_numbers), total
+
     def to_record(self) -> dict[str, Any]:
         """As plain JSON values. A job's own digest may differ from machine to machine, so it is left out."""
         return {

@@ -15,7 +15,7 @@ from torch import Tensor
 from avcil_dist.config import DataConfig
 from avcil_dist.data.loader import Batch, FixedSource, load_batches
 from avcil_dist.data.manifest import Manifest
-from avcil_dist.data.plan import plan_evaluation, rank_share
+from avcil_dist.data.plan import NO_CLIPS, plan_evaluation, rank_share
 from avcil_dist.errors import DataError
 from avcil_dist.models.network import Network
 from avcil_dist.models.outputs import Output
@@ -67,7 +67,7 @@ class FeaturePass:
 
     def by_class(self, network: Network, clips: Mapping[str, np.ndarray]) -> dict[str, ClassFeatures]:
         """What the head would classify, of each class's clips, by class name."""
-        everything = np.concatenate([np.empty(0, dtype=np.int64), *clips.values()])
+        everything = np.concatenate([NO_CLIPS, *clips.values()])
         features, valid = [], []
         for batch, output in self.batches(network, everything):
             features.append(gather_rows(output.feature, len(output.feature)).cpu())

@@ -8,6 +8,7 @@ from torch import Tensor
 from avcil_dist.config import Config
 from avcil_dist.data.manifest import Manifest
 from avcil_dist.data.memory import Memory, herding_order, quota, random_order
+from avcil_dist.data.plan import NO_CLIPS
 from avcil_dist.methods.base import Needs, StepContext
 from avcil_dist.models.network import Network
 from avcil_dist.training.distributed import decide_together
@@ -63,4 +64,4 @@ class MemoryKeeper:
 def exemplar_clips(manifest: Manifest, memory: Memory) -> np.ndarray:
     """The clip numbers of all exemplars."""
     numbers = [manifest.clip_numbers(name, keys) for name, keys in memory.keys.items()]
-    return np.concatenate([np.empty(0, dtype=np.int64), *numbers])
+    return np.concatenate([NO_CLIPS, *numbers])

@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import socket
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch.cuda
@@ -21,22 +21,11 @@ from avcil_dist.errors import AvcilError, WorldError
 from avcil_dist.training.engine import name_accelerator
 from avcil_dist.training.stream import check_run, next_step, stream_url
 from avcil_dist.world import World, world_from_environment
-from launch.progress import SilentProgress, StepProgress
-from launch.tracked import publish_step, stream_run, track_step
+from launch.job import StepJob
+from launch.tracked import stream_run
 
 USER_ERROR, INTERRUPTED = 2, 130
 PRELOADED = ["torch", "deepspeed", "avcil_dist.training.step", "avcil_dist.tracking.mlflow"]
-
-
-@dataclass(frozen=True)
-class StepJob:
-    """All that a rank needs to run its part of a step. Picklable, without state."""
-
-    config: Config
-    step: int
-    num_steps: int
-    worlds: tuple[World, ...]
-    run_id: str | None
 
 
 def run_stream(config: Config, *, processes: int, restart: bool = False) -> str:
@@ -56,7 +45,7 @@ def run_stream(config: Config, *, processes: int, restart: bool = False) -> str:
     with stream_run(config, is_main=place.is_main) as run_id:
         for step in range(first, num_steps):
             worlds = (_rank_of(place, step),) if has_launcher else local_worlds(processes)
-            _run_job(StepJob(config, step, num_steps, worlds, run_id))
+            _run_job(StepJob(config, step, num_steps, run_id), worlds)
     return stream
 
 
@@ -75,8 +64,8 @@ def _rank_of(place: World, step: int) -> World:
     return replace(place, master_port=place.master_port + 1 + step)
 
 
-def _run_job(job: StepJob) -> None:
-    """Run the job's ranks to their end; the first to fail ends the others."""
+def _run_job(job: StepJob, worlds: tuple[World, ...]) -> None:
+    """Run the job's ranks to their end, each in a process of its own; the first to fail ends the others."""
     # A forked process cannot use a GPU that its parent has looked at; without GPUs, forking saves seconds a step.
     method = "spawn" if torch.cuda.is_available() else "forkserver"
     context = multiprocessing.get_context(method)
@@ -84,7 +73,7 @@ def _run_job(job: StepJob) -> None:
     name_accelerator()
     errors = context.SimpleQueue()
     try:
-        start_processes(_run_rank, args=(job, errors), nprocs=len(job.worlds), start_method=method)
+        start_processes(_run_rank, args=(job, worlds, errors), nprocs=len(worlds), start_method=method)
     except ProcessExitedException as failure:
         if failure.exit_code == INTERRUPTED:
             raise KeyboardInterrupt from None
@@ -92,26 +81,15 @@ def _run_job(job: StepJob) -> None:
             raise errors.get() from None
         how = f"signal {failure.signal_name}" if failure.signal_name else f"exit code {failure.exit_code}"
         raise WorldError(
-            f"step {job.step}: the process of rank {job.worlds[failure.error_index].rank} ended with {how}; "
+            f"step {job.step}: the process of rank {worlds[failure.error_index].rank} ended with {how}; "
             "run the same command again to continue after the last committed step"
         ) from None
 
 
-def _run_rank(index: int, job: StepJob, errors: Any) -> None:
-    """One rank's process: run the step, hand an error to the supervisor."""
-    from avcil_dist.training.step import run_step
-
-    world, config = job.worlds[index], job.config
+def _run_rank(index: int, job: StepJob, worlds: tuple[World, ...], errors: Any) -> None:
+    """One rank's process: run its part of the step, hand an error to the supervisor."""
     try:
-        if not world.is_main or job.run_id is None:
-            run_step(config, job.step, world=world, observer=SilentProgress())
-            return
-        with (
-            track_step(config, job.run_id, job.step) as tracker,
-            StepProgress(config.stream_name, job.num_steps, tracker) as progress,
-        ):
-            run_step(config, job.step, world=world, observer=progress)
-            publish_step(config, tracker, job.step)
+        job.run(worlds[index])
     except AvcilError as error:
         errors.put(error)
         sys.exit(USER_ERROR)

@@ -15,12 +15,12 @@ from avcil_dist.config import Config
 from avcil_dist.data.loader import Batch, TrainingSource, load_batches
 from avcil_dist.data.reader import COUNTS
 from avcil_dist.errors import DataError
-from avcil_dist.methods.base import Method, Targets
+from avcil_dist.methods.base import Method
 from avcil_dist.models.network import Network
-from avcil_dist.models.outputs import Divergence, Output
 from avcil_dist.training.distributed import collect_texts, gather_rows
 from avcil_dist.training.engine import Engine
 from avcil_dist.training.evaluate import Evaluator
+from avcil_dist.training.iteration import iterate
 from avcil_dist.training.replay import exemplars_at_hand
 from avcil_dist.training.teacher import Teacher
 
@@ -116,17 +116,9 @@ class Trainer:
         return dict(zip(names, gather_rows(own, 1).sum(dim=0).tolist(), strict=True))
 
     def _iteration(self, engine: Engine, batch: Batch) -> dict[str, Tensor]:
-        """Forward on the rank's rows, loss on the global batch, backward, step."""
-        has_exemplars = batch.num_current < len(batch.labels)
-        view = self.teacher.view(batch) if self.teacher and self.method.needs.divergence and has_exemplars else None
-        output = engine(batch.visual, batch.audio, view)
-        taught = self.teacher.output(batch, self.method) if self.teacher else None
-        gathered = gather_batch(batch, output, taught)
-        self.num_bad += gathered.num_bad
-        parts = self.method.loss(gathered.targets, gathered.output, gathered.teacher)
-        engine.backward(parts["loss"])
-        engine.step()
-        return parts
+        done = iterate(engine, batch, method=self.method, teacher=self.teacher)
+        self.num_bad += done.num_bad
+        return done.parts
 
     def _check_faults(self, batch: Batch) -> None:
         """Stop, on all ranks at once, when more clips are damaged than an epoch may skip."""
@@ -150,52 +142,3 @@ class Trainer:
         if best is None or best.val_accuracy is None or predicted.accuracy > best.val_accuracy:
             return Selected(engine.state(), epoch, predicted.accuracy)
         return best
-
-
-@dataclass(frozen=True)
-class GlobalBatch:
-    """What all ranks' rows gave together, in the plan's order, without the rows of damaged clips."""
-
-    targets: Targets
-    output: Output
-    teacher: Output | None
-    num_bad: int
-
-
-def gather_batch(batch: Batch, output: Output, teacher: Output | None) -> GlobalBatch:
-    """Gather a rank's rows with those of the others, with gradient; equal on all ranks.
-
-    Pooled pictures are only compared with a teacher's, so without those they stay where they are.
-    """
-    valid = gather_rows(batch.valid, batch.num_current)
-    num_current = len(valid) * batch.num_current // len(batch.valid)
-
-    def gather(rows: Tensor) -> Tensor:
-        return gather_rows(rows, batch.num_current)[valid]
-
-    def gather_present(rows: Tensor | None) -> Tensor | None:
-        return None if rows is None else gather(rows)
-
-    def gather_exemplars(rows: Tensor) -> Tensor:
-        return gather_rows(rows, len(rows))[valid[num_current:]]
-
-    def gather_output(rows: Output, *, with_pooled: bool) -> Output:
-        divergence = rows.divergence and Divergence(
-            gather_exemplars(rows.divergence.spatial), gather_exemplars(rows.divergence.temporal)
-        )
-        return Output(
-            logits=gather(rows.logits),
-            audio=gather_present(rows.audio),
-            visual=gather_present(rows.visual),
-            pooled=gather_present(rows.pooled) if with_pooled else None,
-            divergence=divergence,
-            importance=gather_present(rows.importance),
-        )
-
-    with_pooled = teacher is not None and teacher.pooled is not None
-    return GlobalBatch(
-        targets=Targets(gather(batch.labels), int(valid[:num_current].sum())),
-        output=gather_output(output, with_pooled=with_pooled),
-        teacher=None if teacher is None else gather_output(teacher, with_pooled=with_pooled),
-        num_bad=int((~valid).sum()),
-    )

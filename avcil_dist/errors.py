@@ -25,6 +25,10 @@ class ArtifactError(AvcilError):
     """A step artifact that is missing, uncommitted, damaged, or of another stream."""
 
 
+class TrainingError(AvcilError):
+    """A training that cannot go on: a loss that is not finite, another rank that failed."""
+
+
 class WorldError(AvcilError):
     """A process environment that does not say who this process is."""
 

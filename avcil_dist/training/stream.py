@@ -4,7 +4,7 @@ from avcil_dist import storage
 from avcil_dist.compose import flatten
 from avcil_dist.config import Config
 from avcil_dist.data.manifest import SPLITS, Manifest, Split, check_shards, load_manifest
-from avcil_dist.data.plan import check_batch_fits
+from avcil_dist.data.plan import check_batch_fits, rows_at_a_time
 from avcil_dist.errors import ConfigError
 from avcil_dist.methods import make_method
 from avcil_dist.scenario import Scenario, make_scenario
@@ -24,6 +24,7 @@ OPERATIONAL = (
     "data.retry_seconds",
     "optim.eval_batch",
 )
+COMPUTED = ("engine.precision", "engine.clip_norm")  # these of the engine's do
 
 
 def stream_url(config: Config) -> str:
@@ -58,7 +59,7 @@ def check_continues(config: Config, manifest: Manifest, step: int) -> None:
     stream = stream_url(config)
     origin = load_origin(stream, step - 1)
     was, now = flatten(origin.config), flatten(config)
-    changed = [key for key in sorted({*was, *now}) if was.get(key) != now.get(key) and not key.startswith(OPERATIONAL)]
+    changed = [key for key in sorted({*was, *now}) if was.get(key) != now.get(key) and not _is_operational(key)]
     if changed:
         key = changed[0]
         raise ConfigError(
@@ -70,6 +71,10 @@ def check_continues(config: Config, manifest: Manifest, step: int) -> None:
             f"{stream}: step {step - 1} was made from other data than {config.data.manifest}; "
             "give the manifest it was made from, or begin anew with --restart"
         )
+
+
+def _is_operational(key: str) -> bool:
+    return key.startswith(OPERATIONAL) and key not in COMPUTED
 
 
 def check_run(config: Config, world_size: int, *, restart: bool) -> Scenario:
@@ -88,6 +93,8 @@ def check_run(config: Config, world_size: int, *, restart: bool) -> Scenario:
             f"{config.data.manifest} holds {manifest.kind}s, "
             f"which model.visual.kind={config.model.visual.kind} cannot take"
         )
+    replayed = config.optim.replay_batch if make_method(config.method).needs.memory == "replay" else 0
+    rows_at_a_time(config.optim.batch // world_size, replayed // world_size, config.engine.micro_batch)
     for step in range(scenario.num_steps):
         _check_step(config, manifest, scenario, step)
     check_shards(manifest, shards_of(manifest, scenario, scenario.num_steps - 1))

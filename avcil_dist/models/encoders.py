@@ -47,6 +47,9 @@ class Encoder(nn.Module):
         super().__init__()
         self.dim = dim
 
+    def checkpoint_activations(self) -> None:
+        """Compute the activations of each block anew in the backward pass, instead of keeping them: transformers do."""
+
 
 class Precomputed(Encoder):
     """Features as they are, in float32."""
@@ -116,6 +119,11 @@ class Transformer(Encoder, ABC):
 class VideoMAE(Transformer):
     """VideoMAE's last hidden state (Tong et al. 2022)."""
 
+    def checkpoint_activations(self) -> None:
+        """By the library's own means."""
+        assert isinstance(self.body, transformers.PreTrainedModel)
+        self.body.gradient_checkpointing_enable({"use_reentrant": False})
+
     def encode(self, inputs: Tensor) -> Tensor:
         """(B, frames, 3, H, W) -> (B, frames/2, H/16 · W/16, D)."""
         tokens = self.body(inputs).last_hidden_state
@@ -124,6 +132,11 @@ class VideoMAE(Transformer):
 
 class AudioMAE(Transformer):
     """AudioMAE's mean over patch tokens, the class token left out (Huang et al. 2022)."""
+
+    def checkpoint_activations(self) -> None:
+        """By the library's own means."""
+        assert isinstance(self.body, VisionTransformer)
+        self.body.set_grad_checkpointing(True)
 
     def encode(self, inputs: Tensor) -> Tensor:
         """(B, mel_frames, mel_bins) -> (B, D)."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from avcil_dist.config import EngineConfig, OptimConfig
 from avcil_dist.models.network import Network
 from avcil_dist.models.outputs import Output
+from avcil_dist.training.groups import parameter_groups
 from avcil_dist.world import World
 
 NEVER = 10**9
@@ -37,7 +38,7 @@ class Engine:
         deepspeed = _deepspeed(world)
         trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
         optimizer = torch.optim.Adam(
-            trainable, lr=optim.lr, weight_decay=optim.weight_decay, fused=device.type == "cuda"
+            parameter_groups(network, optim), weight_decay=optim.weight_decay, fused=device.type == "cuda"
         )
         self._engine = deepspeed.initialize(
             model=network.to(device),

@@ -30,6 +30,26 @@ class ClipConfig(Section):
     )
 
 
+class AugmentConfig(Section):
+    """Random variations of training clips, the same for all frames of a clip; none by default."""
+
+    crop: float = Field(
+        1.0, gt=0, le=1, description="smallest share of the picture that a random resized crop keeps; 1.0: no crop"
+    )
+    flip: float = Field(0.0, ge=0, le=1, description="probability of a mirrored picture")
+    brightness: float = Field(0.0, ge=0, le=1, description="colour jitter: most that a picture's is changed by")
+    contrast: float = Field(0.0, ge=0, le=1)
+    saturation: float = Field(0.0, ge=0, le=1)
+    hue: float = Field(0.0, ge=0, le=0.5, description="as a share of the circle of colours")
+    time_mask: int = Field(0, ge=0, description="a stretch of fewer filterbank frames than this is masked")
+    mel_mask: int = Field(0, ge=0, description="a band of fewer filterbank bins than this is masked")
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is varied."""
+        return self != AugmentConfig()
+
+
 class DataConfig(Section):
     """Which clips, and how they are read."""
 
@@ -58,6 +78,15 @@ class DataConfig(Section):
         description="also test on the clips whose source video (the key up to its last _) no training clip is from",
     )
     clip: ClipConfig = ClipConfig()
+    augment: AugmentConfig = AugmentConfig()
+
+    @model_validator(mode="after")
+    def _masks_leave_something(self) -> "DataConfig":
+        for mask, size in (("time_mask", "mel_frames"), ("mel_mask", "mel_bins")):
+            longest, whole = getattr(self.augment, mask), getattr(self.clip, size)
+            if longest > whole:
+                raise ValueError(f"augment.{mask}={longest} is more than clip.{size}={whole}")
+        return self
 
 
 class ScenarioConfig(Section):
@@ -219,6 +248,12 @@ class Config(Section):
     def _encoders_agree(self) -> "Config":
         if (self.model.visual.kind == "precomputed") != (self.model.audio.kind == "precomputed"):
             raise ValueError("model.visual and model.audio: both are precomputed, or neither")
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_augmented_are_clips(self) -> "Config":
+        if self.data.augment.is_on and self.model.visual.kind == "precomputed":
+            raise ValueError("data.augment varies clips, and features are given; leave it out, or train on clips")
         return self
 
     @model_validator(mode="after")

@@ -49,7 +49,8 @@ class ClipTransform:
         window = -(-config.sample_rate * WINDOW_MS // 1000)
         shift = config.sample_rate * FRAME_SHIFT_MS // 1000
         if waveform.numel():
-            waveform = waveform - waveform.mean()
+            # A sum to one number is split among threads, and its bits depend on how many; one to two numbers is not.
+            waveform = waveform - waveform.expand(2, -1).mean(dim=1)[0]
         waveform = waveform[: window + shift * config.mel_frames]  # what lies behind would be cut off below
         waveform = F.pad(waveform, (0, max(0, window - waveform.numel())))
         mel = kaldi.fbank(

@@ -198,6 +198,18 @@ def remove_tree(url: str) -> None:
     _trying(remove, url, WRITE_SECONDS)
 
 
+def list_folder(url: str) -> list[str]:
+    """The names in a folder, sorted, asked afresh each time; none where there is no folder."""
+    filesystem, path = open_filesystem(url)
+
+    def ask() -> list[str]:
+        filesystem.invalidate_cache()
+        found = filesystem.ls(path, detail=False) if filesystem.exists(path) else []
+        return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in found)
+
+    return _trying(ask, url, READ_SECONDS)
+
+
 @contextmanager
 def local_copy(url: str) -> Iterator[str]:
     """A folder as a local path: the folder itself where it is local, else a copy for the length of the block."""

@@ -1,6 +1,7 @@
 """Tiny rendered data sets, and clips with faults, for tests."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import av
@@ -24,19 +25,24 @@ def tiny_clip(number: int = 0, index: int = 0) -> bytes:
     return render_clip(TINY, "train", number, index)
 
 
-def tiny_manifest(root: Path, counts: dict[str, int]) -> Manifest:
-    """Training clips of some classes, so many of each, in one shard a class."""
+def tiny_manifest(root: Path, names: Sequence[str], clips: dict[str, int]) -> Manifest:
+    """Rendered clips, so many of each class in each split, in one shard a class and split."""
+    spec = SyntheticSpec(len(names), clips, seconds=1.0, size=32, frames_per_second=8)
     shards = [
         write_shard(
-            shard_url("train", number, name, 0),
+            shard_url(split, number, name, 0),
             root=str(root),
             class_name=name,
-            split="train",
-            clips=[(f"{name}-{index}", {"mp4": tiny_clip(number, index), "json": b"{}"}) for index in range(count)],
+            split=split,
+            clips=[
+                (f"{split}-{name}-{index}", {"mp4": render_clip(spec, split, number, index), "json": b"{}"})
+                for index in range(count)
+            ],
         )
-        for number, (name, count) in enumerate(counts.items())
+        for split, count in clips.items()
+        for number, name in enumerate(names)
     ]
-    Manifest("clip", tuple(counts), tuple(shards), {}).save(f"{root}/manifest.json")
+    Manifest("clip", tuple(names), tuple(shards), {}).save(f"{root}/manifest.json")
     return load_manifest(f"{root}/manifest.json")
 
 

@@ -29,7 +29,7 @@ ALL = AugmentConfig(
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     """Two classes of 4 training clips."""
-    return tiny_manifest(tmp_path_factory.mktemp("clips"), {"cat": 4, "dog": 4})
+    return tiny_manifest(tmp_path_factory.mktemp("clips"), ("cat", "dog"), {"train": 4})
 
 
 def frames(count: int = 3) -> torch.Tensor:

@@ -59,7 +59,7 @@ def features(tmp_path: Path) -> Manifest:
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     """Two classes of 4 rendered training clips, one shard each."""
-    return tiny_manifest(tmp_path_factory.mktemp("clips"), {"cat": 4, "dog": 4})
+    return tiny_manifest(tmp_path_factory.mktemp("clips"), ("cat", "dog"), {"train": 4})
 
 
 def stored(manifest: Manifest, clip: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -108,12 +108,17 @@ def as_fault(url: str, error: Exception) -> AvcilError | None:
     if isinstance(error, PermissionError):
         return StorageError(f"{url}: access refused ({_text(error)}); {advice}")
     if isinstance(error, OSError) and error.errno in NO_ROOM:
-        return StorageError(f"{url}: cannot be written ({_text(error)}); make room, or name another folder")
+        return no_room(url, error)
     if type(error).__name__ in NO_CREDENTIALS:
         return StorageError(f"{url}: no credentials; {advice}")
     if _client(error) in CLIENTS or _code(error):
         return StorageError(f"{url}: {_text(error)}")
     return None
+
+
+def no_room(url: str, error: OSError) -> StorageError:
+    """The fault of a storage that takes no more."""
+    return StorageError(f"{url}: cannot be written ({_text(error)}); make room, or name another folder")
 
 
 def missing_bucket(url: str) -> StorageError:

@@ -35,7 +35,8 @@ class Batch:
     `visual` (B, …) and `audio` (B, …) are pictures and filterbanks, or features; `labels` (B,)
     are positions in the class order; `valid` (B,) is false for padding and damaged clips, whose
     rows are zero; `faults` say what was damaged; `counts` what reading took since the batch before, by
-    the names of `reader.COUNTS`, and "stall_seconds", the time that its taker waited for it; `clips` (B,) are numbers in the manifest.
+    the names of `reader.COUNTS`, and "stall_seconds", the time that its taker waited for it; `clips` (B,)
+    are numbers in the manifest.
     """
 
     visual: Tensor

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import TCPStore
 
 from avcil_dist.errors import AvcilError
 from avcil_dist.world import World
@@ -21,12 +22,12 @@ def local_device(world: World) -> torch.device:
 
 
 @contextmanager
-def process_group(world: World, device: torch.device, timeout_minutes: float) -> Iterator[dist.TCPStore]:
+def process_group(world: World, device: torch.device, timeout_minutes: float) -> Iterator[TCPStore]:
     """A process group for the length of one step, and the store by which it met; NCCL between GPUs, gloo otherwise."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     timeout = datetime.timedelta(minutes=timeout_minutes)
-    store = dist.TCPStore(world.master_addr, world.master_port, world.size, world.is_main, timeout)
+    store = TCPStore(world.master_addr, world.master_port, world.size, world.is_main, timeout)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=store,
@@ -48,8 +49,11 @@ class Votes:
     """
 
     def __init__(self, timeout_minutes: float) -> None:
-        timeout = datetime.timedelta(minutes=timeout_minutes)
-        self._group = dist.new_group(backend="gloo", timeout=timeout) if dist.get_backend() == "nccl" else None
+        self._group: dist.ProcessGroup | None = None
+        if dist.get_backend() == "nccl":
+            group = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=timeout_minutes))
+            assert isinstance(group, dist.ProcessGroup)
+            self._group = group
 
     def any(self, *answers: bool) -> tuple[bool, ...]:
         """For each question whether any rank says yes."""

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 from avcil_dist import errors
 from avcil_dist.errors import AvcilError, StepStopped, TrainingError
@@ -33,7 +34,7 @@ def print_fault(error: AvcilError) -> None:
 
 
 @contextlib.contextmanager
-def shared_fate(store: dist.TCPStore, world: World, report: Report = print_fault) -> Iterator[None]:
+def shared_fate(store: TCPStore, world: World, report: Report = print_fault) -> Iterator[None]:
     """In the block, an exception of one rank becomes one of all.
 
     A rank that gets out of the block by itself, as when its collective breaks, raises the first rank's
@@ -60,7 +61,7 @@ def shared_fate(store: dist.TCPStore, world: World, report: Report = print_fault
 class _Watch:
     """The thread that looks, and what the rank says to the others."""
 
-    def __init__(self, store: dist.TCPStore, world: World, report: Report) -> None:
+    def __init__(self, store: TCPStore, world: World, report: Report) -> None:
         self._store, self._world, self._report = store, world, report
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look, args=(store.clone(),), name="faults", daemon=True)
@@ -90,7 +91,7 @@ class _Watch:
         while not self._store.check(others) and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS / 5)
 
-    def _look(self, store: dist.TCPStore) -> None:
+    def _look(self, store: TCPStore) -> None:
         try:
             while not self._ended.wait(POLL_SECONDS):
                 if store.check([KEY]):
@@ -99,7 +100,7 @@ class _Watch:
         except dist.DistError:
             return  # the store is gone
 
-    def _end(self, error: AvcilError, store: dist.TCPStore) -> None:
+    def _end(self, error: AvcilError, store: TCPStore) -> None:
         store.set(_seen_by(self._world.rank), "")
         if not self._ended.wait(GRACE_SECONDS):
             self._report(error)

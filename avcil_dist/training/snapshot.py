@@ -113,7 +113,7 @@ class SnapshotKeeper:
 
     def discard(self) -> None:
         """Remove all of the step's snapshots: it is committed."""
-        decide_together(lambda: storage.remove_tree(self.folder))
+        decide_together(lambda: storage.remove_tree(storage.parent(self.folder)))
 
     @property
     def _identity(self) -> dict[str, Any]:

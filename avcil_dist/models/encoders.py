@@ -122,7 +122,7 @@ class VideoMAE(Transformer):
     def checkpoint_activations(self) -> None:
         """By the library's own means."""
         assert isinstance(self.body, transformers.PreTrainedModel)
-        self.body.gradient_checkpointing_enable({"use_reentrant": False})
+        self.body.activation_checkpointing_enable({"use_reentrant": False})
 
     def encode(self, inputs: Tensor) -> Tensor:
         """(B, frames, 3, H, W) -> (B, frames/2, H/16 · W/16, D)."""

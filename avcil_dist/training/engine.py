@@ -96,6 +96,9 @@ class Engine:
         """
         is_finite = self._unscale() if self.zero_stage == 0 else True
         self._engine.step()
+        if self.zero_stage == 3:
+            # A parameter that the next iteration does not use would take this one's gradient again.
+            self._engine.optimizer.grad_partitions_flat_buffer.zero_()
         if self.zero_stage:
             is_finite = not self._engine.optimizer.overflow
         if self._scale:
@@ -172,7 +175,7 @@ class Engine:
 
     def close(self) -> None:
         """Give back what the engine holds."""
-        self._engine.destroy()
+        release(self._engine)
 
 
 def whole_state(network: Network) -> dict[str, Tensor]:
@@ -184,12 +187,20 @@ def whole_state(network: Network) -> dict[str, Tensor]:
     return state
 
 
-def shard_out(network: Network, world: World) -> None:
+def release(engine: Any) -> None:
+    """Let go of a DeepSpeed engine; at ZeRO 3 it would stay, with its network, as long as the process."""
+    engine.destroy()
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+    FWD_MODULE_STACK[:] = [module for module in FWD_MODULE_STACK if module is not engine.module]
+
+
+def shard_out(network: Network, world: World) -> Any:
     """Share the parameters of a network that is not trained out to the ranks; a module's are whole while it runs.
 
-    The network is used as before, except that all ranks must call it together.
+    The network is used as before, except that all ranks must call it together. Returns the engine, to release.
     """
-    import_deepspeed(world).initialize(
+    return import_deepspeed(world).initialize(
         model=network,
         config={
             "train_micro_batch_size_per_gpu": 1,
@@ -197,7 +208,7 @@ def shard_out(network: Network, world: World) -> None:
             "steps_per_print": NEVER,
         },
         dist_init_required=False,
-    )
+    )[0]
 
 
 def _whole(value: Tensor) -> AbstractContextManager[object]:

@@ -32,6 +32,26 @@ class ClipConfig(Section):
     )
 
 
+class AugmentConfig(Section):
+    """Random variations of training clips, the same for all frames of a clip; none by default."""
+
+    crop: float = Field(
+        1.0, gt=0, le=1, description="smallest share of the picture that a random resized crop keeps; 1.0: no crop"
+    )
+    flip: float = Field(0.0, ge=0, le=1, description="probability of a mirrored picture")
+    brightness: float = Field(0.0, ge=0, le=1, description="colour jitter: most that a picture's is changed by")
+    contrast: float = Field(0.0, ge=0, le=1)
+    saturation: float = Field(0.0, ge=0, le=1)
+    hue: float = Field(0.0, ge=0, le=0.5, description="as a share of the circle of colours")
+    time_mask: int = Field(0, ge=0, description="a stretch of fewer filterbank frames than this is masked")
+    mel_mask: int = Field(0, ge=0, description="a band of fewer filterbank bins than this is masked")
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is varied."""
+        return self != AugmentConfig()
+
+
 class DataConfig(Section):
     """Which clips, and how they are read."""
 
@@ -60,6 +80,15 @@ class DataConfig(Section):
         description="also test on the clips whose source video (the key up to its last _) no training clip is from",
     )
     clip: ClipConfig = ClipConfig()
+    augment: AugmentConfig = AugmentConfig()
+
+    @model_validator(mode="after")
+    def _masks_leave_something(self) -> "DataConfig":
+        for mask, size in (("time_mask", "mel_frames"), ("mel_mask", "mel_bins")):
+            longest, whole = getattr(self.augment, mask), getattr(self.clip, size)
+            if longest > whole:
+                raise ValueError(f"augment.{mask}={longest} is more than clip.{size}={whole}")
+        return self
 
 
 class ScenarioConfig(Section):
@@ -91,10 +120,23 @@ class TransformerConfig(Section):
     """A vision transformer. `weights` is a path, a hub name, or `random`, and must fit the sizes given here."""
 
     weights: str = Field(description="path, hub name, or `random` (never silently random)")
-    frozen: bool = Field(True, description="no gradient, no optimizer state")
+    train: Literal["frozen", "partial", "full"] = Field(
+        "frozen",
+        description="frozen: features computed on the fly, no gradient, no optimizer state; partial: the last blocks "
+        "and the final norm are trained; full: all",
+    )
+    last_blocks: PositiveInt | None = Field(None, description="blocks that train=partial trains")
     dim: PositiveInt = 768
     depth: PositiveInt = 12
     heads: PositiveInt = 12
+
+    @model_validator(mode="after")
+    def _blocks_are_there(self) -> "TransformerConfig":
+        if (self.last_blocks is not None) != (self.train == "partial"):
+            raise ValueError("last_blocks says how many blocks train=partial trains; set both, or neither")
+        if self.last_blocks is not None and self.last_blocks > self.depth:
+            raise ValueError(f"last_blocks={self.last_blocks} of depth={self.depth}; there are not so many")
+        return self
 
 
 class VideoMAEConfig(TransformerConfig):
@@ -115,6 +157,11 @@ class ModelConfig(Section):
     modality: Literal["both", "audio", "visual"] = Field("both", description="learn from sound and pictures, or one")
     visual: Annotated[PrecomputedConfig | SmallConfig | VideoMAEConfig, Field(discriminator="kind")]
     audio: Annotated[PrecomputedConfig | SmallConfig | AudioMAEConfig, Field(discriminator="kind")]
+
+    @property
+    def used(self) -> tuple[PrecomputedConfig | SmallConfig | VideoMAEConfig | AudioMAEConfig, ...]:
+        """The encoders of the modality."""
+        return {"both": (self.visual, self.audio), "audio": (self.audio,), "visual": (self.visual,)}[self.modality]
 
 
 class MethodConfig(Section):
@@ -139,6 +186,9 @@ class OptimConfig(Section):
 
     lr: PositiveFloat = 1e-3
     weight_decay: float = Field(1e-4, ge=0)
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="learning rate of a transformer's block, as a share of that of the block above it"
+    )
     epochs: PositiveInt = 200
     batch: PositiveInt = Field(256, description="clips of the current step, global")
     replay_batch: PositiveInt = Field(128, description="exemplars beside them, global")
@@ -178,6 +228,14 @@ class EngineConfig(Section):
         return self
 
 
+class SnapshotConfig(Section):
+    """How often a step writes down where it stands; a killed job loses no more than this."""
+
+    minutes: PositiveFloat = Field(10.0, description="at the latest after so many minutes")
+    iterations: PositiveInt | None = Field(None, description="and after so many iterations")
+    folder: str | None = Field(None, description="folder or url for them; default: the stream's own folder")
+
+
 class TrackingConfig(Section):
     """MLflow. Secrets come from the environment, never from here."""
 
@@ -205,6 +263,7 @@ class Config(Section):
     memory: MemoryConfig = MemoryConfig()
     optim: OptimConfig = OptimConfig()
     engine: EngineConfig = EngineConfig()
+    snapshot: SnapshotConfig = SnapshotConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     @property
@@ -225,6 +284,26 @@ class Config(Section):
     def _encoders_agree(self) -> "Config":
         if (self.model.visual.kind == "precomputed") != (self.model.audio.kind == "precomputed"):
             raise ValueError("model.visual and model.audio: both are precomputed, or neither")
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_augmented_are_clips(self) -> "Config":
+        if self.data.augment.is_on and self.model.visual.kind == "precomputed":
+            raise ValueError("data.augment varies clips, and features are given; leave it out, or train on clips")
+        return self
+
+    @model_validator(mode="after")
+    def _layer_decay_has_layers(self) -> "Config":
+        trained = [
+            encoder
+            for encoder in self.model.used
+            if isinstance(encoder, TransformerConfig) and encoder.train != "frozen"
+        ]
+        if self.optim.layer_decay < 1 and not trained:
+            raise ValueError(
+                f"optim.layer_decay={self.optim.layer_decay} is for the blocks of a transformer, and none is trained; "
+                "set train: partial or full in model.visual or model.audio, or optim.layer_decay to 1.0"
+            )
         return self
 
 

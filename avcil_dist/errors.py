@@ -35,3 +35,7 @@ class WorldError(AvcilError):
 
 class TrackingError(AvcilError):
     """A tracking server or database that does not answer, or refuses."""
+
+
+class StepStopped(Exception):  # noqa: N818 - no error: it was asked for
+    """A step that was asked to stop and has, on all ranks, with a snapshot committed; run again, it goes on there."""

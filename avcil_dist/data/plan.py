@@ -85,6 +85,11 @@ def plan_replay(
     return np.concatenate([exemplars[:0], *stream])[offset : offset + count * global_batch].reshape(count, global_batch)
 
 
+def replay_passes(num_exemplars: int, *, first: int, count: int, global_batch: int) -> np.ndarray:
+    """(count, global_batch): of each row of `plan_replay`, how often the exemplars were gone through before."""
+    return (np.arange(first * global_batch, (first + count) * global_batch) // num_exemplars).reshape(count, -1)
+
+
 def plan_evaluation(clips: np.ndarray, global_batch: int) -> np.ndarray:
     """All clips in their order, (batches, global_batch), the last batch filled up with PADDING."""
     num_batches = -(-len(clips) // global_batch)

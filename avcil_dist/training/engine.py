@@ -18,6 +18,7 @@ from avcil_dist.config import EngineConfig, OptimConfig
 from avcil_dist.errors import TrainingError
 from avcil_dist.models.network import Network
 from avcil_dist.models.outputs import Output
+from avcil_dist.training.groups import parameter_groups
 from avcil_dist.training.loss_scale import LossScale
 from avcil_dist.world import World
 
@@ -45,7 +46,7 @@ class Engine:
         deepspeed = import_deepspeed(world)
         self._trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
         self._optimizer = optimizer = torch.optim.Adam(
-            self._trainable, lr=optim.lr, weight_decay=optim.weight_decay, fused=device.type == "cuda"
+            parameter_groups(network, optim), weight_decay=optim.weight_decay, fused=device.type == "cuda"
         )
         self._engine = deepspeed.initialize(
             model=network.to(device),

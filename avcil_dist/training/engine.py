@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -93,9 +94,10 @@ class Engine:
     def step(self) -> bool:
         """The optimizer's step; gradients are cleared. False when they were not finite: then no weight has moved.
 
-        Raises TrainingError where a smaller scale of the loss, which fp16 tries at the next step, cannot help.
+        In float32 and bf16, ZeRO 0 does not look, and the next loss is not finite. Raises TrainingError where a
+        smaller scale of the loss, which fp16 tries at the next step, cannot help.
         """
-        is_finite = self._unscale() if self.zero_stage == 0 else True
+        is_finite = self._unscale(1 / self._scale.value) if self._scale and self.zero_stage == 0 else True
         self._engine.step()
         if self.zero_stage == 3:
             # A parameter that the next iteration does not use would take this one's gradient again.
@@ -113,15 +115,14 @@ class Engine:
         self._check_covered()
         return whole_state(self.network)
 
-    def _unscale(self) -> bool:
-        """At ZeRO 0: gradients as they are without a scale of the loss; none, and False, where one is not finite."""
+    def _unscale(self, factor: float) -> bool:
+        """Multiply all gradients; where one is not finite, drop them, so that the step does nothing, and say False."""
         gradients = [parameter.grad for parameter in self._trainable if parameter.grad is not None]
-        norms = torch.stack(torch._foreach_norm(gradients))
-        is_finite = bool(norms.isfinite().all())
+        is_finite = bool(torch.stack([gradient.isfinite().all() for gradient in gradients]).all())
         if not is_finite:
             self._engine.zero_grad()
-        elif self._scale:
-            torch._foreach_mul_(gradients, 1 / self._scale.value)
+        for gradient in gradients:
+            gradient.mul_(factor)
         return is_finite
 
     def _check_covered(self) -> None:
@@ -143,7 +144,8 @@ class Engine:
         """
         with self._whole_groups():
             state = self._optimizer.state_dict()["state"]
-        return {
+        scale = asdict(self._scale) if self._scale else {}
+        return {f"loss_scale.{name}": value for name, value in scale.items()} | {
             f"{number}.{name}": value.detach().cpu().clone() if isinstance(value, Tensor) else value
             for number, values in state.items()
             for name, value in values.items()
@@ -156,8 +158,11 @@ class Engine:
         """
         values: dict[int, dict[str, Tensor | float]] = {}
         for key, value in state.items():
-            number, name = key.split(".", 1)
-            values.setdefault(int(number), {})[name] = value
+            owner, name = key.split(".", 1)
+            if owner == "loss_scale":
+                setattr(self._scale, name, value)
+            else:
+                values.setdefault(int(owner), {})[name] = value
         with self._whole_groups():
             groups = self._optimizer.state_dict()["param_groups"]
             self._optimizer.load_state_dict({"state": values, "param_groups": groups})

@@ -26,7 +26,7 @@ CURRENT, EXEMPLARS = 8, 4
 DIM = 384  # its square is more than ZeRO 3 leaves whole on every rank
 SCENARIO = Scenario((("a", "b", "c"), ("d", "e")))
 FEATURES = ModelConfig.model_validate({"visual": {"kind": "precomputed"}, "audio": {"kind": "precomputed"}})
-SIZES = {"weights": "random", "frozen": False, "dim": 192, "depth": 2, "heads": 2}
+SIZES = {"weights": "random", "train": "full", "dim": 192, "depth": 2, "heads": 2}
 TRANSFORMERS = ModelConfig.model_validate(
     {"visual": {"kind": "videomae", **SIZES}, "audio": {"kind": "audiomae", **SIZES}}
 )
@@ -122,7 +122,7 @@ def run(world: World, case: Case) -> Run:
         for module in student.modules():
             if isinstance(module, Encoder):
                 module.checkpoint_activations()
-    teacher = Teacher(old, old.state_dict(), CPU)
+    teacher = Teacher(old, CPU)
     if method.needs.importance:
         teacher.grow(5, torch.randn(20, DIM, generator=torch.Generator().manual_seed(9)))
     before = whole_state(teacher.network)

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
+Precision = Literal["float32", "bf16", "fp16"]
+
 
 class Section(BaseModel):
     """A part of the configuration: unknown keys are errors, values do not change."""
@@ -198,7 +200,32 @@ class EngineConfig(Section):
     """How the step runs on the machines at hand."""
 
     zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage")
+    precision: Precision = Field(
+        "float32", description="what networks compute in; weights, losses and the optimizer stay float32"
+    )
+    micro_batch: PositiveInt | None = Field(
+        None, description="most clips of a rank at a time; a larger batch is accumulated, exactly; default: all at once"
+    )
+    clip_norm: PositiveFloat | None = Field(None, description="most that the norm of the whole gradient may be")
+    checkpoint_encoders: bool = Field(
+        False, description="compute the activations of trained transformers anew in the backward pass"
+    )
+    offload: Literal["none", "optimizer", "parameters"] = Field(
+        "none", description="keep in host memory: the optimizer (ZeRO 1-3), or it and the parameters too (ZeRO 3)"
+    )
+    teacher: Literal["replicated", "sharded"] = Field(
+        "replicated", description="the teacher whole on every rank, or its parameters shared out (ZeRO 3)"
+    )
     timeout_minutes: PositiveFloat = Field(30.0, description="a rank that waits longer for the others ends the step")
+
+    @model_validator(mode="after")
+    def _stage_allows(self) -> "EngineConfig":
+        stages = {"none": (0, 1, 2, 3), "optimizer": (1, 2, 3), "parameters": (3,)}[self.offload]
+        if self.zero_stage not in stages:
+            raise ValueError(f"offload={self.offload} needs zero_stage {_listed(stages)}, it is {self.zero_stage}")
+        if self.teacher == "sharded" and self.zero_stage != 3:
+            raise ValueError(f"teacher=sharded needs zero_stage 3, it is {self.zero_stage}; use teacher=replicated")
+        return self
 
 
 class SnapshotConfig(Section):
@@ -278,3 +305,7 @@ class Config(Section):
                 "set train: partial or full in model.visual or model.audio, or optim.layer_decay to 1.0"
             )
         return self
+
+
+def _listed(values: tuple[int, ...]) -> str:
+    return " or ".join(map(str, values))

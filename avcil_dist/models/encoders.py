@@ -50,6 +50,9 @@ class Encoder(nn.Module):
         super().__init__()
         self.dim = dim
 
+    def checkpoint_activations(self) -> None:
+        """Compute the activations of each block anew in the backward pass, instead of keeping them: transformers do."""
+
 
 class Precomputed(Encoder):
     """Features as they are, in float32."""
@@ -171,6 +174,11 @@ class VideoMAE(Transformer):
         """The final norm; a fine-tuned checkpoint has none over its tokens."""
         return [] if self.body.layernorm is None else [self.body.layernorm]
 
+    def checkpoint_activations(self) -> None:
+        """By the library's own means."""
+        assert isinstance(self.body, transformers.PreTrainedModel)
+        self.body.gradient_checkpointing_enable({"use_reentrant": False})
+
     def encode(self, inputs: Tensor) -> Tensor:
         """(B, frames, 3, H, W) -> (B, frames/2, H/16 · W/16, D)."""
         tokens = self.body(inputs).last_hidden_state
@@ -189,6 +197,11 @@ class AudioMAE(Transformer):
     def norms(self) -> Sequence[nn.Module]:
         """The norm before the mean or after it; the other is an identity."""
         return [self.body.norm, self.body.fc_norm]
+
+    def checkpoint_activations(self) -> None:
+        """By the library's own means."""
+        assert isinstance(self.body, VisionTransformer)
+        self.body.set_grad_checkpointing(True)
 
     def encode(self, inputs: Tensor) -> Tensor:
         """(B, mel_frames, mel_bins) -> (B, D)."""

@@ -164,6 +164,11 @@ class Transformer(Encoder, ABC):
 class VideoMAE(Transformer):
     """VideoMAE's last hidden state (Tong et al. 2022)."""
 
+    def checkpoint_activations(self) -> None:
+        """By the library's own means."""
+        assert isinstance(self.body, transformers.PreTrainedModel)
+        self.body.gradient_checkpointing_enable({"use_reentrant": False})
+
     @property
     def blocks(self) -> Sequence[nn.Module]:
         """The library's layers."""
@@ -174,11 +179,6 @@ class VideoMAE(Transformer):
         """The final norm; a fine-tuned checkpoint has none over its tokens."""
         return [] if self.body.layernorm is None else [self.body.layernorm]
 
-    def checkpoint_activations(self) -> None:
-        """By the library's own means."""
-        assert isinstance(self.body, transformers.PreTrainedModel)
-        self.body.gradient_checkpointing_enable({"use_reentrant": False})
-
     def encode(self, inputs: Tensor) -> Tensor:
         """(B, frames, 3, H, W) -> (B, frames/2, H/16 · W/16, D)."""
         tokens = self.body(inputs).last_hidden_state
@@ -187,6 +187,11 @@ class VideoMAE(Transformer):
 
 class AudioMAE(Transformer):
     """AudioMAE's mean over patch tokens, the class token left out (Huang et al. 2022)."""
+
+    def checkpoint_activations(self) -> None:
+        """By the library's own means."""
+        assert isinstance(self.body, VisionTransformer)
+        self.body.set_grad_checkpointing(True)
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -197,11 +202,6 @@ class AudioMAE(Transformer):
     def norms(self) -> Sequence[nn.Module]:
         """The norm before the mean or after it; the other is an identity."""
         return [self.body.norm, self.body.fc_norm]
-
-    def checkpoint_activations(self) -> None:
-        """By the library's own means."""
-        assert isinstance(self.body, VisionTransformer)
-        self.body.set_grad_checkpointing(True)
 
     def encode(self, inputs: Tensor) -> Tensor:
         """(B, mel_frames, mel_bins) -> (B, D)."""

@@ -39,12 +39,7 @@ SMALL_GRID = 4  # the small visual encoder gives 4 by 4 positions
 
 
 class Encoder(nn.Module):
-    """A module that knows the dimension of what it gives.
-
-    What a `frozen` one gives of a clip is fixed: the student's and its teacher's are equal, and never change.
-    """
-
-    frozen = False
+    """A module that knows the dimension of what it gives."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -53,11 +48,16 @@ class Encoder(nn.Module):
     def checkpoint_activations(self) -> None:
         """Compute the activations of each block anew in the backward pass, instead of keeping them: transformers do."""
 
+    def encode_once(self, inputs: Tensor) -> Tensor:
+        """What may take the inputs' place for every network that shares this encoder: what a frozen one makes of them.
+
+        One that is not frozen gives the inputs back, since each network makes something else of them.
+        """
+        return inputs
+
 
 class Precomputed(Encoder):
     """Features as they are, in float32."""
-
-    frozen = True
 
     def forward(self, features: Tensor) -> Tensor:
         """Visual (B, T, S, D) or audio (B, D)."""
@@ -102,9 +102,11 @@ class Transformer(Encoder, ABC):
     """A vision transformer of which all, the last blocks or nothing is trained.
 
     What is not trained takes no gradient and stays in evaluation mode, and no graph is built of it:
-    it is what lies below, so nothing that needs a gradient ever enters it.
+    it is what lies below, so nothing that needs a gradient ever enters it. A frozen one lets pass what
+    it has encoded before.
     """
 
+    input_dims: int  # what is encoded has one less
     body: Any  # a library's, whose blocks and norms have names of their own
 
     def __init__(self, dim: int, body: nn.Module, config: TransformerConfig) -> None:
@@ -153,8 +155,14 @@ class Transformer(Encoder, ABC):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """What `encode` gives, without a graph where frozen."""
+        if self.frozen and inputs.dim() < self.input_dims:
+            return inputs
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             return self.encode(inputs)
+
+    def encode_once(self, inputs: Tensor) -> Tensor:
+        """Where frozen, what student and teacher both see."""
+        return self(inputs) if self.frozen else inputs
 
     @abstractmethod
     def encode(self, inputs: Tensor) -> Tensor:
@@ -163,6 +171,8 @@ class Transformer(Encoder, ABC):
 
 class VideoMAE(Transformer):
     """VideoMAE's last hidden state (Tong et al. 2022)."""
+
+    input_dims = 5
 
     def checkpoint_activations(self) -> None:
         """By the library's own means."""
@@ -187,6 +197,8 @@ class VideoMAE(Transformer):
 
 class AudioMAE(Transformer):
     """AudioMAE's mean over patch tokens, the class token left out (Huang et al. 2022)."""
+
+    input_dims = 3
 
     def checkpoint_activations(self) -> None:
         """By the library's own means."""

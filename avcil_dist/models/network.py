@@ -25,6 +25,8 @@ class Network(nn.Module, ABC):
     """A student or a teacher. It computes in `precision`; its weights and its output are float32."""
 
     precision: Precision = "float32"
+    visual_encoder: Encoder | None
+    audio_encoder: Encoder | None
 
     def forward(self, visual: Tensor, audio: Tensor, teacher: TeacherView | None = None) -> Output:
         """Classify a batch.
@@ -36,6 +38,15 @@ class Network(nn.Module, ABC):
         with compute_context(self.precision, audio.device):
             output = self.classify(visual, audio, teacher)
         return output if self.precision == "float32" else output.each(Tensor.float)
+
+    @torch.no_grad()
+    def encode_frozen(self, visual: Tensor, audio: Tensor) -> tuple[Tensor, Tensor]:
+        """`visual` and `audio` as frozen encoders make them, others as they are: for every network with the same."""
+        with compute_context(self.precision, audio.device):
+            return (
+                self.visual_encoder.encode_once(visual) if self.visual_encoder else visual,
+                self.audio_encoder.encode_once(audio) if self.audio_encoder else audio,
+            )
 
     @abstractmethod
     def classify(self, visual: Tensor, audio: Tensor, teacher: TeacherView | None) -> Output:
@@ -83,6 +94,9 @@ class HeadedNetwork(Network):
 class AudioVisualNetwork(HeadedNetwork):
     """Sound and pictures. Both encoders have the same dimension D."""
 
+    visual_encoder: Encoder
+    audio_encoder: Encoder
+
     def __init__(
         self, visual_encoder: Encoder, audio_encoder: Encoder, num_classes: int, head: ProxyHead | None = None
     ) -> None:
@@ -111,6 +125,9 @@ class AudioVisualNetwork(HeadedNetwork):
 class AudioNetwork(HeadedNetwork):
     """Sound alone."""
 
+    visual_encoder: None = None
+    audio_encoder: Encoder
+
     def __init__(self, encoder: Encoder, num_classes: int, head: ProxyHead | None = None) -> None:
         super().__init__()
         self.audio_encoder = encoder
@@ -124,6 +141,9 @@ class AudioNetwork(HeadedNetwork):
 
 class VisualNetwork(HeadedNetwork):
     """Pictures alone, pooled by the mean over their tokens."""
+
+    visual_encoder: Encoder
+    audio_encoder: None = None
 
     def __init__(self, encoder: Encoder, num_classes: int, head: ProxyHead | None = None) -> None:
         super().__init__()

@@ -171,6 +171,16 @@ def test_a_partial_encoder_trains_its_last_blocks_and_final_norm_alone(make, inp
 
 
 @pytest.mark.parametrize(("make", "inputs"), [(videomae, pictures), (audiomae, log_mel)])
+def test_what_a_frozen_encoder_made_takes_the_place_of_its_inputs(make, inputs) -> None:
+    frozen, batch = make(), inputs(2)
+    encoded = frozen.encode_once(batch)
+    assert torch.equal(encoded, frozen(batch))
+    assert frozen(encoded) is encoded
+    for options in ({"train": "full"}, {"train": "partial", "last_blocks": 1}):
+        assert make(**options).encode_once(batch) is batch
+
+
+@pytest.mark.parametrize(("make", "inputs"), [(videomae, pictures), (audiomae, log_mel)])
 def test_nothing_is_kept_for_backward_below_the_blocks_that_train(make, inputs) -> None:
     # What autograd keeps grows with the blocks that train, not with those below; frozen, there is nothing.
     def kept(**options: object) -> int:

@@ -7,7 +7,7 @@ hub is `weights.py`; how clips become pictures and log-mel is the data layer's.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -221,38 +221,46 @@ class AudioMAE(Transformer):
 
 
 def build_visual_encoder(
-    config: PrecomputedConfig | SmallConfig | VideoMAEConfig, clip: ClipConfig, feature_dim: int | None
+    config: PrecomputedConfig | SmallConfig | VideoMAEConfig,
+    clip: ClipConfig,
+    feature_dim: int | None,
+    restored: Collection[str] | None = None,
 ) -> Encoder:
     """Build the visual encoder; `feature_dim` is that of the manifest's features, None for clips.
 
+    `restored` names what of its state will be put in; then no weights are read, and they need not be there.
     Raises ConfigError when the encoder fits neither the data nor its weights.
     """
     _check_data(config.kind, "model.visual", feature_dim)
     if isinstance(config, VideoMAEConfig):
-        return _build_videomae(config, clip)
+        return _build_videomae(config, clip, restored)
     return SmallVisual(config.dim) if isinstance(config, SmallConfig) else Precomputed(feature_dim or 0)
 
 
 def build_audio_encoder(
-    config: PrecomputedConfig | SmallConfig | AudioMAEConfig, clip: ClipConfig, feature_dim: int | None
+    config: PrecomputedConfig | SmallConfig | AudioMAEConfig,
+    clip: ClipConfig,
+    feature_dim: int | None,
+    restored: Collection[str] | None = None,
 ) -> Encoder:
-    """Build the audio encoder; `feature_dim` is that of the manifest's features, None for clips.
+    """Build the audio encoder; `feature_dim` and `restored` are as in `build_visual_encoder`.
 
     Raises ConfigError when the encoder fits neither the data nor its weights.
     """
     _check_data(config.kind, "model.audio", feature_dim)
     if isinstance(config, AudioMAEConfig):
-        return _build_audiomae(config, clip)
+        return _build_audiomae(config, clip, restored)
     return SmallAudio(config.dim) if isinstance(config, SmallConfig) else Precomputed(feature_dim or 0)
 
 
-def _build_videomae(config: VideoMAEConfig, clip: ClipConfig) -> VideoMAE:
+def _build_videomae(config: VideoMAEConfig, clip: ClipConfig, restored: Collection[str] | None) -> VideoMAE:
     _check_multiple("data.clip.size", clip.size, PATCH)
     _check_multiple("data.clip.frames", clip.frames, TUBELET)
     _check_multiple("model.visual.dim", config.dim, config.heads)
-    state = read_weights(config, "model.visual.weights")
+    state = read_weights(config, "model.visual.weights") if restored is None else None
     if state is not None:
         state = rename_videomae(state)
+    names = state if restored is None else {name.removeprefix("body.") for name in restored}
     body = transformers.VideoMAEModel(
         transformers.VideoMAEConfig(
             image_size=clip.size,
@@ -264,7 +272,7 @@ def _build_videomae(config: VideoMAEConfig, clip: ClipConfig) -> VideoMAE:
             num_attention_heads=config.heads,
             intermediate_size=4 * config.dim,
             # The library's word for "no norm at the end": true of classifiers, not of the pre-trained model.
-            use_mean_pooling=state is not None and "layernorm.weight" not in state,
+            use_mean_pooling=names is not None and "layernorm.weight" not in names,
         )
     )
     if state is not None:
@@ -272,11 +280,12 @@ def _build_videomae(config: VideoMAEConfig, clip: ClipConfig) -> VideoMAE:
     return VideoMAE(config.dim, body, config)
 
 
-def _build_audiomae(config: AudioMAEConfig, clip: ClipConfig) -> AudioMAE:
+def _build_audiomae(config: AudioMAEConfig, clip: ClipConfig, restored: Collection[str] | None) -> AudioMAE:
     _check_multiple("data.clip.mel_frames", clip.mel_frames, PATCH)
     _check_multiple("data.clip.mel_bins", clip.mel_bins, PATCH)
     _check_multiple("model.audio.dim", config.dim, config.heads)
-    state = read_weights(config, "model.audio.weights")
+    state = read_weights(config, "model.audio.weights") if restored is None else None
+    names = state if restored is None else {name.removeprefix("body.") for name in restored}
     body = VisionTransformer(
         img_size=(clip.mel_frames, clip.mel_bins),
         patch_size=PATCH,
@@ -287,7 +296,7 @@ def _build_audiomae(config: AudioMAEConfig, clip: ClipConfig) -> AudioMAE:
         depth=config.depth,
         num_heads=config.heads,
         # Fine-tuned checkpoints normalise after the mean, pre-trained ones before it.
-        fc_norm=state is not None and "fc_norm.weight" in state,
+        fc_norm=names is not None and "fc_norm.weight" in names,
     )
     if state is not None:
         load_strictly(body, state, AUDIOMAE_DROPPED, f"model.audio.weights: {config.weights}")

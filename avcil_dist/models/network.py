@@ -5,7 +5,7 @@ the two, a projection and a head. Source: Pian et al. 2023, eq. 1-6.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -187,16 +187,26 @@ def build_network(
     *,
     design: Design = PLAIN,
     num_frozen: int = 0,
+    restored: Collection[str] | None = None,
 ) -> Network:
     """Make a network with fresh weights (from torch's global generator), except those that the config names.
 
+    Where the caller goes on to put in a whole state, `restored` are its names, and no named weights are read.
     `feature_shape` is the manifest's: frames, positions and dim of features, empty for clips. Of the
     head's `num_classes`, proxies of the first `num_frozen` are frozen. Raises ConfigError when the
     encoders do not fit the data or each other.
     """
     dim = feature_shape.get("dim")
-    visual = None if model.modality == "audio" else build_visual_encoder(model.visual, clip, dim)
-    audio = None if model.modality == "visual" else build_audio_encoder(model.audio, clip, dim)
+
+    def names(encoder: str) -> list[str] | None:
+        own = None if restored is None else [name for name in restored if name.startswith(encoder)]
+        return own and [name.removeprefix(encoder) for name in own]
+
+    visual = audio = None
+    if model.modality != "audio":
+        visual = build_visual_encoder(model.visual, clip, dim, names("visual_encoder."))
+    if model.modality != "visual":
+        audio = build_audio_encoder(model.audio, clip, dim, names("audio_encoder."))
     if visual is not None and audio is not None and visual.dim != audio.dim:
         raise ConfigError(
             f"model: the visual encoder has dim {visual.dim}, the audio encoder {audio.dim}; "

@@ -1,5 +1,6 @@
 """The networks of a step: the shape that a method's network has at each step, the student and the teacher."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +20,18 @@ from avcil_dist.training.features import FeaturePass
 from avcil_dist.training.teacher import Teacher
 
 
-def network_after(config: Config, manifest: Manifest, scenario: Scenario, method: Method, step: int) -> Network:
-    """A network with fresh weights and the shape that it has at the end of `step`."""
+def network_after(
+    config: Config,
+    manifest: Manifest,
+    scenario: Scenario,
+    method: Method,
+    step: int,
+    restored: Collection[str] | None = None,
+) -> Network:
+    """A network with the shape that it has at the end of `step`.
+
+    Its weights are fresh, or for the caller to put in: `restored` are the names of that state.
+    """
     needs = method.needs
     trained = 0 if needs.training == "first step" else step
     network = build_network(
@@ -30,6 +41,7 @@ def network_after(config: Config, manifest: Manifest, scenario: Scenario, method
         scenario.num_seen(trained),
         design=needs.design,
         num_frozen=scenario.num_old(trained),
+        restored=restored,
     )
     network.precision = config.engine.precision
     return network
@@ -52,11 +64,11 @@ class NetworkMaker:
         torch.manual_seed(derive_seed(self.config.seed, "weights", step))
         if previous is None:
             return self._ready(self._after(step)), None
-        teacher = Teacher(self._after(step - 1), previous.model, self.device) if needs.teacher else None
+        teacher = Teacher(self._after(step - 1, previous), previous.model, self.device) if needs.teacher else None
         if needs.fresh_network:
             student = self._after(step)
         else:
-            student = self._after(step - 1)
+            student = self._after(step - 1, previous)
             student.load_state_dict(previous.model)
             if needs.trains_at(step):
                 self._grow(student, teacher)
@@ -71,8 +83,9 @@ class NetworkMaker:
                     module.checkpoint_activations()
         return student.to(self.device)
 
-    def _after(self, step: int) -> Network:
-        return network_after(self.config, self.manifest, self.context.scenario, self.method, step)
+    def _after(self, step: int, origin: StepArtifact | None = None) -> Network:
+        restored = origin.model.keys() if origin else None
+        return network_after(self.config, self.manifest, self.context.scenario, self.method, step, restored)
 
     def _grow(self, student: Network, teacher: Teacher | None) -> None:
         assert isinstance(student, HeadedNetwork)

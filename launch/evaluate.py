@@ -38,7 +38,7 @@ def evaluate_stream(stream: str, step: int | None, split: str, manifest_url: str
         method = make_method(config.method)
         method.begin_step(StepContext(scenario, artifact.step))
         method.load_state_dict(artifact.method)
-        network = network_after(config, manifest, scenario, method, artifact.step).to(device)
+        network = network_after(config, manifest, scenario, method, artifact.step, artifact.model.keys()).to(device)
         set_weights(network, artifact.model, step_url(stream, artifact.step))
         evaluator = Evaluator(manifest, scenario, config.data, config.optim.eval_batch, world, device)
         found = evaluator(network, method, cast(Split, split), artifact.step, on_batch=lambda: None)

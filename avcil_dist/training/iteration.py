@@ -53,6 +53,10 @@ class _Seeing:
     method: Method
     teacher: Teacher | None
 
+    def encoded(self, batch: Batch) -> Batch:
+        """The batch with all done to it that student and teacher have in common."""
+        return self.teacher.encode(batch) if self.teacher else batch
+
     def view(self, batch: Batch) -> TeacherView | None:
         """What the student's attention is compared with."""
         has_exemplars = batch.num_current < len(batch.labels)
@@ -69,6 +73,7 @@ class _Seeing:
 
 
 def _whole(engine: Engine, batch: Batch, _: int, seeing: _Seeing) -> Iterated:
+    batch = seeing.encoded(batch)
     output = engine(batch.visual, batch.audio, seeing.view(batch))
     done = seeing.loss(batch, output, seeing.taught(batch))
     engine.backward(done.parts["loss"])
@@ -76,7 +81,7 @@ def _whole(engine: Engine, batch: Batch, _: int, seeing: _Seeing) -> Iterated:
 
 
 def _in_micro_batches(engine: Engine, batch: Batch, count: int, seeing: _Seeing) -> Iterated:
-    micro_batches = split(batch, count)
+    micro_batches = [seeing.encoded(micro) for micro in split(batch, count)]
     leaves, taught, random = [], [], []
     for micro in micro_batches:
         random.append(_random_state(micro.audio.device))

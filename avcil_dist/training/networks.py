@@ -1,5 +1,6 @@
 """The networks of a step: the shape that a method's network has at each step, the student and the teacher."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +21,18 @@ from avcil_dist.training.stream import stream_url
 from avcil_dist.training.teacher import Teacher
 
 
-def network_after(config: Config, manifest: Manifest, scenario: Scenario, method: Method, step: int) -> Network:
-    """A network with fresh weights and the shape that it has at the end of `step`."""
+def network_after(
+    config: Config,
+    manifest: Manifest,
+    scenario: Scenario,
+    method: Method,
+    step: int,
+    restored: Collection[str] | None = None,
+) -> Network:
+    """A network with the shape that it has at the end of `step`.
+
+    Its weights are fresh, or for the caller to put in: `restored` are the names of that state.
+    """
     needs = method.needs
     trained = 0 if needs.training == "first step" else step
     network = build_network(
@@ -31,6 +42,7 @@ def network_after(config: Config, manifest: Manifest, scenario: Scenario, method
         scenario.num_seen(trained),
         design=needs.design,
         num_frozen=scenario.num_old(trained),
+        restored=restored,
     )
     network.precision = config.engine.precision
     return network
@@ -71,11 +83,12 @@ class NetworkMaker:
                     module.checkpoint_activations()
         return student.to(self.device)
 
-    def _after(self, step: int) -> Network:
-        return network_after(self.config, self.manifest, self.context.scenario, self.method, step)
+    def _after(self, step: int, origin: StepArtifact | None = None) -> Network:
+        restored = origin.model.keys() if origin else None
+        return network_after(self.config, self.manifest, self.context.scenario, self.method, step, restored)
 
     def _as_it_was(self, previous: StepArtifact) -> Network:
-        network = self._after(previous.step)
+        network = self._after(previous.step, previous)
         set_weights(network, previous.model, step_url(stream_url(self.config), previous.step))
         return network
 

@@ -1,5 +1,7 @@
 """The teacher: the network of the step before, frozen, outside the student's engine."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +38,11 @@ class Teacher(nn.Module):
         """Give the teacher the student's classes, to ask it about clips of new ones."""
         self.network.grow(num_classes, new_proxies)
         self.network.requires_grad_(False).eval()
+
+    def encode(self, batch: Batch) -> Batch:
+        """The batch as frozen encoders make it: the student's are the teacher's, so it is done once for both."""
+        visual, audio = self.network.encode_frozen(batch.visual, batch.audio)
+        return replace(batch, visual=visual, audio=audio)
 
     def logits(self, batch: Batch) -> Tensor:
         """(B, old classes), as an ordinary tensor: inference tensors cannot be kept for backward."""

@@ -12,7 +12,7 @@ from launch.tracked import publish_step, track_step
 class StepJob:
     """All that a rank needs to run its part of a step. Picklable, without state.
 
-    `run_id` is the stream run's in MLflow; only rank 0 uses it.
+    `run_id` is the stream's, as `open_run` gives it; only rank 0 tells of the step, and nobody where it is None.
     """
 
     config: Config
@@ -21,7 +21,7 @@ class StepJob:
     run_id: str | None
 
     def run(self, world: World) -> None:
-        """Run the part of the rank that `world` names; rank 0 also shows and tracks it. Raises the step's AvcilError."""
+        """Run the part of the rank that `world` names; rank 0 also tells of it. Raises the step's AvcilError."""
         from avcil_dist.training.step import run_step  # seconds of imports, which a supervisor does not need
 
         config = self.config
@@ -29,8 +29,8 @@ class StepJob:
             run_step(config, self.step, world=world, observer=SilentProgress())
             return
         with (
-            track_step(config, self.run_id, self.step) as tracker,
+            track_step(config, self.step) as tracker,
             StepProgress(config.stream_name, self.num_steps, tracker) as progress,
         ):
             run_step(config, self.step, world=world, observer=progress)
-            publish_step(config, tracker, self.step)
+            publish_step(config, tracker, self.num_steps)

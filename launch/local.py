@@ -25,7 +25,7 @@ from launch.job import StepJob
 from launch.tracked import stream_run
 
 USER_ERROR, INTERRUPTED = 2, 130
-PRELOADED = ["torch", "deepspeed", "avcil_dist.training.step", "avcil_dist.tracking.mlflow"]
+PRELOADED = ["torch", "deepspeed", "avcil_dist.training.step", "avcil_dist.tracking.delivery"]
 
 
 def run_stream(config: Config, *, processes: int, restart: bool = False) -> str:

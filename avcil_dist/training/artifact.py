@@ -6,6 +6,7 @@ digest of each. Without `COMMITTED.json` there is no artifact. Nothing in it is 
 """
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from avcil_dist.training.metrics import StreamMetrics
 
 FORMAT = 1
 COMMITTED = "COMMITTED.json"
+STEP_FOLDER = re.compile(r"step_(\d{3,})")
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,12 @@ def step_url(stream: str, step: int) -> str:
 def is_committed(stream: str, step: int) -> bool:
     """Whether the step's artifact is there, whole."""
     return storage.exists(storage.join(step_url(stream, step), COMMITTED))
+
+
+def committed_steps(stream: str) -> list[int]:
+    """The steps whose artifacts are there, in order. A stream resumed elsewhere need not have the earlier ones."""
+    numbers = [STEP_FOLDER.fullmatch(folder.rsplit("/", 1)[-1]) for folder in storage.subfolders(stream)]
+    return sorted(step for found in numbers if found and is_committed(stream, step := int(found[1])))
 
 
 def save_artifact(stream: str, artifact: StepArtifact) -> str:
@@ -86,6 +94,12 @@ def load_artifact(stream: str, step: int) -> StepArtifact:
         config=config_from_yaml(files["config.yaml"].decode()),
         manifest_hash=committed["manifest_hash"],
     )
+
+
+def load_metrics(stream: str, step: int) -> StreamMetrics:
+    """The metrics of a committed step alone. Raises ArtifactError as `load_artifact` does."""
+    folder, committed = _committed(stream, step)
+    return StreamMetrics.from_record(json.loads(_read(folder, "metrics.json", committed["files"]["metrics.json"])))
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,15 @@
 """The networks of a step: the shape that a method's network has at each step, the student and the teacher."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from avcil_dist.config import Config
+from avcil_dist.config import Config, ModelConfig, TransformerConfig
 from avcil_dist.data.manifest import Manifest
 from avcil_dist.errors import DataError
+from avcil_dist.methods import make_method
 from avcil_dist.methods.base import Method, StepContext
 from avcil_dist.models.heads import ProxyHead
 from avcil_dist.models.network import HeadedNetwork, Network, build_network
@@ -20,12 +22,37 @@ from avcil_dist.training.teacher import Teacher
 
 def network_after(config: Config, manifest: Manifest, scenario: Scenario, method: Method, step: int) -> Network:
     """A network with fresh weights and the shape that it has at the end of `step`."""
+    return _network(config, config.model, manifest.shape, scenario, method, step)
+
+
+def restored(artifact: StepArtifact, feature_shape: Mapping[str, int]) -> tuple[Network, Method]:
+    """The network and the method of a committed step, from the artifact alone: encoders fetch no weights for it.
+
+    `feature_shape` is the manifest's: frames, positions and dim of features, empty for clips.
+    """
+    method = make_method(artifact.config.method)
+    method.begin_step(StepContext(artifact.scenario, artifact.step))
+    method.load_state_dict(artifact.method)
+    encoders = {
+        name: encoder.model_copy(update={"weights": "random"})
+        for name in ("visual", "audio")
+        if isinstance(encoder := getattr(artifact.config.model, name), TransformerConfig)
+    }
+    model = artifact.config.model.model_copy(update=encoders)
+    network = _network(artifact.config, model, feature_shape, artifact.scenario, method, artifact.step)
+    network.load_state_dict(artifact.model)
+    return network, method
+
+
+def _network(
+    config: Config, model: ModelConfig, shape: Mapping[str, int], scenario: Scenario, method: Method, step: int
+) -> Network:
     needs = method.needs
     trained = 0 if needs.training == "first step" else step
     return build_network(
-        config.model,
+        model,
         config.data.clip,
-        manifest.shape,
+        shape,
         scenario.num_seen(trained),
         design=needs.design,
         num_frozen=scenario.num_old(trained),

@@ -38,8 +38,8 @@ def scenario_of(config: Config, manifest: Manifest) -> Scenario:
 
 
 def next_step(stream: str, num_steps: int) -> int:
-    """The first step that is not committed; `num_steps` when all are."""
-    return next((step for step in range(num_steps) if not is_committed(stream, step)), num_steps)
+    """The step after the last one committed; `num_steps` when all are done."""
+    return next((step + 1 for step in reversed(range(num_steps)) if is_committed(stream, step)), 0)
 
 
 def load_previous(config: Config, manifest: Manifest, step: int) -> StepArtifact | None:

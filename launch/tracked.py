@@ -23,7 +23,7 @@ from avcil_dist.training.artifact import committed_steps
 from avcil_dist.training.record import StreamRecord, new_record, read_record, write_record
 from avcil_dist.training.stream import stream_url
 
-INTERRUPTED_SECONDS = 5.0  # who pressed Ctrl-C waits no longer
+INTERRUPTED_SECONDS = 5.0  # who pressed Ctrl-C, or has an error to read, waits no longer
 
 
 def open_run(config: Config) -> str:
@@ -74,7 +74,7 @@ def stream_run(config: Config, *, is_main: bool) -> Iterator[str | None]:
 def close_run(config: Config, kind: type[BaseException] | None) -> None:
     """Say how the stream ended (None: well), and send what is left."""
     status = end_status(kind)
-    with _sending(config, hurried=status == "KILLED") as spool:
+    with _sending(config, hurried=kind is not None) as spool:
         if status != "RUNNING":
             spool.append("end", run=STREAM, status=status)
 
@@ -146,7 +146,7 @@ def _sending(config: Config, *, hurried: bool = False) -> Iterator[Spool]:
     sender.start()
     try:
         yield spool
-    except (KeyboardInterrupt, SystemExit):
+    except BaseException:
         hurried = True
         raise
     finally:

@@ -34,7 +34,8 @@ from avcil_dist.data.manifest import Manifest, load_manifest
 from avcil_dist.data.transforms import ClipTransform
 from avcil_dist.errors import ArtifactError, ConfigError, DataError
 from avcil_dist.tracking.mlflow import STREAM_TAG
-from avcil_dist.training.artifact import COMMITTED, StepArtifact, load_artifact, load_origin, step_url
+from avcil_dist.training.artifact import StepArtifact, load_artifact, load_origin, step_url
+from avcil_dist.training.committed import COMMITTED
 from avcil_dist.training.networks import restored
 from avcil_dist.training.stream import scenario_of
 

@@ -5,9 +5,11 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Literal, Self
 
-from avcil_dist import errors, storage
+from avcil_dist import storage
+from avcil_dist.errors import StepStopped
 from avcil_dist.tracking.spool import Spool
-from avcil_dist.training.artifact import COMMITTED, load_metrics, step_url
+from avcil_dist.training.artifact import load_metrics, step_url
+from avcil_dist.training.committed import COMMITTED
 from avcil_dist.training.metrics import StreamMetrics
 
 STREAM = "stream"
@@ -58,7 +60,7 @@ def end_status(kind: type[BaseException] | None) -> Status:
     """How a run ended that was left by an exception of this kind, or by none."""
     if kind is None:
         return "FINISHED"
-    if issubclass(kind, getattr(errors, "StepStopped", ())):
+    if issubclass(kind, StepStopped):
         return "RUNNING"
     return "KILLED" if issubclass(kind, KeyboardInterrupt | SystemExit) else "FAILED"
 

@@ -15,7 +15,8 @@ from avcil_dist import storage
 from avcil_dist.config import TrackingConfig
 from avcil_dist.errors import ArtifactError, DataError
 from avcil_dist.tracking.mlflow import COMMITTED_TAG, REFERENCE_TAG, reported
-from avcil_dist.training.artifact import COMMITTED, step_url
+from avcil_dist.training.artifact import step_url
+from avcil_dist.training.committed import COMMITTED
 
 REFERENCE = "REFERENCE.json"
 

@@ -16,9 +16,11 @@ from avcil_dist.errors import ConfigError
 from avcil_dist.methods import make_method
 from avcil_dist.scenario import Scenario, make_scenario
 from avcil_dist.training.artifact import StepArtifact, is_committed, load_artifact, load_origin
+from avcil_dist.training.record import read_record
 from avcil_dist.training.requirements import check_needs
 
 LOCK_SECONDS = 60
+MANIFEST = "manifest hash"  # what is held against each other beside the settings
 # Settings that say how and where a stream runs, not what it computes.
 OPERATIONAL = (
     "output",
@@ -59,10 +61,14 @@ def load_previous(config: Config, manifest: Manifest, step: int) -> StepArtifact
     return load_artifact(stream_url(config), step - 1)
 
 
+def changed_settings(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The settings that differ and say what a stream computes, of two flattened configurations."""
+    return [key for key in sorted({*was, *now}) if was.get(key) != now.get(key) and not key.startswith(OPERATIONAL)]
+
+
 def changed_setting(was: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """The first setting that differs and says what a stream computes, of two flattened configurations."""
-    changed = (key for key in sorted({*was, *now}) if was.get(key) != now.get(key) and not key.startswith(OPERATIONAL))
-    return next(changed, None)
+    """The first of them."""
+    return next(iter(changed_settings(was, now)), None)
 
 
 @contextmanager
@@ -87,21 +93,25 @@ def sole_writer(stream: str) -> Iterator[None]:
 def check_continues(config: Config, manifest: Manifest, step: int) -> None:
     """Raises ConfigError when the step before `step` was made with other settings or from other data.
 
-    A stream of mixed settings would be a result of nothing.
+    A stream of mixed settings would be a result of nothing. Changes that the user allowed as the stream was
+    resumed are in its record, and pass.
     """
     stream = stream_url(config)
     origin = load_origin(stream, step - 1)
-    was, now = flatten(origin.config), flatten(config)
-    key = changed_setting(was, now)
-    if key:
+    record = read_record(stream)
+    was = flatten(origin.config) | {MANIFEST: origin.manifest_hash}
+    now = flatten(config) | {MANIFEST: manifest.content_hash}
+    for key in changed_settings(was, now):
+        if record is not None and record.allows(key, was.get(key), now.get(key), step - 1):
+            continue  # said at `avcil resume`
+        if key == MANIFEST:
+            raise ConfigError(
+                f"{stream}: step {step - 1} was made from other data than {config.data.manifest}; "
+                "give the manifest it was made from, or begin anew with --restart"
+            )
         raise ConfigError(
             f"{stream}: step {step - 1} was made with {key}={was.get(key)}, not {now.get(key)}; "
             "choose another name=, or begin anew with --restart"
-        )
-    if origin.manifest_hash != manifest.content_hash:
-        raise ConfigError(
-            f"{stream}: step {step - 1} was made from other data than {config.data.manifest}; "
-            "give the manifest it was made from, or begin anew with --restart"
         )
 
 

@@ -195,8 +195,10 @@ def reported(uri: str) -> Iterator[None]:
 
 
 def reason_of(error: BaseException) -> str:
-    """The error in one line, without credentials."""
-    return " ".join(shown(str(error)).split())[:300]
+    """The error in one line, without credentials; of a call that failed for a cause, the cause."""
+    text = " ".join(shown(str(error)).split())
+    cause = re.search(r"Caused by (.*)\)$", text)
+    return (cause[1] if cause else text)[:300]
 
 
 def shown(text: str) -> str:

@@ -23,6 +23,7 @@ from avcil_dist.training.artifact import committed_steps
 from avcil_dist.training.record import StreamRecord, new_record, read_record, write_record
 from avcil_dist.training.stream import stream_url
 
+SYNC_SECONDS = 60.0  # without any movement: a server may be slow, and who syncs has time
 INTERRUPTED_SECONDS = 5.0  # who pressed Ctrl-C, or has an error to read, waits no longer
 
 
@@ -127,7 +128,7 @@ def sync_stream(stream: str, *, uri: str | None, again: bool) -> str:
             spool.save_note(where, note)
     sender = _sender(spool, tracking, output, stream, record.id)
     sender.start()
-    if not sender.close(tracking.wait_seconds):
+    if not sender.close(max(tracking.wait_seconds, SYNC_SECONDS)):
         raise TrackingError(
             f"{shown(where)}: still away ({spool.note(where).reason or 'no answer'}); start the server, "
             f"then run avcil sync {stream} again; what it is to be told is kept in {spool.path}"

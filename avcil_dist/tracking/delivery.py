@@ -117,10 +117,10 @@ class MlflowDelivery:
         self._tag(run_id, tags)
 
     def _register(self, record: Record) -> None:
-        from avcil_dist.tracking.model import register_model  # encoders and decoders, for the last step alone
-
         self.is_uploading = True
         try:
+            from avcil_dist.tracking.model import register_model  # encoders and decoders, for the last step alone
+
             step = record["step"]
             uri = self._client.get_run(self._run(str(step))).data.tags.get(REFERENCE_TAG)
             register_model(self._client, self._run(STREAM), self.stream, step, name=record["name"], uri=uri)

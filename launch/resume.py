@@ -16,7 +16,7 @@ from avcil_dist.tracking.transport import download_step
 from avcil_dist.training.artifact import committed_steps, is_committed, load_origin, step_url
 from avcil_dist.training.committed import COMMITTED, read_commit
 from avcil_dist.training.record import Change, StreamRecord, read_record, write_record
-from avcil_dist.training.stream import MANIFEST, OPERATIONAL, changed_settings, stream_url
+from avcil_dist.training.stream import MANIFEST, changed_settings, is_operational, stream_url
 
 # What makes the numbers of a stream's steps incomparable; all else that counts makes it another stream.
 STRUCTURAL = (MANIFEST, "scenario.", "model.", "method.name", "data.clip.", "data.source_disjoint")
@@ -71,7 +71,7 @@ def weight_of(key: str) -> Weight:
     """What a changed setting does to a stream that goes on."""
     if key.startswith(STRUCTURAL):
         return "incomparable"
-    return "harmless" if key.startswith(OPERATIONAL) or key == "name" else "other stream"
+    return "harmless" if is_operational(key) or key == "name" else "other stream"
 
 
 def _step(found: FoundStream, uri: str, wanted: int | None) -> int:

@@ -7,7 +7,7 @@ from typing import Any, cast
 from avcil_dist import storage
 from avcil_dist.data.manifest import Split, check_shards, load_manifest
 from avcil_dist.errors import ArtifactError
-from avcil_dist.training.artifact import committed_steps, load_artifact
+from avcil_dist.training.artifact import committed_steps, load_artifact, step_url
 from avcil_dist.training.distributed import local_device, process_group
 from avcil_dist.training.engine import set_threads
 from avcil_dist.training.evaluate import Evaluator
@@ -33,7 +33,7 @@ def evaluate_stream(stream: str, step: int | None, split: str, manifest_url: str
     device = local_device(world)
     set_threads(world)
     with process_group(world, device, config.engine.timeout_minutes):
-        network, method = restored(artifact, manifest.shape)
+        network, method = restored(artifact, manifest.shape, step_url(stream, artifact.step))
         network.to(device)
         evaluator = Evaluator(manifest, scenario, config.data, config.optim.eval_batch, world, device)
         found = evaluator(network, method, cast(Split, split), artifact.step, on_batch=lambda: None)

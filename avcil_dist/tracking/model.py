@@ -159,15 +159,15 @@ def _load_pyfunc(path: str) -> "Predictor":
         raise ArtifactError(f"{error}; the model is kept by reference and needs that place") from None
     if digest != about["committed"]:
         raise ArtifactError(f"{folder}/{COMMITTED}: damaged, its digest is not the one registered")
-    return Predictor(load_artifact(storage.parent(folder), about["step"]), about["shape"])
+    return Predictor(load_artifact(storage.parent(folder), about["step"]), about["shape"], folder)
 
 
 class Predictor:
     """A committed step that predicts classes of clips."""
 
-    def __init__(self, artifact: StepArtifact, feature_shape: Mapping[str, int]) -> None:
+    def __init__(self, artifact: StepArtifact, feature_shape: Mapping[str, int], source: str) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        network, self.method = restored(artifact, feature_shape)
+        network, self.method = restored(artifact, feature_shape, source)
         self.network = network.to(self.device).eval()
         self.clip = artifact.config.data.clip
         self.takes_features = artifact.config.model.visual.kind == "precomputed"

@@ -16,8 +16,9 @@ from avcil_dist.models.heads import ProxyHead
 from avcil_dist.models.network import HeadedNetwork, Network, build_network
 from avcil_dist.scenario import Scenario
 from avcil_dist.seeds import derive_seed
-from avcil_dist.training.artifact import StepArtifact
+from avcil_dist.training.artifact import StepArtifact, set_weights, step_url
 from avcil_dist.training.features import FeaturePass
+from avcil_dist.training.stream import stream_url
 from avcil_dist.training.teacher import Teacher
 
 
@@ -26,10 +27,11 @@ def network_after(config: Config, manifest: Manifest, scenario: Scenario, method
     return _network(config, config.model, manifest.shape, scenario, method, step)
 
 
-def restored(artifact: StepArtifact, feature_shape: Mapping[str, int]) -> tuple[Network, Method]:
+def restored(artifact: StepArtifact, feature_shape: Mapping[str, int], source: str) -> tuple[Network, Method]:
     """The network and the method of a committed step, from the artifact alone: encoders fetch no weights for it.
 
     `feature_shape` is the manifest's: frames, positions and dim of features, empty for clips.
+    Raises ArtifactError, naming `source`, for weights that do not fit.
     """
     method = make_method(artifact.config.method)
     method.begin_step(StepContext(artifact.scenario, artifact.step))
@@ -41,7 +43,7 @@ def restored(artifact: StepArtifact, feature_shape: Mapping[str, int]) -> tuple[
     }
     model = artifact.config.model.model_copy(update=encoders)
     network = _network(artifact.config, model, feature_shape, artifact.scenario, method, artifact.step)
-    network.load_state_dict(artifact.model)
+    set_weights(network, artifact.model, source)
     return network, method
 
 
@@ -79,12 +81,11 @@ class NetworkMaker:
         torch.manual_seed(derive_seed(self.config.seed, "weights", step))
         if previous is None:
             return self._ready(self._after(step)), None
-        teacher = Teacher(self._after(step - 1), previous.model, self.device) if needs.teacher else None
+        teacher = Teacher(self._as_it_was(previous), self.device) if needs.teacher else None
         if needs.fresh_network:
             student = self._after(step)
         else:
-            student = self._after(step - 1)
-            student.load_state_dict(previous.model)
+            student = self._as_it_was(previous)
             if needs.trains_at(step):
                 self._grow(student, teacher)
         if teacher and self.config.engine.teacher == "sharded":
@@ -100,6 +101,11 @@ class NetworkMaker:
 
     def _after(self, step: int) -> Network:
         return network_after(self.config, self.manifest, self.context.scenario, self.method, step)
+
+    def _as_it_was(self, previous: StepArtifact) -> Network:
+        network = self._after(previous.step)
+        set_weights(network, previous.model, step_url(stream_url(self.config), previous.step))
+        return network
 
     def _grow(self, student: Network, teacher: Teacher | None) -> None:
         assert isinstance(student, HeadedNetwork)

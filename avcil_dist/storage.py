@@ -92,20 +92,6 @@ def exists(url: str) -> bool:
     return _trying(ask, url, READ_SECONDS)
 
 
-def subfolders(url: str) -> list[str]:
-    """The folders in a folder, by name; none where there is no such folder."""
-    filesystem, path = open_filesystem(url)
-
-    def ask() -> list[str]:
-        filesystem.invalidate_cache()
-        if not filesystem.isdir(path):
-            return []
-        found = filesystem.ls(path, detail=True)
-        return [entry["name"].rstrip("/") for entry in found if entry["type"] == "directory"]
-
-    return [join(url, Path(name).name) for name in sorted(_trying(ask, url, READ_SECONDS))]
-
-
 def size(url: str) -> int:
     """Bytes of the file at `url`, asked afresh each time. Raises DataError where there is none."""
     filesystem, path = open_filesystem(url)

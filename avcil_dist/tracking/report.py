@@ -70,7 +70,7 @@ def load_streams(folders: Sequence[str]) -> list[StreamReport]:
     for folder in folders:
         found = {
             place: stream
-            for place in (folder, *storage.subfolders(folder))
+            for place in (folder, *(storage.join(folder, name) for name in storage.list_folder(folder)))
             if (stream := _load_stream(place.rstrip("/"))) is not None
         }
         if not found:

@@ -55,7 +55,7 @@ def is_committed(stream: str, step: int) -> bool:
 
 def committed_steps(stream: str) -> list[int]:
     """The steps whose artifacts are there, in order. A stream resumed elsewhere need not have the earlier ones."""
-    numbers = [STEP_FOLDER.fullmatch(folder.rsplit("/", 1)[-1]) for folder in storage.subfolders(stream)]
+    numbers = [STEP_FOLDER.fullmatch(name) for name in storage.list_folder(stream)]
     return sorted(step for found in numbers if found and is_committed(stream, step := int(found[1])))
 
 

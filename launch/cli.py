@@ -9,6 +9,7 @@ import avcil_dist
 from avcil_dist.errors import AvcilError, StepStopped
 from launch.experiments import compare, methods, sweep
 from launch.shards import shards
+from launch.tracking import resume, sync
 
 USER_ERROR, INTERRUPTED, STOPPED = 2, 130, 143
 
@@ -44,7 +45,7 @@ def cli() -> None:
     """
 
 
-for _command in (shards, methods, sweep, compare):
+for _command in (shards, methods, sweep, compare, resume, sync):
     cli.add_command(_command)
 
 

@@ -16,8 +16,8 @@ from launch.tracked import publish_step, track_step
 class StepJob:
     """All that a rank needs to run its part of a step. Picklable, without state.
 
-    `run_id` is the stream run's in MLflow; only rank 0 uses it. `reset_optimizer` lets the step go on from a
-    snapshot with a fresh optimizer.
+    `run_id` is the stream's, as `open_run` gives it; only rank 0 tells of the step, and nobody where it is None.
+    `reset_optimizer` lets the step go on from a snapshot with a fresh optimizer.
     """
 
     config: Config
@@ -49,8 +49,8 @@ class StepJob:
                 part(observer=SilentProgress())
                 return
             with (
-                track_step(config, self.run_id, self.step) as tracker,
+                track_step(config, self.step) as tracker,
                 StepProgress(config.stream_name, self.num_steps, tracker) as progress,
             ):
                 part(observer=progress)
-                publish_step(config, tracker, self.step)
+                publish_step(config, tracker, self.num_steps)

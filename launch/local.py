@@ -29,7 +29,7 @@ from launch.tracked import stream_run
 USER_ERROR, INTERRUPTED, STOPPED = 2, 130, 143
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 4  # for ranks to end by themselves when one has failed, before they are made to
-PRELOADED = ["torch", "deepspeed", "avcil_dist.training.step", "avcil_dist.tracking.mlflow"]
+PRELOADED = ["torch", "deepspeed", "avcil_dist.training.step", "avcil_dist.tracking.delivery"]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from avcil_dist.tracking.mlflow import StepTracker
+from avcil_dist.tracking.tracker import StepTracker
 
 LOG_LINES = 5
 

@@ -93,7 +93,7 @@ def step_in_group(
         source = _training_source(config, manifest, context, method, memory, world)
         trainer = Trainer(config, method, teacher, evaluator, source, observer, device, snapshots, stop)
         selected = trainer.train(student)
-        student = network_after(config, manifest, scenario, method, step, selected.state.keys()).to(device)
+        student = network_after(config, manifest.shape, scenario, method, step, selected.state.keys()).to(device)
         set_weights(student, selected.state, f"step {step}, as trained")
     else:
         observer.begin(step, 0, 0, 0)

@@ -8,6 +8,7 @@ import click
 import avcil_dist
 from avcil_dist.errors import AvcilError
 from launch.experiments import compare, methods, sweep
+from launch.sandbox.commands import sandbox
 from launch.shards import shards
 
 USER_ERROR, INTERRUPTED = 2, 130
@@ -41,7 +42,7 @@ def cli() -> None:
     """
 
 
-for _command in (shards, methods, sweep, compare):
+for _command in (shards, methods, sweep, compare, sandbox):
     cli.add_command(_command)
 
 

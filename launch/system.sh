@@ -35,10 +35,6 @@ need() {
     # shellcheck disable=SC2086  # several packages
     quietly apt-get -qq install -y --no-install-recommends $packages 2> /dev/null \
         || { apt-get -qq update && quietly apt-get -qq install -y --no-install-recommends $packages; }
-    if command -v systemctl > /dev/null && [ -d /run/systemd/system ]; then
-        # shellcheck disable=SC2086
-        for service in $SERVICES; do systemctl --quiet disable "$service" 2> /dev/null || true; done
-    fi
 }
 
 # has COMMANDS...: whether all are there; daemons are not on everyone's path.

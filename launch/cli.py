@@ -8,6 +8,7 @@ import click
 import avcil_dist
 from avcil_dist.errors import AvcilError, StepStopped
 from launch.experiments import compare, methods, sweep
+from launch.jobs import cancel, logs, status, submit
 from launch.sandbox.commands import sandbox
 from launch.shards import shards
 
@@ -45,7 +46,7 @@ def cli() -> None:
     """
 
 
-for _command in (shards, methods, sweep, compare, sandbox):
+for _command in (shards, methods, sweep, compare, submit, status, cancel, logs, sandbox):
     cli.add_command(_command)
 
 

@@ -24,16 +24,15 @@ def stream_run(config: Config, *, is_main: bool) -> Iterator[str | None]:
     if not is_main:
         yield None
         return
-    run_id = _open(config)
-    status: Status = "FAILED"
+    run_id = open_run(config)
+    kind: type[BaseException] | None = None
     try:
         yield run_id
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
+    except BaseException as error:
+        kind = type(error)
         raise
     finally:
-        close_stream(config.tracking, output=config.output, stream_run=run_id, status=status)
+        close_run(config, kind)
 
 
 def track_step(config: Config, run_id: str, step: int) -> StepTracker:
@@ -51,7 +50,15 @@ def publish_step(config: Config, tracker: StepTracker, step: int) -> None:
     _write_record(config, record | {"published": sorted({*record["published"], step})})
 
 
-def _open(config: Config) -> str:
+def close_run(config: Config, kind: type[BaseException] | None) -> None:
+    """Say how the stream ended: `kind` is what it was ended by, None where it ended well."""
+    run_id = _read_record(config)["run_id"]
+    status: Status = "FINISHED" if kind is None else "KILLED" if kind is KeyboardInterrupt else "FAILED"
+    close_stream(config.tracking, output=config.output, stream_run=run_id, status=status)
+
+
+def open_run(config: Config) -> str:
+    """Make the stream run or open it again; what is committed and not published yet is published. Returns its id."""
     record = _read_record(config)
     run_id = open_stream(
         config.tracking,

@@ -20,7 +20,7 @@ def sandbox() -> None:
     \b
       avcil sandbox up
       export SLURM_CONF=~/.cache/avcil-sandbox/slurm.conf
-      avcil submit demo data.manifest=shards/manifest.json --cluster slurm nodes=2
+      avcil submit demo data.manifest=shards/manifest.json --cluster slurm cluster.nodes=2
       avcil sandbox down
     """
 

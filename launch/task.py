@@ -1,0 +1,88 @@
+"""One task of a submitted job, which is one rank of a step; how the step ended is written beside the logs.
+
+`step_003.done` and `step_003.failed` (with the error's line) are what the job's script and `avcil status`
+go by; where there is neither, the job may begin again, and the step goes on from its last snapshot.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from submitit.helpers import DelayedSubmission
+
+from avcil_dist.errors import AvcilError, RankError, StepStopped
+from avcil_dist.signals import STOP_SIGNALS
+from avcil_dist.training.artifact import is_committed
+from avcil_dist.training.engine import name_accelerator
+from avcil_dist.training.faults import print_fault
+from avcil_dist.training.stream import stream_url
+from avcil_dist.world import World, world_from_environment
+from launch.job import StepJob
+from launch.record import DONE, FAILED, mark_of
+from launch.tracked import close_run, open_run
+
+USER_ERROR, RUN_AGAIN = 2, 75
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class StepTask:
+    """The same object for every task of a step's job; submitit pickles it. `port`: where ranks of one machine meet."""
+
+    job: StepJob
+    folder: str
+    port: int = 0
+
+    def __call__(self) -> None:
+        """Run this task's rank to its end."""
+        _end_with_parent()
+        signal.pthread_sigmask(
+            signal.SIG_BLOCK, STOP_SIGNALS
+        )  # until the step listens for them; submitit's are not used
+        name_accelerator()
+        try:
+            world = self._world()
+            if is_committed(stream_url(self.job.config), self.job.step):
+                self._make_up(world)  # for what a job that was ended between commit and report left undone
+            else:
+                self.job.run(world, self._report)
+            if world.is_main and self.job.step + 1 == self.job.num_steps:
+                close_run(self.job.config, None)
+        except StepStopped as stopped:
+            sys.stderr.write(f"avcil: {stopped}\n")
+            sys.exit(RUN_AGAIN)
+        except AvcilError as error:
+            self._report(error)
+            sys.exit(USER_ERROR)
+        if world.is_main:
+            Path(f"{mark_of(self.folder, self.job.step)}.{DONE}").touch()
+
+    def checkpoint(self) -> DelayedSubmission:
+        """Begin again as it is: the snapshots are the state."""
+        return DelayedSubmission(self)
+
+    def _make_up(self, world: World) -> None:
+        if world.is_main:
+            open_run(self.job.config)
+
+    def _report(self, error: AvcilError) -> None:
+        """To the log; an error that would come again ends the chain."""
+        print_fault(error)
+        if not isinstance(error, RankError):
+            Path(f"{mark_of(self.folder, self.job.step)}.{FAILED}").write_text(f"{error}\n")
+
+    def _world(self) -> World:
+        """SLURM's, or that of submitit's local executor."""
+        if os.environ.get("SUBMITIT_EXECUTOR") != "local":
+            return world_from_environment(os.environ)
+        rank, size = int(os.environ["SUBMITIT_LOCAL_GLOBALID"]), int(os.environ["SUBMITIT_LOCAL_NTASKS"])
+        return World(rank, size, rank, size, "127.0.0.1", self.port, launcher="local")
+
+
+def _end_with_parent() -> None:
+    """A rank whose node's daemon is gone must not train on beside the job that takes its place (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

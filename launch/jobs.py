@@ -105,3 +105,22 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """The words about the stream, and those about the cluster without their prefix."""
     of_cluster = [word.removeprefix(CLUSTER_PREFIX) for word in words if word.startswith(CLUSTER_PREFIX)]
     return [word for word in words if not word.startswith(CLUSTER_PREFIX)], of_cluster
+
+
+def submit_grid(
+    config: str, settings: Sequence[str], cluster: str, of_cluster: Sequence[str], *, ablation: bool
+) -> None:
+    """Submit the streams of all combinations, each a chain, of which no more than `max_parallel` run at a time."""
+    from launch.chain import submit_stream
+    from launch.resources import load_cluster
+    from launch.sweep import make_grid
+
+    place = load_cluster(cluster, of_cluster)
+    points = make_grid(config, settings, ablation=ablation, processes=place.world_size)
+    last: list[str | None] = [None] * place.max_parallel
+    for number, point in enumerate(points):
+        lane = number % place.max_parallel  # its chains follow one another
+        done = submit_stream(point.config, place, after=last[lane])
+        last[lane] = done.last or last[lane]
+        click.echo(f"{done.stream}: {len(done.new)} submitted, {len(done.kept)} wait or run already")
+    click.echo(f"see one with: avcil status FOLDER; all, once they are done: avcil compare {points[0].config.output}")

@@ -15,7 +15,7 @@ from avcil_dist.compose import load_settings, shipped_configs
 from avcil_dist.config import Section
 from avcil_dist.errors import ConfigError
 
-WAIT_SECONDS = 60  # all ranks end together: one that is still there so long after the first is lost
+WAIT_SECONDS = 3600  # for rank 0 to upload its results; a rank that is still there so long after the first is lost
 AGAIN_SECONDS = 600  # how long a job waits to be ended once it is requeued
 
 
@@ -165,7 +165,7 @@ def _teardown(step: int, mark: str, max_requeues: int) -> list[str]:
         'if scontrol show job -o "$SLURM_JOB_ID" | grep -q " JobState=RUNNING "; then',
         f'  if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {max_requeues} ]; then',
         f'    echo "avcil: step {step} is not done (exit code $code); requeued, it goes on from its last snapshot"',
-        f'    scontrol requeue "$SLURM_JOB_ID" && sleep {AGAIN_SECONDS}',
+        f'    if scontrol requeue "$SLURM_JOB_ID"; then sleep {AGAIN_SECONDS}; exit 1; fi',
         "  fi",
         f'  echo "step {step} is not done after $((${{SLURM_RESTART_COUNT:-0}} + 1)) starts (exit code $code);'
         f' max_requeues={max_requeues}; its log says more" > {failed}',

@@ -8,12 +8,13 @@ import ctypes
 import os
 import signal
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from submitit.helpers import DelayedSubmission
 
-from avcil_dist.errors import AvcilError, RankError, StepStopped
+from avcil_dist.errors import AvcilError, RankError, StepStopped, TrackingError
 from avcil_dist.signals import STOP_SIGNALS
 from avcil_dist.training.artifact import is_committed
 from avcil_dist.training.engine import name_accelerator
@@ -39,34 +40,44 @@ class StepTask:
     def __call__(self) -> None:
         """Run this task's rank to its end."""
         _end_with_parent()
-        signal.pthread_sigmask(
-            signal.SIG_BLOCK, STOP_SIGNALS
-        )  # until the step listens for them; submitit's are not used
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # they wait for the step to listen, not for submitit
         name_accelerator()
         try:
             world = self._world()
-            if is_committed(stream_url(self.job.config), self.job.step):
-                self._make_up(world)  # for what a job that was ended between commit and report left undone
-            else:
-                self.job.run(world, self._report)
-            if world.is_main and self.job.step + 1 == self.job.num_steps:
-                close_run(self.job.config, None)
-        except StepStopped as stopped:
-            sys.stderr.write(f"avcil: {stopped}\n")
-            sys.exit(RUN_AGAIN)
         except AvcilError as error:
             self._report(error)
             sys.exit(USER_ERROR)
-        if world.is_main:
-            Path(f"{mark_of(self.folder, self.job.step)}.{DONE}").touch()
+        code = self._run(world)
+        # The ranks end together, and rank 0 has more to finish: srun would end it for another's exit code.
+        if world.is_main and code:
+            sys.exit(code)
 
     def checkpoint(self) -> DelayedSubmission:
         """Begin again as it is: the snapshots are the state."""
         return DelayedSubmission(self)
 
-    def _make_up(self, world: World) -> None:
+    def _run(self, world: World) -> int:
+        """This rank's exit code."""
+        config, job = self.job.config, self.job
+        try:
+            if not is_committed(stream_url(config), job.step):
+                job.run(world, self._report)
+            elif world.is_main:
+                open_run(config)  # tells what a job that was ended between commit and report did not
+        except StepStopped as stopped:
+            sys.stderr.write(f"avcil: {stopped}\n")
+            return RUN_AGAIN
+        except AvcilError as error:
+            self._report(error)
+            if world.is_main and not isinstance(error, RankError):
+                with suppress(TrackingError):
+                    close_run(config, type(error))
+            return RUN_AGAIN if isinstance(error, RankError) else USER_ERROR
         if world.is_main:
-            open_run(self.job.config)
+            if job.step + 1 == job.num_steps:
+                close_run(config, None)
+            Path(f"{mark_of(self.folder, job.step)}.{DONE}").touch()
+        return 0
 
     def _report(self, error: AvcilError) -> None:
         """To the log; an error that would come again ends the chain."""

@@ -86,7 +86,7 @@ class Sandbox:
             daemons.stop(name, STOP_SECONDS)
         for pid in processes_with(f"SLURM_CONF={self.conf}", "SLURM_JOB_ID="):
             os.kill(pid, signal.SIGKILL)
-        _write_hosts(())
+        self._write_hosts(())
 
     def status(self) -> dict[str, int | None]:
         """Each daemon's process; None for one that does not run."""
@@ -141,6 +141,15 @@ class Sandbox:
         for name in ("slurmctld", *(f"slurmd-{node}" for node in NODES)):
             (self.folder / name).mkdir(exist_ok=True)
 
+    def _write_hosts(self, names: tuple[str, ...]) -> None:
+        """Let the hosts file name these nodes; of another sandbox's line it knows nothing."""
+        mark = f"{MARK} {self.folder}"
+        text = HOSTS.read_text()
+        lines = [line for line in text.splitlines() if not line.endswith(mark)]
+        lines += [f"127.0.0.1 {' '.join(names)} {mark}"] if names else []
+        if lines != text.splitlines():
+            HOSTS.write_text("\n".join([*lines, ""]))
+
     def _start_accounting(self) -> None:
         daemons, environment, folder = self.daemons, self.environment(), self.folder
         socket_path = folder / "munge.socket"
@@ -170,7 +179,7 @@ class Sandbox:
 
     def _start_slurm(self) -> None:
         daemons, environment = self.daemons, self.environment()
-        _write_hosts(NODES)
+        self._write_hosts(NODES)
         self.run("sacctmgr", "--immediate", "add", "cluster", "avcil-sandbox", check=False)  # there already: no error
         daemons.start("slurmctld", ["slurmctld", "-D", "-f", str(self.conf)], environment)
         daemons.require("slurmctld", lambda: not self.run("scontrol", "ping", check=False).returncode, START_SECONDS)
@@ -215,15 +224,6 @@ def _write_secret(path: Path, text: str, mode: int = 0o600) -> None:
     path.touch(mode=mode)
     path.chmod(mode)
     path.write_text(text)
-
-
-def _write_hosts(names: tuple[str, ...]) -> None:
-    """Let the hosts file name these nodes, and no others of ours."""
-    lines = [line for line in HOSTS.read_text().splitlines() if not line.endswith(MARK)]
-    added = [f"127.0.0.1 {' '.join(names)} {MARK}"] if names else []
-    text = "\n".join([*lines, *added]) + "\n"
-    if text != HOSTS.read_text():
-        HOSTS.write_text(text)
 
 
 def _free_ports(count: int) -> list[int]:

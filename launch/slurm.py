@@ -54,6 +54,7 @@ def past_jobs(ids: Iterable[str]) -> dict[str, JobState]:
         return {}
     found = {}
     for id, name, state, nodes, code in (line.split("|") for line in lines if line.count("|") == 4):
+        nodes = "" if nodes == "None assigned" else nodes
         found[id] = JobState(id, name, state.split()[0], nodes, f"exit code {code.partition(':')[0]}", is_live=False)
     return found
 

@@ -57,7 +57,7 @@ class StepTask:
         return DelayedSubmission(self)
 
     def _run(self, world: World) -> int:
-        """This rank's exit code."""
+        """Run the rank; its exit code."""
         config, job = self.job.config, self.job
         try:
             if not is_committed(stream_url(config), job.step):

@@ -20,13 +20,13 @@ from launch.tracked import close_run
 
 TAIL_LINES = 8
 FOLLOW_SECONDS = 1.0
-QUIET = ("COMMITTED", "NOT SUBMITTED")  # of these there is nothing to explain
+QUIET = ("COMMITTED", "NOT SUBMITTED", "ENDED")  # of these there is nothing to explain
 LIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "WAITING")
 
 
 @dataclass(frozen=True)
 class StepStatus:
-    """A step as its job, its marks and its artifact tell. `state`: COMMITTED, or SLURM's word, or NOT SUBMITTED."""
+    """A step as its job, its marks and its artifact tell. `state`: COMMITTED, NOT SUBMITTED, ENDED, or SLURM's word."""
 
     step: int
     state: str
@@ -56,7 +56,7 @@ def chain_status(stream: str) -> tuple[Chain, list[StepStatus]]:
         if is_committed(stream, step):
             state, reason, progress, failure = "COMMITTED", "", "", None
         elif found is None:
-            state, reason, progress = ("FAILED", "", "") if failure else ("NOT SUBMITTED", "", "")
+            state, reason, progress = _state_without_job(chain, step, failure), "", ""
         else:
             state = "FAILED" if failure and not found.is_live else found.state
             reason, progress = found.reason, _progress(chain, step)
@@ -168,6 +168,13 @@ def _local_jobs(stream: str, chain: Chain) -> dict[int, JobState]:
         )
         for step in todo
     }
+
+
+def _state_without_job(chain: Chain, step: int, failure: str | None) -> str:
+    """The state of a step of whose jobs nobody knows any more."""
+    if failure:
+        return "FAILED"
+    return "ENDED" if chain.jobs.get(step) else "NOT SUBMITTED"
 
 
 def _last_metrics(stream: str, num_steps: int) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from launch.sandbox.cluster import Sandbox
+import pytest
+
+from launch.sandbox.cluster import NODES, Sandbox
 from tests.slurm.chains import (
     job_of,
     kill_daemon_of_node,
@@ -61,3 +63,78 @@ def test_a_disturbed_chain_ends_with_the_bits_of_the_local_run(sandbox: Sandbox,
     assert weights_digest(stream) == weights_digest(whole)
     assert last_artifact(stream).metrics == last_artifact(whole).metrics
     assert "all steps are committed" in avcil("submit", config, *TWO_NODES).output
+
+
+def test_a_failing_step_cancels_the_rest_and_status_says_why(sandbox: Sandbox, tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    stream = submit(config)
+    broken = tmp_path / "shards" / "manifest.json"
+    whole = broken.read_text()
+    broken.write_text("{}")  # before the first job has begun to read it
+    assert [step.state for step in wait_for_end(stream)] == ["FAILED", "CANCELLED", "CANCELLED"]
+    shown = avcil("status", stream).output
+    assert "manifest.json" in shown
+    assert "step 0 failed" in shown.replace("\n", " ")
+    assert "manifest.json" in avcil("logs", stream, "--step", 0).output
+
+    broken.write_text(whole)  # mended, the chain is submitted anew: and cancelled, which ends all of it
+    first = job_of(stream, 0)
+    submit(config)
+    assert job_of(stream, 0) != first
+    result = avcil("submit", config, *TWO_NODES, "optim.lr=0.1")
+    assert result.exit_code == 2
+    assert "optim.lr=0.003, not 0.1" in result.output
+    assert "3 ended" in avcil("cancel", stream).output
+    assert [step.state for step in wait_for_end(stream)] == ["CANCELLED"] * 3
+    assert "nothing waits or runs" in avcil("cancel", stream).output
+
+
+def test_a_sweep_is_chains_of_which_so_many_run_at_a_time(sandbox: Sandbox, tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    sandbox.run("scontrol", "update", "PartitionName=low", "State=DOWN")  # nothing begins
+    try:
+        words = ("method=finetune,lwf", "seed=1,2", "cluster.max_parallel=2")
+        result = avcil("sweep", config, *words, *TWO_NODES)
+        assert result.exit_code == 0, result.output
+        streams = [
+            str(tmp_path / "runs" / f"tiny-{name}")
+            for name in ("finetune-seed1", "finetune-seed2", "lwf-seed1", "lwf-seed2")
+        ]
+        waits_for = {
+            job: sandbox.run("squeue", "--noheader", "--format=%E", f"--jobs={job}").stdout.split("(")[0].strip()
+            for stream in streams
+            for job in (job_of(stream, 0), job_of(stream, 1))
+        }
+        assert waits_for == {
+            job_of(streams[0], 0): "",
+            job_of(streams[1], 0): "",
+            job_of(streams[2], 0): f"afterany:{job_of(streams[0], 2)}",
+            job_of(streams[3], 0): f"afterany:{job_of(streams[1], 2)}",
+        } | {job_of(stream, 1): f"afterok:{job_of(stream, 0)}" for stream in streams}
+        assert result.output.count("3 submitted") == 4
+        assert avcil("sweep", config, *words, *TWO_NODES).output.count("0 submitted, 3 wait or run already") == 4
+        for stream in streams:
+            assert "3 ended" in avcil("cancel", stream).output
+    finally:
+        sandbox.run("scontrol", "update", "PartitionName=low", "State=UP")
+
+
+def test_the_sandbox_is_started_once_and_shows_what_runs(sandbox: Sandbox) -> None:
+    before = sandbox.status()
+    assert None not in before.values()
+    result = avcil("sandbox", "up", "--folder", sandbox.folder)
+    assert result.exit_code == 0, result.output
+    assert f"export SLURM_CONF={sandbox.conf}" in result.output
+    assert sandbox.status() == before
+    shown = avcil("sandbox", "status", "--folder", sandbox.folder).output
+    for name in (*before, *NODES):
+        assert name in shown
+
+
+def test_the_sandbox_says_which_packages_are_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr("launch.sandbox.cluster.SYSTEM_PATHS", "")
+    result = avcil("sandbox", "up", "--folder", tmp_path)
+    assert result.exit_code == 2
+    assert "mariadb-server, munge, slurm-wlm, slurmdbd" in result.output
+    assert "launch/test.sh --with-system" in result.output

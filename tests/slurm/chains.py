@@ -2,13 +2,16 @@
 
 import json
 import os
+import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from launch.record import read_chain
 from launch.sandbox.cluster import Sandbox
+from launch.sandbox.daemons import processes_with
 from launch.watch import StepStatus, chain_status
 
 SECONDS = 240
@@ -60,6 +63,27 @@ def kill_daemon_of_node(job: str) -> None:
         if entry.name.isdigit() and _command(entry).startswith(f"slurmstepd: [{job}.0]")
     )
     os.kill(first, signal.SIGKILL)
+
+
+@contextmanager
+def held_ranks(job: str) -> Iterator[list[int]]:
+    """The processes of the job's ranks, which do not run in the block."""
+    found = processes_with(f"SLURM_JOB_ID={job}", "SLURM_PROCID=")
+    ranks = [pid for pid in found if re.match(r"\S*python\S*\0-u\0-m\0submitit", _command(Path(f"/proc/{pid}")))]
+    for rank in ranks:
+        os.kill(rank, signal.SIGSTOP)
+    try:
+        assert len(ranks) == 2
+        yield ranks
+    finally:
+        for rank in ranks:
+            os.kill(rank, signal.SIGCONT)
+
+
+def is_pending(pid: int, number: signal.Signals) -> bool:
+    """Whether a signal has come that the process has not taken yet."""
+    pending = re.search(r"^ShdPnd:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return pending is not None and bool(int(pending[1], 16) >> (number - 1) & 1)
 
 
 def _command(entry: Path) -> str:

@@ -1,13 +1,17 @@
 """A stream as SLURM jobs over two nodes: through every disturbance, the bits of the local run."""
 
+import signal
 from pathlib import Path
 
 import pytest
 
 from launch.sandbox.cluster import NODES, Sandbox
 from tests.slurm.chains import (
+    held_ranks,
+    is_pending,
     job_of,
     kill_daemon_of_node,
+    wait_for,
     wait_for_end,
     wait_for_restart,
     wait_until_it_trains,
@@ -35,10 +39,9 @@ def test_a_disturbed_chain_ends_with_the_bits_of_the_local_run(sandbox: Sandbox,
     config = write_config(tmp_path, optim=optim, snapshot={"iterations": 20})
     whole = train(config, f"output={tmp_path}/local", "-n", 2)
 
-    stream = submit(config, "cluster.hours=0.02", "cluster.signal_seconds=15")
+    stream = submit(config, "cluster.signal_seconds=15")
     jobs = [job_of(stream, step) for step in range(3)]
-    sandbox.run("scontrol", "update", f"job={jobs[0]}", "TimeLimit=30")  # it is the last step that runs out of time
-    sandbox.run("scontrol", "update", f"job={jobs[1]}", "Partition=nowarn", "TimeLimit=30")
+    sandbox.run("scontrol", "update", f"job={jobs[1]}", "Partition=nowarn")
     assert "waits or runs already" in avcil("submit", config, *TWO_NODES).output
 
     wait_until_it_trains(stream, 0)
@@ -56,6 +59,12 @@ def test_a_disturbed_chain_ends_with_the_bits_of_the_local_run(sandbox: Sandbox,
     wait_for_restart(sandbox, jobs[1], 2)
     wait_until_it_trains(stream, 1)
     sandbox.run("scontrol", "requeue", jobs[1])
+
+    wait_until_it_trains(stream, 2)
+    with held_ranks(jobs[2]) as ranks:  # they would be done before the shortest time limit is over
+        sandbox.run("scontrol", "update", f"job={jobs[2]}", "TimeLimit=1")
+        wait_for(lambda: all(is_pending(rank, signal.SIGUSR2) for rank in ranks), "the warning of the time limit")
+    wait_for_restart(sandbox, jobs[2], 1)
 
     steps = wait_for_end(stream)
     assert [step.state for step in steps] == ["COMMITTED"] * 3

@@ -69,7 +69,7 @@ def kill_daemon_of_node(job: str) -> None:
 def held_ranks(job: str) -> Iterator[list[int]]:
     """The processes of the job's ranks, which do not run in the block."""
     found = processes_with(f"SLURM_JOB_ID={job}", "SLURM_PROCID=")
-    ranks = [pid for pid in found if re.match(r"\S*python\S*\0-u\0-m\0submitit", _command(Path(f"/proc/{pid}")))]
+    ranks = [pid for pid in found if re.match(r"[^\0]*python[^\0]*\0-u\0-m\0submitit", _command(Path(f"/proc/{pid}")))]
     for rank in ranks:
         os.kill(rank, signal.SIGSTOP)
     try:

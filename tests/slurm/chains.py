@@ -55,6 +55,13 @@ def wait_for_restart(sandbox: Sandbox, job: str, number: int) -> None:
     wait_for(lambda: restarts(sandbox, job) >= number, f"job {job} to be requeued for the {number}th time")
 
 
+def limit_time(sandbox: Sandbox, job: str) -> None:
+    """Let the job's time be up in one to two minutes, which are SLURM's unit."""
+    shown = sandbox.run("scontrol", "show", "job", "-o", job).stdout
+    hours, minutes = shown.partition("RunTime=")[2].split(":")[:2]
+    sandbox.run("scontrol", "update", f"job={job}", f"TimeLimit={60 * int(hours) + int(minutes) + 2}")
+
+
 def kill_daemon_of_node(job: str) -> None:
     """`kill -9` of the process with which slurmd watches over one node's rank."""
     [first, *_] = sorted(

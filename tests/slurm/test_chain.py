@@ -12,6 +12,7 @@ from tests.slurm.chains import (
     is_pending,
     job_of,
     kill_daemon_of_node,
+    limit_time,
     wait_for,
     wait_for_end,
     wait_for_restart,
@@ -40,7 +41,7 @@ def test_a_disturbed_chain_ends_with_the_bits_of_the_local_run(sandbox: Sandbox,
     config = write_config(tmp_path, optim=optim, snapshot={"iterations": 20})
     whole = train(config, f"output={tmp_path}/local", "-n", 2)
 
-    stream = submit(config, "cluster.signal_seconds=15")
+    stream = submit(config, "cluster.signal_seconds=60")
     jobs = [job_of(stream, step) for step in range(3)]
     sandbox.run("scontrol", "update", f"job={jobs[1]}", "Partition=nowarn")
     assert "waits or runs already" in avcil("submit", config, *TWO_NODES).output
@@ -63,7 +64,7 @@ def test_a_disturbed_chain_ends_with_the_bits_of_the_local_run(sandbox: Sandbox,
 
     wait_until_it_trains(stream, 2)
     with held_ranks(jobs[2]) as ranks:  # they would be done before the shortest time limit is over
-        sandbox.run("scontrol", "update", f"job={jobs[2]}", "TimeLimit=1")
+        limit_time(sandbox, jobs[2])
         wait_for(lambda: all(is_pending(rank, signal.SIGUSR2) for rank in ranks), "the warning of the time limit")
     wait_for_restart(sandbox, jobs[2], 1)
 

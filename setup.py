@@ -66,12 +66,14 @@ setup(
         "avcil_dist.configs",  # the shipped yaml files, so that an installed wheel has them
         "data_shards",
         "launch",
+        "launch.sandbox",
     ],
     package_dir={"avcil_dist.configs": "configs"},
     package_data={
         "avcil_dist.tracking": ["*.j2"],
         "avcil_dist.configs": ["*.yaml", "*/*.yaml"],
         "launch": ["*.sh"],
+        "launch.sandbox": ["*.j2"],
     },
     install_requires=REQUIRED,
     extras_require={"s3": S3, "gs": GS, "az": AZ, "hdf5": HDF5, "test": TEST, "dev": [*TEST, *GS, *AZ]},

@@ -11,7 +11,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -26,6 +26,7 @@ COMMAND_LINE = "command line"
 BY_METHOD = "by_method"
 
 Tree = dict[str, Any]
+M = TypeVar("M", bound=BaseModel)
 Origins = dict[str, str]
 
 
@@ -68,6 +69,17 @@ def _validated(tree: Tree, origins: Origins, file: str) -> Config:
     except ValidationError as error:
         raise ConfigError(_explain(error, tree["method"], origins, kind, file, section="method")) from None
     return config.model_copy(update={"method": MethodConfig(name=config.method.name, **options.model_dump())})
+
+
+def load_settings(path: Path, model: type[M], overrides: Sequence[str] = ()) -> M:
+    """A file of settings of their own kind, with overrides. Raises ConfigError as `load_config` does."""
+    tree, origins = _read(path, chain=())
+    for override in overrides:
+        _override(tree, origins, override)
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, tree, origins, model, path.name)) from None
 
 
 def config_from_yaml(text: str) -> Config:

@@ -10,6 +10,7 @@ import click
 @click.option("--fork", is_flag=True, help="Go on in a new run, which records where it came from.")
 @click.option("--force", is_flag=True, help="Allow changes that make steps incomparable; this is recorded.")
 @click.option("--processes", "-n", default=1, show_default=True, help="Processes (ranks) on this machine.")
+@click.option("--cluster", help="A cluster's file or shipped name: go on as a chain of jobs there.")
 @click.option(
     "--uri",
     envvar="MLFLOW_TRACKING_URI",
@@ -22,6 +23,7 @@ def resume(
     fork: bool,
     force: bool,
     processes: int,
+    cluster: str | None,
     uri: str | None,
 ) -> None:
     """Go on with the stream of RUN from what MLflow holds of it: on any machine that sees server and shards.
@@ -35,6 +37,7 @@ def resume(
     Examples:
       avcil resume demo-avcil-seed0 --uri http://tracking:5000 output=runs data.manifest=shards/manifest.json
       avcil resume 0a1b2c… --from-step 1 --fork optim.lr=3e-4
+      avcil resume demo-avcil-seed0 --cluster my-cluster.yaml output=runs
     """
     from avcil_dist.config import TrackingConfig
     from avcil_dist.tracking.mlflow import tracking_uri
@@ -46,6 +49,13 @@ def resume(
     place = tracking_uri(TrackingConfig(uri=uri), "runs")
     ready = prepare(place, run, Wish(overrides, from_step, fork, force))
     click.echo(f"{ready.config.stream_name}: goes on after step {ready.step}", err=True)
+    if cluster:
+        from launch.chain import submit_stream
+        from launch.resources import load_cluster
+
+        submitted = submit_stream(ready.config, load_cluster(cluster, []))
+        click.echo(f"{submitted.stream}: {len(submitted.new)} submitted; see it with: avcil status {submitted.stream}")
+        return
     stream = run_stream(ready.config, processes=processes)
     click.echo(f"{stream}: all steps are committed; see them with: avcil report {stream}")
 

@@ -51,7 +51,7 @@ def snapshots_url(config: Config, step: int) -> str:
 
 
 def discard_stale(config: Config, step: int, *, own: bool) -> None:
-    """Remove the snapshots of other steps than `step`, the next; `own`: its own too. A kill after a commit leaves some."""
+    """Remove snapshots of other steps than `step`, which is next; `own`: its own too. A kill can leave such."""
     folder = storage.parent(snapshots_url(config, step))
     names = storage.list_folder(folder)
     if own or f"step_{step:03d}" not in names:

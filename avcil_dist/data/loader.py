@@ -80,6 +80,12 @@ class TrainingSource:
     start: int = 0
     joined: np.ndarray = field(default_factory=lambda: NO_CLIPS)
 
+    @property
+    def clips(self) -> np.ndarray:
+        """All clips that may come in a batch, ascending."""
+        current = self.manifest.clips(self.classes, "train")
+        return np.unique(np.concatenate([current, self.exemplars, self.joined]))
+
     def epoch_batches(self, epoch: int) -> np.ndarray:
         """The epoch's global batches, (batches, optim.batch)."""
         return plan_epoch(
@@ -203,9 +209,9 @@ class _Fetch:
                 yield self._finish(reader, *coming.popleft())
 
     def _fetch(self, reader: OpenReader, request: Request) -> _Fetched:
-        rows = self.layout.lay_out(request.clips)
+        rows = self.layout.lay_out(request.places)
         found = reader.read(request, rows.segments)
-        faults = {row: self._named(request.clips[row], fault) for row, fault in found.items()}
+        faults = {row: self._named(request.places[row], fault) for row, fault in found.items()}
         return _Fetched(request, rows, faults, {})
 
     def _finish(self, reader: OpenReader, request: Request, future: "Future[_Fetched]") -> _Fetched:

@@ -51,12 +51,18 @@ class Draw:
 class Request:
     """The clip numbers of a rank's batch, in row order; the first `num_current` are of the current step.
 
-    Clips are varied as `draw` says, or not at all.
+    Clips are varied as `draw` says, or not at all. They are read at `copies` (numbers), where these are given.
     """
 
     clips: np.ndarray
     num_current: int
     draw: Draw | None = None
+    copies: np.ndarray | None = None
+
+    @property
+    def places(self) -> np.ndarray:
+        """The numbers of the clips that are read."""
+        return self.clips if self.copies is None else self.copies
 
 
 @dataclass(frozen=True)
@@ -236,7 +242,7 @@ class OpenReader:
 
     def _shards_of(self, request: Request) -> list[tuple[int, bool]]:
         """The shards of a request, and whether each is wanted whole: exemplars are few clips of many shards."""
-        current, exemplars = request.clips[: request.num_current], request.clips[request.num_current :]
+        current, exemplars = request.places[: request.num_current], request.places[request.num_current :]
         of_current = set(self.manifest.shards_of(current[current != PADDING]).tolist())
         of_exemplars = set(self.manifest.shards_of(exemplars[exemplars != PADDING]).tolist()) - of_current
         return [*((shard, True) for shard in of_current), *((shard, False) for shard in of_exemplars)]

@@ -44,26 +44,31 @@ class FeaturePass:
     world: World
     device: torch.device
 
-    def batches(self, network: Network, clips: np.ndarray) -> Iterator[tuple[Batch, Output]]:
-        """The rank's part of the clips, without gradient. All ranks have equally many batches; padding is not valid.
+    def read(self, clips: np.ndarray) -> Iterator[Batch]:
+        """The rank's part of the clips, on its device. All ranks have equally many batches; padding is not valid.
 
         Raises DataError at the end, on all ranks, when more clips are damaged than `data.max_bad_fraction` allows.
         """
         plan = plan_evaluation(clips, ROWS * self.world.size)
         source = FixedSource(rank_share(plan, self.world.rank, self.world.size))
         num_good, faults = torch.zeros(1, dtype=torch.long, device=self.device), list[str]()
-        was_training = network.training
-        network.eval()
         for batch in load_batches(source, manifest=self.manifest, labels=self.scenario.labels, data=self.data):
             on_device = batch.to(self.device)
-            with torch.no_grad():
-                output = network(on_device.visual, on_device.audio)
             num_good += on_device.valid.sum()
             faults.extend(batch.faults)
-            yield on_device, output
-        network.train(was_training)
+            yield on_device
         num_bad = len(clips) - int(gather_rows(num_good, 1).sum())
         check_damaged(num_bad, len(clips), faults, self.data)
+
+    def batches(self, network: Network, clips: np.ndarray) -> Iterator[tuple[Batch, Output]]:
+        """`read`, and what the network makes of each batch, without gradient."""
+        was_training = network.training
+        network.eval()
+        for batch in self.read(clips):
+            with torch.no_grad():
+                output = network(batch.visual, batch.audio)
+            yield batch, output
+        network.train(was_training)
 
     def by_class(self, network: Network, clips: Mapping[str, np.ndarray]) -> dict[str, ClassFeatures]:
         """What the head would classify, of each class's clips, by class name."""

@@ -115,6 +115,7 @@ def split(batch: Batch, count: int) -> list[Batch]:
             labels=part(batch.labels, number),
             valid=part(batch.valid, number),
             num_current=current,
+            clips=part(torch.from_numpy(batch.clips), number).numpy(),
         )
         for number in range(count)
     ]

@@ -91,7 +91,7 @@ def step_in_group(
     snapshots = SnapshotKeeper(config, manifest.content_hash, step, world, reset_optimizer)
     if method.needs.trains_at(step):
         source = _training_source(config, manifest, context, method, memory, world)
-        trainer = Trainer(config, method, teacher, evaluator, source, observer, device, snapshots, stop)
+        trainer = Trainer(config, method, teacher, evaluator, features, source, observer, device, snapshots, stop)
         selected = trainer.train(student)
         student = network_after(config, manifest, scenario, method, step).to(device)
         student.load_state_dict(selected.state)

@@ -20,8 +20,8 @@ STOPPED = 143
 # Small steps of many iterations, so that a kill may come at any of them.
 LONG = {
     "scenario": {"steps": 3},
-    "optim": {"epochs": 120, "batch": 12, "replay_batch": 6, "eval_batch": 18, "lr": 0.003},
-    "snapshot": {"iterations": 7},
+    "optim": {"epochs": 40, "batch": 12, "replay_batch": 6, "eval_batch": 18, "lr": 0.003},
+    "snapshot": {"iterations": 5},
 }
 
 
@@ -60,7 +60,6 @@ def run_and_kill(command: list[str], stream: Path, kind: str, moment: random.Ran
             os.kill(victim.pid, number)
     said = process.communicate(timeout=120)[1]
     assert "Traceback" not in said or kind != "stop", said
-    print(kind, process.returncode, newest(stream), time.strftime("%X"), said.splitlines()[-1:], flush=True)
     return process.returncode
 
 

@@ -51,10 +51,10 @@ def snapshots_url(config: Config, step: int) -> str:
 
 
 def discard_stale(config: Config, step: int, *, own: bool) -> None:
-    """Remove the snapshots of other steps than `step`, the next; `own`: its own too. A kill after a commit leaves some."""
+    """Remove snapshots where `step`, the next, has none; `own`: its own too. A kill after a commit leaves some."""
     folder = storage.parent(snapshots_url(config, step))
     names = storage.list_folder(folder)
-    if own or f"step_{step:03d}" not in names:
+    if own or not any(name.endswith(f"_{step:03d}") for name in names):
         storage.remove_tree(folder)
 
 

@@ -42,7 +42,7 @@ def said_by(world: World, config: Config) -> tuple[dict[str, np.ndarray], float]
     torch.manual_seed(0)
     network = build_network(config.model, config.data.clip, manifest.shape, OLD, design=method.needs.design)
     assert isinstance(network, HeadedNetwork)
-    teacher = Teacher(network, network.state_dict(), CPU)
+    teacher = Teacher(network, CPU)
     if isinstance(network.classifier, ProxyHead):
         teacher.grow(SEEN, torch.randn(method.options.num_proxies * (SEEN - OLD), network.visual_proj.out_features))
     exemplars = manifest.clips(["class_000"], "train")[[40, 3, 7]]

@@ -11,7 +11,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
@@ -63,6 +63,12 @@ class Request:
     def places(self) -> np.ndarray:
         """The numbers of the clips that are read."""
         return self.clips if self.copies is None else self.copies
+
+    def part(self, rows: np.ndarray) -> "Request":
+        """The request for some of its rows (a mask)."""
+        draw = None if self.draw is None else replace(self.draw, epochs=self.draw.epochs[rows])
+        copies = None if self.copies is None else self.copies[rows]
+        return Request(self.clips[rows], int(rows[: self.num_current].sum()), draw, copies)
 
 
 @dataclass(frozen=True)

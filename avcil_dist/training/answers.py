@@ -45,14 +45,16 @@ class Answers:
         return replace(self, output=self.output.each(lambda values: values.to(device)))
 
     def answered(self, batch: Batch, manifest: Manifest) -> Batch:
-        """The batch, in host memory, without the clips that could not be read when the teacher was asked."""
+        """The batch without the clips that could not be read when the teacher was asked."""
         if self.valid.all():
             return batch
-        lost = batch.valid.numpy() & ~self.valid[self._rows(batch.clips)]
+        lost = batch.valid.cpu().numpy() & ~self.valid[self._rows(batch.clips)]
         if not lost.any():
             return batch
         faults = [f"{manifest.key(clip)}: could not be read when the teacher was asked" for clip in batch.clips[lost]]
-        return replace(batch, valid=batch.valid & torch.from_numpy(~lost), faults=(*batch.faults, *faults))
+        return replace(
+            batch, valid=batch.valid & torch.from_numpy(~lost).to(batch.valid.device), faults=(*batch.faults, *faults)
+        )
 
     def to_state(self, manifest: Manifest) -> dict[str, Any]:
         """As tensors and plain values, by the clips' keys."""

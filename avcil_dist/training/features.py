@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from avcil_dist.config import DataConfig
-from avcil_dist.data.loader import Batch, FixedSource, load_batches
+from avcil_dist.data.loader import Batch, FixedSource, load_on_device
 from avcil_dist.data.manifest import Manifest
 from avcil_dist.data.plan import NO_CLIPS, plan_evaluation, rank_share
+from avcil_dist.data.store import Store
 from avcil_dist.errors import DataError
 from avcil_dist.models.network import Network
 from avcil_dist.models.outputs import Output
@@ -43,6 +44,7 @@ class FeaturePass:
     data: DataConfig
     world: World
     device: torch.device
+    store: Store | None = None
 
     def read(self, clips: np.ndarray) -> Iterator[Batch]:
         """The rank's part of the clips, on its device. All ranks have equally many batches; padding is not valid.
@@ -52,11 +54,17 @@ class FeaturePass:
         plan = plan_evaluation(clips, ROWS * self.world.size)
         source = FixedSource(rank_share(plan, self.world.rank, self.world.size))
         num_good, faults = torch.zeros(1, dtype=torch.long, device=self.device), list[str]()
-        for batch in load_batches(source, manifest=self.manifest, labels=self.scenario.labels, data=self.data):
-            on_device = batch.to(self.device)
-            num_good += on_device.valid.sum()
+        for batch in load_on_device(
+            source,
+            manifest=self.manifest,
+            labels=self.scenario.labels,
+            data=self.data,
+            device=self.device,
+            store=self.store,
+        ):
+            num_good += batch.valid.sum()
             faults.extend(batch.faults)
-            yield on_device
+            yield batch
         num_bad = len(clips) - int(gather_rows(num_good, 1).sum())
         check_damaged(num_bad, len(clips), faults, self.data)
 

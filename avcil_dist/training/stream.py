@@ -29,6 +29,7 @@ OPERATIONAL = (
     "data.workers",
     "data.threads",
     "data.cache",
+    "data.at_hand",
     "data.prefetch",
     "data.retry_seconds",
     "optim.eval_batch",

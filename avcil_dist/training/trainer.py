@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from avcil_dist.config import Config
-from avcil_dist.data.loader import Batch, TrainingSource, load_batches
+from avcil_dist.data.loader import Batch, TrainingSource, load_on_device
 from avcil_dist.data.manifest import Manifest
 from avcil_dist.data.plan import rows_at_a_time
 from avcil_dist.data.reader import COUNTS
@@ -94,12 +94,19 @@ class Trainer:
         if self.teacher and not self.config.data.augment.is_on:  # what is varied is new to the teacher each time
             self._answers = self._asked(self.teacher)
             self.teacher.remember(self._answers)
-        labels, pin = self.evaluator.scenario.labels, self.device.type == "cuda"
+        labels = self.evaluator.scenario.labels
         with exemplars_at_hand(replace(self.source, start=state.iteration)) as (source, manifest):
             engine = self._make_engine(student)
             if snapshot and snapshot.optimizer is not None:
                 engine.load_optimizer_state(snapshot.optimizer)
-            batches = load_batches(source, manifest=manifest, labels=labels, data=self.config.data, pin=pin)
+            batches = load_on_device(
+                source,
+                manifest=manifest,
+                labels=labels,
+                data=self.config.data,
+                device=self.device,
+                store=self.features.store,
+            )
             best = self._train(engine, batches, state, manifest)
             engine.close()
         return best
@@ -155,7 +162,7 @@ class Trainer:
         batch = next(batches)
         if self._answers:
             batch = self._answers.answered(batch, self.source.manifest)
-        done = iterate(engine, batch.to(self.device), method=self.method, teacher=self.teacher)
+        done = iterate(engine, batch, method=self.method, teacher=self.teacher)
         totals.reading.update(batch.counts)
         totals.num_bad += done.num_bad
         totals.faults.extend(batch.faults)

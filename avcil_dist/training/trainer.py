@@ -162,7 +162,8 @@ class Trainer:
         batch = next(batches)
         if self._answers:
             batch = self._answers.answered(batch, self.source.manifest)
-        done = iterate(engine, batch, method=self.method, teacher=self.teacher)
+        num_bad = self.votes.total(len(batch.faults))  # one a damaged clip
+        done = iterate(engine, batch, method=self.method, teacher=self.teacher, num_bad=num_bad)
         totals.reading.update(batch.counts)
         totals.num_bad += done.num_bad
         totals.faults.extend(batch.faults)

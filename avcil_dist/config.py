@@ -70,6 +70,11 @@ class DataConfig(Section):
     cache_gigabytes: PositiveFloat = Field(
         50.0, description="most that the cache holds; shards for which there is no room are read by ranges"
     )
+    at_hand: Literal["auto", "device", "host", "none"] = Field(
+        "auto",
+        description="where clips stay for the epochs after the one that read them: device memory, host memory shared "
+        "by the processes of a node, or nowhere; `auto`: the fastest that has room for the step's clips",
+    )
     prefetch: PositiveInt = Field(2, description="shards fetched into the cache ahead of their first use")
     retry_seconds: PositiveFloat = Field(300.0, description="a remote read is tried again for so long")
     max_bad_fraction: float = Field(

@@ -25,6 +25,9 @@ class SilentProgress:
     def advance(self) -> None:
         """Show nothing."""
 
+    def note(self, text: str) -> None:
+        """Show nothing."""
+
     def epoch(self, epoch: int, values: Mapping[str, float]) -> None:
         """Show nothing."""
 
@@ -55,6 +58,10 @@ class StepProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.bar.stop()
+
+    def note(self, text: str) -> None:
+        """Show a line."""
+        self.console.print(f"{self.name}  {text}", highlight=False)
 
     def begin(self, step: int, num_epochs: int, num_batches: int, num_done: int) -> None:
         """Show the step, and where a snapshot lets it go on."""

@@ -31,6 +31,7 @@ OPERATIONAL = (
     "data.workers",
     "data.threads",
     "data.cache",
+    "data.at_hand",
     "data.prefetch",
     "data.retry_seconds",
     "optim.eval_batch",

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from avcil_dist.models.sweeps import Compared, Sweeps
 
@@ -41,14 +40,6 @@ class Side:
     def rows(self, rows: slice) -> "Side":
         """The side of some clips."""
         return Side(self.guide[rows], self.tokens[rows], self.weight, self.bias)
-
-    def converted(self) -> Tensor:
-        """(B, T, S, D): the tokens in the type computed in."""
-        return self.tokens.to(self.weight.dtype)
-
-    def map(self, converted: Tensor) -> Tensor:
-        """(B, T, S, D): what the keys are the tanh of."""
-        return F.linear(converted, self.weight, self.bias)
 
 
 @dataclass(frozen=True)
@@ -105,6 +96,7 @@ class AttentionPass:
 
     def __post_init__(self) -> None:
         clips, frames, positions, dim = self.student.tokens.shape
+        self._memories: dict[str, Tensor] = {}
         self.num_compared = 0 if self.teacher is None else len(self.teacher.guide)
         self.tiles = list(self._plan())
         guide = self.student.guide
@@ -128,18 +120,42 @@ class AttentionPass:
                 kept.extend(tensor for tensor in made if tensor is not None and tile.kept)
         return kept
 
+    def convert(self, side: Side) -> Tensor:
+        """The tile's tokens in the type computed in; the next tile's take their place."""
+        if side.tokens.dtype == side.weight.dtype:
+            return side.tokens
+        # Fresh memory for every tile would cost as much as the sweeps do.
+        return self._memory("tokens", side).copy_(side.tokens)
+
+    def _map(self, side: Side, tokens: Tensor, out: Tensor) -> Tensor:
+        """What the keys are the tanh of, but for the bias."""
+        torch.mm(tokens.flatten(0, 2), side.weight.mT, out=out.flatten(0, 2))
+        return out
+
+    def _memory(self, name: str, side: Side) -> Tensor:
+        """Room for a tile's tokens in the type computed in, used again and again."""
+        shape = side.tokens.shape
+        if name not in self._memories or len(self._memories[name]) < shape[0]:
+            self._memories[name] = torch.empty(shape, dtype=side.weight.dtype, device=side.tokens.device)
+        return self._memories[name][: shape[0]]
+
+    def _memory_of_keys(self, name: str, side: Side, kept: bool) -> Tensor:
+        if kept:
+            return torch.empty_like(side.tokens, dtype=side.weight.dtype)
+        return self._memory(name, side)
+
     def look(self, tile: _Tile) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """A late tile's sums and keys, the student's and the teacher's; its results are filled in."""
         store = tile.kept or tile.compared is not None
         side = self.student.rows(tile.rows)
-        keys = side.map(side.converted())
-        sums = self.sweeps.attend(keys, side.tokens, side.guide, store=store, moments=self.wanted.guide)
+        keys = self._map(side, self.convert(side), self._memory_of_keys("keys", side, tile.kept))
+        sums = self.sweeps.attend(keys, side.bias, side.tokens, side.guide, store=store, moments=self.wanted.guide)
         summary = self._fill(tile, side, sums)
         if tile.compared is None or self.teacher is None:
             return sums, keys, None, None
         other = self.teacher.rows(tile.compared)
-        other_keys = other.map(other.converted())
-        other_sums = self.sweeps.compare(other_keys, other.guide, keys, store=tile.kept)
+        other_keys = self._map(other, self.convert(other), self._memory_of_keys("teacher", other, tile.kept))
+        other_sums = self.sweeps.compare(other_keys, other.bias, other.guide, keys, store=tile.kept)
         self._fill_divergence(tile, side, sums, summary, other, other_sums)
         return sums, keys, other_sums, other_keys
 
@@ -166,15 +182,15 @@ class AttentionPass:
             of_constant = divergence[0, :, None, None] * guide
             compared = Compared(other_keys, other.guide, of_constant / theirs.total)
         factors = _factors(summary, guide, pooled, of_scores, of_constant)
-        gradient = torch.empty_like(keys)
+        gradient = self._memory("gradient", side)
         summed = self.sweeps.differentiate(keys, side.tokens, side.guide, factors, compared, gradient)
         return gradient, summed, summary.weights * pooled.unsqueeze(1) / summary.total
 
     def _run_early(self, tile: _Tile) -> None:
         side = self.student.rows(tile.rows)
-        tokens = side.converted()
-        keys = side.map(tokens)
-        sums = self.sweeps.attend(keys, side.tokens, side.guide, store=True, moments=self.wanted.guide)
+        tokens = self.convert(side)
+        keys = self._map(side, tokens, self._memory("keys", side))
+        sums = self.sweeps.attend(keys, side.bias, side.tokens, side.guide, store=True, moments=self.wanted.guide)
         summary = self._fill(tile, side, sums)
         none = torch.zeros_like(summary.key)
         factors = _factors(summary, side.guide.unsqueeze(1), torch.full_like(side.guide, self.scale), none, none)
@@ -324,7 +340,7 @@ def _add_late(
         side = work.student.rows(tile.rows)
         if work.wanted.weights:
             of_bias += summed.sum(0)
-            _add_product(of_weight, of_map.flatten(0, 2).mT, side.converted().flatten(0, 2))
+            _add_product(of_weight, of_map.flatten(0, 2).mT, work.convert(side).flatten(0, 2))
         if of_tokens is not None:
             direct = (made[1].to(side.guide.dtype) * side.guide[:, None, None]).exp_()
             direct.mul_(of_exponential.unsqueeze(2)).add_(of_map @ side.weight)

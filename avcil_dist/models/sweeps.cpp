@@ -132,7 +132,7 @@ void write_sums(const Row* rows, float* sums, int64_t stride, int64_t at, int ch
 }
 
 template <typename Key, typename Token, bool MOMENTS>
-void attend(Key* keys, const Token* tokens, const float* guide, float* sums, const Shape& shape, bool keep) {
+void attend(Key* keys, const float* bias, const Token* tokens, const float* guide, float* sums, const Shape& shape, bool keep) {
     constexpr int COUNT = MOMENTS ? 5 : 3;
     const int64_t dim = shape.dim, stride = shape.clips * shape.frames * dim;
     for_each_piece(shape, [=](int64_t clip, int64_t token, int64_t at, int64_t first, int channels) {
@@ -143,7 +143,7 @@ void attend(Key* keys, const Token* tokens, const float* guide, float* sums, con
             const Token* seen = tokens + (token + s) * dim + first;
             for (int c = 0; c < channels; c += LANES) {
                 const int count = channels - c;
-                Vector p = hyperbolic_tangent(load(key + c, count));
+                Vector p = hyperbolic_tangent(load(key + c, count) + load(bias + first + c, count));
                 if (sizeof(Key) < sizeof(float) || keep) {  // all sums are of the keys as they are kept
                     alignas(64) Key kept[LANES];
                     narrow(p, kept);
@@ -166,7 +166,7 @@ void attend(Key* keys, const Token* tokens, const float* guide, float* sums, con
 }
 
 template <typename Key>
-void compare(Key* keys, const float* guide, const Key* student, float* sums, const Shape& shape, bool keep) {
+void compare(Key* keys, const float* bias, const float* guide, const Key* student, float* sums, const Shape& shape, bool keep) {
     const int64_t dim = shape.dim, stride = shape.clips * shape.frames * dim;
     for_each_piece(shape, [=](int64_t clip, int64_t token, int64_t at, int64_t first, int channels) {
         alignas(64) Row rows[3] = {};
@@ -177,7 +177,7 @@ void compare(Key* keys, const float* guide, const Key* student, float* sums, con
             for (int c = 0; c < channels; c += LANES) {
                 const int count = channels - c;
                 alignas(64) Key kept[LANES];
-                narrow(hyperbolic_tangent(load(key + c, count)), kept);
+                narrow(hyperbolic_tangent(load(key + c, count) + load(bias + first + c, count)), kept);
                 const Vector p = widen(kept), e = exponential(p * load(a + c, count));
                 if (keep) store(p, key + c, count);
                 add(rows[0], c, e);
@@ -220,33 +220,32 @@ void differentiate(const Key* keys, const Token* tokens, const float* guide, con
 }
 
 template <typename Key, typename Token>
-void attend_either(Key* keys, const Token* tokens, const float* guide, float* sums, const Shape& shape, bool keep, bool moments) {
-    if (moments) attend<Key, Token, true>(keys, tokens, guide, sums, shape, keep);
-    else attend<Key, Token, false>(keys, tokens, guide, sums, shape, keep);
+void attend_either(Key* keys, const float* bias, const Token* tokens, const float* guide, float* sums,
+                   const Shape& shape, bool keep, bool moments) {
+    if (moments) attend<Key, Token, true>(keys, bias, tokens, guide, sums, shape, keep);
+    else attend<Key, Token, false>(keys, bias, tokens, guide, sums, shape, keep);
 }
 
 }  // namespace
 
-#define SWEEPS(KEY, TOKEN)                                                                                            \
-    extern "C" void attend_##KEY##_##TOKEN(void* keys, const void* tokens, const float* guide, float* sums,           \
-                                           const Shape* shape, int keep, int moments) {                               \
-        attend_either((KEY*)keys, (const TOKEN*)tokens, guide, sums, *shape, keep, moments);                          \
-    }                                                                                                                 \
-    extern "C" void differentiate_##KEY##_##TOKEN(const void* keys, const void* tokens, const float* guide,           \
-                                                  const float* factors, const void* other_keys,                       \
-                                                  const float* other_guide, const float* other_factor, void* out,     \
-                                                  float* sums, const Shape* shape) {                                  \
-        if (other_keys)                                                                                               \
-            differentiate<KEY, TOKEN, true>((const KEY*)keys, (const TOKEN*)tokens, guide, factors,                   \
-                                            (const KEY*)other_keys, other_guide, other_factor, (KEY*)out, sums, *shape); \
-        else                                                                                                          \
-            differentiate<KEY, TOKEN, false>((const KEY*)keys, (const TOKEN*)tokens, guide, factors, nullptr, nullptr, \
-                                             nullptr, (KEY*)out, sums, *shape);                                       \
+#define SWEEPS(KEY, TOKEN)                                                                                    \
+    extern "C" void attend_##KEY##_##TOKEN(void* keys, const float* bias, const void* tokens,                 \
+                                           const float* guide, float* sums, const Shape* shape, int keep,     \
+                                           int moments) {                                                     \
+        attend_either((KEY*)keys, bias, (const TOKEN*)tokens, guide, sums, *shape, keep, moments);            \
+    }                                                                                                         \
+    extern "C" void differentiate_##KEY##_##TOKEN(                                                            \
+        const void* keys, const void* tokens, const float* guide, const float* factors,                       \
+        const void* other_keys, const float* other_guide, const float* other_factor, void* out, float* sums,  \
+        const Shape* shape) {                                                                                 \
+        const auto run = other_keys ? differentiate<KEY, TOKEN, true> : differentiate<KEY, TOKEN, false>;     \
+        run((const KEY*)keys, (const TOKEN*)tokens, guide, factors, (const KEY*)other_keys, other_guide,      \
+            other_factor, (KEY*)out, sums, *shape);                                                           \
     }
-#define COMPARISON(KEY)                                                                                               \
-    extern "C" void compare_##KEY(void* keys, const float* guide, const void* student, float* sums,                   \
-                                  const Shape* shape, int keep) {                                                     \
-        compare((KEY*)keys, guide, (const KEY*)student, sums, *shape, keep);                                          \
+#define COMPARISON(KEY)                                                                                       \
+    extern "C" void compare_##KEY(void* keys, const float* bias, const float* guide, const void* student,     \
+                                  float* sums, const Shape* shape, int keep) {                                \
+        compare((KEY*)keys, bias, guide, (const KEY*)student, sums, *shape, keep);                            \
     }
 
 SWEEPS(Float, Float)

@@ -23,13 +23,16 @@ class Compared(NamedTuple):
 class Sweeps(Protocol):
     """What a device must know; all tensors contiguous, sums (…, C, T, D) over positions."""
 
-    def attend(self, keys: Tensor, tokens: Tensor, guide: Tensor, *, store: bool, moments: bool) -> Tensor:
+    def attend(
+        self, keys: Tensor, bias: Tensor, tokens: Tensor, guide: Tensor, *, store: bool, moments: bool
+    ) -> Tensor:
         """Sums of e, e·p and e·V; with `moments` also of e·p² and e·p·V.
 
-        `keys` holds the linear map's result; with `store` p takes its place, else its content is lost.
+        `keys` holds the linear map's result without its `bias` (D,); with `store` p takes its place,
+        else its content is lost.
         """
 
-    def compare(self, keys: Tensor, guide: Tensor, student_keys: Tensor, *, store: bool) -> Tensor:
+    def compare(self, keys: Tensor, bias: Tensor, guide: Tensor, student_keys: Tensor, *, store: bool) -> Tensor:
         """A teacher's sums of e', e'·p' and e'·p, where p are the student's keys. `keys` as in `attend`."""
 
     def differentiate(
@@ -44,9 +47,11 @@ class Sweeps(Protocol):
 class TorchSweeps:
     """Any device, any floating type."""
 
-    def attend(self, keys: Tensor, tokens: Tensor, guide: Tensor, *, store: bool, moments: bool) -> Tensor:
+    def attend(
+        self, keys: Tensor, bias: Tensor, tokens: Tensor, guide: Tensor, *, store: bool, moments: bool
+    ) -> Tensor:
         """See `Sweeps`."""
-        p = keys.tanh_().to(guide.dtype)
+        p = keys.add_(bias).tanh_().to(guide.dtype)
         e = (p * guide[:, None, None]).exp_()
         sums = [e.sum(2)]
         weighted = e * p
@@ -56,9 +61,9 @@ class TorchSweeps:
             sums += [weighted.mul_(p).sum(2), e.mul_(p).sum(2)]
         return torch.stack(sums)
 
-    def compare(self, keys: Tensor, guide: Tensor, student_keys: Tensor, *, store: bool) -> Tensor:
+    def compare(self, keys: Tensor, bias: Tensor, guide: Tensor, student_keys: Tensor, *, store: bool) -> Tensor:
         """See `Sweeps`."""
-        p = keys.tanh_().to(guide.dtype)
+        p = keys.add_(bias).tanh_().to(guide.dtype)
         e = (p * guide[:, None, None]).exp_()
         return torch.stack([e.sum(2), (e * p).sum(2), e.mul_(student_keys).sum(2)])
 

@@ -38,16 +38,18 @@ class NativeSweeps:
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
 
-    def attend(self, keys: Tensor, tokens: Tensor, guide: Tensor, *, store: bool, moments: bool) -> Tensor:
+    def attend(
+        self, keys: Tensor, bias: Tensor, tokens: Tensor, guide: Tensor, *, store: bool, moments: bool
+    ) -> Tensor:
         """See `Sweeps`."""
         sums = _sums(keys, 5 if moments else 3)
-        self._call("attend", (keys, tokens), keys, tokens, guide, sums, _shape(keys), store, moments)
+        self._call("attend", (keys, tokens), keys, bias.float(), tokens, guide, sums, _shape(keys), store, moments)
         return sums
 
-    def compare(self, keys: Tensor, guide: Tensor, student_keys: Tensor, *, store: bool) -> Tensor:
+    def compare(self, keys: Tensor, bias: Tensor, guide: Tensor, student_keys: Tensor, *, store: bool) -> Tensor:
         """See `Sweeps`."""
         sums = _sums(keys, 3)
-        self._call("compare", (keys,), keys, guide, student_keys, sums, _shape(keys), store)
+        self._call("compare", (keys,), keys, bias.float(), guide, student_keys, sums, _shape(keys), store)
         return sums
 
     def differentiate(

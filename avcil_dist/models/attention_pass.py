@@ -125,7 +125,10 @@ class AttentionPass:
         if side.tokens.dtype == side.weight.dtype:
             return side.tokens
         # Fresh memory for every tile would cost as much as the sweeps do.
-        return self._memory("tokens", side).copy_(side.tokens)
+        converted, tokens = self._memory("tokens", side), side.tokens
+        if tokens.device.type == "cpu" and {tokens.dtype, converted.dtype} == {torch.float16, torch.bfloat16}:
+            tokens = tokens.float()  # one half to the other torch converts ten times slower
+        return converted.copy_(tokens)
 
     def _map(self, side: Side, tokens: Tensor, out: Tensor) -> Tensor:
         """What the keys are the tanh of, but for the bias."""

@@ -151,6 +151,14 @@ class EngineConfig(Section):
     timeout_minutes: PositiveFloat = Field(30.0, description="a rank that waits longer for the others ends the step")
 
 
+class SnapshotConfig(Section):
+    """How often a step writes down where it stands; a killed job loses no more than this."""
+
+    minutes: PositiveFloat = Field(10.0, description="at the latest after so many minutes")
+    iterations: PositiveInt | None = Field(None, description="and after so many iterations")
+    folder: str | None = Field(None, description="folder or url for them; default: the stream's own folder")
+
+
 class TrackingConfig(Section):
     """MLflow. Secrets come from the environment, never from here."""
 
@@ -178,6 +186,7 @@ class Config(Section):
     memory: MemoryConfig = MemoryConfig()
     optim: OptimConfig = OptimConfig()
     engine: EngineConfig = EngineConfig()
+    snapshot: SnapshotConfig = SnapshotConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     @property

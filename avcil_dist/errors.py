@@ -25,9 +25,17 @@ class ArtifactError(AvcilError):
     """A step artifact that is missing, uncommitted, damaged, or of another stream."""
 
 
+class TrainingError(AvcilError):
+    """A training that cannot go on: a loss that is not finite, another rank that failed."""
+
+
 class WorldError(AvcilError):
     """A process environment that does not say who this process is."""
 
 
 class TrackingError(AvcilError):
     """A tracking server or database that does not answer, or refuses."""
+
+
+class StepStopped(Exception):  # noqa: N818 - no error: it was asked for
+    """A step that was asked to stop and has, on all ranks, with a snapshot committed; run again, it goes on there."""

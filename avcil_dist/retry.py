@@ -28,6 +28,7 @@ NO_CREDENTIALS = (
 )
 PERMANENT = (PermissionError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 PERMANENT_NUMBERS = (errno.EINVAL, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.ENOSYS, errno.EPERM)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 ENVIRONMENT = {
     "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, away from Amazon, AWS_ENDPOINT_URL",
     "gs": "GOOGLE_APPLICATION_CREDENTIALS",
@@ -106,11 +107,18 @@ def as_fault(url: str, error: Exception) -> AvcilError | None:
         return DataError(f"{url}: missing")
     if isinstance(error, PermissionError):
         return StorageError(f"{url}: access refused ({_text(error)}); {advice}")
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        return no_room(url, error)
     if type(error).__name__ in NO_CREDENTIALS:
         return StorageError(f"{url}: no credentials; {advice}")
     if _client(error) in CLIENTS or _code(error):
         return StorageError(f"{url}: {_text(error)}")
     return None
+
+
+def no_room(url: str, error: OSError) -> StorageError:
+    """The fault of a storage that takes no more."""
+    return StorageError(f"{url}: cannot be written ({_text(error)}); make room, or name another folder")
 
 
 def missing_bucket(url: str) -> StorageError:

@@ -22,7 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from avcil_dist.errors import ConfigError, DataError
-from avcil_dist.retry import ShortReadError, as_fault, missing_bucket, with_retries
+from avcil_dist.retry import NO_ROOM, ShortReadError, as_fault, missing_bucket, no_room, with_retries
 
 T = TypeVar("T")
 
@@ -167,6 +167,10 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise no_room(str(path), error) from None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -196,6 +200,18 @@ def remove_tree(url: str) -> None:
             filesystem.rm(path, recursive=True)
 
     _trying(remove, url, WRITE_SECONDS)
+
+
+def list_folder(url: str) -> list[str]:
+    """The names in a folder, sorted, asked afresh each time; none where there is no folder."""
+    filesystem, path = open_filesystem(url)
+
+    def ask() -> list[str]:
+        filesystem.invalidate_cache()
+        found = filesystem.ls(path, detail=False) if filesystem.exists(path) else []
+        return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in found)
+
+    return _trying(ask, url, READ_SECONDS)
 
 
 @contextmanager

@@ -6,11 +6,11 @@ from typing import Any
 import click
 
 import avcil_dist
-from avcil_dist.errors import AvcilError
+from avcil_dist.errors import AvcilError, StepStopped
 from launch.experiments import compare, methods, sweep
 from launch.shards import shards
 
-USER_ERROR, INTERRUPTED = 2, 130
+USER_ERROR, INTERRUPTED, STOPPED = 2, 130, 143
 
 
 class _Commands(click.Group):
@@ -23,8 +23,11 @@ class _Commands(click.Group):
             click.echo(f"avcil: {error}", err=True)
             sys.exit(USER_ERROR)
         except KeyboardInterrupt:
-            click.echo("avcil: interrupted; committed steps are kept, the same command continues after them", err=True)
+            click.echo("avcil: interrupted; the same command continues from the last snapshot", err=True)
             sys.exit(INTERRUPTED)
+        except StepStopped as stopped:
+            click.echo(f"avcil: {stopped}", err=True)
+            sys.exit(STOPPED)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -50,12 +53,22 @@ for _command in (shards, methods, sweep, compare):
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--processes", "-n", default=1, show_default=True, help="Processes (ranks) on this machine.")
 @click.option("--restart", is_flag=True, help="Remove the stream's committed steps and begin at step 0.")
-def train(config: str, overrides: tuple[str, ...], processes: int, restart: bool) -> None:
+@click.option("--restart-step", is_flag=True, help="Remove the snapshots of the step that is next and begin it anew.")
+@click.option("--reset-optimizer", is_flag=True, help="Go on from the snapshot, with a fresh optimizer.")
+def train(
+    config: str,
+    overrides: tuple[str, ...],
+    processes: int,
+    restart: bool,
+    restart_step: bool,
+    reset_optimizer: bool,
+) -> None:
     """Train the whole stream of CONFIG, step after step.
 
-    CONFIG is a yaml file or the name of a shipped one. Steps that are committed are not done
-    again: the same command continues an interrupted stream. Under torchrun or srun each process
-    is one rank and --processes is not used.
+    CONFIG is a yaml file or the name of a shipped one. The same command continues an interrupted
+    stream: steps that are committed are not done again, and a step that was begun goes on from its
+    newest snapshot. SIGTERM and SIGUSR2 stop it with a snapshot, and exit code 143. Under torchrun
+    or srun each process is one rank and --processes is not used.
 
     \b
     Examples:
@@ -64,12 +77,12 @@ def train(config: str, overrides: tuple[str, ...], processes: int, restart: bool
       torchrun --nproc-per-node 8 -m launch train my.yaml engine=zero2
     """
     from avcil_dist.compose import load_config
-    from launch.local import run_stream
+    from launch.local import Begin, run_stream
 
     if processes < 1:
         raise click.BadParameter("at least 1", param_hint="--processes")
     resolved = load_config(config, overrides)
-    stream = run_stream(resolved, processes=processes, restart=restart)
+    stream = run_stream(resolved, processes=processes, begin=Begin(restart, restart_step, reset_optimizer))
     click.echo(f"{stream}: all steps are committed; see them with: avcil report {stream}")
 
 

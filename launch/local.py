@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import socket
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.cuda
@@ -17,35 +17,57 @@ from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 
 from avcil_dist import storage
 from avcil_dist.config import Config
-from avcil_dist.errors import AvcilError, WorldError
+from avcil_dist.errors import AvcilError, StepStopped, WorldError
+from avcil_dist.signals import StopRequest, listening, shielding
 from avcil_dist.training.engine import name_accelerator
+from avcil_dist.training.snapshot import snapshots_url
 from avcil_dist.training.stream import check_run, next_step, stream_url
 from avcil_dist.world import World, world_from_environment
 from launch.job import StepJob
 from launch.tracked import stream_run
 
-USER_ERROR, INTERRUPTED = 2, 130
+USER_ERROR, INTERRUPTED, STOPPED = 2, 130, 143
+POLL_SECONDS = 0.5
+GRACE_SECONDS = 4  # for ranks to end by themselves when one has failed, before they are made to
 PRELOADED = ["torch", "deepspeed", "avcil_dist.training.step", "avcil_dist.tracking.mlflow"]
 
 
-def run_stream(config: Config, *, processes: int, restart: bool = False) -> str:
+@dataclass(frozen=True)
+class Begin:
+    """What is thrown away before a stream goes on.
+
+    `restart`: its committed steps. `restart_step`: the snapshots of the step that is next. `reset_optimizer`:
+    the optimizer's state in the snapshot that this step goes on from.
+    """
+
+    restart: bool = False
+    restart_step: bool = False
+    reset_optimizer: bool = False
+
+
+def run_stream(config: Config, *, processes: int, begin: Begin = Begin()) -> str:
     """Run all steps that are not committed yet; returns the stream's folder.
 
     With no launcher around, each step gets `processes` ranks on this machine; otherwise the
-    launcher's. `restart` removes the committed steps first. Raises the step's AvcilError, or
-    WorldError when a process died.
+    launcher's. Raises the step's AvcilError, WorldError when a process died, StepStopped when this
+    process was asked to stop and the step has.
     """
     place = world_from_environment(os.environ)
     has_launcher = place.launcher != "none"
-    num_steps = check_run(config, place.size if has_launcher else processes, restart=restart).num_steps
+    num_steps = check_run(config, place.size if has_launcher else processes, restart=begin.restart).num_steps
     stream = stream_url(config)
-    first = 0 if restart else next_step(stream, num_steps)
-    if restart and place.is_main:
-        storage.remove_tree(stream)
-    with stream_run(config, is_main=place.is_main) as run_id:
+    first = 0 if begin.restart else next_step(stream, num_steps)
+    if place.is_main:
+        if begin.restart:
+            storage.remove_tree(stream)
+        if begin.restart or begin.restart_step:
+            storage.remove_tree(snapshots_url(config, first))
+    with listening() as stop, stream_run(config, is_main=place.is_main) as run_id:
         for step in range(first, num_steps):
             worlds = (_rank_of(place, step),) if has_launcher else local_worlds(processes)
-            _run_job(StepJob(config, step, num_steps, run_id), worlds)
+            _run_job(StepJob(config, step, num_steps, run_id, begin.reset_optimizer and step == first), worlds, stop)
+            if stop.is_set() and step + 1 < num_steps:
+                raise StepStopped(f"stopped after step {step}; run the same command again and step {step + 1} begins")
     return stream
 
 
@@ -64,8 +86,11 @@ def _rank_of(place: World, step: int) -> World:
     return replace(place, master_port=place.master_port + 1 + step)
 
 
-def _run_job(job: StepJob, worlds: tuple[World, ...]) -> None:
-    """Run the job's ranks to their end, each in a process of its own; the first to fail ends the others."""
+def _run_job(job: StepJob, worlds: tuple[World, ...], stop: StopRequest) -> None:
+    """Run the job's ranks to their end, each in a process of its own; the first to fail ends the others.
+
+    A stop that is asked of this process is asked of them.
+    """
     # A forked process cannot use a GPU that its parent has looked at; without GPUs, forking saves seconds a step.
     method = "spawn" if torch.cuda.is_available() else "forkserver"
     context = multiprocessing.get_context(method)
@@ -73,25 +98,35 @@ def _run_job(job: StepJob, worlds: tuple[World, ...]) -> None:
     name_accelerator()
     errors = context.SimpleQueue()
     try:
-        start_processes(_run_rank, args=(job, worlds, errors), nprocs=len(worlds), start_method=method)
+        with shielding():
+            ranks = start_processes(_run_rank, (job, worlds, errors), len(worlds), join=False, start_method=method)
+        is_told = False
+        while not ranks.join(POLL_SECONDS, GRACE_SECONDS):
+            if stop.is_set() and not is_told:
+                for process in ranks.processes:
+                    process.terminate()
+                is_told = True
     except ProcessExitedException as failure:
         if failure.exit_code == INTERRUPTED:
             raise KeyboardInterrupt from None
-        if failure.exit_code == USER_ERROR and not errors.empty():
+        if failure.exit_code in (USER_ERROR, STOPPED) and not errors.empty():
             raise errors.get() from None
         how = f"signal {failure.signal_name}" if failure.signal_name else f"exit code {failure.exit_code}"
         raise WorldError(
             f"step {job.step}: the process of rank {worlds[failure.error_index].rank} ended with {how}; "
-            "run the same command again to continue after the last committed step"
+            "run the same command again to continue from the last snapshot"
         ) from None
 
 
 def _run_rank(index: int, job: StepJob, worlds: tuple[World, ...], errors: Any) -> None:
     """One rank's process: run its part of the step, hand an error to the supervisor."""
     try:
-        job.run(worlds[index])
+        job.run(worlds[index], errors.put)
     except AvcilError as error:
         errors.put(error)
         sys.exit(USER_ERROR)
+    except StepStopped as stopped:
+        errors.put(stopped)
+        sys.exit(STOPPED)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)

@@ -15,7 +15,7 @@ LOG_LINES = 5
 class SilentProgress:
     """Watches a step for the ranks that do not speak."""
 
-    def begin(self, step: int, num_epochs: int, num_batches: int) -> None:
+    def begin(self, step: int, num_epochs: int, num_batches: int, num_done: int) -> None:
         """Show nothing."""
 
     def advance(self) -> None:
@@ -51,10 +51,12 @@ class StepProgress:
     ) -> None:
         self.bar.stop()
 
-    def begin(self, step: int, num_epochs: int, num_batches: int) -> None:
-        """Show the step."""
+    def begin(self, step: int, num_epochs: int, num_batches: int, num_done: int) -> None:
+        """Show the step, and where a snapshot lets it go on."""
         self.title, self.num_epochs = f"{self.name}  step {step + 1}/{self.num_steps}", num_epochs
-        self.task = self.bar.add_task(self.title, total=num_batches, values="")
+        self.task = self.bar.add_task(self.title, total=num_batches, completed=num_done, values="")
+        if num_done:
+            self.console.print(f"{self.title}  goes on from iteration {num_done} of {num_batches}", highlight=False)
 
     def advance(self) -> None:
         """One batch further."""

@@ -9,6 +9,7 @@ from click.testing import CliRunner, Result
 
 from avcil_dist import storage
 from avcil_dist.config import Config
+from avcil_dist.signals import StopRequest
 from avcil_dist.training.artifact import StepArtifact, load_artifact
 from avcil_dist.training.step import step_in_group
 from avcil_dist.training.stream import stream_url
@@ -65,7 +66,9 @@ def weights_digest(stream: str, step: int = len(STEPS) - 1) -> str:
 def run_steps(world: World, config: Config, steps: Iterable[int]) -> str:
     """Run steps of a stream within the process group that is there; the stream's folder."""
     for step in steps:
-        step_in_group(config, step, world=world, observer=SilentProgress(), device=torch.device("cpu"))
+        step_in_group(
+            config, step, world=world, observer=SilentProgress(), device=torch.device("cpu"), stop=StopRequest()
+        )
     return stream_url(config)
 
 

@@ -23,6 +23,7 @@ from avcil_dist.data.manifest import Manifest
 from avcil_dist.data.plan import NO_CLIPS, PADDING, plan_epoch, plan_replay, rank_share
 from avcil_dist.data.reader import BATCHES_AHEAD, OpenReader, Request, ShardReader
 from avcil_dist.errors import DataError
+from avcil_dist.signals import shielding
 from avcil_dist.world import World
 
 
@@ -33,7 +34,8 @@ class Batch:
     `visual` (B, …) and `audio` (B, …) are pictures and filterbanks, or features; `labels` (B,)
     are positions in the class order; `valid` (B,) is false for padding and damaged clips, whose
     rows are zero; `faults` say what was damaged; `counts` what reading took since the batch before, by
-    the names of `reader.COUNTS`, and "stall_seconds", the time that its taker waited for it.
+    the names of `reader.COUNTS`, and "stall_seconds", the time that its taker waited for it; `clips` (B,)
+    are numbers in the manifest.
     """
 
     visual: Tensor
@@ -43,6 +45,7 @@ class Batch:
     num_current: int
     faults: tuple[str, ...] = ()
     counts: Mapping[str, float] = field(default_factory=dict)
+    clips: np.ndarray = field(default_factory=lambda: NO_CLIPS)
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
@@ -142,7 +145,9 @@ def load_batches(
         multiprocessing_context="forkserver" if num_workers else None,
         pin_memory=pin,
     )
-    return _timed(iter(loader))
+    with shielding():  # a worker that dies of a stop signal would take the snapshot with it
+        batches = iter(loader)
+    return _timed(batches)
 
 
 def _timed(batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -242,4 +247,5 @@ class _Collate:
                 fetched.request.num_current,
                 tuple(str(faults[row]) for row in sorted(faults)),
                 fetched.counts,
+                clips,
             )

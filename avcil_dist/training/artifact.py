@@ -17,12 +17,10 @@ from avcil_dist import storage
 from avcil_dist.compose import config_from_yaml, config_to_yaml
 from avcil_dist.config import Config
 from avcil_dist.data.memory import Memory
-from avcil_dist.errors import ArtifactError, DataError
+from avcil_dist.errors import ArtifactError
 from avcil_dist.scenario import Scenario
+from avcil_dist.training import committed
 from avcil_dist.training.metrics import StreamMetrics
-
-FORMAT = 1
-COMMITTED = "COMMITTED.json"
 
 
 @dataclass(frozen=True)
@@ -46,25 +44,19 @@ def step_url(stream: str, step: int) -> str:
 
 def is_committed(stream: str, step: int) -> bool:
     """Whether the step's artifact is there, whole."""
-    return storage.exists(storage.join(step_url(stream, step), COMMITTED))
+    return committed.is_committed(step_url(stream, step))
 
 
 def save_artifact(stream: str, artifact: StepArtifact) -> str:
     """Write an artifact, `COMMITTED.json` last, and return its folder. What an earlier attempt left is removed."""
     folder = step_url(stream, artifact.step)
     storage.remove_tree(folder)
-    files = _encode(artifact)
-    for name, data in files.items():
-        storage.write_bytes(storage.join(folder, name), data)
-    storage.write_json(
-        storage.join(folder, COMMITTED),
-        {
-            "format": FORMAT,
-            "step": artifact.step,
-            "files": {name: {"size": len(data), "sha256": storage.sha256(data)} for name, data in files.items()},
-            "manifest_hash": artifact.manifest_hash,
-            "code_version": avcil_dist.__version__,
-        },
+    committed.commit(
+        folder,
+        committed.write_files(folder, _encode(artifact)),
+        step=artifact.step,
+        manifest_hash=artifact.manifest_hash,
+        code_version=avcil_dist.__version__,
     )
     return folder
 
@@ -74,17 +66,17 @@ def load_artifact(stream: str, step: int) -> StepArtifact:
 
     Raises ArtifactError, naming the file, for what is missing, uncommitted or damaged.
     """
-    folder, committed = _committed(stream, step)
-    files = {name: _read(folder, name, record) for name, record in committed["files"].items()}
+    folder, commit = _committed(stream, step)
+    files = {name: committed.read_file(folder, name, commit) for name in commit["files"]}
     return StepArtifact(
-        step=committed["step"],
+        step=commit["step"],
         model=safetensors.torch.load(files["model.safetensors"]),
-        method=safetensors.torch.load(files["method.safetensors"]) | json.loads(files["method.json"]),
+        method=committed.decode_state("method", files),
         memory=Memory.from_record(json.loads(files["memory.json"])),
         scenario=Scenario(tuple(tuple(names) for names in json.loads(files["scenario.json"])["steps"])),
         metrics=StreamMetrics.from_record(json.loads(files["metrics.json"])),
         config=config_from_yaml(files["config.yaml"].decode()),
-        manifest_hash=committed["manifest_hash"],
+        manifest_hash=commit["manifest_hash"],
     )
 
 
@@ -98,46 +90,25 @@ class Origin:
 
 def load_origin(stream: str, step: int) -> Origin:
     """The origin of a committed step, without reading its weights. Raises ArtifactError as `load_artifact` does."""
-    folder, committed = _committed(stream, step)
-    text = _read(folder, "config.yaml", committed["files"]["config.yaml"]).decode()
-    return Origin(config_from_yaml(text), committed["manifest_hash"])
+    folder, commit = _committed(stream, step)
+    text = committed.read_file(folder, "config.yaml", commit).decode()
+    return Origin(config_from_yaml(text), commit["manifest_hash"])
 
 
 def _committed(stream: str, step: int) -> tuple[str, dict[str, Any]]:
-    """A step's folder and its commit record."""
+    """A step's folder and its commit."""
     folder = step_url(stream, step)
-    if not is_committed(stream, step):
+    if not committed.is_committed(folder):
         raise ArtifactError(f"{folder}: no committed step artifact; run step {step} first")
-    committed: dict[str, Any] = storage.read_json(storage.join(folder, COMMITTED))
-    if committed["format"] != FORMAT:
-        raise ArtifactError(f"{folder}: artifact of format {committed['format']}, this program reads {FORMAT}")
-    return folder, committed
+    return folder, committed.read_commit(folder)
 
 
 def _encode(artifact: StepArtifact) -> dict[str, bytes]:
-    tensors = {name: value for name, value in artifact.method.items() if isinstance(value, Tensor)}
-    plain = {name: value for name, value in artifact.method.items() if name not in tensors}
     return {
         "model.safetensors": safetensors.torch.save(artifact.model),
-        "method.safetensors": safetensors.torch.save(tensors),
-        "method.json": _json(plain),
+        **committed.encode_state("method", artifact.method),
         "memory.json": json.dumps(artifact.memory.to_record(), indent=1).encode(),  # the order of classes counts
-        "scenario.json": _json({"steps": artifact.scenario.steps}),
-        "metrics.json": _json(artifact.metrics.to_record()),
+        "scenario.json": committed.encode_json({"steps": artifact.scenario.steps}),
+        "metrics.json": committed.encode_json(artifact.metrics.to_record()),
         "config.yaml": config_to_yaml(artifact.config).encode(),
     }
-
-
-def _json(value: Any) -> bytes:
-    return json.dumps(value, indent=1, sort_keys=True).encode()
-
-
-def _read(folder: str, name: str, record: dict[str, Any]) -> bytes:
-    url = storage.join(folder, name)
-    try:
-        data = storage.read_bytes(url)
-    except DataError as error:
-        raise ArtifactError(str(error)) from None
-    if len(data) != record["size"] or storage.sha256(data) != record["sha256"]:
-        raise ArtifactError(f"{url}: damaged, its digest is not the one committed; restore it or run the step again")
-    return data

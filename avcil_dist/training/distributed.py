@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import TCPStore
 
 from avcil_dist.errors import AvcilError
 from avcil_dist.world import World
@@ -21,22 +22,46 @@ def local_device(world: World) -> torch.device:
 
 
 @contextmanager
-def process_group(world: World, device: torch.device, timeout_minutes: float) -> Iterator[None]:
-    """A process group for the length of one step; NCCL between GPUs, gloo otherwise."""
+def process_group(world: World, device: torch.device, timeout_minutes: float) -> Iterator[TCPStore]:
+    """A process group for the length of one step, and the store by which it met; NCCL between GPUs, gloo otherwise."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    store = TCPStore(world.master_addr, world.master_port, world.size, world.is_main, timeout)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        init_method=f"tcp://{world.master_addr}:{world.master_port}",
+        store=store,
         rank=world.rank,
         world_size=world.size,
-        timeout=datetime.timedelta(minutes=timeout_minutes),
+        timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
     try:
-        yield
+        yield store
     finally:
         dist.destroy_process_group()
+
+
+class Votes:
+    """Questions to all ranks, each answered yes when one of them says so.
+
+    Asked of the processors, over gloo: between GPUs, a question must not wait for what they compute.
+    """
+
+    def __init__(self, timeout_minutes: float) -> None:
+        self._group: dist.ProcessGroup | None = None
+        if dist.get_backend() == "nccl":
+            group = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=timeout_minutes))
+            assert isinstance(group, dist.ProcessGroup)
+            self._group = group
+
+    def any(self, *answers: bool) -> tuple[bool, ...]:
+        """For each question whether any rank says yes."""
+        if dist.get_world_size() == 1:
+            return answers
+        votes = torch.tensor(answers, dtype=torch.uint8)
+        dist.all_reduce(votes, dist.ReduceOp.MAX, group=self._group)
+        return tuple(votes.bool().tolist())
 
 
 class _AllGather(torch.autograd.Function):

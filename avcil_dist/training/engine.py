@@ -6,6 +6,8 @@ The head has grown before the engine is built: a head put in later would never b
 import logging
 import os
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,7 +38,7 @@ class Engine:
         """`rows` is the number of clips that a rank has of a global batch."""
         deepspeed = _deepspeed(world)
         trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.Adam(
+        self._optimizer = optimizer = torch.optim.Adam(
             trainable, lr=optim.lr, weight_decay=optim.weight_decay, fused=device.type == "cuda"
         )
         self._engine = deepspeed.initialize(
@@ -80,6 +82,44 @@ class Engine:
             return whole_state(self.network)
         with self._deepspeed.zero.GatheredParameters(list(self.network.parameters())):
             return whole_state(self.network)
+
+    def optimizer_state(self) -> dict[str, Tensor | float]:
+        """What the rank's optimizer has gathered over the steps, in host memory, tensors and plain numbers.
+
+        Of the rank's own share, where ZeRO shares it out: it goes with the ZeRO stage, the world size and the rank.
+        """
+        with self._whole_groups():
+            state = self._optimizer.state_dict()["state"]
+        return {
+            f"{number}.{name}": value.detach().cpu().clone() if isinstance(value, Tensor) else value
+            for number, values in state.items()
+            for name, value in values.items()
+        }
+
+    def load_optimizer_state(self, state: Mapping[str, Tensor | float]) -> None:
+        """Go on from `optimizer_state()` of the same rank, ZeRO stage and world size.
+
+        An engine that was built on the weights of then goes on as that one would have, to the last bit.
+        """
+        values: dict[int, dict[str, Tensor | float]] = {}
+        for key, value in state.items():
+            number, name = key.split(".", 1)
+            values.setdefault(int(number), {})[name] = value
+        with self._whole_groups():
+            groups = self._optimizer.state_dict()["param_groups"]
+            self._optimizer.load_state_dict({"state": values, "param_groups": groups})
+
+    @contextmanager
+    def _whole_groups(self) -> Iterator[None]:
+        """The optimizer with its parameters: ZeRO 3 puts them in only while it takes a step."""
+        if self.zero_stage < 3:
+            yield
+            return
+        self._engine.optimizer._set_fp32_optimizer_param_groups()
+        try:
+            yield
+        finally:
+            self._engine.optimizer._clear_fp32_optimizer_param_groups()
 
     def close(self) -> None:
         """Give back what the engine holds."""

@@ -4,6 +4,7 @@ The same code runs in one process on a laptop, under torchrun and in a SLURM job
 loop itself is `trainer.py`.
 """
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -16,32 +17,62 @@ from avcil_dist.data.plan import NO_CLIPS
 from avcil_dist.data.sources import source_disjoint
 from avcil_dist.methods import make_method
 from avcil_dist.methods.base import Method, OnePassMethod, StepContext
+from avcil_dist.signals import StopRequest
 from avcil_dist.training.artifact import StepArtifact, save_artifact
 from avcil_dist.training.distributed import decide_together, local_device, process_group
 from avcil_dist.training.engine import set_threads, whole_state
 from avcil_dist.training.evaluate import Evaluator, Predictions
+from avcil_dist.training.faults import Report, print_fault, shared_fate
 from avcil_dist.training.features import FeaturePass
 from avcil_dist.training.metrics import StreamMetrics, accuracy_row, confusion, per_class_accuracy, seen_accuracy
 from avcil_dist.training.networks import NetworkMaker, network_after
 from avcil_dist.training.one_pass import train_one_pass
 from avcil_dist.training.selection import MemoryKeeper, exemplar_clips
-from avcil_dist.training.stream import load_previous, scenario_of, shards_of, stream_url
-from avcil_dist.training.trainer import Observer, Selected, Trainer
+from avcil_dist.training.snapshot import SnapshotKeeper
+from avcil_dist.training.state import Selected
+from avcil_dist.training.stream import load_previous, scenario_of, shards_of, sole_writer, stream_url
+from avcil_dist.training.trainer import Observer, Trainer
 from avcil_dist.world import World
 
 
-def run_step(config: Config, step: int, *, world: World, observer: Observer) -> StepArtifact:
+def run_step(
+    config: Config,
+    step: int,
+    *,
+    world: World,
+    observer: Observer,
+    stop: StopRequest,
+    report: Report = print_fault,
+    reset_optimizer: bool = False,
+) -> StepArtifact:
     """Train, test and commit one step; every rank calls it. Returns what was committed.
 
-    Raises an AvcilError, the same on all ranks, for faults in settings, data or artifacts.
+    A step that was begun goes on from its newest snapshot. Raises StepStopped, on all ranks, when `stop` was
+    set on one and a snapshot is committed. Raises an AvcilError, the same on all ranks, for faults in
+    settings, data or artifacts; a rank that could not raise it is ended after it was reported to `report`.
     """
     device = local_device(world)
     set_threads(world)
-    with process_group(world, device, config.engine.timeout_minutes):
-        return step_in_group(config, step, world=world, observer=observer, device=device)
+    with (
+        sole_writer(stream_url(config)) if world.is_main else nullcontext(),
+        process_group(world, device, config.engine.timeout_minutes) as store,
+        shared_fate(store, world, report),
+    ):
+        return step_in_group(
+            config, step, world=world, observer=observer, device=device, stop=stop, reset_optimizer=reset_optimizer
+        )
 
 
-def step_in_group(config: Config, step: int, *, world: World, observer: Observer, device: torch.device) -> StepArtifact:
+def step_in_group(
+    config: Config,
+    step: int,
+    *,
+    world: World,
+    observer: Observer,
+    device: torch.device,
+    stop: StopRequest,
+    reset_optimizer: bool = False,
+) -> StepArtifact:
     """`run_step` within a process group that is there."""
     manifest = load_manifest(config.data.manifest)
     scenario = scenario_of(config, manifest)
@@ -57,13 +88,15 @@ def step_in_group(config: Config, step: int, *, world: World, observer: Observer
     memory = previous.memory if previous else EMPTY_MEMORY
     evaluator = Evaluator(manifest, scenario, config.data, config.optim.eval_batch, world, device)
 
+    snapshots = SnapshotKeeper(config, manifest.content_hash, step, world, reset_optimizer)
     if method.needs.trains_at(step):
         source = _training_source(config, manifest, context, method, memory, world)
-        selected = Trainer(config, method, teacher, evaluator, source, observer, device).train(student)
+        trainer = Trainer(config, method, teacher, evaluator, source, observer, device, snapshots, stop)
+        selected = trainer.train(student)
         student = network_after(config, manifest, scenario, method, step).to(device)
         student.load_state_dict(selected.state)
     else:
-        observer.begin(step, 0, 0)
+        observer.begin(step, 0, 0, 0)
         selected = Selected(whole_state(student), epoch=0, val_accuracy=None)
     if isinstance(method, OnePassMethod):
         selected = replace(selected, val_accuracy=train_one_pass(method, student, features, manifest, context))
@@ -83,6 +116,7 @@ def step_in_group(config: Config, step: int, *, world: World, observer: Observer
         manifest_hash=manifest.content_hash,
     )
     decide_together(lambda: save_artifact(stream_url(config), artifact))
+    snapshots.discard()
     return artifact
 
 

@@ -1,5 +1,12 @@
 """A stream of steps: where it lies, which steps are committed, whether it may go on."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
 from avcil_dist import storage
 from avcil_dist.compose import flatten
 from avcil_dist.config import Config
@@ -11,10 +18,12 @@ from avcil_dist.scenario import Scenario, make_scenario
 from avcil_dist.training.artifact import StepArtifact, is_committed, load_artifact, load_origin
 from avcil_dist.training.requirements import check_needs
 
+LOCK_SECONDS = 60
 # Settings that say how and where a stream runs, not what it computes.
 OPERATIONAL = (
     "output",
     "engine.",
+    "snapshot.",
     "tracking.",
     "data.manifest",
     "data.workers",
@@ -50,6 +59,31 @@ def load_previous(config: Config, manifest: Manifest, step: int) -> StepArtifact
     return load_artifact(stream_url(config), step - 1)
 
 
+def changed_setting(was: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """The first setting that differs and says what a stream computes, of two flattened configurations."""
+    changed = (key for key in sorted({*was, *now}) if was.get(key) != now.get(key) and not key.startswith(OPERATIONAL))
+    return next(changed, None)
+
+
+@contextmanager
+def sole_writer(stream: str) -> Iterator[None]:
+    """No other process trains this stream on a local folder while the block runs.
+
+    Raises ConfigError when one does; what a killed start left behind ends within seconds, and is waited for.
+    """
+    path = storage.local_path(stream)
+    if path is None:  # object storage has no locks
+        yield
+        return
+    folder = Path(path)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=LOCK_SECONDS):
+            yield
+    except Timeout:
+        raise ConfigError(f"{stream}: another process trains this stream; wait for it, or end it") from None
+
+
 def check_continues(config: Config, manifest: Manifest, step: int) -> None:
     """Raises ConfigError when the step before `step` was made with other settings or from other data.
 
@@ -58,9 +92,8 @@ def check_continues(config: Config, manifest: Manifest, step: int) -> None:
     stream = stream_url(config)
     origin = load_origin(stream, step - 1)
     was, now = flatten(origin.config), flatten(config)
-    changed = [key for key in sorted({*was, *now}) if was.get(key) != now.get(key) and not key.startswith(OPERATIONAL)]
-    if changed:
-        key = changed[0]
+    key = changed_setting(was, now)
+    if key:
         raise ConfigError(
             f"{stream}: step {step - 1} was made with {key}={was.get(key)}, not {now.get(key)}; "
             "choose another name=, or begin anew with --restart"

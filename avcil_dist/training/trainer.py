@@ -1,50 +1,46 @@
-"""The training loop of a step: epochs of batches, the global loss, the epoch that is selected."""
+"""The training loop of a step: iterations, the epoch that is selected, snapshots in between."""
 
-import itertools
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from avcil_dist.config import Config
 from avcil_dist.data.loader import Batch, TrainingSource, load_batches
+from avcil_dist.data.manifest import Manifest
 from avcil_dist.data.reader import COUNTS
-from avcil_dist.errors import DataError
-from avcil_dist.methods.base import Method, Targets
+from avcil_dist.errors import DataError, StepStopped, TrainingError
+from avcil_dist.methods.base import Method
 from avcil_dist.models.network import Network
-from avcil_dist.models.outputs import Divergence, Output
-from avcil_dist.training.distributed import collect_texts, gather_rows
+from avcil_dist.signals import StopRequest
+from avcil_dist.training.distributed import Votes, collect_texts, gather_rows
 from avcil_dist.training.engine import Engine
 from avcil_dist.training.evaluate import Evaluator
+from avcil_dist.training.iteration import iterate
 from avcil_dist.training.replay import exemplars_at_hand
+from avcil_dist.training.snapshot import SnapshotKeeper
+from avcil_dist.training.state import EpochTotals, Selected, TrainingState
 from avcil_dist.training.teacher import Teacher
+
+LOSSES_AT_A_TIME = 16  # reading a loss waits for the device, so it is not done in each iteration
 
 
 class Observer(Protocol):
     """Who watches a step: a progress bar, a tracker, nobody."""
 
-    def begin(self, step: int, num_epochs: int, num_batches: int) -> None:
-        """The step starts: so many epochs of so many batches."""
+    def begin(self, step: int, num_epochs: int, num_batches: int, num_done: int) -> None:
+        """The step starts: so many epochs, so many batches in all, of which a snapshot has done some."""
 
     def advance(self) -> None:
         """A batch, of training or of evaluation, is done."""
 
     def epoch(self, epoch: int, values: Mapping[str, float]) -> None:
         """An epoch is done; `values` are its mean losses, accuracy, speed, and what reading took, of all ranks."""
-
-
-@dataclass(frozen=True)
-class Selected:
-    """The weights that are the step's result, and the epoch they are from."""
-
-    state: dict[str, Tensor]
-    epoch: int
-    val_accuracy: float | None
 
 
 @dataclass
@@ -58,34 +54,63 @@ class Trainer:
     source: TrainingSource
     observer: Observer
     device: torch.device
-    num_bad: int = field(default=0, init=False)
-    faults: list[str] = field(default_factory=list, init=False)
+    snapshots: SnapshotKeeper
+    stop: StopRequest
+    _unread: list[tuple[Tensor, np.ndarray]] = field(default_factory=list, init=False)  # losses and clips
 
     @cached_property
     def per_epoch(self) -> int:
         """Batches of an epoch."""
         return len(self.source.epoch_batches(0))
 
-    def train(self, student: Network) -> Selected:
-        """Train all epochs and select one of them."""
-        labels, pin = self.evaluator.scenario.labels, self.device.type == "cuda"
-        with exemplars_at_hand(self.source) as (source, manifest):
-            batches = load_batches(source, manifest=manifest, labels=labels, data=self.config.data, pin=pin)
-            return self._train(self._make_engine(student), batches)
+    @property
+    def num_iterations(self) -> int:
+        """Batches of the step."""
+        return self.per_epoch * self.config.optim.epochs
 
-    def _train(self, engine: Engine, batches: Iterator[Batch]) -> Selected:
-        step, num_epochs = self.source.step, self.config.optim.epochs
-        self.observer.begin(step, num_epochs, num_epochs * self.per_epoch)
-        best: Selected | None = None
-        for epoch in range(num_epochs):
-            started = time.monotonic()
-            values = self._epoch(engine, itertools.islice(batches, self.per_epoch))
-            values["clips_per_second"] = self.per_epoch * self.config.optim.batch / (time.monotonic() - started)
-            best = self._select(engine, epoch, best, values)
-            self.observer.epoch(epoch, values)
-        engine.close()
-        assert best is not None
+    def train(self, student: Network) -> Selected:
+        """Train all epochs, from the newest snapshot on, and select one of them.
+
+        Raises StepStopped on all ranks when one was asked to stop.
+        """
+        snapshot = self.snapshots.load_newest(self.device)
+        state = TrainingState()
+        if snapshot:
+            student.load_state_dict(snapshot.model)
+            state = snapshot.state
+        labels, pin = self.evaluator.scenario.labels, self.device.type == "cuda"
+        with exemplars_at_hand(replace(self.source, start=state.iteration)) as (source, manifest):
+            engine = self._make_engine(student)
+            if snapshot and snapshot.optimizer is not None:
+                engine.load_optimizer_state(snapshot.optimizer)
+            batches = load_batches(source, manifest=manifest, labels=labels, data=self.config.data, pin=pin)
+            best = self._train(engine, batches, state, manifest)
+            engine.close()
         return best
+
+    def _train(self, engine: Engine, batches: Iterator[Batch], state: TrainingState, manifest: Manifest) -> Selected:
+        self.observer.begin(self.source.step, self.config.optim.epochs, self.num_iterations, state.iteration)
+        votes = Votes(self.config.engine.timeout_minutes)
+        engine.network.train()
+        while state.iteration < self.num_iterations:
+            self._iterate(engine, batches, state)
+            if len(self._unread) == LOSSES_AT_A_TIME:
+                self._read_losses(state, manifest)
+            if state.iteration % self.per_epoch == 0:
+                self._read_losses(state, manifest)
+                self._end_epoch(engine, state)
+            is_stopping, is_due = votes.any(self.stop.is_set(), self.snapshots.is_due(state.iteration))
+            if is_stopping or is_due:
+                self._read_losses(state, manifest)
+                self._save(engine, state)
+            if is_stopping:
+                raise StepStopped(
+                    f"step {self.source.step} stopped after {state.iteration} of {self.num_iterations} iterations; "
+                    "run the same command again and it goes on from there"
+                )
+            self.observer.advance()
+        assert state.best is not None
+        return state.best
 
     def _make_engine(self, student: Network) -> Engine:
         optim, world = self.config.optim, self.source.world
@@ -93,49 +118,64 @@ class Trainer:
         rows = (optim.batch + replayed) // world.size
         return Engine(student, optim=optim, config=self.config.engine, rows=rows, world=world, device=self.device)
 
-    def _epoch(self, engine: Engine, batches: Iterator[Batch]) -> dict[str, float]:
-        """One pass over the step's clips; returns the mean of each part of the loss."""
-        engine.network.train()
-        self.num_bad, self.faults = 0, []
-        sums: dict[str, Tensor] = {}
-        reading: Counter[str] = Counter()
-        for batch in batches:
-            reading.update(batch.counts)
-            for name, value in self._iteration(engine, batch.to(self.device)).items():
-                sums[name] = sums.get(name, 0) + value.detach()
-            self._check_faults(batch)
-            self.observer.advance()
-        means = {name: value.item() / self.per_epoch for name, value in sums.items()}
-        means |= {"damaged_clips": float(self.num_bad)} if self.num_bad else {}
-        return means | self._of_all_ranks(reading)
+    def _iterate(self, engine: Engine, batches: Iterator[Batch], state: TrainingState) -> None:
+        """One batch: trained on, added to the epoch's totals."""
+        started, totals = time.monotonic(), state.epoch
+        batch = next(batches)
+        done = iterate(engine, batch.to(self.device), method=self.method, teacher=self.teacher)
+        totals.reading.update(batch.counts)
+        totals.num_bad += done.num_bad
+        totals.faults.extend(batch.faults)
+        for name, value in done.parts.items():
+            totals.losses[name] = totals.losses.get(name, 0) + value.detach()
+        self._unread.append((done.parts["loss"].detach(), batch.clips))
+        self._check_faults(totals)
+        state.iteration += 1
+        totals.seconds += time.monotonic() - started
+
+    def _read_losses(self, state: TrainingState, manifest: Manifest) -> None:
+        """Stop, on all ranks at once, at a loss that is not finite: what is learnt from it is nothing."""
+        unread, self._unread = self._unread, []
+        finite = torch.stack([loss for loss, _ in unread]).isfinite().tolist() if unread else []
+        if all(finite):
+            return
+        place = finite.index(False)
+        loss, clips = unread[place]
+        keys = collect_texts(tuple(manifest.key(int(clip)) for clip in clips))
+        raise TrainingError(
+            f"step {self.source.step}, iteration {state.iteration - len(unread) + place + 1}: the loss is "
+            f"{loss.item()}; lower optim.lr, or look at the clips of this batch: {', '.join(keys)}"
+        )
+
+    def _end_epoch(self, engine: Engine, state: TrainingState) -> None:
+        """Select, tell the observer, begin the next."""
+        epoch, totals = state.iteration // self.per_epoch - 1, state.epoch
+        values = {name: value.item() / self.per_epoch for name, value in totals.losses.items()}
+        values |= {"damaged_clips": float(totals.num_bad)} if totals.num_bad else {}
+        values |= self._of_all_ranks(totals.reading)
+        values["clips_per_second"] = self.per_epoch * self.config.optim.batch / totals.seconds
+        state.best = self._select(engine, epoch, state.best, values)
+        state.epoch = EpochTotals()
+        self.observer.epoch(epoch, values)
+
+    def _save(self, engine: Engine, state: TrainingState) -> None:
+        totals = state.epoch
+        record = totals.to_record(self._of_all_ranks(totals.reading), collect_texts(tuple(totals.faults)))
+        self.snapshots.save(engine, state, record)
 
     def _of_all_ranks(self, reading: Mapping[str, float]) -> dict[str, float]:
-        """What reading the epoch took, summed over the ranks."""
+        """What reading took, summed over the ranks."""
         names = (*COUNTS, "stall_seconds")
         own = torch.tensor([[reading.get(name, 0.0) for name in names]], dtype=torch.float64, device=self.device)
         return dict(zip(names, gather_rows(own, 1).sum(dim=0).tolist(), strict=True))
 
-    def _iteration(self, engine: Engine, batch: Batch) -> dict[str, Tensor]:
-        """Forward on the rank's rows, loss on the global batch, backward, step."""
-        has_exemplars = batch.num_current < len(batch.labels)
-        view = self.teacher.view(batch) if self.teacher and self.method.needs.divergence and has_exemplars else None
-        output = engine(batch.visual, batch.audio, view)
-        taught = self.teacher.output(batch, self.method) if self.teacher else None
-        gathered = gather_batch(batch, output, taught)
-        self.num_bad += gathered.num_bad
-        parts = self.method.loss(gathered.targets, gathered.output, gathered.teacher)
-        engine.backward(parts["loss"])
-        engine.step()
-        return parts
-
-    def _check_faults(self, batch: Batch) -> None:
+    def _check_faults(self, totals: EpochTotals) -> None:
         """Stop, on all ranks at once, when more clips are damaged than an epoch may skip."""
-        self.faults.extend(batch.faults)
         allowed = self.config.data.max_bad_fraction * self.per_epoch * self.config.optim.batch
-        if self.num_bad > allowed:
-            named = collect_texts(tuple(self.faults))[0]
+        if totals.num_bad > allowed:
+            named = collect_texts(tuple(totals.faults))[0]
             raise DataError(
-                f"{self.num_bad} damaged clips in an epoch, data.max_bad_fraction allows {allowed:.0f}; "
+                f"{totals.num_bad} damaged clips in an epoch, data.max_bad_fraction allows {allowed:.0f}; "
                 f"the first: {named}"
             )
 
@@ -150,52 +190,3 @@ class Trainer:
         if best is None or best.val_accuracy is None or predicted.accuracy > best.val_accuracy:
             return Selected(engine.state(), epoch, predicted.accuracy)
         return best
-
-
-@dataclass(frozen=True)
-class GlobalBatch:
-    """What all ranks' rows gave together, in the plan's order, without the rows of damaged clips."""
-
-    targets: Targets
-    output: Output
-    teacher: Output | None
-    num_bad: int
-
-
-def gather_batch(batch: Batch, output: Output, teacher: Output | None) -> GlobalBatch:
-    """Gather a rank's rows with those of the others, with gradient; equal on all ranks.
-
-    Pooled pictures are only compared with a teacher's, so without those they stay where they are.
-    """
-    valid = gather_rows(batch.valid, batch.num_current)
-    num_current = len(valid) * batch.num_current // len(batch.valid)
-
-    def gather(rows: Tensor) -> Tensor:
-        return gather_rows(rows, batch.num_current)[valid]
-
-    def gather_present(rows: Tensor | None) -> Tensor | None:
-        return None if rows is None else gather(rows)
-
-    def gather_exemplars(rows: Tensor) -> Tensor:
-        return gather_rows(rows, len(rows))[valid[num_current:]]
-
-    def gather_output(rows: Output, *, with_pooled: bool) -> Output:
-        divergence = rows.divergence and Divergence(
-            gather_exemplars(rows.divergence.spatial), gather_exemplars(rows.divergence.temporal)
-        )
-        return Output(
-            logits=gather(rows.logits),
-            audio=gather_present(rows.audio),
-            visual=gather_present(rows.visual),
-            pooled=gather_present(rows.pooled) if with_pooled else None,
-            divergence=divergence,
-            importance=gather_present(rows.importance),
-        )
-
-    with_pooled = teacher is not None and teacher.pooled is not None
-    return GlobalBatch(
-        targets=Targets(gather(batch.labels), int(valid[:num_current].sum())),
-        output=gather_output(output, with_pooled=with_pooled),
-        teacher=None if teacher is None else gather_output(teacher, with_pooled=with_pooled),
-        num_bad=int((~valid).sum()),
-    )

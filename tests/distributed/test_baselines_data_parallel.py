@@ -12,8 +12,8 @@ from avcil_dist.methods.base import Method, StepContext
 from avcil_dist.models.network import HeadedNetwork, build_network
 from avcil_dist.scenario import Scenario
 from avcil_dist.training.engine import Engine
+from avcil_dist.training.iteration import gather_batch
 from avcil_dist.training.teacher import Teacher
-from avcil_dist.training.trainer import gather_batch
 from avcil_dist.world import World
 from tests.ranks import CPU, run_ranks
 

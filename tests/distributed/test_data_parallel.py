@@ -18,9 +18,9 @@ from avcil_dist.models.network import Network, build_network
 from avcil_dist.scenario import Scenario
 from avcil_dist.training.engine import Engine
 from avcil_dist.training.evaluate import Evaluator
+from avcil_dist.training.iteration import gather_batch
 from avcil_dist.training.stream import scenario_of
 from avcil_dist.training.teacher import Teacher
-from avcil_dist.training.trainer import gather_batch
 from avcil_dist.world import World
 from tests.ranks import CPU, run_ranks
 from tests.streams import last_artifact, train, write_config

@@ -5,7 +5,9 @@ channels has a softmax over positions of its own, and one over frames. How it is
 a map ever being written is in `attention_pass.py`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -32,29 +34,14 @@ class TeacherView:
     visual: Tensor
 
 
-class _VisualKeys(nn.Linear):
-    """The keys' linear map and all that follows it: at ZeRO 3 a module's weights are whole in its own call alone."""
+class _LentLinear(nn.Linear):
+    """A linear map that lends its weights: at ZeRO 3 they are whole only within the call of their own module."""
 
     def forward(  # type: ignore[override]
-        self, guide: Tensor, visual: Tensor, teacher: Side | None, choice: Choice
+        self, use: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
     ) -> tuple[Tensor, ...]:
-        """Pooled (B, D) and the divergences (E,)."""
-        visual = visual.contiguous()
-        dtype = _dtype(self.weight)
-        sweeps = _sweeps(choice, visual, dtype)
-        if not torch.is_grad_enabled():
-            with torch.autocast(visual.device.type, enabled=False):
-                work = AttentionPass(self.side(guide, visual), teacher, sweeps)
-                work.run()
-            pooled, divergence = work.pooled, work.divergence
-            return pooled.to(self.weight.dtype), *divergence.unbind()
-        pooled, *divergences = Attend.apply(guide, visual, self.weight, self.bias, teacher, sweeps, dtype)
-        return pooled.to(self.weight.dtype), *divergences
-
-    def side(self, guide: Tensor, visual: Tensor) -> Side:
-        """The map and tokens for it, in the type that is computed in."""
-        dtype = _dtype(self.weight)
-        return Side(guide, visual, self.weight.to(dtype), self.bias.to(dtype))
+        """What `use` makes of weight (D, D) and bias (D,)."""
+        return use(self.weight, self.bias)
 
 
 class AudioGuidedAttention(nn.Module):
@@ -67,7 +54,7 @@ class AudioGuidedAttention(nn.Module):
     def __init__(self, dim: int, choice: Choice = "auto") -> None:
         super().__init__()
         self.attn_audio = nn.Linear(dim, dim)
-        self.attn_visual = _VisualKeys(dim, dim)
+        self.attn_visual = _LentLinear(dim, dim)
         self.choice = choice
 
     def forward(
@@ -78,25 +65,45 @@ class AudioGuidedAttention(nn.Module):
         `audio` (B, D), `visual` (B, T, S, D). Returns pooled (B, D) and, for the last E rows that
         `teacher` covers, the divergence, each part (E,); no gradient reaches the teacher.
         """
-        theirs = None if teacher is None else teacher.attention._side(teacher.audio, teacher.visual)
-        pooled, spatial, temporal = self.attn_visual(self._guide(audio), visual, theirs, self.choice)
+        theirs = None if teacher is None else teacher.attention._side(teacher)
+        pooled, spatial, temporal = self.attn_visual(
+            partial(_attend, self._guide(audio), visual.contiguous(), theirs, self.choice)
+        )
         return pooled, None if teacher is None else Divergence(spatial, temporal)
 
     def maps(self, audio: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
         """Return the attention itself, to look at: spatial (B, T, S, D) sums to 1 over S, temporal (B, T, D) over T."""
         guide = self._guide(audio).unsqueeze(1)
-        keys = torch.tanh(F.linear(visual.to(self.attn_visual.weight.dtype), *self.attn_visual.parameters()))
+        mapped = self.attn_visual(lambda weight, bias: (F.linear(visual.to(weight.dtype), weight, bias),))[0]
+        keys = torch.tanh(mapped)
         spatial = torch.softmax(keys * guide.unsqueeze(2), dim=2)
         return spatial, torch.softmax((spatial * keys).sum(2) * guide, dim=1)
 
     @torch.no_grad()
-    def _side(self, audio: Tensor, visual: Tensor) -> Side:
-        """As a teacher: its side of a comparison."""
-        return self.attn_visual.side(self._guide(audio), visual.contiguous())
+    def _side(self, view: TeacherView) -> Side:
+        """As a teacher: its side of a comparison, with weights that stay whole."""
+        weight, bias = self.attn_visual(lambda *weights: tuple(part.to(_dtype(part), copy=True) for part in weights))
+        return Side(self._guide(view.audio), view.visual.contiguous(), weight, bias)
 
     def _guide(self, audio: Tensor) -> Tensor:
         guide = torch.tanh(self.attn_audio(audio))
         return guide.to(torch.promote_types(self.attn_visual.weight.dtype, torch.float32))
+
+
+def _attend(
+    guide: Tensor, visual: Tensor, teacher: Side | None, choice: Choice, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, ...]:
+    """Pooled (B, D) and the divergences (E,); without gradient, nothing is done for its sake."""
+    dtype = _dtype(weight)
+    sweeps = _sweeps(choice, visual, dtype)
+    if torch.is_grad_enabled():
+        pooled, *divergence = Attend.apply(guide, visual, weight, bias, teacher, sweeps, dtype)
+    else:
+        with torch.autocast(visual.device.type, enabled=False):
+            work = AttentionPass(Side(guide, visual, weight.to(dtype), bias.to(dtype)), teacher, sweeps)
+            work.run()
+        pooled, divergence = work.pooled, list(work.divergence)
+    return pooled.to(weight.dtype), *divergence
 
 
 def _dtype(weight: Tensor) -> torch.dtype:

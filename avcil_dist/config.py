@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
+Precision = Literal["float32", "bf16", "fp16"]
+
 
 class Section(BaseModel):
     """A part of the configuration: unknown keys are errors, values do not change."""
@@ -28,6 +30,26 @@ class ClipConfig(Section):
     silent: Literal["error", "silence"] = Field(
         "error", description="a clip without an audio track: an error, or silence"
     )
+
+
+class AugmentConfig(Section):
+    """Random variations of training clips, the same for all frames of a clip; none by default."""
+
+    crop: float = Field(
+        1.0, gt=0, le=1, description="smallest share of the picture that a random resized crop keeps; 1.0: no crop"
+    )
+    flip: float = Field(0.0, ge=0, le=1, description="probability of a mirrored picture")
+    brightness: float = Field(0.0, ge=0, le=1, description="colour jitter: most that a picture's is changed by")
+    contrast: float = Field(0.0, ge=0, le=1)
+    saturation: float = Field(0.0, ge=0, le=1)
+    hue: float = Field(0.0, ge=0, le=0.5, description="as a share of the circle of colours")
+    time_mask: int = Field(0, ge=0, description="a stretch of fewer filterbank frames than this is masked")
+    mel_mask: int = Field(0, ge=0, description="a band of fewer filterbank bins than this is masked")
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is varied."""
+        return self != AugmentConfig()
 
 
 class DataConfig(Section):
@@ -58,6 +80,15 @@ class DataConfig(Section):
         description="also test on the clips whose source video (the key up to its last _) no training clip is from",
     )
     clip: ClipConfig = ClipConfig()
+    augment: AugmentConfig = AugmentConfig()
+
+    @model_validator(mode="after")
+    def _masks_leave_something(self) -> "DataConfig":
+        for mask, size in (("time_mask", "mel_frames"), ("mel_mask", "mel_bins")):
+            longest, whole = getattr(self.augment, mask), getattr(self.clip, size)
+            if longest > whole:
+                raise ValueError(f"augment.{mask}={longest} is more than clip.{size}={whole}")
+        return self
 
 
 class ScenarioConfig(Section):
@@ -89,10 +120,23 @@ class TransformerConfig(Section):
     """A vision transformer. `weights` is a path, a hub name, or `random`, and must fit the sizes given here."""
 
     weights: str = Field(description="path, hub name, or `random` (never silently random)")
-    frozen: bool = Field(True, description="no gradient, no optimizer state")
+    train: Literal["frozen", "partial", "full"] = Field(
+        "frozen",
+        description="frozen: features computed on the fly, no gradient, no optimizer state; partial: the last blocks "
+        "and the final norm are trained; full: all",
+    )
+    last_blocks: PositiveInt | None = Field(None, description="blocks that train=partial trains")
     dim: PositiveInt = 768
     depth: PositiveInt = 12
     heads: PositiveInt = 12
+
+    @model_validator(mode="after")
+    def _blocks_are_there(self) -> "TransformerConfig":
+        if (self.last_blocks is not None) != (self.train == "partial"):
+            raise ValueError("last_blocks says how many blocks train=partial trains; set both, or neither")
+        if self.last_blocks is not None and self.last_blocks > self.depth:
+            raise ValueError(f"last_blocks={self.last_blocks} of depth={self.depth}; there are not so many")
+        return self
 
 
 class VideoMAEConfig(TransformerConfig):
@@ -113,6 +157,11 @@ class ModelConfig(Section):
     modality: Literal["both", "audio", "visual"] = Field("both", description="learn from sound and pictures, or one")
     visual: Annotated[PrecomputedConfig | SmallConfig | VideoMAEConfig, Field(discriminator="kind")]
     audio: Annotated[PrecomputedConfig | SmallConfig | AudioMAEConfig, Field(discriminator="kind")]
+
+    @property
+    def used(self) -> tuple[PrecomputedConfig | SmallConfig | VideoMAEConfig | AudioMAEConfig, ...]:
+        """The encoders of the modality."""
+        return {"both": (self.visual, self.audio), "audio": (self.audio,), "visual": (self.visual,)}[self.modality]
 
 
 class MethodConfig(Section):
@@ -137,6 +186,9 @@ class OptimConfig(Section):
 
     lr: PositiveFloat = 1e-3
     weight_decay: float = Field(1e-4, ge=0)
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="learning rate of a transformer's block, as a share of that of the block above it"
+    )
     epochs: PositiveInt = 200
     batch: PositiveInt = Field(256, description="clips of the current step, global")
     replay_batch: PositiveInt = Field(128, description="exemplars beside them, global")
@@ -148,7 +200,32 @@ class EngineConfig(Section):
     """How the step runs on the machines at hand."""
 
     zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage")
+    precision: Precision = Field(
+        "float32", description="what networks compute in; weights, losses and the optimizer stay float32"
+    )
+    micro_batch: PositiveInt | None = Field(
+        None, description="most clips of a rank at a time; a larger batch is accumulated, exactly; default: all at once"
+    )
+    clip_norm: PositiveFloat | None = Field(None, description="most that the norm of the whole gradient may be")
+    checkpoint_encoders: bool = Field(
+        False, description="compute the activations of trained transformers anew in the backward pass"
+    )
+    offload: Literal["none", "optimizer", "parameters"] = Field(
+        "none", description="keep in host memory: the optimizer (ZeRO 1-3), or it and the parameters too (ZeRO 3)"
+    )
+    teacher: Literal["replicated", "sharded"] = Field(
+        "replicated", description="the teacher whole on every rank, or its parameters shared out (ZeRO 3)"
+    )
     timeout_minutes: PositiveFloat = Field(30.0, description="a rank that waits longer for the others ends the step")
+
+    @model_validator(mode="after")
+    def _stage_allows(self) -> "EngineConfig":
+        stages = {"none": (0, 1, 2, 3), "optimizer": (1, 2, 3), "parameters": (3,)}[self.offload]
+        if self.zero_stage not in stages:
+            raise ValueError(f"offload={self.offload} needs zero_stage {_listed(stages)}, it is {self.zero_stage}")
+        if self.teacher == "sharded" and self.zero_stage != 3:
+            raise ValueError(f"teacher=sharded needs zero_stage 3, it is {self.zero_stage}; use teacher=replicated")
+        return self
 
 
 class SnapshotConfig(Section):
@@ -208,3 +285,27 @@ class Config(Section):
         if (self.model.visual.kind == "precomputed") != (self.model.audio.kind == "precomputed"):
             raise ValueError("model.visual and model.audio: both are precomputed, or neither")
         return self
+
+    @model_validator(mode="after")
+    def _what_is_augmented_are_clips(self) -> "Config":
+        if self.data.augment.is_on and self.model.visual.kind == "precomputed":
+            raise ValueError("data.augment varies clips, and features are given; leave it out, or train on clips")
+        return self
+
+    @model_validator(mode="after")
+    def _layer_decay_has_layers(self) -> "Config":
+        trained = [
+            encoder
+            for encoder in self.model.used
+            if isinstance(encoder, TransformerConfig) and encoder.train != "frozen"
+        ]
+        if self.optim.layer_decay < 1 and not trained:
+            raise ValueError(
+                f"optim.layer_decay={self.optim.layer_decay} is for the blocks of a transformer, and none is trained; "
+                "set train: partial or full in model.visual or model.audio, or optim.layer_decay to 1.0"
+            )
+        return self
+
+
+def _listed(values: tuple[int, ...]) -> str:
+    return " or ".join(map(str, values))

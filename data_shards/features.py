@@ -97,8 +97,8 @@ def _build_encoders(config: Config, manifest: Manifest, device: torch.device) ->
             raise ConfigError(
                 f"model.{name}.kind: {section.kind} has no weights to make features with; use a transformer"
             )
-        if not section.frozen:
-            raise ConfigError(f"model.{name}.frozen: false; features are made by frozen encoders")
+        if section.train != "frozen":
+            raise ConfigError(f"model.{name}.train: {section.train}; features are made by frozen encoders")
     if manifest.kind != "clip":
         raise ConfigError(f"{config.data.manifest}: holds features; features are made of clips")
     clip = config.data.clip

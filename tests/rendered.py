@@ -1,12 +1,15 @@
 """Tiny rendered data sets, and clips with faults, for tests."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import av
 import numpy as np
 
+from avcil_dist.data.manifest import Manifest, load_manifest
 from data_shards.synthetic import SyntheticSpec, render_clip, render_dataset
+from data_shards.writer import shard_url, write_shard
 
 TINY = SyntheticSpec(num_classes=2, clips={"train": 3, "val": 1, "test": 1}, seconds=1.0, size=32, frames_per_second=8)
 
@@ -20,6 +23,27 @@ def render_tiny(folder: Path, *, classes: int = 2, train: int = 3, val: int = 1,
 def tiny_clip(number: int = 0, index: int = 0) -> bytes:
     """One rendered mp4 of class `number`."""
     return render_clip(TINY, "train", number, index)
+
+
+def tiny_manifest(root: Path, names: Sequence[str], clips: dict[str, int]) -> Manifest:
+    """Rendered clips, so many of each class in each split, in one shard a class and split."""
+    spec = SyntheticSpec(len(names), clips, seconds=1.0, size=32, frames_per_second=8)
+    shards = [
+        write_shard(
+            shard_url(split, number, name, 0),
+            root=str(root),
+            class_name=name,
+            split=split,
+            clips=[
+                (f"{split}-{name}-{index}", {"mp4": render_clip(spec, split, number, index), "json": b"{}"})
+                for index in range(count)
+            ],
+        )
+        for split, count in clips.items()
+        for number, name in enumerate(names)
+    ]
+    Manifest("clip", tuple(names), tuple(shards), {}).save(f"{root}/manifest.json")
+    return load_manifest(f"{root}/manifest.json")
 
 
 def remuxed(data: bytes, *, container: str = "mp4", sound: bool = True) -> bytes:

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from avcil_dist.config import ClipConfig
+from avcil_dist.config import AugmentConfig, ClipConfig
 from avcil_dist.data.decode import decode_clip
 from avcil_dist.data.manifest import Manifest
 from avcil_dist.data.plan import PADDING
-from avcil_dist.data.reader import Segment
+from avcil_dist.data.reader import Draw, Segment
 from avcil_dist.data.transforms import ClipTransform
 from avcil_dist.errors import DataError
 
@@ -54,8 +54,11 @@ class Layout(Protocol):
     def lay_out(self, clips: np.ndarray) -> Rows:
         """The rows of these clips, ready to be read."""
 
-    def decode(self, rows: Rows, faults: Faults) -> Pair:
-        """Visual and audio of all rows, zero where there is no clip; damaged rows are added to `faults`."""
+    def decode(self, rows: Rows, faults: Faults, draw: Draw | None) -> Pair:
+        """Visual and audio of all rows, zero where there is no clip; damaged rows are added to `faults`.
+
+        Clips are varied as `draw` says; features are what they are.
+        """
 
 
 class FeatureLayout:
@@ -92,7 +95,7 @@ class FeatureLayout:
                 rows.segments.append(Segment(int(shards[row]), int(starts[row]) - TAR_BLOCK, buffers, int(row)))
         return rows
 
-    def decode(self, rows: Rows, faults: Faults) -> Pair:
+    def decode(self, rows: Rows, faults: Faults, draw: Draw | None) -> Pair:
         """Hold each header against the expected one; a member that has another is parsed."""
         assert rows.tensors is not None
         for row, clip in enumerate(rows.clips):
@@ -127,12 +130,12 @@ class ClipLayout:
 
     member = "mp4"
 
-    def __init__(self, manifest: Manifest, clip: ClipConfig) -> None:
-        self.manifest, self.clip = manifest, clip
+    def __init__(self, manifest: Manifest, clip: ClipConfig, augment: AugmentConfig) -> None:
+        self.manifest, self.clip, self.augment = manifest, clip, augment
 
     @cached_property
     def _transform(self) -> ClipTransform:
-        return ClipTransform(self.clip)
+        return ClipTransform(self.clip, self.augment)
 
     def lay_out(self, clips: np.ndarray) -> Rows:
         """Bytes for each row."""
@@ -148,7 +151,7 @@ class ClipLayout:
         ]
         return Rows(clips, segments, [heads], [bodies])
 
-    def decode(self, rows: Rows, faults: Faults) -> Pair:
+    def decode(self, rows: Rows, faults: Faults, draw: Draw | None) -> Pair:
         """Decode row by row."""
         clip = self.clip
         visual = torch.zeros(len(rows.clips), clip.frames, 3, clip.size, clip.size)
@@ -166,7 +169,8 @@ class ClipLayout:
                     silent=clip.silent,
                     where=key,
                 )
-                visual[row], audio[row] = self._transform(decoded)
+                seed = draw.seed_of(row, key) if draw else None
+                visual[row], audio[row] = self._transform(decoded, seed)
             except DataError as error:
                 faults[row] = error
         return visual, audio

@@ -20,9 +20,10 @@ from torch import Tensor
 from avcil_dist.config import DataConfig, OptimConfig
 from avcil_dist.data.layout import ClipLayout, Faults, FeatureLayout, Layout, Pair, Rows
 from avcil_dist.data.manifest import Manifest
-from avcil_dist.data.plan import NO_CLIPS, PADDING, plan_epoch, plan_replay, rank_share
-from avcil_dist.data.reader import BATCHES_AHEAD, OpenReader, Request, ShardReader
+from avcil_dist.data.plan import NO_CLIPS, PADDING, plan_epoch, plan_replay, rank_share, replay_passes
+from avcil_dist.data.reader import BATCHES_AHEAD, Draw, OpenReader, Request, ShardReader
 from avcil_dist.errors import DataError
+from avcil_dist.seeds import derive_seed
 from avcil_dist.signals import shielding
 from avcil_dist.world import World
 
@@ -64,7 +65,8 @@ class Batch:
 class TrainingSource:
     """All training batches of a step for one rank, from batch `start` on, epoch after epoch.
 
-    `exemplars` come in batches of their own beside the current clips; `joined` ones are among them.
+    `exemplars` come in batches of their own beside the current clips; `joined` ones are among them. Where clips are
+    varied, the passes over the exemplars are their epochs.
     """
 
     manifest: Manifest
@@ -94,22 +96,24 @@ class TrainingSource:
 
     def __iter__(self) -> Iterator[Request]:
         per_epoch = len(self.epoch_batches(0))
+        seed = derive_seed(self.seed, "augment", self.step)
         for epoch in range(self.start // per_epoch, self.optim.epochs):
             first = max(self.start - epoch * per_epoch, 0)
             current = rank_share(self.epoch_batches(epoch)[first:], self.world.rank, self.world.size)
-            rows = [current]
+            rows, epochs = [current], [np.full_like(current, epoch)]
             if len(self.exemplars):
-                replay = plan_replay(
-                    self.exemplars,
-                    seed=self.seed,
-                    step=self.step,
-                    first=epoch * per_epoch + first,
-                    count=len(current),
-                    global_batch=self.optim.replay_batch,
-                )
+                span = {
+                    "first": epoch * per_epoch + first,
+                    "count": len(current),
+                    "global_batch": self.optim.replay_batch,
+                }
+                replay = plan_replay(self.exemplars, seed=self.seed, step=self.step, **span)
                 rows.append(rank_share(replay, self.world.rank, self.world.size))
-            for clips in np.concatenate(rows, axis=1):
-                yield Request(clips, num_current=current.shape[1])
+                passes = replay_passes(len(self.exemplars), **span)
+                epochs.append(rank_share(passes, self.world.rank, self.world.size))
+            for clips, of_rows in zip(np.concatenate(rows, axis=1), np.concatenate(epochs, axis=1), strict=True):
+                draw = Draw(seed, of_rows) if self.data.augment.is_on else None
+                yield Request(clips, current.shape[1], draw)
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ def load_batches(
     `pin` puts them in page-locked memory. Raises DataError and StorageError as the reader does.
     """
     is_clip = manifest.kind == "clip"
-    layout: Layout = ClipLayout(manifest, data.clip) if is_clip else FeatureLayout(manifest, pin=pin)
+    layout: Layout = ClipLayout(manifest, data.clip, data.augment) if is_clip else FeatureLayout(manifest, pin=pin)
     num_workers = data.workers if is_clip else 0  # processes are for decoding
     pipeline = webdataset.DataPipeline(
         _EachWorkersShare(source),
@@ -223,7 +227,7 @@ class _Decode:
 
     def __call__(self, batches: Iterable[_Fetched]) -> Iterator[tuple[_Fetched, Pair]]:
         for fetched in batches:
-            yield fetched, self.layout.decode(fetched.rows, fetched.faults)
+            yield fetched, self.layout.decode(fetched.rows, fetched.faults, fetched.request.draw)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ the same part in every epoch.
 """
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -84,6 +85,11 @@ def plan_replay(
     return np.concatenate([exemplars[:0], *stream])[offset : offset + count * global_batch].reshape(count, global_batch)
 
 
+def replay_passes(num_exemplars: int, *, first: int, count: int, global_batch: int) -> np.ndarray:
+    """(count, global_batch): of each row of `plan_replay`, how often the exemplars were gone through before."""
+    return (np.arange(first * global_batch, (first + count) * global_batch) // num_exemplars).reshape(count, -1)
+
+
 def plan_evaluation(clips: np.ndarray, global_batch: int) -> np.ndarray:
     """All clips in their order, (batches, global_batch), the last batch filled up with PADDING."""
     num_batches = -(-len(clips) // global_batch)
@@ -106,6 +112,22 @@ def check_batch_fits(setting: str, global_batch: int, world_size: int) -> None:
             f"{setting}={global_batch} cannot be shared by {world_size} processes; "
             f"it fits {', '.join(map(str, fitting))} processes, or choose a multiple of {world_size}"
         )
+
+
+def rows_at_a_time(current: int, replayed: int, most: int | None) -> int:
+    """The clips of a micro-batch: an equal part of a rank's current clips and exemplars, as many as `most` allows.
+
+    Raises ConfigError, naming the numbers that fit, when even the smallest such part is more.
+    """
+    common = math.gcd(current, replayed)
+    fitting = [(current + replayed) // parts for parts in range(1, common + 1) if common % parts == 0]
+    chosen = next((rows for rows in fitting if most is None or rows <= most), None)
+    if chosen is None:
+        raise ConfigError(
+            f"engine.micro_batch={most}: a rank has {current} current clips and {replayed} exemplars of a batch, which "
+            f"have equal parts of {', '.join(map(str, reversed(fitting)))} clips; choose one of these, or other batches"
+        )
+    return chosen
 
 
 def _spread(names: Sequence[str], counts: np.ndarray, random: np.random.Generator) -> np.ndarray:

@@ -24,6 +24,7 @@ from avcil_dist.data.cache import ShardCache, default_folder
 from avcil_dist.data.manifest import Manifest
 from avcil_dist.data.plan import PADDING
 from avcil_dist.errors import DataError, StorageError
+from avcil_dist.seeds import derive_seed
 
 T = TypeVar("T")
 
@@ -35,11 +36,27 @@ COUNTS = ("read_bytes", "fetched_bytes", "cache_hits", "cache_misses", "cache_fu
 
 
 @dataclass(frozen=True)
+class Draw:
+    """What the random choices for a batch's rows depend on: a seed of the step, and each row's epoch."""
+
+    seed: int
+    epochs: np.ndarray
+
+    def seed_of(self, row: int, key: str) -> int:
+        """The seed of a row: its clip's in that epoch, whatever batch, rank or process it is in."""
+        return derive_seed(self.seed, "clip", key, int(self.epochs[row]))
+
+
+@dataclass(frozen=True)
 class Request:
-    """The clip numbers of a rank's batch, in row order; the first `num_current` are of the current step."""
+    """The clip numbers of a rank's batch, in row order; the first `num_current` are of the current step.
+
+    Clips are varied as `draw` says, or not at all.
+    """
 
     clips: np.ndarray
     num_current: int
+    draw: Draw | None = None
 
 
 @dataclass(frozen=True)

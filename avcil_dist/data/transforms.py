@@ -1,6 +1,6 @@
 """From a decoded clip to the encoders' inputs: a normalised picture sequence and a log-mel filterbank.
 
-No augmentation: what a clip gives is the same in every epoch and on every rank.
+What a clip gives is the same in every epoch and on every rank, unless it is to be varied (`augment.py`).
 """
 
 import torch
@@ -8,28 +8,39 @@ from torch.nn import functional as F
 from torchaudio.compliance import kaldi
 from torchvision.transforms.v2 import functional as pictures
 
-from avcil_dist.config import ClipConfig
+from avcil_dist.config import AugmentConfig, ClipConfig
+from avcil_dist.data.augment import Augmentation
 from avcil_dist.data.decode import DecodedClip
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 FRAME_SHIFT_MS = 10
 WINDOW_MS = 25
+NOTHING = AugmentConfig()
 
 
 class ClipTransform:
     """Visual input as VideoMAE takes it, audio input as AudioMAE takes it (Huang et al. 2022, section 4)."""
 
-    def __init__(self, config: ClipConfig) -> None:
+    def __init__(self, config: ClipConfig, augment: AugmentConfig = NOTHING) -> None:
         self.config = config
+        self.augmentation = Augmentation(augment, config.size)
 
-    def __call__(self, clip: DecodedClip) -> tuple[torch.Tensor, torch.Tensor]:
-        """Visual float32 (T, 3, size, size) and audio float32 (mel_frames, mel_bins)."""
-        return self._visual(clip.frames), self._audio(clip.waveform)
+    def __call__(self, clip: DecodedClip, seed: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Visual float32 (T, 3, size, size) and audio float32 (mel_frames, mel_bins); varied as `seed` says."""
+        if seed is None:
+            return self._normalised(self._square(clip.frames)), self._audio(clip.waveform)
+        varied = self.augmentation
+        return (
+            self._normalised(varied.pictures(clip.frames, seed)),
+            varied.sound(self._audio(clip.waveform), seed),
+        )
 
-    def _visual(self, frames: torch.Tensor) -> torch.Tensor:
+    def _square(self, frames: torch.Tensor) -> torch.Tensor:
         size = self.config.size
-        square = pictures.center_crop(pictures.resize(frames, [size], antialias=True), [size, size])
+        return pictures.center_crop(pictures.resize(frames, [size], antialias=True), [size, size])
+
+    def _normalised(self, square: torch.Tensor) -> torch.Tensor:
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
         return square.float().div_(255).sub_(mean).div_(std)  # in place: fresh memory costs more than the arithmetic
 
@@ -38,7 +49,8 @@ class ClipTransform:
         window = -(-config.sample_rate * WINDOW_MS // 1000)
         shift = config.sample_rate * FRAME_SHIFT_MS // 1000
         if waveform.numel():
-            waveform = waveform - waveform.mean()
+            # A sum to one number is split among threads, and its bits depend on how many; one to two numbers is not.
+            waveform = waveform - waveform.expand(2, -1).mean(dim=1)[0]
         waveform = waveform[: window + shift * config.mel_frames]  # what lies behind would be cut off below
         waveform = F.pad(waveform, (0, max(0, window - waveform.numel())))
         mel = kaldi.fbank(

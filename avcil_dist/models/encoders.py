@@ -2,22 +2,16 @@
 
 A visual encoder gives (B, T, S, D): T frames (or tubelets), S positions, dimension D; an audio
 encoder gives (B, D). No encoder mixes the clips of a batch. How weights come from a file or the
-hub is below; how clips become pictures and log-mel is not (that is the data layer).
+hub is `weights.py`; how clips become pictures and log-mel is the data layer's.
 """
 
-import json
 import math
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from pathlib import Path
-from pickle import UnpicklingError
+from collections.abc import Sequence
+from typing import Any
 
-import huggingface_hub
-import safetensors
 import torch
 import transformers
-from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,25 +25,39 @@ from avcil_dist.config import (
     VideoMAEConfig,
 )
 from avcil_dist.errors import ConfigError
+from avcil_dist.models.weights import (
+    AUDIOMAE_DROPPED,
+    VIDEOMAE_DROPPED,
+    load_strictly,
+    read_weights,
+    rename_videomae,
+)
 
 PATCH = 16  # side of a patch, in pixels or in filterbank cells, of both transformers
 TUBELET = 2  # frames of a VideoMAE token
 SMALL_GRID = 4  # the small visual encoder gives 4 by 4 positions
-# What only pre-training or a classifier needs; dropped from a checkpoint, everything else must fit.
-VIDEOMAE_DROPPED = ("decoder.", "encoder_to_decoder.", "mask_token", "fc_norm.", "classifier.")
-AUDIOMAE_DROPPED = ("decoder", "mask_token", "head.")
 
 
 class Encoder(nn.Module):
-    """A module that knows the dimension of what it gives."""
+    """A module that knows the dimension of what it gives.
+
+    What a `frozen` one gives of a clip is fixed: the student's and its teacher's are equal, and never change.
+    """
+
+    frozen = False
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.dim = dim
 
+    def checkpoint_activations(self) -> None:
+        """Compute the activations of each block anew in the backward pass, instead of keeping them: transformers do."""
+
 
 class Precomputed(Encoder):
     """Features as they are: vectors in float32, tokens in the type they come in, which whoever sums them converts."""
+
+    frozen = True
 
     def forward(self, features: Tensor) -> Tensor:
         """Visual (B, T, S, D) or audio (B, D)."""
@@ -91,17 +99,57 @@ class SmallAudio(Encoder):
 
 
 class Transformer(Encoder, ABC):
-    """A vision transformer that is trained, or frozen: no gradient, always in evaluation mode."""
+    """A vision transformer of which all, the last blocks or nothing is trained.
 
-    def __init__(self, dim: int, body: nn.Module, frozen: bool) -> None:
+    What is not trained takes no gradient and stays in evaluation mode, and no graph is built of it:
+    it is what lies below, so nothing that needs a gradient ever enters it.
+    """
+
+    body: Any  # a library's, whose blocks and norms have names of their own
+
+    def __init__(self, dim: int, body: nn.Module, config: TransformerConfig) -> None:
         super().__init__(dim)
-        self.body = body.requires_grad_(not frozen)
-        self.frozen = frozen
+        self.body = body.requires_grad_(False)
+        self.frozen = config.train == "frozen"
+        # Numbers, not modules: a module kept here a second time would be saved a second time.
+        self._first_trained = len(self.blocks) - (config.last_blocks or 0)
+        self._is_whole = config.train == "full"
+        for module in self.trained():
+            module.requires_grad_(True)
         self.train()
 
+    @property
+    @abstractmethod
+    def blocks(self) -> Sequence[nn.Module]:
+        """The transformer's blocks, from the lowest to the highest."""
+
+    @property
+    @abstractmethod
+    def norms(self) -> Sequence[nn.Module]:
+        """What lies above the blocks."""
+
+    def trained(self) -> list[nn.Module]:
+        """The modules whose parameters are trained."""
+        if self._is_whole:
+            return [self.body]
+        return [] if self.frozen else [*self.blocks[self._first_trained :], *self.norms]
+
+    def depths(self) -> dict[nn.Parameter, int]:
+        """How far each parameter lies below the top: final norms 0, the highest block 1, patches and positions most."""
+        depths = dict.fromkeys(self.body.parameters(), len(self.blocks) + 1)
+        for number, block in enumerate(self.blocks):
+            depths |= dict.fromkeys(block.parameters(), len(self.blocks) - number)
+        for norm in self.norms:
+            depths |= dict.fromkeys(norm.parameters(), 0)
+        return depths
+
     def train(self, mode: bool = True) -> "Transformer":
-        """Switch the mode, which a frozen encoder does not."""
-        return super().train(mode and not self.frozen)
+        """Switch the mode of what is trained."""
+        super().train(False)
+        self.training = mode and not self.frozen
+        for module in self.trained():
+            module.train(mode)
+        return self
 
     def forward(self, inputs: Tensor) -> Tensor:
         """What `encode` gives, without a graph where frozen."""
@@ -116,6 +164,21 @@ class Transformer(Encoder, ABC):
 class VideoMAE(Transformer):
     """VideoMAE's last hidden state (Tong et al. 2022)."""
 
+    def checkpoint_activations(self) -> None:
+        """By the library's own means."""
+        assert isinstance(self.body, transformers.PreTrainedModel)
+        self.body.gradient_checkpointing_enable({"use_reentrant": False})
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The library's layers."""
+        return self.body.encoder.layer
+
+    @property
+    def norms(self) -> Sequence[nn.Module]:
+        """The final norm; a fine-tuned checkpoint has none over its tokens."""
+        return [] if self.body.layernorm is None else [self.body.layernorm]
+
     def encode(self, inputs: Tensor) -> Tensor:
         """(B, frames, 3, H, W) -> (B, frames/2, H/16 · W/16, D)."""
         tokens = self.body(inputs).last_hidden_state
@@ -124,6 +187,21 @@ class VideoMAE(Transformer):
 
 class AudioMAE(Transformer):
     """AudioMAE's mean over patch tokens, the class token left out (Huang et al. 2022)."""
+
+    def checkpoint_activations(self) -> None:
+        """By the library's own means."""
+        assert isinstance(self.body, VisionTransformer)
+        self.body.set_grad_checkpointing(True)
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The library's blocks."""
+        return self.body.blocks
+
+    @property
+    def norms(self) -> Sequence[nn.Module]:
+        """The norm before the mean or after it; the other is an identity."""
+        return [self.body.norm, self.body.fc_norm]
 
     def encode(self, inputs: Tensor) -> Tensor:
         """(B, mel_frames, mel_bins) -> (B, D)."""
@@ -160,11 +238,9 @@ def _build_videomae(config: VideoMAEConfig, clip: ClipConfig) -> VideoMAE:
     _check_multiple("data.clip.size", clip.size, PATCH)
     _check_multiple("data.clip.frames", clip.frames, TUBELET)
     _check_multiple("model.visual.dim", config.dim, config.heads)
-    state = _read_weights(config, "model.visual.weights")
+    state = read_weights(config, "model.visual.weights")
     if state is not None:
-        # Older checkpoints have a prefix, and name these biases apart from their layers.
-        state = {key.removeprefix("videomae."): tensor for key, tensor in state.items()}
-        state = {re.sub(r"\.([qv])_bias$", _bias_name, key): tensor for key, tensor in state.items()}
+        state = rename_videomae(state)
     body = transformers.VideoMAEModel(
         transformers.VideoMAEConfig(
             image_size=clip.size,
@@ -180,15 +256,15 @@ def _build_videomae(config: VideoMAEConfig, clip: ClipConfig) -> VideoMAE:
         )
     )
     if state is not None:
-        _load(body, state, VIDEOMAE_DROPPED, f"model.visual.weights: {config.weights}")
-    return VideoMAE(config.dim, body, config.frozen)
+        load_strictly(body, state, VIDEOMAE_DROPPED, f"model.visual.weights: {config.weights}")
+    return VideoMAE(config.dim, body, config)
 
 
 def _build_audiomae(config: AudioMAEConfig, clip: ClipConfig) -> AudioMAE:
     _check_multiple("data.clip.mel_frames", clip.mel_frames, PATCH)
     _check_multiple("data.clip.mel_bins", clip.mel_bins, PATCH)
     _check_multiple("model.audio.dim", config.dim, config.heads)
-    state = _read_weights(config, "model.audio.weights")
+    state = read_weights(config, "model.audio.weights")
     body = VisionTransformer(
         img_size=(clip.mel_frames, clip.mel_bins),
         patch_size=PATCH,
@@ -202,8 +278,8 @@ def _build_audiomae(config: AudioMAEConfig, clip: ClipConfig) -> AudioMAE:
         fc_norm=state is not None and "fc_norm.weight" in state,
     )
     if state is not None:
-        _load(body, state, AUDIOMAE_DROPPED, f"model.audio.weights: {config.weights}")
-    return AudioMAE(config.dim, body, config.frozen)
+        load_strictly(body, state, AUDIOMAE_DROPPED, f"model.audio.weights: {config.weights}")
+    return AudioMAE(config.dim, body, config)
 
 
 def _convolution(channels_in: int, channels_out: int) -> tuple[nn.Module, ...]:
@@ -222,77 +298,3 @@ def _check_data(kind: str, section: str, feature_dim: int | None) -> None:
 def _check_multiple(setting: str, value: int, factor: int) -> None:
     if value % factor:
         raise ConfigError(f"{setting}={value} is not a multiple of {factor}, which the transformer needs")
-
-
-def _bias_name(match: re.Match[str]) -> str:
-    return {"q": ".query.bias", "v": ".value.bias"}[match[1]]
-
-
-def _read_weights(config: TransformerConfig, setting: str) -> dict[str, Tensor] | None:
-    """The tensors that `weights` names, a file, a folder or a hub name; None for `random`."""
-    if config.weights == "random":
-        return None
-    path = Path(config.weights)
-    if not path.exists():
-        path = _download(config.weights, setting)
-    if path.is_dir():
-        files = [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).exists()]
-        if not files:
-            raise ConfigError(f"{setting}: {path} has neither model.safetensors nor pytorch_model.bin; name the file")
-        _check_heads(path / "config.json", config.heads, setting)
-        path = files[0]
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, safetensors.SafetensorError, RuntimeError, OSError, EOFError) as error:
-        raise ConfigError(
-            f"{setting}: {path} does not read as a file of tensors ({type(error).__name__}); "
-            "save its state dict alone, best as .safetensors"
-        ) from error
-    state = content.get("model", content) if isinstance(content, Mapping) else content
-    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise ConfigError(f"{setting}: {path} is not a state dict; save the names and tensors alone")
-    return dict(state)
-
-
-def _check_heads(path: Path, heads: int, setting: str) -> None:
-    """The number of heads shapes no tensor: a wrong one would load, and give wrong features."""
-    theirs = json.loads(path.read_text()).get("num_attention_heads", heads) if path.exists() else heads
-    if theirs != heads:
-        raise ConfigError(
-            f"{setting}: {path.parent} has {theirs} attention heads, the config {heads}; set heads: {theirs}"
-        )
-
-
-def _download(name: str, setting: str) -> Path:
-    """The hub's files for `owner/name`, as a local folder."""
-    if not re.fullmatch(r"[\w-]+/[\w.-]+", name) or name.endswith((".safetensors", ".pth", ".bin")):
-        raise ConfigError(f"{setting}: no such file: {name}; give a path, a hub name owner/name, or random")
-    files = ["config.json", "model.safetensors", "pytorch_model.bin"]
-    try:
-        folder = huggingface_hub.snapshot_download(name, allow_patterns=files)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{setting}: {name} is neither a path nor reachable on the hub ({type(error).__name__}); "
-            "give the path of a file or folder of weights"
-        ) from error
-    return Path(folder)
-
-
-def _load(body: nn.Module, state: Mapping[str, Tensor], dropped: tuple[str, ...], where: str) -> None:
-    """Load strictly: what is missing, left over or of another shape is an error that names some."""
-    expected = body.state_dict()
-    given = {key: tensor for key, tensor in state.items() if not key.startswith(dropped)}
-    faults = {
-        "missing": [key for key in expected if key not in given],
-        "unexpected": [key for key in given if key not in expected],
-        "of another shape": [key for key in given if key in expected and given[key].shape != expected[key].shape],
-    }
-    found = [f"{len(keys)} {fault} ({', '.join(keys[:3])})" for fault, keys in faults.items() if keys]
-    if found:
-        raise ConfigError(
-            f"{where}: the weights do not fit the encoder: {'; '.join(found)}; check dim, depth, heads and data.clip "
-            f"(keys that begin with {', '.join(dropped)} are dropped)"
-        )
-    body.load_state_dict(given)

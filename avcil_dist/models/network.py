@@ -11,19 +11,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from avcil_dist.config import ClipConfig, ModelConfig
+from avcil_dist.config import ClipConfig, ModelConfig, Precision
 from avcil_dist.errors import ConfigError
 from avcil_dist.models.attention import AudioGuidedAttention, TeacherView
 from avcil_dist.models.design import PLAIN, Design
 from avcil_dist.models.encoders import Encoder, build_audio_encoder, build_visual_encoder
 from avcil_dist.models.heads import Head, LinearHead, ProxyHead, grow, grow_proxies
 from avcil_dist.models.outputs import Divergence, Output, sum_present
+from avcil_dist.models.precision import compute_context
 
 
 class Network(nn.Module, ABC):
-    """A student or a teacher."""
+    """A student or a teacher. It computes in `precision`; its weights and its output are float32."""
 
-    @abstractmethod
+    precision: Precision = "float32"
+
     def forward(self, visual: Tensor, audio: Tensor, teacher: TeacherView | None = None) -> Output:
         """Classify a batch.
 
@@ -31,6 +33,13 @@ class Network(nn.Module, ABC):
         pictures (B, frames, 3, H, W) and log-mel (B, mel_frames, mel_bins). `teacher` is a
         teacher's view of the last rows; with it the output has a divergence.
         """
+        with compute_context(self.precision, audio.device):
+            output = self.classify(visual, audio, teacher)
+        return output if self.precision == "float32" else output.each(Tensor.float)
+
+    @abstractmethod
+    def classify(self, visual: Tensor, audio: Tensor, teacher: TeacherView | None) -> Output:
+        """`forward`, in the dtype of the block that it is called in."""
 
 
 class HeadedNetwork(Network):
@@ -86,7 +95,7 @@ class AudioVisualNetwork(HeadedNetwork):
         self.visual_proj = nn.Linear(dim, dim)
         self.classifier = head or LinearHead(dim, num_classes)
 
-    def forward(self, visual: Tensor, audio: Tensor, teacher: TeacherView | None = None) -> Output:
+    def classify(self, visual: Tensor, audio: Tensor, teacher: TeacherView | None) -> Output:
         """Attend to the pictures as the sound guides, project both, classify their sum."""
         sound = self.audio_encoder(audio)
         pooled, divergence = self.attention(sound, self.visual_encoder(visual), teacher)
@@ -95,7 +104,8 @@ class AudioVisualNetwork(HeadedNetwork):
     @torch.no_grad()
     def view(self, visual: Tensor, audio: Tensor, rows: slice) -> TeacherView:
         """As a teacher: encode these rows of a batch for the student to compare its attention with."""
-        return TeacherView(self.attention, self.audio_encoder(audio[rows]), self.visual_encoder(visual[rows]))
+        with compute_context(self.precision, audio.device):
+            return TeacherView(self.attention, self.audio_encoder(audio[rows]), self.visual_encoder(visual[rows]))
 
 
 class AudioNetwork(HeadedNetwork):
@@ -107,7 +117,7 @@ class AudioNetwork(HeadedNetwork):
         self.audio_proj = nn.Linear(encoder.dim, encoder.dim)
         self.classifier = head or LinearHead(encoder.dim, num_classes)
 
-    def forward(self, visual: Tensor, audio: Tensor, teacher: TeacherView | None = None) -> Output:
+    def classify(self, visual: Tensor, audio: Tensor, teacher: TeacherView | None) -> Output:
         """Project the sound and classify it; the pictures are not looked at."""
         return self.finish(self.audio_encoder(audio), None)
 
@@ -121,7 +131,7 @@ class VisualNetwork(HeadedNetwork):
         self.visual_proj = nn.Linear(encoder.dim, encoder.dim)
         self.classifier = head or LinearHead(encoder.dim, num_classes)
 
-    def forward(self, visual: Tensor, audio: Tensor, teacher: TeacherView | None = None) -> Output:
+    def classify(self, visual: Tensor, audio: Tensor, teacher: TeacherView | None) -> Output:
         """Pool the pictures, project, classify; the sound is not listened to."""
         return self.finish(None, self.visual_encoder(visual).mean(dim=(1, 2), dtype=torch.float32))
 
@@ -135,7 +145,7 @@ class PooledTokens(Network):
         self.audio_encoder = audio_encoder
         self.grid = grid
 
-    def forward(self, visual: Tensor, audio: Tensor, teacher: TeacherView | None = None) -> Output:
+    def classify(self, visual: Tensor, audio: Tensor, teacher: TeacherView | None) -> Output:
         """`audio` (B, D) and `visual` (B, cells · D) as encoded; there are no logits, (B, 0).
 
         A grid finer than the tokens is cut down to them: a mean of one token, taken twice, is no new feature.

@@ -1,12 +1,15 @@
-"""What a network returns; with `design.py` the one thing that methods know of models."""
+"""What a network returns; with `design.py` the one thing that methods know of models.
 
-from dataclasses import dataclass
+These are tuples, because DeepSpeed looks for a module's outputs in tuples, lists and dicts alone.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Divergence:
+class Divergence(NamedTuple):
     """How far the student's visual attention is from the teacher's, per clip (Pian et al. 2023, eq. 9-10).
 
     `spatial` (B,): sum over frames and channels of KL(teacher ‖ student) over positions.
@@ -17,8 +20,7 @@ class Divergence:
     temporal: Tensor
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(NamedTuple):
     """A batch seen by a network of dimension D with C classes.
 
     `logits` (B, C); `audio` (B, D) and `visual` (B, D) are the projected features f_a and f_v,
@@ -60,6 +62,27 @@ class Output:
             some(self.pooled),
             importance=some(self.importance),
         )
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> "Output":
+        """The output with `function` of each of its tensors."""
+
+        def changed(rows: Tensor | None) -> Tensor | None:
+            return None if rows is None else function(rows)
+
+        divergence = self.divergence and Divergence(*map(function, self.divergence))
+        return Output(
+            function(self.logits),
+            changed(self.audio),
+            changed(self.visual),
+            changed(self.pooled),
+            divergence,
+            changed(self.importance),
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors there are."""
+        rows = (self.logits, self.audio, self.visual, self.pooled, self.importance, *(self.divergence or ()))
+        return [tensor for tensor in rows if tensor is not None]
 
     def features(self) -> list[Tensor]:
         """The features there are: pooled visual, f_a, f_v."""

@@ -7,7 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,15 +15,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 from avcil_dist.config import EngineConfig, OptimConfig
+from avcil_dist.errors import TrainingError
 from avcil_dist.models.network import Network
 from avcil_dist.models.outputs import Output
+from avcil_dist.training.groups import parameter_groups
+from avcil_dist.training.loss_scale import LossScale
 from avcil_dist.world import World
 
 NEVER = 10**9
+BETTER_GRADIENT = "lower optim.lr, set engine.clip_norm, or use engine.precision=float32 or bf16"
 
 
 class Engine:
-    """The student, its optimizer, and their distribution over ranks."""
+    """The student, its optimizer, and their distribution over ranks.
+
+    Weights and the optimizer are float32; the network computes in its own precision.
+    """
 
     def __init__(
         self,
@@ -35,11 +42,11 @@ class Engine:
         world: World,
         device: torch.device,
     ) -> None:
-        """`rows` is the number of clips that a rank has of a global batch."""
-        deepspeed = _deepspeed(world)
-        trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        """`rows` is the number of clips that a rank has at a time; an iteration may have several such micro-batches."""
+        deepspeed = import_deepspeed(world)
+        self._trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
         self._optimizer = optimizer = torch.optim.Adam(
-            trainable, lr=optim.lr, weight_decay=optim.weight_decay, fused=device.type == "cuda"
+            parameter_groups(network, optim), weight_decay=optim.weight_decay, fused=device.type == "cuda"
         )
         self._engine = deepspeed.initialize(
             model=network.to(device),
@@ -47,15 +54,17 @@ class Engine:
             config={
                 "train_micro_batch_size_per_gpu": rows,
                 "gradient_accumulation_steps": 1,
-                "zero_optimization": {"stage": config.zero_stage},
+                "gradient_clipping": config.clip_norm or 0.0,
+                "zero_optimization": _zero_section(config),
+                # Its own Adam for host memory is compiled at run time; torch's is as good there, and the same bits.
+                "zero_force_ds_cpu_optimizer": False,
                 "steps_per_print": NEVER,
             },
             dist_init_required=False,
         )[0]
-        in_optimizer = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        assert config.zero_stage or all(id(parameter) in in_optimizer for parameter in trainable)
-        self.zero_stage = config.zero_stage
-        self._deepspeed = deepspeed
+        self.zero_stage, self.rows = config.zero_stage, rows
+        self._scale = LossScale() if network.precision == "fp16" else None
+        self._check_covered()
 
     @property
     def network(self) -> Network:
@@ -68,20 +77,61 @@ class Engine:
         output: Output = self._engine(*inputs)
         return output
 
-    def backward(self, loss: Tensor) -> None:
-        """Gradients of the loss, summed over what each rank's rows gave to it."""
+    def backward(self, loss: Tensor, *, is_last: bool = True) -> None:
+        """Gradients of the loss, summed over what each rank's rows gave to it, added to those at hand.
+
+        `is_last` is false for all but the last micro-batch of an iteration: until then gradients are kept.
+        """
+        self._engine.set_gradient_accumulation_boundary(is_last)
+        if self._scale:
+            if self.zero_stage:
+                self._engine.optimizer.override_loss_scale(self._scale.value)
+            else:
+                loss = loss * self._scale.value
         self._engine.backward(loss)
 
-    def step(self) -> None:
-        """The optimizer's step; gradients are cleared."""
+    def step(self) -> bool:
+        """The optimizer's step; gradients are cleared. False when they were not finite: then no weight has moved.
+
+        Raises TrainingError where a smaller scale of the loss, which fp16 tries at the next step, cannot help.
+        """
+        is_finite = self._unscale() if self.zero_stage == 0 else True
         self._engine.step()
+        if self.zero_stage:
+            is_finite = not self._engine.optimizer.overflow
+        if self._scale:
+            if not is_finite and self._scale.is_smallest:
+                raise TrainingError(f"the gradient overflows in fp16 whatever the scale of the loss; {BETTER_GRADIENT}")
+            self._scale.update(overflowed=not is_finite)
+        return is_finite
 
     def state(self) -> dict[str, Tensor]:
         """All of the student's weights and buffers, whole, in host memory, on every rank."""
-        if self.zero_stage < 3:
-            return whole_state(self.network)
-        with self._deepspeed.zero.GatheredParameters(list(self.network.parameters())):
-            return whole_state(self.network)
+        self._check_covered()
+        return whole_state(self.network)
+
+    def _unscale(self) -> bool:
+        """At ZeRO 0: gradients as they are without a scale of the loss; none, and False, where one is not finite."""
+        gradients = [parameter.grad for parameter in self._trainable if parameter.grad is not None]
+        norms = torch.stack(torch._foreach_norm(gradients))
+        is_finite = bool(norms.isfinite().all())
+        if not is_finite:
+            self._engine.zero_grad()
+        elif self._scale:
+            torch._foreach_mul_(gradients, 1 / self._scale.value)
+        return is_finite
+
+    def _check_covered(self) -> None:
+        """Every trainable parameter is in the optimizer: one put in after the engine was built never moves."""
+        groups: dict[int, Any] = {0: [group["params"] for group in self._optimizer.param_groups]}
+        if self.zero_stage:
+            groups[self.zero_stage] = getattr(
+                self._engine.optimizer, "fp16_groups" if self.zero_stage == 3 else "bit16_groups"
+            )
+        covered = {id(parameter) for group in groups[self.zero_stage] for parameter in group}
+        trainable = {name: value for name, value in self.network.named_parameters() if value.requires_grad}
+        missing = [name for name, value in trainable.items() if id(value) not in covered]
+        assert not missing, f"not in the optimizer: {', '.join(missing)}"
 
     def optimizer_state(self) -> dict[str, Tensor | float]:
         """What the rank's optimizer has gathered over the steps, in host memory, tensors and plain numbers.
@@ -127,8 +177,47 @@ class Engine:
 
 
 def whole_state(network: Network) -> dict[str, Tensor]:
-    """A copy of a network's weights and buffers in host memory."""
-    return {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
+    """A copy of a network's weights and buffers in host memory; all ranks call it, where ZeRO 3 shares them out."""
+    state = {}
+    for name, value in network.state_dict(keep_vars=True).items():
+        with _whole(value):
+            state[name] = value.detach().cpu().clone()
+    return state
+
+
+def shard_out(network: Network, world: World) -> None:
+    """Share the parameters of a network that is not trained out to the ranks; a module's are whole while it runs.
+
+    The network is used as before, except that all ranks must call it together.
+    """
+    import_deepspeed(world).initialize(
+        model=network,
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {"stage": 3},
+            "steps_per_print": NEVER,
+        },
+        dist_init_required=False,
+    )
+
+
+def _whole(value: Tensor) -> AbstractContextManager[object]:
+    """A block in which a tensor that ZeRO 3 may have shared out is whole, one at a time to spare memory."""
+    if not hasattr(value, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    gathered: AbstractContextManager[object] = deepspeed.zero.GatheredParameters([value])
+    return gathered
+
+
+def _zero_section(config: EngineConfig) -> dict[str, Any]:
+    section: dict[str, Any] = {"stage": config.zero_stage}
+    if config.offload != "none":
+        section["offload_optimizer"] = {"device": "cpu"}
+    if config.offload == "parameters":
+        section["offload_param"] = {"device": "cpu"}
+    return section
 
 
 def set_threads(world: World) -> None:
@@ -141,7 +230,7 @@ def name_accelerator() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _deepspeed(world: World) -> Any:
+def import_deepspeed(world: World) -> Any:
     """DeepSpeed, imported late (it takes seconds), joined to the process group, and without its chatter."""
     for module in ("torch.distributed", "deepspeed"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)

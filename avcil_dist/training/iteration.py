@@ -1,14 +1,26 @@
-"""One iteration: a rank's rows forward, the loss of the global batch, backward, the optimizer's step."""
+"""One iteration: a rank's rows forward, the loss of the global batch, backward, the optimizer's step.
 
-from dataclasses import dataclass
+A loss here is one of the whole batch: contrast with all of its clips, softmax over the current ones.
+So a batch that does not fit at a time cannot be cut into losses of its own. Its outputs are computed
+first, in micro-batches and without a graph; the loss gives their gradients; then each micro-batch is
+computed again, with a graph that takes its part of those gradients on to the weights. Loss and
+gradient are those of the whole batch. Source: gradient caching, Gao et al. 2021 (arXiv 2101.06983).
+"""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
 from torch import Tensor
 
 from avcil_dist.data.loader import Batch
+from avcil_dist.errors import TrainingError
 from avcil_dist.methods.base import Method, Targets
+from avcil_dist.models.attention import TeacherView
 from avcil_dist.models.outputs import Divergence, Output
 from avcil_dist.training.distributed import gather_rows
-from avcil_dist.training.engine import Engine
+from avcil_dist.training.engine import BETTER_GRADIENT, Engine
 from avcil_dist.training.teacher import Teacher
 
 
@@ -21,16 +33,128 @@ class Iterated:
 
 
 def iterate(engine: Engine, batch: Batch, *, method: Method, teacher: Teacher | None) -> Iterated:
-    """Forward on the rank's rows, loss on the global batch, backward, step."""
-    has_exemplars = batch.num_current < len(batch.labels)
-    view = teacher.view(batch) if teacher and method.needs.divergence and has_exemplars else None
-    output = engine(batch.visual, batch.audio, view)
-    taught = teacher.output(batch, method) if teacher else None
-    gathered = gather_batch(batch, output, taught)
-    parts = method.loss(gathered.targets, gathered.output, gathered.teacher)
-    engine.backward(parts["loss"])
-    engine.step()
-    return Iterated(parts, gathered.num_bad)
+    """Forward on the rank's rows, as many at a time as the engine takes, loss on the global batch, backward, step.
+
+    Raises TrainingError when the loss is finite and its gradient is not.
+    """
+    count = len(batch.labels) // engine.rows
+    pass_over = _whole if count == 1 else _in_micro_batches
+    done = pass_over(engine, batch, count, _Seeing(method, teacher))
+    moved = engine.step()
+    if not moved and engine.network.precision != "fp16" and bool(done.parts["loss"].isfinite()):
+        raise TrainingError(f"the gradient is not finite, the loss is; {BETTER_GRADIENT}")
+    return done
+
+
+@dataclass(frozen=True)
+class _Seeing:
+    """What a method's teacher says to a batch, and the method's loss."""
+
+    method: Method
+    teacher: Teacher | None
+
+    def view(self, batch: Batch) -> TeacherView | None:
+        """What the student's attention is compared with."""
+        has_exemplars = batch.num_current < len(batch.labels)
+        return self.teacher.view(batch) if self.teacher and self.method.needs.divergence and has_exemplars else None
+
+    def taught(self, batch: Batch) -> Output | None:
+        """The teacher's output."""
+        return self.teacher.output(batch, self.method) if self.teacher else None
+
+    def loss(self, batch: Batch, output: Output, taught: Output | None) -> Iterated:
+        """The loss of the global batch, of which a rank gives its rows."""
+        gathered = gather_batch(batch, output, taught)
+        return Iterated(self.method.loss(gathered.targets, gathered.output, gathered.teacher), gathered.num_bad)
+
+
+def _whole(engine: Engine, batch: Batch, _: int, seeing: _Seeing) -> Iterated:
+    output = engine(batch.visual, batch.audio, seeing.view(batch))
+    done = seeing.loss(batch, output, seeing.taught(batch))
+    engine.backward(done.parts["loss"])
+    return done
+
+
+def _in_micro_batches(engine: Engine, batch: Batch, count: int, seeing: _Seeing) -> Iterated:
+    micro_batches = split(batch, count)
+    leaves, taught, random = [], [], []
+    for micro in micro_batches:
+        random.append(_random_state(micro.audio.device))
+        with torch.no_grad():
+            output = engine.network(micro.visual, micro.audio, seeing.view(micro))
+        leaves.append(output.each(lambda rows: rows.detach().requires_grad_()))
+        taught.append(seeing.taught(micro))
+    num_current = micro_batches[0].num_current
+    teacher = join([rows for rows in taught if rows], num_current) if seeing.teacher else None
+    done = seeing.loss(batch, join(leaves, num_current), teacher)
+    done.parts["loss"].backward()
+    for number, (micro, leaf) in enumerate(zip(micro_batches, leaves, strict=True)):
+        with _replayed(random[number], micro.audio.device):
+            output = engine(micro.visual, micro.audio, seeing.view(micro))
+        pairs = zip(output.tensors(), leaf.tensors(), strict=True)
+        terms = [(rows * cached.grad).sum() for rows, cached in pairs if cached.grad is not None]
+        engine.backward(torch.stack(terms).sum(), is_last=number == count - 1)
+    return replace(done, parts={name: value.detach() for name, value in done.parts.items()})
+
+
+def split(batch: Batch, count: int) -> list[Batch]:
+    """Equal parts of a rank's batch, each with its share of the current rows and of the exemplars, in their order."""
+    current = batch.num_current // count
+    replayed = (len(batch.labels) - batch.num_current) // count
+
+    def part(rows: Tensor, number: int) -> Tensor:
+        first = rows[number * current : (number + 1) * current]
+        start = batch.num_current + number * replayed
+        return torch.cat([first, rows[start : start + replayed]]) if replayed else first
+
+    return [
+        replace(
+            batch,
+            visual=part(batch.visual, number),
+            audio=part(batch.audio, number),
+            labels=part(batch.labels, number),
+            valid=part(batch.valid, number),
+            num_current=current,
+        )
+        for number in range(count)
+    ]
+
+
+def join(outputs: Sequence[Output], num_current: int) -> Output:
+    """The output of a batch from those of its parts, each with `num_current` current rows: the inverse of `split`."""
+
+    def rows(parts: Sequence[Tensor | None]) -> Tensor | None:
+        there = [part for part in parts if part is not None]
+        ordered = [*(part[:num_current] for part in there), *(part[num_current:] for part in there)]
+        return torch.cat(ordered) if there else None
+
+    divergences = [output.divergence for output in outputs if output.divergence]
+    logits = rows([output.logits for output in outputs])
+    assert logits is not None
+    return Output(
+        logits=logits,
+        audio=rows([output.audio for output in outputs]),
+        visual=rows([output.visual for output in outputs]),
+        pooled=rows([output.pooled for output in outputs]),
+        divergence=Divergence(*map(torch.cat, zip(*divergences, strict=True))) if divergences else None,
+        importance=rows([output.importance for output in outputs]),
+    )
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    on_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *on_device]
+
+
+@contextmanager
+def _replayed(state: list[Tensor], device: torch.device) -> Iterator[None]:
+    """A block that draws the random numbers that were drawn after `state`, and leaves no mark: dropout repeats."""
+    on_device = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(on_device):
+        torch.set_rng_state(state[0])
+        for own, generator in zip(on_device, state[1:], strict=True):
+            torch.cuda.set_rng_state(generator, own)
+        yield
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from avcil_dist.config import Config
 from avcil_dist.data.manifest import Manifest
 from avcil_dist.errors import DataError
 from avcil_dist.methods.base import Method, StepContext
+from avcil_dist.models.encoders import Encoder
 from avcil_dist.models.heads import ProxyHead
 from avcil_dist.models.network import HeadedNetwork, Network, build_network
 from avcil_dist.scenario import Scenario
@@ -22,7 +23,7 @@ def network_after(config: Config, manifest: Manifest, scenario: Scenario, method
     """A network with fresh weights and the shape that it has at the end of `step`."""
     needs = method.needs
     trained = 0 if needs.training == "first step" else step
-    return build_network(
+    network = build_network(
         config.model,
         config.data.clip,
         manifest.shape,
@@ -30,6 +31,8 @@ def network_after(config: Config, manifest: Manifest, scenario: Scenario, method
         design=needs.design,
         num_frozen=scenario.num_old(trained),
     )
+    network.precision = config.engine.precision
+    return network
 
 
 @dataclass(frozen=True)
@@ -48,15 +51,25 @@ class NetworkMaker:
         needs, step = self.method.needs, self.context.step
         torch.manual_seed(derive_seed(self.config.seed, "weights", step))
         if previous is None:
-            return self._after(step).to(self.device), None
+            return self._ready(self._after(step)), None
         teacher = Teacher(self._after(step - 1), previous.model, self.device) if needs.teacher else None
         if needs.fresh_network:
-            return self._after(step).to(self.device), teacher
-        student = self._after(step - 1)
-        student.load_state_dict(previous.model)
-        if needs.trains_at(step):
-            self._grow(student, teacher)
-        return student.to(self.device), teacher
+            student = self._after(step)
+        else:
+            student = self._after(step - 1)
+            student.load_state_dict(previous.model)
+            if needs.trains_at(step):
+                self._grow(student, teacher)
+        if teacher and self.config.engine.teacher == "sharded":
+            teacher.share_out(self.features.world)
+        return self._ready(student), teacher
+
+    def _ready(self, student: Network) -> Network:
+        if self.config.engine.checkpoint_encoders:
+            for module in student.modules():
+                if isinstance(module, Encoder):
+                    module.checkpoint_activations()
+        return student.to(self.device)
 
     def _after(self, step: int) -> Network:
         return network_after(self.config, self.manifest, self.context.scenario, self.method, step)

@@ -1,6 +1,6 @@
 """What a method needs, held against the configuration and the data before anything starts."""
 
-from avcil_dist.config import Config
+from avcil_dist.config import Config, TransformerConfig
 from avcil_dist.data.manifest import Manifest
 from avcil_dist.data.sources import source_disjoint
 from avcil_dist.errors import ConfigError
@@ -84,10 +84,8 @@ def _check_sources(config: Config, manifest: Manifest, scenario: Scenario) -> No
 
 
 def _check_fixed_encoders(config: Config) -> None:
-    model = config.model
-    used = {"both": (model.visual, model.audio), "audio": (model.audio,), "visual": (model.visual,)}[model.modality]
-    for encoder in used:
-        if not getattr(encoder, "frozen", False):
+    for encoder in config.model.used:
+        if not isinstance(encoder, TransformerConfig) or encoder.train != "frozen":
             raise ConfigError(
                 f"model: method {config.method.name} learns on features that stay as they are, and an encoder of kind "
                 f"{encoder.kind} is trained; use features of frozen encoders, or method.features=network, which trains "

@@ -11,7 +11,7 @@ from avcil_dist import storage
 from avcil_dist.compose import flatten
 from avcil_dist.config import Config
 from avcil_dist.data.manifest import SPLITS, Manifest, Split, check_shards, load_manifest
-from avcil_dist.data.plan import check_batch_fits
+from avcil_dist.data.plan import check_batch_fits, rows_at_a_time
 from avcil_dist.errors import ConfigError
 from avcil_dist.methods import make_method
 from avcil_dist.scenario import Scenario, make_scenario
@@ -33,6 +33,7 @@ OPERATIONAL = (
     "data.retry_seconds",
     "optim.eval_batch",
 )
+COMPUTED = ("engine.precision", "engine.clip_norm")  # these of the engine's do
 
 
 def stream_url(config: Config) -> str:
@@ -61,7 +62,7 @@ def load_previous(config: Config, manifest: Manifest, step: int) -> StepArtifact
 
 def changed_setting(was: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """The first setting that differs and says what a stream computes, of two flattened configurations."""
-    changed = (key for key in sorted({*was, *now}) if was.get(key) != now.get(key) and not key.startswith(OPERATIONAL))
+    changed = (key for key in sorted({*was, *now}) if was.get(key) != now.get(key) and not _is_operational(key))
     return next(changed, None)
 
 
@@ -105,6 +106,10 @@ def check_continues(config: Config, manifest: Manifest, step: int) -> None:
         )
 
 
+def _is_operational(key: str) -> bool:
+    return key.startswith(OPERATIONAL) and key not in COMPUTED
+
+
 def check_run(config: Config, world_size: int, *, restart: bool) -> Scenario:
     """Hold the configuration against the data, the processes and the committed steps before anything starts.
 
@@ -121,6 +126,8 @@ def check_run(config: Config, world_size: int, *, restart: bool) -> Scenario:
             f"{config.data.manifest} holds {manifest.kind}s, "
             f"which model.visual.kind={config.model.visual.kind} cannot take"
         )
+    replayed = config.optim.replay_batch if make_method(config.method).needs.memory == "replay" else 0
+    rows_at_a_time(config.optim.batch // world_size, replayed // world_size, config.engine.micro_batch)
     for step in range(scenario.num_steps):
         _check_step(config, manifest, scenario, step)
     check_shards(manifest, shards_of(manifest, scenario, scenario.num_steps - 1))

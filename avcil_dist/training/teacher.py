@@ -1,7 +1,6 @@
 """The teacher: the network of the step before, frozen, outside the student's engine."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,8 @@ from avcil_dist.methods.base import Method
 from avcil_dist.models.attention import TeacherView
 from avcil_dist.models.network import AudioVisualNetwork, HeadedNetwork, Network
 from avcil_dist.models.outputs import Output
+from avcil_dist.training.engine import shard_out
+from avcil_dist.world import World
 
 
 class Teacher(nn.Module):
@@ -22,10 +23,17 @@ class Teacher(nn.Module):
         self.network = network
         self.network.load_state_dict(dict(state))
         self.network.requires_grad_(False).eval().to(device)
+        self._is_shared_out = False
 
     def train(self, mode: bool = True) -> "Teacher":
         """Stay in evaluation mode."""
         return self
+
+    def share_out(self, world: World) -> None:
+        """Leave each rank its share of the parameters; from then on all ranks must ask the teacher together."""
+        self._is_shared_out = True
+        shard_out(self.network, world)
+        self.network.eval()
 
     def grow(self, num_classes: int, new_proxies: Tensor | None) -> None:
         """Give the teacher the student's classes, to ask it about clips of new ones."""
@@ -34,7 +42,8 @@ class Teacher(nn.Module):
 
     def logits(self, batch: Batch) -> Tensor:
         """(B, old classes), as an ordinary tensor: inference tensors cannot be kept for backward."""
-        with torch.inference_mode():
+        # What ZeRO 3 gathers in inference mode it could not give to autograd later, as `output` needs.
+        with torch.no_grad() if self._is_shared_out else torch.inference_mode():
             logits = self.network(batch.visual, batch.audio).logits
         return logits.clone()
 
@@ -48,7 +57,7 @@ class Teacher(nn.Module):
         with torch.enable_grad():
             loss = method.importance_loss(batch.labels, traced).sum()  # a clip's loss knows no other clip
         gradients = torch.autograd.grad(loss, traced.features())
-        return replace(output, importance=torch.stack([gradient.norm(dim=1) for gradient in gradients], dim=1))
+        return output._replace(importance=torch.stack([gradient.norm(dim=1) for gradient in gradients], dim=1))
 
     def view(self, batch: Batch) -> TeacherView:
         """What the teacher attends to in the batch's exemplars."""

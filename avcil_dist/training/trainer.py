@@ -13,6 +13,7 @@ from torch import Tensor
 from avcil_dist.config import Config
 from avcil_dist.data.loader import Batch, TrainingSource, load_batches
 from avcil_dist.data.manifest import Manifest
+from avcil_dist.data.plan import rows_at_a_time
 from avcil_dist.data.reader import COUNTS
 from avcil_dist.errors import DataError, StepStopped, TrainingError
 from avcil_dist.methods.base import Method
@@ -115,7 +116,7 @@ class Trainer:
     def _make_engine(self, student: Network) -> Engine:
         optim, world = self.config.optim, self.source.world
         replayed = optim.replay_batch if len(self.source.exemplars) else 0
-        rows = (optim.batch + replayed) // world.size
+        rows = rows_at_a_time(optim.batch // world.size, replayed // world.size, self.config.engine.micro_batch)
         return Engine(student, optim=optim, config=self.config.engine, rows=rows, world=world, device=self.device)
 
     def _iterate(self, engine: Engine, batches: Iterator[Batch], state: TrainingState) -> None:

@@ -145,7 +145,7 @@ def test_later_words_win() -> None:
         ("optin.lr=3", "optin: unknown key; did you mean 'optim'?"),
         ("data.clip.zzz=3", "data.clip.zzz: unknown key; allowed: frames, mel_bins, mel_frames, mel_mean, "),
         ("model.visual.dimm=3", "model.visual.dimm: unknown key; did you mean 'dim'?"),
-        ("model.audio.frozen=true", "model.audio.frozen: unknown key; another kind has it, this one does not"),
+        ("model.audio.train=full", "model.audio.train: unknown key; another kind has it, this one does not"),
         ("optim.lr=fast", "optim.lr: 'fast': Input should be a valid number"),
         ("optim.epochs=2.5", "optim.epochs: 2.5: Input should be a valid integer"),
         ("optim=3", "optim: 3: Input should be a valid dictionary"),

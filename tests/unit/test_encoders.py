@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -141,7 +142,7 @@ def test_audiomae_is_the_mean_over_patches_without_the_class_token() -> None:
 @pytest.mark.parametrize(("make", "inputs"), [(videomae, pictures), (audiomae, log_mel)])
 def test_a_frozen_encoder_does_not_change_and_one_that_trains_does(make, inputs) -> None:
     for frozen in (True, False):
-        encoder = make(frozen=frozen).train()
+        encoder = make(train="frozen" if frozen else "full").train()
         head, before = nn.Linear(24, 2), weights_of(encoder)
         assert encoder.body.training is not frozen
         optimizer = torch.optim.Adam([*encoder.parameters(), *head.parameters()], lr=0.1, weight_decay=0.1)
@@ -151,6 +152,47 @@ def test_a_frozen_encoder_does_not_change_and_one_that_trains_does(make, inputs)
         optimizer.step()
         same = [torch.equal(tensor, before[name]) for name, tensor in weights_of(encoder).items()]
         assert all(same) if frozen else not any(same)
+
+
+@pytest.mark.parametrize(("make", "inputs"), [(videomae, pictures), (audiomae, log_mel)])
+def test_a_partial_encoder_trains_its_last_blocks_and_final_norm_alone(make, inputs) -> None:
+    encoder = make(train="partial", last_blocks=1, depth=3).train()
+    before = weights_of(encoder)
+    trained = {name for name, parameter in encoder.body.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name in before if re.match(r"(encoder\.layer|blocks)\.2\.|layernorm|norm", name)}
+    assert [block.training for block in encoder.blocks] == [False, False, True]
+    assert not encoder.body.training
+    assert not any(module.training for module in encoder.eval().modules())
+    optimizer = torch.optim.Adam(encoder.parameters(), lr=0.1, weight_decay=0.1)
+    encoder(inputs(2)).square().sum().backward()
+    optimizer.step()
+    changed = {name for name, tensor in weights_of(encoder).items() if not torch.equal(tensor, before[name])}
+    assert changed == trained
+
+
+@pytest.mark.parametrize(("make", "inputs"), [(videomae, pictures), (audiomae, log_mel)])
+def test_nothing_is_kept_for_backward_below_the_blocks_that_train(make, inputs) -> None:
+    # What autograd keeps grows with the blocks that train, not with those below; frozen, there is nothing.
+    def kept(**options: object) -> int:
+        sizes: dict[int, int] = {}
+
+        def count(tensor: Tensor) -> Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            held.append(tensor)
+            return tensor
+
+        held: list[Tensor] = []
+        encoder, batch = make(**options), inputs(8)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            encoder(batch)
+        own = {tensor.untyped_storage().data_ptr() for tensor in encoder.state_dict().values()}
+        return sum(size for place, size in sizes.items() if place not in own)
+
+    assert kept(depth=4) == 0
+    one = kept(train="partial", last_blocks=1, depth=1)
+    assert kept(train="partial", last_blocks=1, depth=4) == one
+    assert kept(train="partial", last_blocks=2, depth=4) > 1.8 * one
+    assert kept(train="full", depth=4) > 3.6 * one
 
 
 @pytest.mark.parametrize(("make", "inputs"), [(videomae, pictures), (audiomae, log_mel)])
@@ -189,6 +231,38 @@ def test_older_names_of_videomae_biases_are_understood(tmp_path: Path) -> None:
     }
     save_file(older, tmp_path / "old.safetensors")
     assert torch.equal(videomae(tmp_path / "old.safetensors")(shown), original(shown))
+
+
+@pytest.mark.parametrize("finetuned", [False, True])
+def test_the_names_of_videomaes_authors_are_understood(tmp_path: Path, finetuned: bool) -> None:
+    original, shown = videomae(), pictures(1)
+    for parameter in original.body.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    prefix = "" if finetuned else "encoder."
+    names = {
+        "embeddings.patch_embeddings.projection": "patch_embed.proj", "encoder.layer": "blocks",
+        "attention.output.dense": "attn.proj", "layernorm_before": "norm1", "layernorm_after": "norm2",
+        "intermediate.dense": "mlp.fc1", "output.dense": "mlp.fc2",
+        "attention.attention.query.bias": "attn.q_bias", "attention.attention.value.bias": "attn.v_bias",
+    }  # fmt: skip
+    state, theirs = weights_of(original), dict[str, Tensor]()
+    for number in range(TINY["depth"]):
+        names_of_parts = [
+            f"encoder.layer.{number}.attention.attention.{part}.weight" for part in ("query", "key", "value")
+        ]
+        theirs[f"{prefix}blocks.{number}.attn.qkv.weight"] = torch.cat([state.pop(name) for name in names_of_parts])
+    for name, tensor in state.items():
+        for own, other in names.items():
+            name = name.replace(own, other)
+        theirs[prefix + name.replace("layernorm", "norm")] = tensor
+    if finetuned:
+        theirs |= {"head.weight": torch.zeros(3, 24), "fc_norm.weight": torch.zeros(24)}
+        del theirs["norm.weight"], theirs["norm.bias"]
+        original.body.layernorm = None
+    else:
+        theirs |= {"encoder_to_decoder.weight": torch.zeros(3), "decoder.blocks.0.norm1.weight": torch.zeros(3)}
+    torch.save({"module" if finetuned else "model": theirs}, tmp_path / "theirs.pth")
+    torch.testing.assert_close(videomae(tmp_path / "theirs.pth")(shown), original(shown))
 
 
 def test_a_finetuned_audiomae_normalises_after_the_mean(tmp_path: Path) -> None:

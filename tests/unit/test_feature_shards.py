@@ -177,7 +177,7 @@ def test_other_weights_do_not_mix_with_features_that_are_there(clips: str, tmp_p
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("model.visual.frozen=false",), r"model\.visual\.frozen: false"),
+        (("model.visual.train=full",), r"model\.visual\.train: full"),
         (("model.audio.dim=64",), r"model\.visual\.dim=32, model\.audio\.dim=64"),
     ],
 )

@@ -14,9 +14,8 @@ from avcil_dist.data.loader import Batch, FixedSource, TrainingSource, load_batc
 from avcil_dist.data.manifest import Manifest, load_manifest
 from avcil_dist.data.plan import PADDING, plan_epoch, plan_evaluation, plan_replay
 from avcil_dist.world import World
-from data_shards.writer import shard_url, write_shard
 from tests.features import make_feature_shards
-from tests.rendered import tiny_clip
+from tests.rendered import tiny_manifest
 
 torch.set_num_threads(1)
 SMALL_CLIP = ClipConfig(frames=2, size=32, mel_bins=16, mel_frames=32)
@@ -60,19 +59,7 @@ def features(tmp_path: Path) -> Manifest:
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     """Two classes of 4 rendered training clips, one shard each."""
-    root = tmp_path_factory.mktemp("clips")
-    shards = [
-        write_shard(
-            shard_url("train", number, name, 0),
-            root=str(root),
-            class_name=name,
-            split="train",
-            clips=[(f"{name}-{index}", {"mp4": tiny_clip(number, index), "json": b"{}"}) for index in range(4)],
-        )
-        for number, name in enumerate(("cat", "dog"))
-    ]
-    Manifest("clip", ("cat", "dog"), tuple(shards), {}).save(f"{root}/manifest.json")
-    return load_manifest(f"{root}/manifest.json")
+    return tiny_manifest(tmp_path_factory.mktemp("clips"), ("cat", "dog"), {"train": 4})
 
 
 def stored(manifest: Manifest, clip: int) -> tuple[torch.Tensor, torch.Tensor]:

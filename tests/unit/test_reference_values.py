@@ -1,7 +1,6 @@
 """The network and the losses against what the authors' released program computes on the same inputs."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,7 +97,7 @@ class Case(NamedTuple):
         traced = self.teacher.retrace(teacher)
         loss = method.importance_loss(self.tensors["labels"], traced).sum()
         norms = [gradient.norm(dim=1) for gradient in torch.autograd.grad(loss, traced.features())]
-        return student, replace(teacher, importance=torch.stack(norms, dim=1))
+        return student, teacher._replace(importance=torch.stack(norms, dim=1))
 
 
 def reference_name(name: str) -> str:

@@ -65,6 +65,16 @@ def test_a_constant_offset_of_the_sound_changes_nothing() -> None:
     torch.testing.assert_close(plain, moved, atol=1e-3, rtol=1e-3)
 
 
+def test_the_number_of_threads_leaves_no_mark() -> None:
+    clips = [_clip(samples=160_000 + offset) for offset in range(8)]
+    alone = [ClipTransform(SMALL)(clip) for clip in clips]
+    for threads in (2, 4):
+        torch.set_num_threads(threads)
+        for clip, expected in zip(clips, alone, strict=True):
+            assert all(map(torch.equal, ClipTransform(SMALL)(clip), expected))
+    torch.set_num_threads(1)
+
+
 def test_a_higher_tone_fills_higher_bins() -> None:
     times = torch.arange(16000) / 16000
     frames = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)

@@ -1,0 +1,91 @@
+"""A stream that is killed again and again, in any of its processes, ends in the bits of one that never was."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from avcil_dist import storage
+from avcil_dist.training.artifact import load_artifact
+from tests.streams import train, weights_digest, write_config
+
+ROOT = Path(__file__).parents[2]
+NUM_KILLS = 20
+STOPPED = 143
+# Small steps of many iterations, so that a kill may come at any of them.
+LONG = {
+    "scenario": {"steps": 3},
+    "optim": {"epochs": 40, "batch": 12, "replay_batch": 6, "eval_batch": 18, "lr": 0.003},
+    "snapshot": {"iterations": 5},
+}
+
+
+def ranks_of(launcher: psutil.Process) -> list[psutil.Process]:
+    """The processes of the ranks: children of the launcher's fork server."""
+    try:
+        servers = [child for child in launcher.children() if "multiprocessing.forkserver" in " ".join(child.cmdline())]
+        return [rank for server in servers for rank in server.children()]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def newest(snapshots: Path) -> str:
+    """What of the stream was committed last, of snapshots."""
+    return max((str(path) for path in snapshots.rglob("COMMITTED.json")), default="")
+
+
+def run_and_kill(command: list[str], stream: Path, kind: str, moment: random.Random) -> int:
+    """Run the command and kill it as `kind` says, at a moment drawn from its start or from its training."""
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    launcher, before = psutil.Process(process.pid), newest(stream)
+    if moment.random() < 0.8:  # else while it starts
+        deadline = time.monotonic() + 120
+        while newest(stream) == before and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+    time.sleep(moment.uniform(0, 1.5))
+    ranks = ranks_of(launcher)
+    if kind == "launcher":
+        victims, number = [launcher], signal.SIGKILL
+    elif kind == "stop":
+        victims, number = [launcher], signal.SIGTERM
+    else:
+        victims, number = (ranks if kind == "all ranks" else ranks[-1:]), signal.SIGKILL
+    for victim in victims:
+        if victim.is_running():
+            os.kill(victim.pid, number)
+    said = process.communicate(timeout=120)[1]
+    assert "Traceback" not in said or kind != "stop", said
+    print(kind, process.returncode, newest(stream), time.strftime("%X"), said.splitlines()[-1:], flush=True)
+    return process.returncode
+
+
+def test_a_stream_killed_twenty_times_ends_in_the_bits_of_one_that_never_was(tmp_path: Path) -> None:
+    config = write_config(tmp_path, **LONG)
+    whole = train(config, f"output={tmp_path}/whole", "-n", 2)
+    moment = random.Random(5)
+    kinds = ["rank", "all ranks", "launcher", "stop"] * (NUM_KILLS // 4)
+    moment.shuffle(kinds)
+    number = 0
+    codes: dict[str, list[int]] = {kind: [] for kind in kinds}
+    while kinds:
+        output = tmp_path / f"killed-{number}"
+        stream = output / Path(whole).name
+        command = [sys.executable, "-m", "launch", "train", str(config), f"output={output}", "-n", "2"]
+        while kinds and not (stream / "step_001" / "COMMITTED.json").exists():
+            kind = kinds.pop()
+            codes[kind].append(run_and_kill(command, stream, kind, moment))
+        train(config, f"output={output}", "-n", 2)
+        for step in (0, 1):
+            assert weights_digest(str(stream), step) == weights_digest(whole, step)
+        ours, theirs = (load_artifact(str(folder), 1) for folder in (stream, whole))
+        assert (ours.metrics, ours.memory) == (theirs.metrics, theirs.memory)
+        assert storage.list_folder(str(stream)) == storage.list_folder(whole)
+        number += 1
+    assert STOPPED in codes["stop"]
+    assert -signal.SIGKILL in codes["launcher"]
+    assert 2 in codes["rank"]

@@ -1,0 +1,121 @@
+"""Which learning rate each parameter has."""
+
+import pytest
+import torch
+
+from avcil_dist.compose import load_config
+from avcil_dist.config import ClipConfig, ModelConfig, OptimConfig
+from avcil_dist.errors import ConfigError
+from avcil_dist.models.network import Network, build_network
+from avcil_dist.training.groups import parameter_groups
+
+CLIP = ClipConfig(frames=4, size=32, mel_frames=64, mel_bins=32)
+TINY = {"weights": "random", "dim": 24, "depth": 3, "heads": 2}
+FULL, PARTIAL, FROZEN = {"train": "full"}, {"train": "partial", "last_blocks": 2}, {"train": "frozen"}
+
+
+def make_network(visual: dict[str, object], audio: dict[str, object]) -> Network:
+    config = {"visual": {"kind": "videomae", **TINY, **visual}, "audio": {"kind": "audiomae", **TINY, **audio}}
+    return build_network(ModelConfig.model_validate(config), CLIP, {}, num_classes=3)
+
+
+def rates(network: Network, optim: OptimConfig) -> dict[str, float]:
+    """The learning rate of each trained parameter by name; each is in exactly one group."""
+    names = {parameter: name for name, parameter in network.named_parameters()}
+    found = [
+        (names[parameter], group["lr"]) for group in parameter_groups(network, optim) for parameter in group["params"]
+    ]
+    assert len(dict(found)) == len(found)
+    return dict(found)
+
+
+@pytest.mark.parametrize(("visual", "audio"), [(FULL, FULL), (PARTIAL, FULL), (FROZEN, PARTIAL), (FULL, FROZEN)])
+def test_every_trained_parameter_is_in_one_group_and_no_other_is(visual: dict, audio: dict) -> None:
+    network = make_network(visual, audio)
+    expected = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    assert rates(network, OptimConfig(layer_decay=0.5)).keys() == expected
+
+
+def test_the_rate_decays_from_block_to_block_down_to_the_patches() -> None:
+    found = rates(make_network(FULL, FULL), OptimConfig(lr=1.0, layer_decay=0.5))
+    by_prefix = {
+        "classifier.": 1.0,
+        "attention.": 1.0,
+        "visual_proj.": 1.0,
+        "visual_encoder.body.layernorm.": 1.0,
+        "visual_encoder.body.encoder.layer.2.": 0.5,
+        "visual_encoder.body.encoder.layer.1.": 0.25,
+        "visual_encoder.body.encoder.layer.0.": 0.125,
+        "visual_encoder.body.embeddings.": 0.0625,
+        "audio_encoder.body.norm.": 1.0,
+        "audio_encoder.body.blocks.2.": 0.5,
+        "audio_encoder.body.blocks.0.": 0.125,
+        "audio_encoder.body.cls_token": 0.0625,
+        "audio_encoder.body.pos_embed": 0.0625,
+        "audio_encoder.body.patch_embed.": 0.0625,
+    }
+    for prefix, rate in by_prefix.items():
+        under = {value for name, value in found.items() if name.startswith(prefix)}
+        assert under == {rate}, prefix
+
+
+def test_without_decay_there_is_one_group_in_the_networks_order() -> None:
+    network = make_network(FULL, PARTIAL)
+    [group] = parameter_groups(network, OptimConfig(lr=0.01))
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    assert group["lr"] == 0.01
+    assert [id(parameter) for parameter in group["params"]] == [id(parameter) for parameter in trained]
+
+
+def test_a_step_of_sgd_moves_each_parameter_by_its_own_rate() -> None:
+    network, optim = make_network(FULL, FROZEN), OptimConfig(lr=0.1, layer_decay=0.5)
+    expected = rates(network, optim)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    optimizer = torch.optim.SGD(parameter_groups(network, optim))
+    for parameter in network.parameters():
+        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+    optimizer.step()
+    for name, value in network.state_dict().items():
+        torch.testing.assert_close(before[name] - value, torch.full_like(value, expected.get(name, 0.0)))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["optim.layer_decay=0.7"], "optim.layer_decay=0.7 is for the blocks of a transformer, and none is trained"),
+        (["optim.layer_decay=1.5"], "optim.layer_decay: 1.5: Input should be less than or equal to 1"),
+        (["optim.layer_decay=0"], "optim.layer_decay: 0: Input should be greater than 0"),
+    ],
+)
+def test_a_decay_without_layers_is_refused(words: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_config("demo", words)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"train": "partial"}, "set both, or neither"),
+        ({"train": "full", "last_blocks": 1}, "set both, or neither"),
+        ({"last_blocks": 1}, "set both, or neither"),
+        ({"train": "partial", "last_blocks": 13}, "last_blocks=13 of depth=12; there are not so many"),
+        ({"train": "partial", "last_blocks": 0}, "Input should be greater than 0"),
+        ({"train": "half"}, "Input should be 'frozen', 'partial' or 'full'"),
+        ({"frozen": True}, "frozen: unknown key"),
+    ],
+)
+def test_what_trains_nothing_or_too_much_is_refused_in_one_line(words: dict[str, object], said: str) -> None:
+    section = {"kind": "videomae", "weights": "random"} | words
+    with pytest.raises(ConfigError) as raised:
+        load_config("demo", [f"model.visual={section}"])
+    assert "\n" not in str(raised.value)
+    assert said in str(raised.value)
+
+
+def test_the_decay_of_one_modality_counts_that_encoder_alone() -> None:
+    words = ["model.modality=audio", "method=finetune", "optim.layer_decay=0.7"]
+    trained = "{kind: videomae, weights: random, train: full}"
+    with pytest.raises(ConfigError, match="none is trained"):
+        load_config("demo", [*words, f"model.visual={trained}"])
+    made = load_config("demo", [*words, f"model.audio={trained.replace('video', 'audio')}"])
+    assert made.optim.layer_decay == 0.7

@@ -7,6 +7,7 @@ import click
 
 import avcil_dist
 from avcil_dist.errors import AvcilError, StepStopped
+from launch.bench import bench
 from launch.experiments import compare, methods, sweep
 from launch.shards import shards
 
@@ -44,7 +45,7 @@ def cli() -> None:
     """
 
 
-for _command in (shards, methods, sweep, compare):
+for _command in (shards, methods, sweep, compare, bench):
     cli.add_command(_command)
 
 

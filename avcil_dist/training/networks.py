@@ -11,7 +11,7 @@ from avcil_dist.errors import DataError
 from avcil_dist.methods.base import Method, StepContext
 from avcil_dist.models.encoders import Encoder
 from avcil_dist.models.heads import ProxyHead
-from avcil_dist.models.network import HeadedNetwork, Network, build_network
+from avcil_dist.models.network import AudioVisualNetwork, HeadedNetwork, Network, build_network
 from avcil_dist.scenario import Scenario
 from avcil_dist.seeds import derive_seed
 from avcil_dist.training.artifact import StepArtifact
@@ -32,6 +32,8 @@ def network_after(config: Config, manifest: Manifest, scenario: Scenario, method
         num_frozen=scenario.num_old(trained),
     )
     network.precision = config.engine.precision
+    if isinstance(network, AudioVisualNetwork):
+        network.attention.choice = config.engine.attention
     return network
 
 

@@ -298,7 +298,7 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _layer_decay_has_layers(self) -> "Config":
+    def _transformer_settings_have_one(self) -> "Config":
         trained = [
             encoder
             for encoder in self.model.used
@@ -308,6 +308,11 @@ class Config(Section):
             raise ValueError(
                 f"optim.layer_decay={self.optim.layer_decay} is for the blocks of a transformer, and none is trained; "
                 "set train: partial or full in model.visual or model.audio, or optim.layer_decay to 1.0"
+            )
+        if self.engine.checkpoint_encoders and not trained:
+            raise ValueError(
+                "engine.checkpoint_encoders=true is for transformers that are trained, and none is; "
+                "set train: partial or full in model.visual or model.audio, or engine.checkpoint_encoders to false"
             )
         return self
 

@@ -9,7 +9,7 @@ from avcil_dist.data.manifest import Split, check_shards, load_manifest
 from avcil_dist.errors import ArtifactError
 from avcil_dist.methods import make_method
 from avcil_dist.methods.base import StepContext
-from avcil_dist.training.artifact import is_committed, load_artifact
+from avcil_dist.training.artifact import is_committed, load_artifact, set_weights, step_url
 from avcil_dist.training.distributed import local_device, process_group
 from avcil_dist.training.engine import set_threads
 from avcil_dist.training.evaluate import Evaluator
@@ -39,7 +39,7 @@ def evaluate_stream(stream: str, step: int | None, split: str, manifest_url: str
         method.begin_step(StepContext(scenario, artifact.step))
         method.load_state_dict(artifact.method)
         network = network_after(config, manifest, scenario, method, artifact.step).to(device)
-        network.load_state_dict(artifact.model)
+        set_weights(network, artifact.model, step_url(stream, artifact.step))
         evaluator = Evaluator(manifest, scenario, config.data, config.optim.eval_batch, world, device)
         found = evaluator(network, method, cast(Split, split), artifact.step, on_batch=lambda: None)
     return {

@@ -167,7 +167,7 @@ class VideoMAE(Transformer):
     def checkpoint_activations(self) -> None:
         """By the library's own means."""
         assert isinstance(self.body, transformers.PreTrainedModel)
-        self.body.gradient_checkpointing_enable({"use_reentrant": False})
+        self.body.activation_checkpointing_enable({"use_reentrant": False})
 
     @property
     def blocks(self) -> Sequence[nn.Module]:

@@ -6,6 +6,7 @@ digest of each. Without `COMMITTED.json` there is no artifact. Nothing in it is 
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from avcil_dist.compose import config_from_yaml, config_to_yaml
 from avcil_dist.config import Config
 from avcil_dist.data.memory import Memory
 from avcil_dist.errors import ArtifactError
+from avcil_dist.models.network import Network
 from avcil_dist.scenario import Scenario
 from avcil_dist.training import committed
 from avcil_dist.training.metrics import StreamMetrics
@@ -78,6 +80,28 @@ def load_artifact(stream: str, step: int) -> StepArtifact:
         config=config_from_yaml(files["config.yaml"].decode()),
         manifest_hash=commit["manifest_hash"],
     )
+
+
+def set_weights(network: Network, weights: Mapping[str, Tensor], source: str) -> None:
+    """Give a network weights that are the whole of it, frozen parts and buffers included.
+
+    Raises ArtifactError, naming `source` and some of the names, when either has what the other lacks.
+    """
+    expected = network.state_dict()
+    faults = {
+        "missing": [name for name in expected if name not in weights],
+        "unknown": [name for name in weights if name not in expected],
+        "of another shape": [
+            name for name in expected if name in weights and weights[name].shape != expected[name].shape
+        ],
+    }
+    found = [f"{len(names)} {fault} ({', '.join(names[:3])})" for fault, names in faults.items() if names]
+    if found:
+        raise ArtifactError(
+            f"{source}: its weights are not those of the network: {'; '.join(found)}; use the configuration and the "
+            "version of the program that made it, or begin anew with --restart"
+        )
+    network.load_state_dict(dict(weights))
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,22 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
-from avcil_dist.errors import AvcilError
+from avcil_dist.errors import AvcilError, WorldError
 from avcil_dist.world import World
 
 T = TypeVar("T")
 
 
 def local_device(world: World) -> torch.device:
-    """The rank's own GPU where there are any, else the processor."""
-    return torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    """The rank's own GPU where there are any, else the processor. Raises WorldError for more ranks than GPUs."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if world.local_size > torch.cuda.device_count():
+        raise WorldError(
+            f"{world.local_size} processes on a machine with {torch.cuda.device_count()} GPUs; start one for each, or "
+            "set CUDA_VISIBLE_DEVICES= to train on the processor"
+        )
+    return torch.device("cuda", world.local_rank)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -93,10 +94,14 @@ class Engine:
     def step(self) -> bool:
         """The optimizer's step; gradients are cleared. False when they were not finite: then no weight has moved.
 
-        Raises TrainingError where a smaller scale of the loss, which fp16 tries at the next step, cannot help.
+        In float32 and bf16, ZeRO 0 does not look, and the next loss is not finite. Raises TrainingError where a
+        smaller scale of the loss, which fp16 tries at the next step, cannot help.
         """
-        is_finite = self._unscale() if self.zero_stage == 0 else True
+        is_finite = self._unscale(1 / self._scale.value) if self._scale and self.zero_stage == 0 else True
         self._engine.step()
+        if self.zero_stage == 3:
+            # A parameter that the next iteration does not use would take this one's gradient again.
+            self._engine.optimizer.grad_partitions_flat_buffer.zero_()
         if self.zero_stage:
             is_finite = not self._engine.optimizer.overflow
         if self._scale:
@@ -110,15 +115,14 @@ class Engine:
         self._check_covered()
         return whole_state(self.network)
 
-    def _unscale(self) -> bool:
-        """At ZeRO 0: gradients as they are without a scale of the loss; none, and False, where one is not finite."""
+    def _unscale(self, factor: float) -> bool:
+        """Multiply all gradients; where one is not finite, drop them, so that the step does nothing, and say False."""
         gradients = [parameter.grad for parameter in self._trainable if parameter.grad is not None]
-        norms = torch.stack(torch._foreach_norm(gradients))
-        is_finite = bool(norms.isfinite().all())
+        is_finite = bool(torch.stack([gradient.isfinite().all() for gradient in gradients]).all())
         if not is_finite:
             self._engine.zero_grad()
-        elif self._scale:
-            torch._foreach_mul_(gradients, 1 / self._scale.value)
+        for gradient in gradients:
+            gradient.mul_(factor)
         return is_finite
 
     def _check_covered(self) -> None:
@@ -140,7 +144,8 @@ class Engine:
         """
         with self._whole_groups():
             state = self._optimizer.state_dict()["state"]
-        return {
+        scale = asdict(self._scale) if self._scale else {}
+        return {f"loss_scale.{name}": value for name, value in scale.items()} | {
             f"{number}.{name}": value.detach().cpu().clone() if isinstance(value, Tensor) else value
             for number, values in state.items()
             for name, value in values.items()
@@ -153,8 +158,11 @@ class Engine:
         """
         values: dict[int, dict[str, Tensor | float]] = {}
         for key, value in state.items():
-            number, name = key.split(".", 1)
-            values.setdefault(int(number), {})[name] = value
+            owner, name = key.split(".", 1)
+            if owner == "loss_scale":
+                setattr(self._scale, name, value)
+            else:
+                values.setdefault(int(owner), {})[name] = value
         with self._whole_groups():
             groups = self._optimizer.state_dict()["param_groups"]
             self._optimizer.load_state_dict({"state": values, "param_groups": groups})
@@ -173,7 +181,7 @@ class Engine:
 
     def close(self) -> None:
         """Give back what the engine holds."""
-        self._engine.destroy()
+        release(self._engine)
 
 
 def whole_state(network: Network) -> dict[str, Tensor]:
@@ -185,12 +193,20 @@ def whole_state(network: Network) -> dict[str, Tensor]:
     return state
 
 
-def shard_out(network: Network, world: World) -> None:
+def release(engine: Any) -> None:
+    """Let go of a DeepSpeed engine; at ZeRO 3 it would stay, with its network, as long as the process."""
+    engine.destroy()
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+    FWD_MODULE_STACK[:] = [module for module in FWD_MODULE_STACK if module is not engine.module]
+
+
+def shard_out(network: Network, world: World) -> Any:
     """Share the parameters of a network that is not trained out to the ranks; a module's are whole while it runs.
 
-    The network is used as before, except that all ranks must call it together.
+    The network is used as before, except that all ranks must call it together. Returns the engine, to release.
     """
-    import_deepspeed(world).initialize(
+    return import_deepspeed(world).initialize(
         model=network,
         config={
             "train_micro_batch_size_per_gpu": 1,
@@ -198,7 +214,7 @@ def shard_out(network: Network, world: World) -> None:
             "steps_per_print": NEVER,
         },
         dist_init_required=False,
-    )
+    )[0]
 
 
 def _whole(value: Tensor) -> AbstractContextManager[object]:

@@ -14,8 +14,9 @@ from avcil_dist.models.heads import ProxyHead
 from avcil_dist.models.network import AudioVisualNetwork, HeadedNetwork, Network, build_network
 from avcil_dist.scenario import Scenario
 from avcil_dist.seeds import derive_seed
-from avcil_dist.training.artifact import StepArtifact
+from avcil_dist.training.artifact import StepArtifact, set_weights, step_url
 from avcil_dist.training.features import FeaturePass
+from avcil_dist.training.stream import stream_url
 from avcil_dist.training.teacher import Teacher
 
 
@@ -54,12 +55,11 @@ class NetworkMaker:
         torch.manual_seed(derive_seed(self.config.seed, "weights", step))
         if previous is None:
             return self._ready(self._after(step)), None
-        teacher = Teacher(self._after(step - 1), previous.model, self.device) if needs.teacher else None
+        teacher = Teacher(self._as_it_was(previous), self.device) if needs.teacher else None
         if needs.fresh_network:
             student = self._after(step)
         else:
-            student = self._after(step - 1)
-            student.load_state_dict(previous.model)
+            student = self._as_it_was(previous)
             if needs.trains_at(step):
                 self._grow(student, teacher)
         if teacher and self.config.engine.teacher == "sharded":
@@ -75,6 +75,11 @@ class NetworkMaker:
 
     def _after(self, step: int) -> Network:
         return network_after(self.config, self.manifest, self.context.scenario, self.method, step)
+
+    def _as_it_was(self, previous: StepArtifact) -> Network:
+        network = self._after(previous.step)
+        set_weights(network, previous.model, step_url(stream_url(self.config), previous.step))
+        return network
 
     def _grow(self, student: Network, teacher: Teacher | None) -> None:
         assert isinstance(student, HeadedNetwork)

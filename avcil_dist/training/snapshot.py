@@ -50,6 +50,14 @@ def snapshots_url(config: Config, step: int) -> str:
     return storage.join(root, "snapshots", f"step_{step:03d}")
 
 
+def discard_stale(config: Config, step: int, *, own: bool) -> None:
+    """Remove the snapshots of other steps than `step`, the next; `own`: its own too. A kill after a commit leaves some."""
+    folder = storage.parent(snapshots_url(config, step))
+    names = storage.list_folder(folder)
+    if own or f"step_{step:03d}" not in names:
+        storage.remove_tree(folder)
+
+
 @dataclass
 class SnapshotKeeper:
     """Writes and finds the snapshots of one step; all ranks call it together.

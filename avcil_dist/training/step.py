@@ -18,7 +18,7 @@ from avcil_dist.data.sources import source_disjoint
 from avcil_dist.methods import make_method
 from avcil_dist.methods.base import Method, OnePassMethod, StepContext
 from avcil_dist.signals import StopRequest
-from avcil_dist.training.artifact import StepArtifact, save_artifact
+from avcil_dist.training.artifact import StepArtifact, save_artifact, set_weights
 from avcil_dist.training.distributed import decide_together, local_device, process_group
 from avcil_dist.training.engine import set_threads, whole_state
 from avcil_dist.training.evaluate import Evaluator, Predictions
@@ -94,7 +94,7 @@ def step_in_group(
         trainer = Trainer(config, method, teacher, evaluator, source, observer, device, snapshots, stop)
         selected = trainer.train(student)
         student = network_after(config, manifest, scenario, method, step).to(device)
-        student.load_state_dict(selected.state)
+        set_weights(student, selected.state, f"step {step}, as trained")
     else:
         observer.begin(step, 0, 0, 0)
         selected = Selected(whole_state(student), epoch=0, val_accuracy=None)

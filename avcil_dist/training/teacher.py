@@ -1,7 +1,5 @@
 """The teacher: the network of the step before, frozen, outside the student's engine."""
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 
@@ -17,11 +15,10 @@ from avcil_dist.world import World
 class Teacher(nn.Module):
     """Locked: `.train()` on it or on what holds it changes nothing, no parameter takes a gradient."""
 
-    def __init__(self, network: Network, state: Mapping[str, Tensor], device: torch.device) -> None:
+    def __init__(self, network: Network, device: torch.device) -> None:
         super().__init__()
         assert isinstance(network, HeadedNetwork)
         self.network = network
-        self.network.load_state_dict(dict(state))
         self.network.requires_grad_(False).eval().to(device)
         self._is_shared_out = False
 

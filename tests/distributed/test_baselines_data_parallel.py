@@ -50,7 +50,7 @@ def loss_and_gradient(world: World, name: str, modality: str) -> tuple[float, di
     method = make_method(MethodConfig(name=name))
     method.begin_step(StepContext(SCENARIO, 1))
     student, old = network(method, 5, 3, 1, modality), network(method, 3, 0, 2, modality)
-    teacher = Teacher(old, old.state_dict(), CPU)
+    teacher = Teacher(old, CPU)
     if method.needs.importance:
         teacher.grow(5, torch.randn(20, DIM, generator=torch.Generator().manual_seed(9)))
     batch = batch_of(world, name)

@@ -60,7 +60,7 @@ def _loss_and_gradient(
     method = make_method(MethodConfig.model_validate({"name": "avcil"} | options))
     method.begin_step(StepContext(SCENARIO, 1))
     student = _network(5, seed=1)
-    teacher = Teacher(_network(3, seed=2), _network(3, seed=2).state_dict(), CPU)
+    teacher = Teacher(_network(3, seed=2), CPU)
     batch = _batch_of(world, damaged)
     engine = Engine(
         student,

@@ -158,7 +158,7 @@ def test_later_words_win() -> None:
         ("model.visual={}", "model.visual: missing; say it in the file or on the command line"),
         ("method=icarl9", "method: 'icarl9' is none of "),
         ("method.name=icarl9", "method.name: 'icarl9' is none of "),
-        ("engine=zero9", "engine: 'zero9' is none of zero0, zero1, zero2, zero3"),
+        ("engine=zero9", "engine: 'zero9' is none of zero0, zero0_bf16, zero1, "),
         ("method.lambda_clas=3", "method.lambda_clas: unknown key; did you mean 'lambda_class'?"),
         ("method.lambda_class=-3", "method.lambda_class: -3: Input should be greater than or equal to 0"),
         ("method.variant=mine", "method.variant: 'mine': Input should be 'released' or 'paper'"),

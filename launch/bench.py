@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -62,4 +63,59 @@ def step(device: str | None, threads: int | None, turns: int, path: str | None, 
     cores = threads or len(os.sched_getaffinity(0))
     found = measure(Setting(**shape, device=chosen, threads=cores), turns)
     show(found, Console(width=WIDTH))
+    _write(found, path)
+
+
+@bench.command()
+@click.option("--clips", type=click.IntRange(min=64), default=256, show_default=True, help="2.4 MB each.")
+@click.option("--batch", type=_COUNT, default=32, show_default=True)
+@click.option("--frames", type=_COUNT, default=8, show_default=True)
+@click.option("--positions", type=_COUNT, default=196, show_default=True, help="Tokens of a frame.")
+@click.option("--dim", type=_COUNT, default=768, show_default=True)
+@click.option("--repeats", type=_COUNT, default=3, show_default=True, help="Runs of each, of which the best counts.")
+@click.option("--folder", type=click.Path(file_okay=False), help="Where the data are made; default: below TMPDIR.")
+@_JSON
+def loader(folder: str | None, path: str | None, **setting: Any) -> None:
+    """Measure how fast shuffled batches of feature clips come from the local disk, beside plain reading."""
+    from launch.bench_loader import measure_loader
+
+    with tempfile.TemporaryDirectory(dir=folder) as made:
+        found = measure_loader(Path(made), **setting)
+    for what, value in found["gigabytes_per_second"].items():
+        click.echo(f"{what}: {value:.2f} GB/s")
+    _write(found, path)
+
+
+@bench.command()
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--iterations", type=_COUNT, default=40, show_default=True, help="Of each step, at least.")
+@click.option("--clips", type=_COUNT, default=64, show_default=True, help="Training clips of a step, 2.4 MB each.")
+@click.option("--frames", type=_COUNT, default=8, show_default=True)
+@click.option("--positions", type=_COUNT, default=196, show_default=True, help="Tokens of a frame.")
+@click.option("--dim", type=_COUNT, default=768, show_default=True)
+@click.option("--folder", type=click.Path(file_okay=False), help="Where the data are made; default: below TMPDIR.")
+@_JSON
+def stream(folder: str | None, path: str | None, overrides: tuple[str, ...], **setting: Any) -> None:
+    """Train two steps on random features and say what a whole run like vs100_ci would take here.
+
+    The settings are those of vs100_ci, changed by KEY=VALUE. The second step, which has a teacher and
+    exemplars, is what counts; its first epoch, which starts things and fills caches, is told apart.
+
+    \b
+    Example:
+      avcil bench stream optim.batch=16 optim.replay_batch=8 engine.precision=bf16
+    """
+    from launch.bench_stream import measure_stream
+
+    with tempfile.TemporaryDirectory(dir=folder) as made:
+        found = measure_stream(Path(made), overrides=overrides, **setting)
+    hours = found["vs100_ci_hours"]
+    click.echo(
+        f"{found['iterations']} iterations of {found['batch']} + {found['replay_batch']} clips: "
+        f"{found['iterations_per_second']:.2f} iterations/s after the first epoch\n"
+        f"waiting for data: {found['waiting_share_first_epoch']:.1%} of the first epoch, "
+        f"{found['waiting_share_later_epochs']:.1%} of the others\n"
+        f"a run like vs100_ci, 10 steps of 200 epochs: {hours['training']:.2f} h of training, "
+        f"{hours['validation']:.2f} h of validation"
+    )
     _write(found, path)

@@ -168,7 +168,7 @@ def our_side(setting: Setting, batch: Batch, watch: Stopwatch, *, given: bool) -
     method.begin_step(StepContext(scenario, 1))
     torch.manual_seed(0)
     student, older = _network(setting, setting.classes), _network(setting, setting.old)
-    teacher = (_GivenLogits if given else Teacher)(older, older.state_dict(), device)
+    teacher = (_GivenLogits if given else Teacher)(older, device)
     optim, config = OptimConfig(), EngineConfig(precision=setting.precision)
     engine = Engine(student, optim=optim, config=config, rows=len(batch.labels), world=local_world(), device=device)
     engine.network.train()

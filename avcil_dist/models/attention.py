@@ -116,4 +116,8 @@ def _sweeps(choice: Choice, visual: Tensor, dtype: torch.dtype) -> Sweeps:
     """The fastest there are for the device and the types, or those of plain torch."""
     if choice == "auto" and visual.device.type == "cpu" and dtype in KEYS and visual.dtype in NAMES:
         return native_sweeps() or TorchSweeps()
+    if choice == "auto" and visual.device.type == "cuda" and torch.float64 not in (dtype, visual.dtype):
+        from avcil_dist.models.sweeps_triton import TritonSweeps  # seconds of imports, for GPUs alone
+
+        return TritonSweeps()
     return TorchSweeps()

@@ -1,5 +1,8 @@
 """Attention against its definition, written out with maps and differentiated by autograd."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -159,6 +162,15 @@ def test_compiled_sweeps_give_what_float64_gives(tokens: torch.dtype, tokens_too
     for mine, true in zip(ours, theirs, strict=True):
         tolerance = 1e-5 if mine.dtype == torch.float32 else torch.finfo(mine.dtype).eps
         assert (mine.double() - true).norm() <= tolerance * max(1, true.norm())
+
+
+def test_triton_kernels_give_what_torch_gives() -> None:
+    """In a process of their own: Triton must know at its import that its interpreter is to run them."""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "tests.triton_interpreted"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["torch.float32", "torch.bfloat16", "torch.float16"]
 
 
 @pytest.mark.parametrize("choice", ["torch", pytest.param("auto", marks=native)])

@@ -34,6 +34,9 @@ class _Watch:
     epochs: list[tuple[float, dict[str, float]]] = field(default_factory=list)
     started: float = 0.0
 
+    def note(self, text: str) -> None:
+        """Nothing to show."""
+
     def begin(self, step: int, num_epochs: int, num_batches: int, num_done: int) -> None:
         """The step starts."""
         self.started, self.epochs = time.monotonic(), []

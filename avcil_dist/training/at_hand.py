@@ -13,6 +13,11 @@ from avcil_dist.world import World
 
 SHARE = 0.5  # of what is free; the rest is for the training itself
 CGROUPS = Path("/sys/fs/cgroup")
+# By controller, as a line of /proc/self/cgroup names it (version 2 names none): limit, use, and what can be dropped.
+LIMITS = {
+    "": (CGROUPS, "memory.max", "memory.current", "inactive_file"),
+    "memory": (CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
 
 
 def open_store(
@@ -36,18 +41,28 @@ def open_store(
 
 
 def free_host_bytes() -> int:
-    """Host memory that can still be had: of the machine, and of the control groups (version 2) of this process."""
+    """Host memory that can still be had: of the machine, and of the control groups of this process."""
     info = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     free = [int(info["MemAvailable"].split()[0]) * 1024]
-    own = next((line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::")), "/")
-    group = CGROUPS / own.lstrip("/")
-    for folder in (group, *group.parents):
-        limit = folder / "memory.max"
-        if folder.is_relative_to(CGROUPS) and limit.exists() and (said := limit.read_text().strip()) != "max":
-            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            used = int((folder / "memory.current").read_text()) - int(statistics["inactive_file"])
-            free.append(max(0, int(said) - used))
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controller, own = line.split(":", 2)
+        if controller in LIMITS:
+            free += _free_in_group(own.lstrip("/"), *LIMITS[controller])
     return min(free)
+
+
+def _free_in_group(own: str, root: Path, limit: str, use: str, droppable: str) -> list[int]:
+    """What a control group and those around it leave, each that has a limit."""
+    free = []
+    for folder in (root / own, *(root / own).parents):
+        if not (folder.is_relative_to(root) and (folder / limit).exists()):
+            continue
+        said = (folder / limit).read_text().strip()
+        if said != "max":
+            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            used = int((folder / use).read_text()) - int(statistics[droppable])
+            free.append(max(0, int(said) - used))
+    return free
 
 
 def _counts(wanted: int, row_bytes: int, world: World, device: torch.device) -> dict[str, int]:

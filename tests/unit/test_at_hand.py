@@ -11,7 +11,7 @@ import torch
 from avcil_dist.data.loader import Batch, TrainingSource, load_on_device
 from avcil_dist.data.manifest import Manifest, load_manifest
 from avcil_dist.data.store import RowKind, Store
-from avcil_dist.training.at_hand import free_host_bytes
+from avcil_dist.training.at_hand import LIMITS, _free_in_group, free_host_bytes
 from tests.features import damage, make_feature_shards
 from tests.reading import digest, labels_of, total, training_source
 
@@ -89,5 +89,13 @@ def test_host_memory_goes_to_other_processes_by_its_path_and_leaves_no_name(mani
     assert not Path(path).exists()
 
 
-def test_there_is_free_memory() -> None:
+@pytest.mark.parametrize("controller", LIMITS)
+def test_free_memory_is_what_the_tightest_control_group_leaves(controller: str, tmp_path: Path) -> None:
     assert 0 < free_host_bytes() < 2**50
+    _, limit, use, droppable = LIMITS[controller]
+    for folder, most in ((tmp_path / "job", 5000), (tmp_path / "job" / "task", 9000)):
+        folder.mkdir()
+        (folder / limit).write_text(f"{most}\n")
+        (folder / use).write_text("3000\n")
+        (folder / "memory.stat").write_text(f"anon 7\n{droppable} 1000\n")
+    assert _free_in_group("job/task", tmp_path, limit, use, droppable) == [7000, 3000]

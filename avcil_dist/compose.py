@@ -11,7 +11,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -26,6 +26,7 @@ COMMAND_LINE = "command line"
 BY_METHOD = "by_method"
 
 Tree = dict[str, Any]
+M = TypeVar("M", bound=BaseModel)
 Origins = dict[str, str]
 
 
@@ -43,19 +44,42 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         if override not in chosen:
             _override(tree, origins, override)
+    return _validated(tree, origins, path.name)
+
+
+def override_config(config: Config, overrides: Sequence[str]) -> Config:
+    """A resolved configuration with `section.key=value` overrides. Raises ConfigError as `load_config` does."""
+    tree, origins = config.model_dump(mode="json"), Origins()
+    for override in overrides:
+        _override(tree, origins, override)
+    return _validated(tree, origins, COMMAND_LINE)
+
+
+def _validated(tree: Tree, origins: Origins, file: str) -> Config:
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_explain(error, tree, origins, Config, path.name)) from None
+        raise ConfigError(_explain(error, tree, origins, Config, file)) from None
     try:
         kind = method_class(config.method.name).Options
     except ConfigError as error:
-        raise ConfigError(f"{_said_by('method.name', origins, path.name)}: {error}") from None
+        raise ConfigError(f"{_said_by('method.name', origins, file)}: {error}") from None
     try:
         options = kind.model_validate(config.method.model_extra)
     except ValidationError as error:
-        raise ConfigError(_explain(error, tree["method"], origins, kind, path.name, section="method")) from None
+        raise ConfigError(_explain(error, tree["method"], origins, kind, file, section="method")) from None
     return config.model_copy(update={"method": MethodConfig(name=config.method.name, **options.model_dump())})
+
+
+def load_settings(path: Path, model: type[M], overrides: Sequence[str] = ()) -> M:
+    """A file of settings of their own kind, with overrides. Raises ConfigError as `load_config` does."""
+    tree, origins = _read(path, chain=())
+    for override in overrides:
+        _override(tree, origins, override)
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, tree, origins, model, path.name)) from None
 
 
 def config_from_yaml(text: str) -> Config:

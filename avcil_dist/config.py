@@ -70,6 +70,11 @@ class DataConfig(Section):
     cache_gigabytes: PositiveFloat = Field(
         50.0, description="most that the cache holds; shards for which there is no room are read by ranges"
     )
+    at_hand: Literal["auto", "device", "host", "none"] = Field(
+        "auto",
+        description="where clips stay for the epochs after the one that read them: device memory, host memory shared "
+        "by the processes of a node, or nowhere; `auto`: the fastest that has room for the step's clips",
+    )
     prefetch: PositiveInt = Field(2, description="shards fetched into the cache ahead of their first use")
     retry_seconds: PositiveFloat = Field(300.0, description="a remote read is tried again for so long")
     max_bad_fraction: float = Field(
@@ -241,6 +246,19 @@ class TrackingConfig(Section):
 
     uri: str | None = Field(None, description="tracking server or database; default: sqlite in the output folder")
     experiment: str = "avcil"
+    artifacts: Literal["full", "reference"] = Field(
+        "full", description="what MLflow keeps of a step: its files, or their digests and where they lie"
+    )
+    artifact_uri: str | None = Field(
+        None, description="folder or url that takes the files of `reference`; default: they stay in the stream's folder"
+    )
+    register_as: str = Field(
+        "auto",
+        description="name of the final model in the model registry; `auto`: NAME-METHOD; `none`: no registration",
+    )
+    wait_seconds: PositiveFloat = Field(
+        60.0, description="how long the end of a step waits for a server that is away; `avcil sync` makes up for it"
+    )
 
     @field_validator("uri")
     @classmethod

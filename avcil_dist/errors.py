@@ -26,7 +26,15 @@ class ArtifactError(AvcilError):
 
 
 class TrainingError(AvcilError):
-    """A training that cannot go on: a loss that is not finite, another rank that failed."""
+    """A training that cannot go on: such as a loss that is not finite."""
+
+
+class RankError(TrainingError):
+    """Another rank failed, or is gone, by no known fault of the settings or data; its own log says more."""
+
+
+class SchedulerError(AvcilError):
+    """A SLURM that is not there, does not answer, or refuses; a job that ended for good."""
 
 
 class WorldError(AvcilError):

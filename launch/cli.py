@@ -8,7 +8,10 @@ import click
 import avcil_dist
 from avcil_dist.errors import AvcilError, StepStopped
 from launch.experiments import compare, methods, sweep
+from launch.jobs import cancel, logs, status, submit
+from launch.sandbox.commands import sandbox
 from launch.shards import shards
+from launch.tracking import resume, sync
 
 USER_ERROR, INTERRUPTED, STOPPED = 2, 130, 143
 
@@ -44,7 +47,7 @@ def cli() -> None:
     """
 
 
-for _command in (shards, methods, sweep, compare):
+for _command in (shards, methods, sweep, compare, submit, status, cancel, logs, resume, sync, sandbox):
     cli.add_command(_command)
 
 

@@ -7,14 +7,12 @@ from typing import Any, cast
 from avcil_dist import storage
 from avcil_dist.data.manifest import Split, check_shards, load_manifest
 from avcil_dist.errors import ArtifactError
-from avcil_dist.methods import make_method
-from avcil_dist.methods.base import StepContext
-from avcil_dist.training.artifact import is_committed, load_artifact, set_weights, step_url
+from avcil_dist.training.artifact import committed_steps, load_artifact, step_url
 from avcil_dist.training.distributed import local_device, process_group
 from avcil_dist.training.engine import set_threads
 from avcil_dist.training.evaluate import Evaluator
 from avcil_dist.training.metrics import accuracy_row, per_class_accuracy, seen_accuracy
-from avcil_dist.training.networks import network_after
+from avcil_dist.training.networks import restored
 from avcil_dist.world import world_from_environment
 from launch.local import local_worlds
 
@@ -35,11 +33,8 @@ def evaluate_stream(stream: str, step: int | None, split: str, manifest_url: str
     device = local_device(world)
     set_threads(world)
     with process_group(world, device, config.engine.timeout_minutes):
-        method = make_method(config.method)
-        method.begin_step(StepContext(scenario, artifact.step))
-        method.load_state_dict(artifact.method)
-        network = network_after(config, manifest, scenario, method, artifact.step).to(device)
-        set_weights(network, artifact.model, step_url(stream, artifact.step))
+        network, method = restored(artifact, manifest.shape, step_url(stream, artifact.step))
+        network.to(device)
         evaluator = Evaluator(manifest, scenario, config.data, config.optim.eval_batch, world, device)
         found = evaluator(network, method, cast(Split, split), artifact.step, on_batch=lambda: None)
     return {
@@ -54,9 +49,7 @@ def evaluate_stream(stream: str, step: int | None, split: str, manifest_url: str
 
 
 def _last_step(stream: str) -> int:
-    step = 0
-    while is_committed(stream, step):
-        step += 1
-    if step == 0:
+    steps = committed_steps(stream)
+    if not steps:
         raise ArtifactError(f"{storage.join(stream, 'step_000')}: no committed step artifact; train the stream first")
-    return step - 1
+    return steps[-1]

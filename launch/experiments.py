@@ -46,25 +46,36 @@ def compare(folders: tuple[str, ...]) -> None:
 @click.argument("words", nargs=-1, metavar="[KEY=VALUE,VALUE...]...")
 @click.option("--ablation", is_flag=True, help="Every combination of avcil's three parts, on and off.")
 @click.option("--processes", "-n", default=1, show_default=True, help="Processes (ranks) of each stream.")
-def sweep(config: str, words: tuple[str, ...], ablation: bool, processes: int) -> None:
+@click.option(
+    "--cluster", help="Submit each stream as a chain of jobs; a cluster file, or a shipped one: slurm, local."
+)
+def sweep(config: str, words: tuple[str, ...], ablation: bool, processes: int, cluster: str | None) -> None:
     """Train the streams of all combinations of settings on this machine, one after the other, and compare them.
 
-    Everything is checked before the first starts. Steps that are committed are not done again.
+    Everything is checked before the first starts. Steps that are committed are not done again. With
+    --cluster the streams are chains of jobs, as of `avcil submit`, of which the cluster file's
+    max_parallel run at a time.
 
     \b
     Examples:
       avcil sweep demo method=finetune,avcil,joint seed=1,2,3
       avcil sweep configs/benchmark/demo.yaml --ablation
+      avcil sweep vs100_ci method=avcil,ssil seed=1,2,3 --cluster my-cluster.yaml cluster.max_parallel=2
     """
     from rich.console import Console
 
     from avcil_dist.tracking.compare import compare as in_rows
     from avcil_dist.tracking.compare import print_comparison
     from avcil_dist.tracking.report import load_streams
+    from launch.jobs import split_words, submit_grid
     from launch.local import run_stream
     from launch.sweep import make_grid
 
-    points = make_grid(config, words, ablation=ablation, processes=processes)
+    settings, of_cluster = split_words(words)
+    if cluster is not None:
+        submit_grid(config, settings, cluster, of_cluster, ablation=ablation)
+        return
+    points = make_grid(config, settings, ablation=ablation, processes=processes)
     folders = []
     for number, point in enumerate(points, start=1):
         click.echo(f"{number}/{len(points)}  {point.config.stream_name}  {' '.join(point.words)}", err=True)

@@ -16,8 +16,9 @@ from launch.tracked import publish_step, track_step
 class StepJob:
     """All that a rank needs to run its part of a step. Picklable, without state.
 
-    `run_id` is the stream run's in MLflow; only rank 0 uses it. `reset_optimizer` lets the step go on from a
-    snapshot with a fresh optimizer.
+    `run_id` is the stream's, as `open_run` gives it; only rank 0 tells of the step, and nobody where it is None.
+    `reset_optimizer` lets the step go on from a snapshot with a fresh optimizer. `note` is a file that rank 0
+    keeps, of how far it is.
     """
 
     config: Config
@@ -25,6 +26,7 @@ class StepJob:
     num_steps: int
     run_id: str | None
     reset_optimizer: bool = False
+    note: str | None = None
 
     def run(self, world: World, report: Callable[[AvcilError], None]) -> None:
         """Run the part of the rank that `world` names; rank 0 also shows and tracks it.
@@ -49,8 +51,8 @@ class StepJob:
                 part(observer=SilentProgress())
                 return
             with (
-                track_step(config, self.run_id, self.step) as tracker,
-                StepProgress(config.stream_name, self.num_steps, tracker) as progress,
+                track_step(config, self.step) as tracker,
+                StepProgress(config.stream_name, self.num_steps, tracker, self.note) as progress,
             ):
                 part(observer=progress)
-                publish_step(config, tracker, self.step)
+                publish_step(config, tracker, self.num_steps)

@@ -20,7 +20,7 @@ from avcil_dist.config import Config
 from avcil_dist.errors import AvcilError, StepStopped, WorldError
 from avcil_dist.signals import StopRequest, listening, shielding
 from avcil_dist.training.engine import name_accelerator
-from avcil_dist.training.snapshot import snapshots_url
+from avcil_dist.training.snapshot import discard_stale
 from avcil_dist.training.stream import check_run, next_step, stream_url
 from avcil_dist.world import World, world_from_environment
 from launch.job import StepJob
@@ -29,7 +29,7 @@ from launch.tracked import stream_run
 USER_ERROR, INTERRUPTED, STOPPED = 2, 130, 143
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 4  # for ranks to end by themselves when one has failed, before they are made to
-PRELOADED = ["torch", "deepspeed", "avcil_dist.training.step", "avcil_dist.tracking.mlflow"]
+PRELOADED = ["torch", "deepspeed", "avcil_dist.training.step", "avcil_dist.tracking.delivery"]
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,7 @@ def run_stream(config: Config, *, processes: int, begin: Begin = Begin()) -> str
     if place.is_main:
         if begin.restart:
             storage.remove_tree(stream)
-        if begin.restart or begin.restart_step:
-            storage.remove_tree(snapshots_url(config, first))
+        discard_stale(config, first, own=begin.restart or begin.restart_step)
     with listening() as stop, stream_run(config, is_main=place.is_main) as run_id:
         for step in range(first, num_steps):
             worlds = (_rank_of(place, step),) if has_launcher else local_worlds(processes)

@@ -5,6 +5,21 @@
 set -euo pipefail
 
 PYTHON=${PYTHON:-python3}
+POLICY=/usr/sbin/policy-rc.d
+
+# quietly COMMAND...: run it while no package may start a service; what the machine says of that itself stays.
+quietly() {
+    local made=""
+    if [ ! -e $POLICY ]; then
+        made=1
+        printf '#!/bin/sh\nexit 101\n' > $POLICY
+        chmod +x $POLICY
+    fi
+    local failed=0
+    "$@" > /dev/null || failed=$?
+    if [ -n "$made" ]; then rm -f $POLICY; fi
+    return $failed
+}
 
 # need WHAT PACKAGES CHECK: install the Debian packages unless the command CHECK succeeds.
 need() {
@@ -18,8 +33,16 @@ need() {
     echo "Installing $what"
     export DEBIAN_FRONTEND=noninteractive
     # shellcheck disable=SC2086  # several packages
-    apt-get -qq install -y --no-install-recommends $packages > /dev/null 2>&1 \
-        || { apt-get -qq update && apt-get -qq install -y --no-install-recommends $packages > /dev/null; }
+    quietly apt-get -qq install -y --no-install-recommends $packages 2> /dev/null \
+        || { apt-get -qq update && quietly apt-get -qq install -y --no-install-recommends $packages; }
+}
+
+# has COMMANDS...: whether all are there; daemons are not on everyone's path.
+has() {
+    local command
+    for command in "$@"; do PATH="$PATH:/usr/sbin:/sbin" command -v "$command" || return 1; done
 }
 
 need "virtual environments" python3-venv "$PYTHON" -c "import venv, ensurepip"
+need "SLURM with accounting, for \`avcil sandbox\`" "slurm-wlm slurmdbd munge mariadb-server" \
+    has slurmctld slurmd sacct slurmdbd munged mariadbd mariadb-install-db

@@ -1,82 +1,186 @@
-"""A stream and its runs in MLflow: which run belongs to which stream, and what it has been told.
+"""A stream and its runs in MLflow: what is told to the spool, and who sends it when.
 
-`stream.json` beside the step artifacts holds the stream run's id and the steps published to it,
-so a start that was cut off between commit and upload makes up for it at the next one.
+Nothing here waits for a server while a step trains. At the end of a step, and of a stream, what
+is left is sent within `tracking.wait_seconds`; what a server that is away was not told stays in
+the spool for the next start, or for `avcil sync`.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import asdict
 
-from avcil_dist import storage
+import click
+
 from avcil_dist.compose import flatten
-from avcil_dist.config import Config
-from avcil_dist.tracking.mlflow import Status, StepTracker, close_stream, open_stream
-from avcil_dist.training.artifact import is_committed, load_artifact, step_url
+from avcil_dist.config import Config, TrackingConfig
+from avcil_dist.errors import TrackingError
+from avcil_dist.tracking.mlflow import CHANGES_TAG, ORIGIN_RUN_TAG, ORIGIN_STEP_TAG, shown, tracking_uri
+from avcil_dist.tracking.sender import Delivery, Sender
+from avcil_dist.tracking.spool import Spool, spool_folder
+from avcil_dist.tracking.tracker import STREAM, StepTracker, end_status
+from avcil_dist.training.artifact import committed_steps
+from avcil_dist.training.record import StreamRecord, new_record, read_record, write_record
 from avcil_dist.training.stream import stream_url
 
-RECORD = "stream.json"
+SYNC_SECONDS = 60.0  # without any movement: a server may be slow, and who syncs has time
+INTERRUPTED_SECONDS = 5.0  # who pressed Ctrl-C, or has an error to read, waits no longer
+
+
+def open_run(config: Config) -> str:
+    """Begin, or begin again, to tell of a stream; returns its id, by which its run is found on any server.
+
+    Waits for no server. Raises ConfigError for a tracking.uri that cannot be.
+    """
+    tracking_uri(config.tracking, config.output)
+    stream = stream_url(config)
+    record = read_record(stream)
+    if record is None:
+        record = new_record()
+        write_record(stream, record)
+    spool = _spool(stream, record.id)
+    spool.append(
+        "open",
+        name=config.stream_name,
+        parameters=flatten(config),
+        tags={"avcil.method": config.method.name, "avcil.stream": stream} | _history(record),
+        tracking=config.tracking.model_dump(mode="json"),
+        output=config.output,
+    )
+    told = {told["step"] for told in spool.records("artifact")}
+    for step in committed_steps(stream):
+        if step not in told:  # a start that was cut off between commit and record, or a spool of another machine
+            with StepTracker(spool, step) as tracker:
+                tracker.publish(stream)
+    return record.id
 
 
 @contextmanager
 def stream_run(config: Config, *, is_main: bool) -> Iterator[str | None]:
-    """The id of the stream run, for the main process alone; the run ends as the block ends."""
+    """The id of the stream, for the main process alone; its run ends as the block ends."""
     if not is_main:
         yield None
         return
-    run_id = _open(config)
-    status: Status = "FAILED"
+    stream_id = open_run(config)
+    kind: type[BaseException] | None = None
     try:
-        yield run_id
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
+        yield stream_id
+    except BaseException as error:
+        kind = type(error)
         raise
     finally:
-        close_stream(config.tracking, output=config.output, stream_run=run_id, status=status)
+        close_run(config, kind)
 
 
-def track_step(config: Config, run_id: str, step: int) -> StepTracker:
-    """The step's own run."""
-    return StepTracker(config.tracking, output=config.output, stream_run=run_id, step=step)
+def close_run(config: Config, kind: type[BaseException] | None) -> None:
+    """Say how the stream ended (None: well), and send what is left."""
+    status = end_status(kind)
+    with _sending(config, hurried=kind is not None) as spool:
+        if status != "RUNNING":
+            spool.append("end", run=STREAM, status=status)
 
 
-def publish_step(config: Config, tracker: StepTracker, step: int) -> None:
-    """Send a committed step's metrics and files to its run, and note that it was done."""
+@contextmanager
+def track_step(config: Config, step: int) -> Iterator[StepTracker]:
+    """The step's own run; what is told of it is sent while the block runs, and what is left as it ends."""
+    with _sending(config) as spool, StepTracker(spool, step) as tracker:
+        yield tracker
+
+
+def publish_step(config: Config, tracker: StepTracker, num_steps: int) -> None:
+    """Tell of a committed step; the last one's weights are the stream's final model, and end the stream's run."""
+    tracker.publish(stream_url(config))
+    if tracker.step + 1 == num_steps:
+        name = config.tracking.register_as
+        if name != "none":
+            tracker.register(f"{config.name}-{config.method.name}" if name == "auto" else name)
+        tracker.spool.append("end", run=STREAM, status="FINISHED")
+
+
+def unsent(config: Config) -> str | None:
+    """Why not everything of a stream has been told, or None when it has."""
+    stream, uri = stream_url(config), tracking_uri(config.tracking, config.output)
+    record = read_record(stream)
+    if record is None:
+        return None
+    spool = _spool(stream, record.id)
+    return None if spool.is_sent(uri) else spool.note(uri).reason or "it was not asked yet"
+
+
+def sync_stream(stream: str, *, uri: str | None, again: bool) -> str:
+    """Tell a server what it has not been told of a stream; returns the server.
+
+    `uri`: another than the stream's own. `again`: from the beginning; what is there is not doubled. Raises
+    TrackingError when the server stays away, or where there is nothing of a stream.
+    """
+    stream = stream.rstrip("/")
+    record = read_record(stream)
+    opened = _spool(stream, record.id).records("open") if record else []
+    if record is None or not opened:
+        raise TrackingError(f"{stream}: nothing was told of a stream here; give the folder that `avcil train` printed")
+    tracking = TrackingConfig.model_validate(opened[-1]["tracking"] | ({"uri": uri} if uri else {}))
+    spool, output = _spool(stream, record.id), opened[-1]["output"]
+    where = tracking_uri(tracking, output)
+    if again:
+        with spool.sending_lock(where):
+            note = spool.note(where)
+            note.offset = 0
+            spool.save_note(where, note)
+    sender = _sender(spool, tracking, output, stream, record.id)
+    sender.start()
+    if not sender.close(max(tracking.wait_seconds, SYNC_SECONDS)):
+        raise TrackingError(
+            f"{shown(where)}: still away ({spool.note(where).reason or 'no answer'}); start the server, "
+            f"then run avcil sync {stream} again; what it is to be told is kept in {spool.path}"
+        )
+    return where
+
+
+@contextmanager
+def _sending(config: Config, *, hurried: bool = False) -> Iterator[Spool]:
+    """The stream's spool; a sender works while the block runs, and a while after it, less where one is `hurried`."""
     stream = stream_url(config)
-    tracker.stream_metrics(load_artifact(stream, step).metrics)
-    with storage.local_copy(step_url(stream, step)) as folder:
-        tracker.artifact(folder)
-    record = _read_record(config)
-    _write_record(config, record | {"published": sorted({*record["published"], step})})
+    record = read_record(stream)
+    assert record is not None, "open_run comes first"
+    spool = _spool(stream, record.id)
+    sender = _sender(spool, config.tracking, config.output, stream, record.id)
+    sender.start()
+    try:
+        yield spool
+    except BaseException:
+        hurried = True
+        raise
+    finally:
+        patience = config.tracking.wait_seconds
+        if not sender.close(min(patience, INTERRUPTED_SECONDS) if hurried else patience):
+            uri = tracking_uri(config.tracking, config.output)
+            click.echo(
+                f"avcil: {shown(uri)}: not all is uploaded ({spool.note(uri).reason or 'no answer yet'}); nothing is "
+                f"lost: {stream} holds it; once the server answers, finish with: avcil sync {stream}",
+                err=True,
+            )
 
 
-def _open(config: Config) -> str:
-    record = _read_record(config)
-    run_id = open_stream(
-        config.tracking,
-        output=config.output,
-        name=config.stream_name,
-        parameters=flatten(config),
-        tags={"avcil.method": config.method.name, "avcil.stream": stream_url(config)},
-        run_id=record["run_id"],
-    )
-    if run_id != record["run_id"]:
-        record = {"run_id": run_id, "published": []}
-        _write_record(config, record)
-    step = 0
-    while is_committed(stream_url(config), step):
-        if step not in record["published"]:
-            with track_step(config, run_id, step) as tracker:
-                publish_step(config, tracker, step)
-        step += 1
-    return run_id
+def _sender(spool: Spool, tracking: TrackingConfig, output: str, stream: str, stream_id: str) -> Sender:
+    uri = tracking_uri(tracking, output)
+
+    def connect(runs: dict[str, str]) -> Delivery:
+        from avcil_dist.tracking.delivery import MlflowDelivery
+
+        return MlflowDelivery(uri, tracking, output=output, stream=stream, stream_id=stream_id, runs=runs)
+
+    return Sender(spool, uri, connect, shown=shown(uri))
 
 
-def _read_record(config: Config) -> dict[str, Any]:
-    url = storage.join(stream_url(config), RECORD)
-    return dict(storage.read_json(url)) if storage.exists(url) else {"run_id": None, "published": []}
+def _spool(stream: str, stream_id: str) -> Spool:
+    return Spool(spool_folder(stream, stream_id))
 
 
-def _write_record(config: Config, record: dict[str, Any]) -> None:
-    storage.write_json(storage.join(stream_url(config), RECORD), record)
+def _history(record: StreamRecord) -> dict[str, str]:
+    """Tags that say where a stream came from, and what was changed on the way."""
+    tags: dict[str, str] = {}
+    if record.origin_run is not None:
+        tags |= {ORIGIN_RUN_TAG: record.origin_run, ORIGIN_STEP_TAG: str(record.origin_step)}
+    if record.changes:
+        tags[CHANGES_TAG] = json.dumps([asdict(change) for change in record.changes])
+    return tags

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from avcil_dist.data.manifest import SPLITS, Manifest, Split
+from avcil_dist.data.manifest import SPLITS, Manifest, Split, load_manifest
 from avcil_dist.seeds import generator
 from data_shards.writer import shard_url, write_shard
 
@@ -53,6 +53,19 @@ def make_feature_shards(
     url = f"{folder}/manifest.json"
     Manifest(kind="feature", classes=names, shards=tuple(shards), shape=shape, root=str(folder)).save(url)
     return url
+
+
+def damage(folder: Path, key: str) -> None:
+    """Overwrite one clip's visual features in its shard."""
+    manifest = load_manifest(f"{folder}/manifest.json")
+    for number, shard in enumerate(manifest.shards):
+        if key in shard.keys:
+            row = shard.keys.index(key)
+            path = Path(manifest.url(number))
+            data = bytearray(path.read_bytes())
+            start, size = shard.offsets["visual.npy"][row], shard.sizes["visual.npy"][row]
+            data[start : start + size] = bytes(int(size))
+            path.write_bytes(data)
 
 
 def _clips(

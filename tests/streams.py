@@ -13,9 +13,11 @@ from avcil_dist.signals import StopRequest
 from avcil_dist.training.artifact import StepArtifact, load_artifact
 from avcil_dist.training.step import step_in_group
 from avcil_dist.training.stream import stream_url
+from avcil_dist.training.trainer import Observer
 from avcil_dist.world import World
 from launch.cli import cli
-from launch.progress import SilentProgress
+from launch.progress import SilentProgress, StepProgress
+from launch.tracked import publish_step, stream_run, track_step
 from tests.features import make_feature_shards
 
 CLASSES, STEPS = 6, [3, 2, 1]
@@ -66,12 +68,25 @@ def weights_digest(stream: str, step: int = len(STEPS) - 1) -> str:
 def run_steps(world: World, config: Config, steps: Iterable[int]) -> str:
     """Run steps of a stream within the process group that is there; the stream's folder."""
     for step in steps:
-        step_in_group(
-            config, step, world=world, observer=SilentProgress(), device=torch.device("cpu"), stop=StopRequest()
-        )
+        _run_step(world, config, step, SilentProgress())
     return stream_url(config)
 
 
 def run_streams(world: World, configs: Sequence[Config], steps: Sequence[int] = range(len(STEPS))) -> list[str]:
     """Run these steps of several streams, one stream after the other; their folders."""
     return [run_steps(world, config, steps) for config in configs]
+
+
+def run_told(world: World, configs: Sequence[Config], steps: Sequence[int] = range(len(STEPS))) -> list[str]:
+    """`run_streams`, told to their trackers as `avcil train` tells it."""
+    for config in configs:
+        with stream_run(config, is_main=True):
+            for step in steps:
+                with track_step(config, step) as tracker, StepProgress(config.stream_name, len(STEPS), tracker) as seen:
+                    _run_step(world, config, step, seen)
+                    publish_step(config, tracker, len(STEPS))
+    return [stream_url(config) for config in configs]
+
+
+def _run_step(world: World, config: Config, step: int, observer: Observer) -> None:
+    step_in_group(config, step, world=world, observer=observer, device=torch.device("cpu"), stop=StopRequest())

@@ -5,6 +5,7 @@ Clips are read as they are and decoded row by row.
 """
 
 import io
+import math
 import tokenize
 import weakref
 import zipfile
@@ -81,7 +82,7 @@ class FeatureLayout:
         present = np.flatnonzero(clips != PADDING)
         shards = self.manifest.shards_of(clips)
         for member, header, tensor in zip(self.members, self.headers, tensors, strict=True):
-            flat = tensor.numpy().reshape(len(clips), -1).view(np.uint8)
+            flat = tensor.numpy().reshape(len(clips), math.prod(tensor.shape[1:])).view(np.uint8)
             starts, sizes = self.manifest.spans(member, clips)
             heads = memoryview(bytearray(len(clips) * (TAR_BLOCK + len(header))))
             step = TAR_BLOCK + len(header)

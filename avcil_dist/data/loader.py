@@ -8,8 +8,9 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from avcil_dist.data.layout import ClipLayout, Faults, FeatureLayout, Layout, Pa
 from avcil_dist.data.manifest import Manifest
 from avcil_dist.data.plan import NO_CLIPS, PADDING, plan_epoch, plan_replay, rank_share, replay_passes
 from avcil_dist.data.reader import BATCHES_AHEAD, Draw, OpenReader, Request, ShardReader
+from avcil_dist.data.store import Missing, Store
 from avcil_dist.errors import DataError
 from avcil_dist.seeds import derive_seed
 from avcil_dist.signals import shielding
@@ -55,6 +57,13 @@ class Batch:
         }
         return replace(self, **moved)
 
+    def wait(self, event: torch.cuda.Event) -> None:
+        """Let the device go on with this batch once the event, on the stream that brought it, has happened."""
+        stream = torch.cuda.current_stream(self.labels.device)
+        stream.wait_event(event)
+        for tensor in (self.visual, self.audio, self.labels, self.valid):
+            tensor.record_stream(stream)
+
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory, for copies that overlap with compute."""
         pinned = {name: getattr(self, name).pin_memory() for name in ("visual", "audio", "labels", "valid")}
@@ -79,6 +88,12 @@ class TrainingSource:
     world: World
     start: int = 0
     joined: np.ndarray = field(default_factory=lambda: NO_CLIPS)
+
+    @property
+    def clips(self) -> np.ndarray:
+        """All clips that may come in a batch, ascending."""
+        current = self.manifest.clips(self.classes, "train")
+        return np.unique(np.concatenate([current, self.exemplars, self.joined]))
 
     def epoch_batches(self, epoch: int) -> np.ndarray:
         """The epoch's global batches, (batches, optim.batch)."""
@@ -127,18 +142,25 @@ class FixedSource:
 
 
 def load_batches(
-    source: Iterable[Request], *, manifest: Manifest, labels: Mapping[str, int], data: DataConfig, pin: bool = False
+    source: Iterable[Request],
+    *,
+    manifest: Manifest,
+    labels: Mapping[str, int],
+    data: DataConfig,
+    pin: bool = False,
+    store: Store | None = None,
 ) -> Iterator[Batch]:
     """The batches of `source`, in its order, whatever the number of decoding processes.
 
-    `pin` puts them in page-locked memory. Raises DataError and StorageError as the reader does.
+    `pin` puts them in page-locked memory. What `store` has is not read, and what is read it keeps; a batch with rows
+    of a store on a device has them there. Raises DataError and StorageError as the reader does.
     """
     is_clip = manifest.kind == "clip"
     layout: Layout = ClipLayout(manifest, data.clip, data.augment) if is_clip else FeatureLayout(manifest, pin=pin)
     num_workers = data.workers if is_clip else 0  # processes are for decoding
     pipeline = webdataset.DataPipeline(
-        _EachWorkersShare(source),
-        _Fetch(ShardReader(manifest, data), layout),
+        _EachWorkersShare(Missing(source, store) if store else source),
+        _Fetch(ShardReader(manifest, data), layout, store),
         _Decode(layout),
         _Collate(manifest, manifest.shard_labels(labels)),
     )
@@ -151,10 +173,87 @@ def load_batches(
     )
     with shielding():  # a worker that dies of a stop signal would take the snapshot with it
         batches = iter(loader)
-    return _timed(batches)
+    if store:
+        batches = _completed(batches, source, store, manifest, labels)
+    return timed(batches)
 
 
-def _timed(batches: Iterator[Batch]) -> Iterator[Batch]:
+def load_on_device(
+    source: Iterable[Request],
+    *,
+    manifest: Manifest,
+    labels: Mapping[str, int],
+    data: DataConfig,
+    device: torch.device,
+    store: Store | None = None,
+) -> Iterator[Batch]:
+    """`load_batches`, on a device: one batch is read and brought there while the one before is used."""
+    batches = load_batches(source, manifest=manifest, labels=labels, data=data, pin=device.type == "cuda", store=store)
+    return timed(_one_ahead(batches, device))
+
+
+def _one_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    stream = _copy_stream(device)
+
+    def bring() -> tuple[Batch | None, torch.cuda.Event | None]:
+        if stream is None:
+            return next(batches, None), None
+        with torch.cuda.stream(stream):
+            batch = next(batches, None)
+            return batch and batch.to(device), stream.record_event()
+
+    thread = ThreadPoolExecutor(1, thread_name_prefix="ahead")
+    try:
+        coming = thread.submit(bring)
+        while True:
+            batch, is_there = coming.result()
+            if batch is None:
+                return
+            coming = thread.submit(bring)
+            if is_there:
+                batch.wait(is_there)
+            yield batch
+    finally:
+        thread.shutdown(wait=False, cancel_futures=True)
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """One for all that is brought to a GPU, so that what a store keeps is there before it is looked up."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+def _completed(
+    batches: Iterator[Batch], source: Iterable[Request], store: Store, manifest: Manifest, labels: Mapping[str, int]
+) -> Iterator[Batch]:
+    """The batches of `source`, from those of what was missing of them."""
+    shard_labels = manifest.shard_labels(labels)
+    for request, read in zip(source, batches, strict=True):
+        tensors = read.visual, read.audio
+        store.put(read.clips, tensors, read.valid.numpy())
+        is_read = np.isin(request.clips, read.clips)  # of a clip that comes twice, both rows are missing or neither
+        if is_read.all():
+            yield read
+            continue
+        visual, audio = store.whole(request.clips, is_read, tensors)
+        valid = np.ones(len(is_read), dtype=bool)
+        valid[is_read] = read.valid.numpy()
+        yield replace(
+            read,
+            visual=visual,
+            audio=audio,
+            labels=torch.from_numpy(_labels(request.clips, manifest, shard_labels)),
+            valid=torch.from_numpy(valid),
+            num_current=request.num_current,
+            clips=request.clips,
+        )
+
+
+def _labels(clips: np.ndarray, manifest: Manifest, shard_labels: np.ndarray) -> np.ndarray:
+    return np.where(clips != PADDING, shard_labels[manifest.shards_of(clips)], 0)
+
+
+def timed(batches: Iterator[Batch]) -> Iterator[Batch]:
     """The batches, each with the seconds that its taker waited for it."""
     while True:
         started = time.monotonic()
@@ -191,6 +290,7 @@ class _Fetch:
 
     reader: ShardReader
     layout: Layout
+    store: Store | None = None
 
     def __call__(self, requests: Iterable[Request]) -> Iterator[_Fetched]:
         with self.reader.open() as reader:
@@ -203,9 +303,11 @@ class _Fetch:
                 yield self._finish(reader, *coming.popleft())
 
     def _fetch(self, reader: OpenReader, request: Request) -> _Fetched:
-        rows = self.layout.lay_out(request.clips)
+        if self.store:  # it may have more than when the request was made
+            request = self.store.missing(request)
+        rows = self.layout.lay_out(request.places)
         found = reader.read(request, rows.segments)
-        faults = {row: self._named(request.clips[row], fault) for row, fault in found.items()}
+        faults = {row: self._named(request.places[row], fault) for row, fault in found.items()}
         return _Fetched(request, rows, faults, {})
 
     def _finish(self, reader: OpenReader, request: Request, future: "Future[_Fetched]") -> _Fetched:
@@ -241,7 +343,7 @@ class _Collate:
         for fetched, (visual, audio) in batches:
             clips, faults = fetched.request.clips, fetched.faults
             is_clip = clips != PADDING
-            labels = np.where(is_clip, self.shard_labels[self.manifest.shards_of(clips)], 0)
+            labels = _labels(clips, self.manifest, self.shard_labels)
             valid = is_clip & ~np.isin(np.arange(len(clips)), list(faults))
             yield Batch(
                 visual,

@@ -11,7 +11,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
@@ -51,12 +51,24 @@ class Draw:
 class Request:
     """The clip numbers of a rank's batch, in row order; the first `num_current` are of the current step.
 
-    Clips are varied as `draw` says, or not at all.
+    Clips are varied as `draw` says, or not at all. They are read at `copies` (numbers), where these are given.
     """
 
     clips: np.ndarray
     num_current: int
     draw: Draw | None = None
+    copies: np.ndarray | None = None
+
+    @property
+    def places(self) -> np.ndarray:
+        """The numbers of the clips that are read."""
+        return self.clips if self.copies is None else self.copies
+
+    def part(self, rows: np.ndarray) -> "Request":
+        """The request for some of its rows (a mask)."""
+        draw = None if self.draw is None else replace(self.draw, epochs=self.draw.epochs[rows])
+        copies = None if self.copies is None else self.copies[rows]
+        return Request(self.clips[rows], int(rows[: self.num_current].sum()), draw, copies)
 
 
 @dataclass(frozen=True)
@@ -236,7 +248,7 @@ class OpenReader:
 
     def _shards_of(self, request: Request) -> list[tuple[int, bool]]:
         """The shards of a request, and whether each is wanted whole: exemplars are few clips of many shards."""
-        current, exemplars = request.clips[: request.num_current], request.clips[request.num_current :]
+        current, exemplars = request.places[: request.num_current], request.places[request.num_current :]
         of_current = set(self.manifest.shards_of(current[current != PADDING]).tolist())
         of_exemplars = set(self.manifest.shards_of(exemplars[exemplars != PADDING]).tolist()) - of_current
         return [*((shard, True) for shard in of_current), *((shard, False) for shard in of_exemplars)]

@@ -7,7 +7,7 @@ hub is `weights.py`; how clips become pictures and log-mel is the data layer's.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -39,12 +39,7 @@ SMALL_GRID = 4  # the small visual encoder gives 4 by 4 positions
 
 
 class Encoder(nn.Module):
-    """A module that knows the dimension of what it gives.
-
-    What a `frozen` one gives of a clip is fixed: the student's and its teacher's are equal, and never change.
-    """
-
-    frozen = False
+    """A module that knows the dimension of what it gives."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -53,11 +48,16 @@ class Encoder(nn.Module):
     def checkpoint_activations(self) -> None:
         """Compute the activations of each block anew in the backward pass, instead of keeping them: transformers do."""
 
+    def encode_once(self, inputs: Tensor) -> Tensor:
+        """What may take the inputs' place for every network that shares this encoder: what a frozen one makes of them.
+
+        One that is not frozen gives the inputs back, since each network makes something else of them.
+        """
+        return inputs
+
 
 class Precomputed(Encoder):
     """Features as they are, in float32."""
-
-    frozen = True
 
     def forward(self, features: Tensor) -> Tensor:
         """Visual (B, T, S, D) or audio (B, D)."""
@@ -102,9 +102,11 @@ class Transformer(Encoder, ABC):
     """A vision transformer of which all, the last blocks or nothing is trained.
 
     What is not trained takes no gradient and stays in evaluation mode, and no graph is built of it:
-    it is what lies below, so nothing that needs a gradient ever enters it.
+    it is what lies below, so nothing that needs a gradient ever enters it. A frozen one lets pass what
+    it has encoded before.
     """
 
+    input_dims: int  # what is encoded has one less
     body: Any  # a library's, whose blocks and norms have names of their own
 
     def __init__(self, dim: int, body: nn.Module, config: TransformerConfig) -> None:
@@ -153,8 +155,14 @@ class Transformer(Encoder, ABC):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """What `encode` gives, without a graph where frozen."""
+        if self.frozen and inputs.dim() < self.input_dims:
+            return inputs
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             return self.encode(inputs)
+
+    def encode_once(self, inputs: Tensor) -> Tensor:
+        """Where frozen, what student and teacher both see."""
+        return self(inputs) if self.frozen else inputs
 
     @abstractmethod
     def encode(self, inputs: Tensor) -> Tensor:
@@ -163,6 +171,8 @@ class Transformer(Encoder, ABC):
 
 class VideoMAE(Transformer):
     """VideoMAE's last hidden state (Tong et al. 2022)."""
+
+    input_dims = 5
 
     def checkpoint_activations(self) -> None:
         """By the library's own means."""
@@ -188,6 +198,8 @@ class VideoMAE(Transformer):
 class AudioMAE(Transformer):
     """AudioMAE's mean over patch tokens, the class token left out (Huang et al. 2022)."""
 
+    input_dims = 3
+
     def checkpoint_activations(self) -> None:
         """By the library's own means."""
         assert isinstance(self.body, VisionTransformer)
@@ -209,38 +221,46 @@ class AudioMAE(Transformer):
 
 
 def build_visual_encoder(
-    config: PrecomputedConfig | SmallConfig | VideoMAEConfig, clip: ClipConfig, feature_dim: int | None
+    config: PrecomputedConfig | SmallConfig | VideoMAEConfig,
+    clip: ClipConfig,
+    feature_dim: int | None,
+    restored: Collection[str] | None = None,
 ) -> Encoder:
     """Build the visual encoder; `feature_dim` is that of the manifest's features, None for clips.
 
+    `restored` names what of its state will be put in; then no weights are read, and they need not be there.
     Raises ConfigError when the encoder fits neither the data nor its weights.
     """
     _check_data(config.kind, "model.visual", feature_dim)
     if isinstance(config, VideoMAEConfig):
-        return _build_videomae(config, clip)
+        return _build_videomae(config, clip, restored)
     return SmallVisual(config.dim) if isinstance(config, SmallConfig) else Precomputed(feature_dim or 0)
 
 
 def build_audio_encoder(
-    config: PrecomputedConfig | SmallConfig | AudioMAEConfig, clip: ClipConfig, feature_dim: int | None
+    config: PrecomputedConfig | SmallConfig | AudioMAEConfig,
+    clip: ClipConfig,
+    feature_dim: int | None,
+    restored: Collection[str] | None = None,
 ) -> Encoder:
-    """Build the audio encoder; `feature_dim` is that of the manifest's features, None for clips.
+    """Build the audio encoder; `feature_dim` and `restored` are as in `build_visual_encoder`.
 
     Raises ConfigError when the encoder fits neither the data nor its weights.
     """
     _check_data(config.kind, "model.audio", feature_dim)
     if isinstance(config, AudioMAEConfig):
-        return _build_audiomae(config, clip)
+        return _build_audiomae(config, clip, restored)
     return SmallAudio(config.dim) if isinstance(config, SmallConfig) else Precomputed(feature_dim or 0)
 
 
-def _build_videomae(config: VideoMAEConfig, clip: ClipConfig) -> VideoMAE:
+def _build_videomae(config: VideoMAEConfig, clip: ClipConfig, restored: Collection[str] | None) -> VideoMAE:
     _check_multiple("data.clip.size", clip.size, PATCH)
     _check_multiple("data.clip.frames", clip.frames, TUBELET)
     _check_multiple("model.visual.dim", config.dim, config.heads)
-    state = read_weights(config, "model.visual.weights")
+    state = read_weights(config, "model.visual.weights") if restored is None else None
     if state is not None:
         state = rename_videomae(state)
+    names = state if restored is None else {name.removeprefix("body.") for name in restored}
     body = transformers.VideoMAEModel(
         transformers.VideoMAEConfig(
             image_size=clip.size,
@@ -252,7 +272,7 @@ def _build_videomae(config: VideoMAEConfig, clip: ClipConfig) -> VideoMAE:
             num_attention_heads=config.heads,
             intermediate_size=4 * config.dim,
             # The library's word for "no norm at the end": true of classifiers, not of the pre-trained model.
-            use_mean_pooling=state is not None and "layernorm.weight" not in state,
+            use_mean_pooling=names is not None and "layernorm.weight" not in names,
         )
     )
     if state is not None:
@@ -260,11 +280,12 @@ def _build_videomae(config: VideoMAEConfig, clip: ClipConfig) -> VideoMAE:
     return VideoMAE(config.dim, body, config)
 
 
-def _build_audiomae(config: AudioMAEConfig, clip: ClipConfig) -> AudioMAE:
+def _build_audiomae(config: AudioMAEConfig, clip: ClipConfig, restored: Collection[str] | None) -> AudioMAE:
     _check_multiple("data.clip.mel_frames", clip.mel_frames, PATCH)
     _check_multiple("data.clip.mel_bins", clip.mel_bins, PATCH)
     _check_multiple("model.audio.dim", config.dim, config.heads)
-    state = read_weights(config, "model.audio.weights")
+    state = read_weights(config, "model.audio.weights") if restored is None else None
+    names = state if restored is None else {name.removeprefix("body.") for name in restored}
     body = VisionTransformer(
         img_size=(clip.mel_frames, clip.mel_bins),
         patch_size=PATCH,
@@ -275,7 +296,7 @@ def _build_audiomae(config: AudioMAEConfig, clip: ClipConfig) -> AudioMAE:
         depth=config.depth,
         num_heads=config.heads,
         # Fine-tuned checkpoints normalise after the mean, pre-trained ones before it.
-        fc_norm=state is not None and "fc_norm.weight" in state,
+        fc_norm=names is not None and "fc_norm.weight" in names,
     )
     if state is not None:
         load_strictly(body, state, AUDIOMAE_DROPPED, f"model.audio.weights: {config.weights}")

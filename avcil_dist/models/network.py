@@ -5,7 +5,7 @@ the two, a projection and a head. Source: Pian et al. 2023, eq. 1-6.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ class Network(nn.Module, ABC):
     """A student or a teacher. It computes in `precision`; its weights and its output are float32."""
 
     precision: Precision = "float32"
+    visual_encoder: Encoder | None
+    audio_encoder: Encoder | None
 
     def forward(self, visual: Tensor, audio: Tensor, teacher: TeacherView | None = None) -> Output:
         """Classify a batch.
@@ -36,6 +38,15 @@ class Network(nn.Module, ABC):
         with compute_context(self.precision, audio.device):
             output = self.classify(visual, audio, teacher)
         return output if self.precision == "float32" else output.each(Tensor.float)
+
+    @torch.no_grad()
+    def encode_frozen(self, visual: Tensor, audio: Tensor) -> tuple[Tensor, Tensor]:
+        """`visual` and `audio` as frozen encoders make them, others as they are: for every network with the same."""
+        with compute_context(self.precision, audio.device):
+            return (
+                self.visual_encoder.encode_once(visual) if self.visual_encoder else visual,
+                self.audio_encoder.encode_once(audio) if self.audio_encoder else audio,
+            )
 
     @abstractmethod
     def classify(self, visual: Tensor, audio: Tensor, teacher: TeacherView | None) -> Output:
@@ -83,6 +94,9 @@ class HeadedNetwork(Network):
 class AudioVisualNetwork(HeadedNetwork):
     """Sound and pictures. Both encoders have the same dimension D."""
 
+    visual_encoder: Encoder
+    audio_encoder: Encoder
+
     def __init__(
         self, visual_encoder: Encoder, audio_encoder: Encoder, num_classes: int, head: ProxyHead | None = None
     ) -> None:
@@ -111,6 +125,9 @@ class AudioVisualNetwork(HeadedNetwork):
 class AudioNetwork(HeadedNetwork):
     """Sound alone."""
 
+    visual_encoder: None = None
+    audio_encoder: Encoder
+
     def __init__(self, encoder: Encoder, num_classes: int, head: ProxyHead | None = None) -> None:
         super().__init__()
         self.audio_encoder = encoder
@@ -124,6 +141,9 @@ class AudioNetwork(HeadedNetwork):
 
 class VisualNetwork(HeadedNetwork):
     """Pictures alone, pooled by the mean over their tokens."""
+
+    visual_encoder: Encoder
+    audio_encoder: None = None
 
     def __init__(self, encoder: Encoder, num_classes: int, head: ProxyHead | None = None) -> None:
         super().__init__()
@@ -167,16 +187,26 @@ def build_network(
     *,
     design: Design = PLAIN,
     num_frozen: int = 0,
+    restored: Collection[str] | None = None,
 ) -> Network:
     """Make a network with fresh weights (from torch's global generator), except those that the config names.
 
+    Where the caller goes on to put in a whole state, `restored` are its names, and no named weights are read.
     `feature_shape` is the manifest's: frames, positions and dim of features, empty for clips. Of the
     head's `num_classes`, proxies of the first `num_frozen` are frozen. Raises ConfigError when the
     encoders do not fit the data or each other.
     """
     dim = feature_shape.get("dim")
-    visual = None if model.modality == "audio" else build_visual_encoder(model.visual, clip, dim)
-    audio = None if model.modality == "visual" else build_audio_encoder(model.audio, clip, dim)
+
+    def names(encoder: str) -> list[str] | None:
+        own = None if restored is None else [name for name in restored if name.startswith(encoder)]
+        return own and [name.removeprefix(encoder) for name in own]
+
+    visual = audio = None
+    if model.modality != "audio":
+        visual = build_visual_encoder(model.visual, clip, dim, names("visual_encoder."))
+    if model.modality != "visual":
+        audio = build_audio_encoder(model.audio, clip, dim, names("audio_encoder."))
     if visual is not None and audio is not None and visual.dim != audio.dim:
         raise ConfigError(
             f"model: the visual encoder has dim {visual.dim}, the audio encoder {audio.dim}; "

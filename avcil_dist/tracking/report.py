@@ -7,7 +7,6 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import matplotlib
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -24,9 +23,9 @@ from avcil_dist.compose import config_from_yaml, config_to_yaml
 from avcil_dist.config import Config
 from avcil_dist.errors import ArtifactError, AvcilError
 from avcil_dist.scenario import Scenario
+from avcil_dist.training.artifact import committed_steps, step_url
 from avcil_dist.training.metrics import StreamMetrics
 
-STEP_FOLDER = re.compile(r"step_\d{3,}")
 NUM_COLOURS = 6  # as many as the page's style sheet names
 
 # Colours that matplotlib writes into the drawing and the page's style sheet replaces, so that one
@@ -71,7 +70,7 @@ def load_streams(folders: Sequence[str]) -> list[StreamReport]:
     for folder in folders:
         found = {
             place: stream
-            for place in (folder, *_subfolders(folder))
+            for place in (folder, *(storage.join(folder, name) for name in storage.list_folder(folder)))
             if (stream := _load_stream(place.rstrip("/"))) is not None
         }
         if not found:
@@ -139,23 +138,12 @@ def percent(fraction: float | None) -> str:
     return "–" if fraction is None else f"{100 * fraction + 0.0:.1f}"
 
 
-def _subfolders(folder: str) -> list[str]:
-    """The folders in `folder`, by name; none where there is no such folder."""
-    filesystem, path = storage.open_filesystem(folder)
-    filesystem.invalidate_cache()
-    if not filesystem.isdir(path):
-        return []
-    names = [entry["name"].rstrip("/") for entry in filesystem.ls(path, detail=True) if entry["type"] == "directory"]
-    return [storage.join(folder, Path(name).name) for name in sorted(names)]
-
-
 def _load_stream(folder: str) -> StreamReport | None:
     """The stream in `folder` as of its last committed step; None where no step is committed."""
-    steps = [step for step in _subfolders(folder) if STEP_FOLDER.fullmatch(step.rsplit("/", 1)[-1])]
-    committed = [step for step in steps if storage.exists(storage.join(step, "COMMITTED.json"))]
+    committed = committed_steps(folder)
     if not committed:
         return None
-    step = max(committed, key=lambda name: int(name.rsplit("_", 1)[-1]))
+    step = step_url(folder, committed[-1])
     try:
         return StreamReport(
             folder=folder,

@@ -6,8 +6,9 @@ digest of each. Without `COMMITTED.json` there is no artifact. Nothing in it is 
 """
 
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import safetensors.torch
@@ -23,6 +24,9 @@ from avcil_dist.models.network import Network
 from avcil_dist.scenario import Scenario
 from avcil_dist.training import committed
 from avcil_dist.training.metrics import StreamMetrics
+from avcil_dist.training.record import read_record
+
+STEP_FOLDER = re.compile(r"step_(\d{3,})")
 
 
 @dataclass(frozen=True)
@@ -49,16 +53,24 @@ def is_committed(stream: str, step: int) -> bool:
     return committed.is_committed(step_url(stream, step))
 
 
+def committed_steps(stream: str) -> list[int]:
+    """The steps whose artifacts are there, in order. A stream resumed elsewhere need not have the earlier ones."""
+    numbers = [STEP_FOLDER.fullmatch(name) for name in storage.list_folder(stream)]
+    return sorted(step for found in numbers if found and is_committed(stream, step := int(found[1])))
+
+
 def save_artifact(stream: str, artifact: StepArtifact) -> str:
     """Write an artifact, `COMMITTED.json` last, and return its folder. What an earlier attempt left is removed."""
     folder = step_url(stream, artifact.step)
     storage.remove_tree(folder)
+    record = read_record(stream)
     committed.commit(
         folder,
         committed.write_files(folder, _encode(artifact)),
         step=artifact.step,
         manifest_hash=artifact.manifest_hash,
         code_version=avcil_dist.__version__,
+        changes=[asdict(change) for change in record.changes] if record else [],
     )
     return folder
 
@@ -80,6 +92,12 @@ def load_artifact(stream: str, step: int) -> StepArtifact:
         config=config_from_yaml(files["config.yaml"].decode()),
         manifest_hash=commit["manifest_hash"],
     )
+
+
+def load_metrics(stream: str, step: int) -> StreamMetrics:
+    """The metrics of a committed step alone. Raises ArtifactError as `load_artifact` does."""
+    folder, commit = _committed(stream, step)
+    return StreamMetrics.from_record(json.loads(committed.read_file(folder, "metrics.json", commit)))
 
 
 def set_weights(network: Network, weights: Mapping[str, Tensor], source: str) -> None:

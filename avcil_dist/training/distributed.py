@@ -70,6 +70,14 @@ class Votes:
         dist.all_reduce(votes, dist.ReduceOp.MAX, group=self._group)
         return tuple(votes.bool().tolist())
 
+    def total(self, count: int) -> int:
+        """The sum of all ranks' counts."""
+        if dist.get_world_size() == 1:
+            return count
+        counts = torch.tensor([count])
+        dist.all_reduce(counts, group=self._group)
+        return int(counts)
+
 
 class _AllGather(torch.autograd.Function):
     """Rows of all ranks. Backward gives a rank its own rows' gradient, times the number of ranks.

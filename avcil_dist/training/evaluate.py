@@ -9,9 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from avcil_dist.config import DataConfig
-from avcil_dist.data.loader import FixedSource, load_batches
+from avcil_dist.data.loader import FixedSource, load_on_device
 from avcil_dist.data.manifest import Manifest, Split
 from avcil_dist.data.plan import plan_evaluation, rank_share
+from avcil_dist.data.store import Store
 from avcil_dist.methods.base import Method
 from avcil_dist.models.network import Network
 from avcil_dist.models.outputs import Output
@@ -47,6 +48,7 @@ class Evaluator:
     global_batch: int
     world: World
     device: torch.device
+    store: Store | None = None
 
     def __call__(
         self, network: Network, method: Method, split: Split, step: int, *, on_batch: Callable[[], None]
@@ -63,11 +65,16 @@ class Evaluator:
         was_training = network.training
         network.eval()
         with torch.no_grad():  # not inference_mode: what ZeRO 3 gathers under it could not be trained on afterwards
-            pin, labels = self.device.type == "cuda", self.scenario.labels
-            for batch in load_batches(source, manifest=self.manifest, labels=labels, data=self.data, pin=pin):
-                on_device = batch.to(self.device)
-                output = network(on_device.visual, on_device.audio)
-                predicted.append(_predict(method, output, on_device.valid))
+            for batch in load_on_device(
+                source,
+                manifest=self.manifest,
+                labels=self.scenario.labels,
+                data=self.data,
+                device=self.device,
+                store=self.store,
+            ):
+                output = network(batch.visual, batch.audio)
+                predicted.append(_predict(method, output, batch.valid))
                 faults.extend(batch.faults)
                 on_batch()
         network.train(was_training)

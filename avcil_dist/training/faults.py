@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
 from avcil_dist import errors
-from avcil_dist.errors import AvcilError, StepStopped, TrainingError
+from avcil_dist.errors import AvcilError, RankError, StepStopped
 from avcil_dist.world import World
 
 KEY = "avcil/fault"
@@ -39,7 +39,7 @@ def shared_fate(store: TCPStore, world: World, report: Report = print_fault) -> 
 
     A rank that gets out of the block by itself, as when its collective breaks, raises the first rank's
     error; one that does not is ended with exit code 2, after `report` was called with that error. What is no
-    AvcilError is a bug: the rank that has it keeps its traceback, the others raise a TrainingError that names it.
+    AvcilError is a bug: the rank that has it keeps its traceback, the others raise a RankError that names it.
     """
     if world.size == 1:
         yield
@@ -117,7 +117,7 @@ def _encode(error: Exception, rank: int) -> str:
 def _decode(said: str) -> AvcilError:
     kind, text = json.loads(said)
     known = getattr(errors, kind, None) if kind else None
-    return known(text) if isinstance(known, type) and issubclass(known, AvcilError) else TrainingError(text)
+    return known(text) if isinstance(known, type) and issubclass(known, AvcilError) else RankError(text)
 
 
 def _seen_by(rank: int) -> str:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from avcil_dist.config import DataConfig
-from avcil_dist.data.loader import Batch, FixedSource, load_batches
+from avcil_dist.data.loader import Batch, FixedSource, load_on_device
 from avcil_dist.data.manifest import Manifest
 from avcil_dist.data.plan import NO_CLIPS, plan_evaluation, rank_share
+from avcil_dist.data.store import Store
 from avcil_dist.errors import DataError
 from avcil_dist.models.network import Network
 from avcil_dist.models.outputs import Output
@@ -43,27 +44,39 @@ class FeaturePass:
     data: DataConfig
     world: World
     device: torch.device
+    store: Store | None = None
 
-    def batches(self, network: Network, clips: np.ndarray) -> Iterator[tuple[Batch, Output]]:
-        """The rank's part of the clips, without gradient. All ranks have equally many batches; padding is not valid.
+    def read(self, clips: np.ndarray) -> Iterator[Batch]:
+        """The rank's part of the clips, on its device. All ranks have equally many batches; padding is not valid.
 
         Raises DataError at the end, on all ranks, when more clips are damaged than `data.max_bad_fraction` allows.
         """
         plan = plan_evaluation(clips, ROWS * self.world.size)
         source = FixedSource(rank_share(plan, self.world.rank, self.world.size))
         num_good, faults = torch.zeros(1, dtype=torch.long, device=self.device), list[str]()
-        was_training = network.training
-        network.eval()
-        for batch in load_batches(source, manifest=self.manifest, labels=self.scenario.labels, data=self.data):
-            on_device = batch.to(self.device)
-            with torch.no_grad():
-                output = network(on_device.visual, on_device.audio)
-            num_good += on_device.valid.sum()
+        for batch in load_on_device(
+            source,
+            manifest=self.manifest,
+            labels=self.scenario.labels,
+            data=self.data,
+            device=self.device,
+            store=self.store,
+        ):
+            num_good += batch.valid.sum()
             faults.extend(batch.faults)
-            yield on_device, output
-        network.train(was_training)
+            yield batch
         num_bad = len(clips) - int(gather_rows(num_good, 1).sum())
         check_damaged(num_bad, len(clips), faults, self.data)
+
+    def batches(self, network: Network, clips: np.ndarray) -> Iterator[tuple[Batch, Output]]:
+        """`read`, and what the network makes of each batch, without gradient."""
+        was_training = network.training
+        network.eval()
+        for batch in self.read(clips):
+            with torch.no_grad():
+                output = network(batch.visual, batch.audio)
+            yield batch, output
+        network.train(was_training)
 
     def by_class(self, network: Network, clips: Mapping[str, np.ndarray]) -> dict[str, ClassFeatures]:
         """What the head would classify, of each class's clips, by class name."""

@@ -32,14 +32,16 @@ class Iterated:
     num_bad: int
 
 
-def iterate(engine: Engine, batch: Batch, *, method: Method, teacher: Teacher | None) -> Iterated:
+def iterate(
+    engine: Engine, batch: Batch, *, method: Method, teacher: Teacher | None, num_bad: int | None = None
+) -> Iterated:
     """Forward on the rank's rows, as many at a time as the engine takes, loss on the global batch, backward, step.
 
-    Raises TrainingError when the loss is finite and its gradient is not.
+    `num_bad`: as in `gather_batch`. Raises TrainingError when the loss is finite and its gradient is not.
     """
     count = len(batch.labels) // engine.rows
     pass_over = _whole if count == 1 else _in_micro_batches
-    done = pass_over(engine, batch, count, _Seeing(method, teacher))
+    done = pass_over(engine, batch, count, _Seeing(method, teacher, num_bad))
     moved = engine.step()
     if not moved and engine.network.precision != "fp16" and bool(done.parts["loss"].isfinite()):
         raise TrainingError(f"the gradient is not finite, the loss is; {BETTER_GRADIENT}")
@@ -52,6 +54,11 @@ class _Seeing:
 
     method: Method
     teacher: Teacher | None
+    num_bad: int | None
+
+    def encoded(self, batch: Batch) -> Batch:
+        """The batch with all done to it that student and teacher have in common."""
+        return self.teacher.encode(batch) if self.teacher else batch
 
     def view(self, batch: Batch) -> TeacherView | None:
         """What the student's attention is compared with."""
@@ -64,11 +71,12 @@ class _Seeing:
 
     def loss(self, batch: Batch, output: Output, taught: Output | None) -> Iterated:
         """The loss of the global batch, of which a rank gives its rows."""
-        gathered = gather_batch(batch, output, taught)
+        gathered = gather_batch(batch, output, taught, num_bad=self.num_bad)
         return Iterated(self.method.loss(gathered.targets, gathered.output, gathered.teacher), gathered.num_bad)
 
 
 def _whole(engine: Engine, batch: Batch, _: int, seeing: _Seeing) -> Iterated:
+    batch = seeing.encoded(batch)
     output = engine(batch.visual, batch.audio, seeing.view(batch))
     done = seeing.loss(batch, output, seeing.taught(batch))
     engine.backward(done.parts["loss"])
@@ -76,7 +84,7 @@ def _whole(engine: Engine, batch: Batch, _: int, seeing: _Seeing) -> Iterated:
 
 
 def _in_micro_batches(engine: Engine, batch: Batch, count: int, seeing: _Seeing) -> Iterated:
-    micro_batches = split(batch, count)
+    micro_batches = [seeing.encoded(micro) for micro in split(batch, count)]
     leaves, taught, random = [], [], []
     for micro in micro_batches:
         random.append(_random_state(micro.audio.device))
@@ -115,6 +123,7 @@ def split(batch: Batch, count: int) -> list[Batch]:
             labels=part(batch.labels, number),
             valid=part(batch.valid, number),
             num_current=current,
+            clips=part(torch.from_numpy(batch.clips), number).numpy(),
         )
         for number in range(count)
     ]
@@ -167,22 +176,29 @@ class GlobalBatch:
     num_bad: int
 
 
-def gather_batch(batch: Batch, output: Output, teacher: Output | None) -> GlobalBatch:
+def gather_batch(batch: Batch, output: Output, teacher: Output | None, *, num_bad: int | None = None) -> GlobalBatch:
     """Gather a rank's rows with those of the others, with gradient; equal on all ranks.
 
+    `num_bad` rows of the global batch are damaged, where that is known: if none are, nothing waits for the device.
     Pooled pictures are only compared with a teacher's, so without those they stay where they are.
     """
     valid = gather_rows(batch.valid, batch.num_current)
     num_current = len(valid) * batch.num_current // len(batch.valid)
 
+    if num_bad is None:
+        num_bad = int((~valid).sum())
+
+    def good(rows: Tensor, valid: Tensor) -> Tensor:
+        return rows[valid] if num_bad else rows
+
     def gather(rows: Tensor) -> Tensor:
-        return gather_rows(rows, batch.num_current)[valid]
+        return good(gather_rows(rows, batch.num_current), valid)
 
     def gather_present(rows: Tensor | None) -> Tensor | None:
         return None if rows is None else gather(rows)
 
     def gather_exemplars(rows: Tensor) -> Tensor:
-        return gather_rows(rows, len(rows))[valid[num_current:]]
+        return good(gather_rows(rows, len(rows)), valid[num_current:])
 
     def gather_output(rows: Output, *, with_pooled: bool) -> Output:
         divergence = rows.divergence and Divergence(
@@ -199,8 +215,8 @@ def gather_batch(batch: Batch, output: Output, teacher: Output | None) -> Global
 
     with_pooled = teacher is not None and teacher.pooled is not None
     return GlobalBatch(
-        targets=Targets(gather(batch.labels), int(valid[:num_current].sum())),
+        targets=Targets(gather(batch.labels), int(valid[:num_current].sum()) if num_bad else num_current),
         output=gather_output(output, with_pooled=with_pooled),
         teacher=None if teacher is None else gather_output(teacher, with_pooled=with_pooled),
-        num_bad=int((~valid).sum()),
+        num_bad=num_bad,
     )

@@ -1,5 +1,6 @@
 """The networks of a step: the shape that a method's network has at each step, the student and the teacher."""
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from avcil_dist.config import Config
 from avcil_dist.data.manifest import Manifest
 from avcil_dist.errors import DataError
+from avcil_dist.methods import make_method
 from avcil_dist.methods.base import Method, StepContext
 from avcil_dist.models.encoders import Encoder
 from avcil_dist.models.heads import ProxyHead
@@ -20,20 +22,47 @@ from avcil_dist.training.stream import stream_url
 from avcil_dist.training.teacher import Teacher
 
 
-def network_after(config: Config, manifest: Manifest, scenario: Scenario, method: Method, step: int) -> Network:
-    """A network with fresh weights and the shape that it has at the end of `step`."""
+def network_after(
+    config: Config,
+    feature_shape: Mapping[str, int],
+    scenario: Scenario,
+    method: Method,
+    step: int,
+    restored: Collection[str] | None = None,
+) -> Network:
+    """A network with the shape that it has at the end of `step`.
+
+    `feature_shape` is the manifest's: frames, positions and dim of features, empty for clips. The weights are
+    fresh, or for the caller to put in: `restored` are the names of that state.
+    """
     needs = method.needs
     trained = 0 if needs.training == "first step" else step
     network = build_network(
         config.model,
         config.data.clip,
-        manifest.shape,
+        feature_shape,
         scenario.num_seen(trained),
         design=needs.design,
         num_frozen=scenario.num_old(trained),
+        restored=restored,
     )
     network.precision = config.engine.precision
     return network
+
+
+def restored(artifact: StepArtifact, feature_shape: Mapping[str, int], source: str) -> tuple[Network, Method]:
+    """The network and the method of a committed step, from the artifact alone: encoders fetch no weights for it.
+
+    `feature_shape` is as for `network_after`. Raises ArtifactError, naming `source`, for weights that do not fit.
+    """
+    method = make_method(artifact.config.method)
+    method.begin_step(StepContext(artifact.scenario, artifact.step))
+    method.load_state_dict(artifact.method)
+    network = network_after(
+        artifact.config, feature_shape, artifact.scenario, method, artifact.step, artifact.model.keys()
+    )
+    set_weights(network, artifact.model, source)
+    return network, method
 
 
 @dataclass(frozen=True)
@@ -71,11 +100,12 @@ class NetworkMaker:
                     module.checkpoint_activations()
         return student.to(self.device)
 
-    def _after(self, step: int) -> Network:
-        return network_after(self.config, self.manifest, self.context.scenario, self.method, step)
+    def _after(self, step: int, origin: StepArtifact | None = None) -> Network:
+        restored = origin.model.keys() if origin else None
+        return network_after(self.config, self.manifest.shape, self.context.scenario, self.method, step, restored)
 
     def _as_it_was(self, previous: StepArtifact) -> Network:
-        network = self._after(previous.step)
+        network = self._after(previous.step, previous)
         set_weights(network, previous.model, step_url(stream_url(self.config), previous.step))
         return network
 

@@ -31,15 +31,15 @@ READS = 16  # at a time: far storage answers late, but to many at once
 
 @dataclass(frozen=True)
 class Redirected:
-    """The same requests, with other numbers for some clips."""
+    """The same requests, with some clips read where they are copied to."""
 
     source: Iterable[Request]
     numbers: Mapping[int, int]
 
     def __iter__(self) -> Iterator[Request]:
         for request in self.source:
-            clips = [self.numbers.get(int(clip), int(clip)) for clip in request.clips]
-            yield replace(request, clips=np.array(clips, dtype=np.int64))
+            places = [self.numbers.get(int(clip), int(clip)) for clip in request.clips]
+            yield replace(request, copies=np.array(places, dtype=np.int64))
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Snapshots: where a step stands, so that a killed job goes on from there, to the same bits.
 
-`000000120/`, named by the iterations done, holds `model.safetensors`, `best.safetensors` (the best
+`step_003/000000120/`, named by the iterations done, holds `model.safetensors`, `best.safetensors` (the best
 epoch so far), `training.json`, the optimizer's state (one file, or one a rank where ZeRO shares it
 out), and last `COMMITTED.json`. The newest two are kept until the step is committed. Nothing in
 them is ever unpickled.
@@ -48,6 +48,14 @@ def snapshots_url(config: Config, step: int) -> str:
     """The folder of a step's snapshots."""
     root = storage.join(config.snapshot.folder, config.stream_name) if config.snapshot.folder else stream_url(config)
     return storage.join(root, "snapshots", f"step_{step:03d}")
+
+
+def discard_stale(config: Config, step: int, *, own: bool) -> None:
+    """Remove snapshots where `step`, the next, has none; `own`: its own too. A kill after a commit leaves some."""
+    folder = storage.parent(snapshots_url(config, step))
+    names = storage.list_folder(folder)
+    if own or not any(name.endswith(f"_{step:03d}") for name in names):
+        storage.remove_tree(folder)
 
 
 @dataclass
@@ -111,6 +119,26 @@ class SnapshotKeeper:
             TrainingState(training["iteration"], best, totals),
         )
 
+    def keep(self, name: str, state: dict[str, Any]) -> None:
+        """Commit what is made once a step, and not in each snapshot; all ranks give the same."""
+        folder = self._kept(name)
+
+        def write() -> None:
+            storage.remove_tree(folder)
+            self._seal(folder, committed.write_files(folder, committed.encode_state(name, state)))
+
+        decide_together(write)
+
+    def kept(self, name: str) -> dict[str, Any] | None:
+        """What `keep` committed in this step, with the settings of now; None where there is none, or it is damaged."""
+        folder = self._kept(name)
+        commit: dict[str, Any] | None = decide_together(lambda: self._find_kept(folder))
+        if commit is None:
+            return None
+        return committed.decode_state(
+            name, {file: committed.read_file(folder, file, commit) for file in commit["files"]}
+        )
+
     def discard(self) -> None:
         """Remove all of the step's snapshots: it is committed."""
         decide_together(lambda: storage.remove_tree(storage.parent(self.folder)))
@@ -138,7 +166,28 @@ class SnapshotKeeper:
         parts = (f"{name}.safetensors", f"{name}.json")
         return committed.decode_state(name, {part: committed.read_file(folder, part, commit) for part in parts})
 
+    def _kept(self, name: str) -> str:
+        return storage.join(storage.parent(self.folder), f"{name}_{self.step:03d}")
+
+    def _find_kept(self, folder: str) -> dict[str, Any] | None:
+        if not committed.is_committed(folder):
+            return None
+        try:
+            commit = committed.read_commit(folder)
+            for file in commit["files"]:
+                committed.check_file(folder, file, commit)
+        except ArtifactError as error:
+            _logger.warning("%s; it is made again", error)
+            return None
+        is_ours = all(commit[key] == value for key, value in self._identity.items())
+        return commit if is_ours and changed_setting(commit["settings"], flatten(self.config)) is None else None
+
     def _commit(self, folder: str, records: committed.Records) -> None:
+        self._seal(folder, records)
+        for name in storage.list_folder(self.folder)[:-NUM_KEPT]:
+            storage.remove_tree(storage.join(self.folder, name))
+
+    def _seal(self, folder: str, records: committed.Records) -> None:
         committed.commit(
             folder,
             records,
@@ -147,8 +196,6 @@ class SnapshotKeeper:
             zero_stage=self.config.engine.zero_stage,
             **self._identity,
         )
-        for name in storage.list_folder(self.folder)[:-NUM_KEPT]:
-            storage.remove_tree(storage.join(self.folder, name))
 
     def _find(self) -> str | None:
         for name in reversed(storage.list_folder(self.folder)):

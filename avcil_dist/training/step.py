@@ -7,6 +7,7 @@ loop itself is `trainer.py`.
 from contextlib import nullcontext
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from avcil_dist.config import Config
@@ -15,10 +16,12 @@ from avcil_dist.data.manifest import Manifest, check_shards, load_manifest
 from avcil_dist.data.memory import EMPTY_MEMORY, Memory
 from avcil_dist.data.plan import NO_CLIPS
 from avcil_dist.data.sources import source_disjoint
+from avcil_dist.data.store import Store
 from avcil_dist.methods import make_method
 from avcil_dist.methods.base import Method, OnePassMethod, StepContext
 from avcil_dist.signals import StopRequest
 from avcil_dist.training.artifact import StepArtifact, save_artifact, set_weights
+from avcil_dist.training.at_hand import open_store
 from avcil_dist.training.distributed import decide_together, local_device, process_group
 from avcil_dist.training.engine import set_threads, whole_state
 from avcil_dist.training.evaluate import Evaluator, Predictions
@@ -83,17 +86,18 @@ def step_in_group(
     method.load_state_dict(previous.method if previous else {})
     context = StepContext(scenario, step)
     method.begin_step(context)
-    features = FeaturePass(manifest, scenario, config.data, world, device)
-    student, teacher = NetworkMaker(config, manifest, context, method, features, device).make(previous)
     memory = previous.memory if previous else EMPTY_MEMORY
-    evaluator = Evaluator(manifest, scenario, config.data, config.optim.eval_batch, world, device)
+    source = _training_source(config, manifest, context, method, memory, world)
+    store = _store(source, context, method, device, observer) if method.needs.trains_at(step) else None
+    features = FeaturePass(manifest, scenario, config.data, world, device, store)
+    student, teacher = NetworkMaker(config, manifest, context, method, features, device).make(previous)
+    evaluator = Evaluator(manifest, scenario, config.data, config.optim.eval_batch, world, device, store)
 
     snapshots = SnapshotKeeper(config, manifest.content_hash, step, world, reset_optimizer)
     if method.needs.trains_at(step):
-        source = _training_source(config, manifest, context, method, memory, world)
-        trainer = Trainer(config, method, teacher, evaluator, source, observer, device, snapshots, stop)
+        trainer = Trainer(config, method, teacher, evaluator, features, source, observer, device, snapshots, stop)
         selected = trainer.train(student)
-        student = network_after(config, manifest, scenario, method, step).to(device)
+        student = network_after(config, manifest.shape, scenario, method, step, selected.state.keys()).to(device)
         set_weights(student, selected.state, f"step {step}, as trained")
     else:
         observer.begin(step, 0, 0, 0)
@@ -118,6 +122,18 @@ def step_in_group(
     decide_together(lambda: save_artifact(stream_url(config), artifact))
     snapshots.discard()
     return artifact
+
+
+def _store(
+    source: TrainingSource, context: StepContext, method: Method, device: torch.device, observer: Observer
+) -> Store | None:
+    """Where what each epoch reads stays at hand: clips trained on, unless they are varied, and validation's."""
+    clips = NO_CLIPS if source.data.augment.is_on else source.clips
+    if source.optim.select == "best_val" or method.needs.validation:
+        clips = np.union1d(clips, source.manifest.clips(context.scenario.seen(context.step), "val"))
+    store, said = open_store(source.manifest, source.data, clips, source.world, device)
+    observer.note(said)
+    return store
 
 
 def _training_source(

@@ -16,9 +16,11 @@ from avcil_dist.errors import ConfigError
 from avcil_dist.methods import make_method
 from avcil_dist.scenario import Scenario, make_scenario
 from avcil_dist.training.artifact import StepArtifact, is_committed, load_artifact, load_origin
+from avcil_dist.training.record import read_record
 from avcil_dist.training.requirements import check_needs
 
 LOCK_SECONDS = 60
+MANIFEST = "manifest hash"  # what is held against each other beside the settings
 # Settings that say how and where a stream runs, not what it computes.
 OPERATIONAL = (
     "output",
@@ -29,6 +31,7 @@ OPERATIONAL = (
     "data.workers",
     "data.threads",
     "data.cache",
+    "data.at_hand",
     "data.prefetch",
     "data.retry_seconds",
     "optim.eval_batch",
@@ -48,8 +51,8 @@ def scenario_of(config: Config, manifest: Manifest) -> Scenario:
 
 
 def next_step(stream: str, num_steps: int) -> int:
-    """The first step that is not committed; `num_steps` when all are."""
-    return next((step for step in range(num_steps) if not is_committed(stream, step)), num_steps)
+    """The step after the last one committed; `num_steps` when all are done."""
+    return next((step + 1 for step in reversed(range(num_steps)) if is_committed(stream, step)), 0)
 
 
 def load_previous(config: Config, manifest: Manifest, step: int) -> StepArtifact | None:
@@ -60,10 +63,14 @@ def load_previous(config: Config, manifest: Manifest, step: int) -> StepArtifact
     return load_artifact(stream_url(config), step - 1)
 
 
+def changed_settings(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The settings that differ and say what a stream computes, of two flattened configurations."""
+    return [key for key in sorted({*was, *now}) if was.get(key) != now.get(key) and not is_operational(key)]
+
+
 def changed_setting(was: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """The first setting that differs and says what a stream computes, of two flattened configurations."""
-    changed = (key for key in sorted({*was, *now}) if was.get(key) != now.get(key) and not _is_operational(key))
-    return next(changed, None)
+    """The first of them."""
+    return next(iter(changed_settings(was, now)), None)
 
 
 @contextmanager
@@ -88,25 +95,30 @@ def sole_writer(stream: str) -> Iterator[None]:
 def check_continues(config: Config, manifest: Manifest, step: int) -> None:
     """Raises ConfigError when the step before `step` was made with other settings or from other data.
 
-    A stream of mixed settings would be a result of nothing.
+    A stream of mixed settings would be a result of nothing. Changes that the user allowed as the stream was
+    resumed are in its record, and pass.
     """
     stream = stream_url(config)
     origin = load_origin(stream, step - 1)
-    was, now = flatten(origin.config), flatten(config)
-    key = changed_setting(was, now)
-    if key:
+    record = read_record(stream)
+    was = flatten(origin.config) | {MANIFEST: origin.manifest_hash}
+    now = flatten(config) | {MANIFEST: manifest.content_hash}
+    for key in changed_settings(was, now):
+        if record is not None and record.allows(key, was.get(key), now.get(key), step - 1):
+            continue  # said at `avcil resume`
+        if key == MANIFEST:
+            raise ConfigError(
+                f"{stream}: step {step - 1} was made from other data than {config.data.manifest}; "
+                "give the manifest it was made from, or begin anew with --restart"
+            )
         raise ConfigError(
             f"{stream}: step {step - 1} was made with {key}={was.get(key)}, not {now.get(key)}; "
             "choose another name=, or begin anew with --restart"
         )
-    if origin.manifest_hash != manifest.content_hash:
-        raise ConfigError(
-            f"{stream}: step {step - 1} was made from other data than {config.data.manifest}; "
-            "give the manifest it was made from, or begin anew with --restart"
-        )
 
 
-def _is_operational(key: str) -> bool:
+def is_operational(key: str) -> bool:
+    """Whether a setting says how and where a stream runs, not what it computes."""
     return key.startswith(OPERATIONAL) and key not in COMPUTED
 
 

@@ -1,5 +1,7 @@
 """The teacher: the network of the step before, frozen, outside the student's engine."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -8,6 +10,7 @@ from avcil_dist.methods.base import Method
 from avcil_dist.models.attention import TeacherView
 from avcil_dist.models.network import AudioVisualNetwork, HeadedNetwork, Network
 from avcil_dist.models.outputs import Output
+from avcil_dist.training.answers import Answers
 from avcil_dist.training.engine import shard_out
 from avcil_dist.world import World
 
@@ -21,6 +24,7 @@ class Teacher(nn.Module):
         self.network = network
         self.network.requires_grad_(False).eval().to(device)
         self._is_shared_out = False
+        self._answers: Answers | None = None
 
     def train(self, mode: bool = True) -> "Teacher":
         """Stay in evaluation mode."""
@@ -37,6 +41,15 @@ class Teacher(nn.Module):
         self.network.grow(num_classes, new_proxies)
         self.network.requires_grad_(False).eval()
 
+    def encode(self, batch: Batch) -> Batch:
+        """The batch as frozen encoders make it: the student's are the teacher's, so it is done once for both."""
+        visual, audio = self.network.encode_frozen(batch.visual, batch.audio)
+        return replace(batch, visual=visual, audio=audio)
+
+    def remember(self, answers: Answers) -> None:
+        """From now on, look up what the teacher said to a clip of these instead of asking it again."""
+        self._answers = answers
+
     def logits(self, batch: Batch) -> Tensor:
         """(B, old classes), as an ordinary tensor: inference tensors cannot be kept for backward."""
         # What ZeRO 3 gathers in inference mode it could not give to autograd later, as `output` needs.
@@ -46,6 +59,8 @@ class Teacher(nn.Module):
 
     def output(self, batch: Batch, method: Method) -> Output:
         """What the method needs of the teacher: logits, and features with their importance where it asks for them."""
+        if self._answers:
+            return self._answers.of(batch.clips, batch.labels.device)
         if not method.needs.importance:
             return Output(self.logits(batch), None, None)
         with torch.no_grad():

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Protocol
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from avcil_dist.config import Config
-from avcil_dist.data.loader import Batch, TrainingSource, load_batches
+from avcil_dist.data.loader import Batch, TrainingSource, load_on_device
 from avcil_dist.data.manifest import Manifest
 from avcil_dist.data.plan import rows_at_a_time
 from avcil_dist.data.reader import COUNTS
@@ -19,9 +19,11 @@ from avcil_dist.errors import DataError, StepStopped, TrainingError
 from avcil_dist.methods.base import Method
 from avcil_dist.models.network import Network
 from avcil_dist.signals import StopRequest
+from avcil_dist.training.answers import Answers, ask
 from avcil_dist.training.distributed import Votes, collect_texts, gather_rows
 from avcil_dist.training.engine import Engine
 from avcil_dist.training.evaluate import Evaluator
+from avcil_dist.training.features import FeaturePass
 from avcil_dist.training.iteration import iterate
 from avcil_dist.training.replay import exemplars_at_hand
 from avcil_dist.training.snapshot import SnapshotKeeper
@@ -40,6 +42,9 @@ class Observer(Protocol):
     def advance(self) -> None:
         """A batch, of training or of evaluation, is done."""
 
+    def note(self, text: str) -> None:
+        """Something that a reader of the log wants to know."""
+
     def epoch(self, epoch: int, values: Mapping[str, float]) -> None:
         """An epoch is done; `values` are its mean losses, accuracy, speed, and what reading took, of all ranks."""
 
@@ -52,12 +57,19 @@ class Trainer:
     method: Method
     teacher: Teacher | None
     evaluator: Evaluator
+    features: FeaturePass
     source: TrainingSource
     observer: Observer
     device: torch.device
     snapshots: SnapshotKeeper
     stop: StopRequest
     _unread: list[tuple[Tensor, np.ndarray]] = field(default_factory=list, init=False)  # losses and clips
+    _answers: Answers | None = field(default=None, init=False)
+
+    @cached_property
+    def votes(self) -> Votes:
+        """What the ranks ask each other."""
+        return Votes(self.config.engine.timeout_minutes)
 
     @cached_property
     def per_epoch(self) -> int:
@@ -79,19 +91,28 @@ class Trainer:
         if snapshot:
             student.load_state_dict(snapshot.model)
             state = snapshot.state
-        labels, pin = self.evaluator.scenario.labels, self.device.type == "cuda"
+        if self.teacher and not self.config.data.augment.is_on:  # what is varied is new to the teacher each time
+            self._answers = self._asked(self.teacher)
+            self.teacher.remember(self._answers)
+        labels = self.evaluator.scenario.labels
         with exemplars_at_hand(replace(self.source, start=state.iteration)) as (source, manifest):
             engine = self._make_engine(student)
             if snapshot and snapshot.optimizer is not None:
                 engine.load_optimizer_state(snapshot.optimizer)
-            batches = load_batches(source, manifest=manifest, labels=labels, data=self.config.data, pin=pin)
+            batches = load_on_device(
+                source,
+                manifest=manifest,
+                labels=labels,
+                data=self.config.data,
+                device=self.device,
+                store=self.features.store,
+            )
             best = self._train(engine, batches, state, manifest)
             engine.close()
         return best
 
     def _train(self, engine: Engine, batches: Iterator[Batch], state: TrainingState, manifest: Manifest) -> Selected:
         self.observer.begin(self.source.step, self.config.optim.epochs, self.num_iterations, state.iteration)
-        votes = Votes(self.config.engine.timeout_minutes)
         engine.network.train()
         while state.iteration < self.num_iterations:
             self._iterate(engine, batches, state)
@@ -100,7 +121,7 @@ class Trainer:
             if state.iteration % self.per_epoch == 0:
                 self._read_losses(state, manifest)
                 self._end_epoch(engine, state)
-            is_stopping, is_due = votes.any(self.stop.is_set(), self.snapshots.is_due(state.iteration))
+            is_stopping, is_due = self.votes.any(self.stop.is_set(), self.snapshots.is_due(state.iteration))
             if is_stopping or is_due:
                 self._read_losses(state, manifest)
                 self._save(engine, state)
@@ -113,6 +134,22 @@ class Trainer:
         assert state.best is not None
         return state.best
 
+    def _asked(self, teacher: Teacher) -> Answers:
+        """What the teacher says to each clip of the step: kept from before the step was stopped, or asked now."""
+        clips, manifest = self.source.clips, self.source.manifest
+        kept = self.snapshots.kept("teacher")
+        answers = Answers.from_state(kept, clips, manifest) if kept else None
+        if answers is None:
+            self.observer.note(f"the teacher is asked about {len(clips):,} clips, once")
+            said = partial(teacher.output, method=self.method)
+            answers = ask(said, self.features, clips, between=self._stop_early)
+            self.snapshots.keep("teacher", answers.to_state(manifest))
+        return answers.to(self.device)
+
+    def _stop_early(self) -> None:
+        if self.votes.any(self.stop.is_set())[0]:
+            raise StepStopped(f"step {self.source.step} stopped before its first iteration; run the same command again")
+
     def _make_engine(self, student: Network) -> Engine:
         optim, world = self.config.optim, self.source.world
         replayed = optim.replay_batch if len(self.source.exemplars) else 0
@@ -123,7 +160,10 @@ class Trainer:
         """One batch: trained on, added to the epoch's totals."""
         started, totals = time.monotonic(), state.epoch
         batch = next(batches)
-        done = iterate(engine, batch.to(self.device), method=self.method, teacher=self.teacher)
+        if self._answers:
+            batch = self._answers.answered(batch, self.source.manifest)
+        num_bad = self.votes.total(len(batch.faults))  # one a damaged clip
+        done = iterate(engine, batch, method=self.method, teacher=self.teacher, num_bad=num_bad)
         totals.reading.update(batch.counts)
         totals.num_bad += done.num_bad
         totals.faults.extend(batch.faults)

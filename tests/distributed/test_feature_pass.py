@@ -22,7 +22,7 @@ from avcil_dist.training.one_pass import train_one_pass
 from avcil_dist.training.selection import MemoryKeeper
 from avcil_dist.training.stream import scenario_of
 from avcil_dist.world import World
-from tests.features import make_feature_shards
+from tests.features import damage, make_feature_shards
 from tests.ranks import CPU, run_ranks
 from tests.streams import write_config
 
@@ -107,19 +107,6 @@ def test_herding_means_and_proxies_do_not_depend_on_the_ranks(config: Config) ->
         assert other_keys == keys
         np.testing.assert_allclose(other_means, means, rtol=0, atol=1e-6)
         np.testing.assert_allclose(other_proxies, proxies, rtol=0, atol=1e-6)
-
-
-def damage(folder: Path, key: str) -> None:
-    """Overwrite one clip's visual features in its shard."""
-    manifest = load_manifest(f"{folder}/manifest.json")
-    for number, shard in enumerate(manifest.shards):
-        if key in shard.keys:
-            row = shard.keys.index(key)
-            path = Path(manifest.url(number))
-            data = bytearray(path.read_bytes())
-            start, size = shard.offsets["visual.npy"][row], shard.sizes["visual.npy"][row]
-            data[start : start + size] = bytes(int(size))
-            path.write_bytes(data)
 
 
 def test_a_damaged_clip_is_left_out_of_herding_and_features(config: Config) -> None:

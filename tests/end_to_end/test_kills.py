@@ -60,7 +60,6 @@ def run_and_kill(command: list[str], stream: Path, kind: str, moment: random.Ran
             os.kill(victim.pid, number)
     said = process.communicate(timeout=120)[1]
     assert "Traceback" not in said or kind != "stop", said
-    print(kind, process.returncode, newest(stream), time.strftime("%X"), said.splitlines()[-1:], flush=True)
     return process.returncode
 
 

@@ -1,5 +1,6 @@
 """Transformers trained on videos through the command line: they learn, and what is frozen in them stays to the bit."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from avcil_dist.config import AudioMAEConfig, ClipConfig
 from avcil_dist.models.encoders import build_audio_encoder
 from avcil_dist.training.artifact import load_artifact
 from tests.rendered import tiny_manifest
-from tests.streams import train
+from tests.streams import avcil, train
 
 CLIP = {"frames": 4, "size": 32, "mel_bins": 32, "mel_frames": 96, "mel_mean": -6.0, "mel_std": 4.0}
 TINY = {"dim": 48, "depth": 2, "heads": 2}
@@ -63,5 +64,9 @@ def test_transformers_learn_two_steps_of_videos_and_leave_alone_what_is_not_thei
         states = [artifact.model[f"audio_encoder.body.{name}"] for artifact in (first, second)]
         for state in states:
             assert torch.equal(state, value) is not name.startswith(trained), name
+    (tmp_path / "audiomae.safetensors").unlink()  # an artifact holds all of its weights
+    evaluated = avcil("eval", stream)
+    assert evaluated.exit_code == 0, evaluated.output
+    assert json.loads(evaluated.output)["seen_accuracy"] == pytest.approx(second.metrics.seen_accuracy[-1])
     videomae = [name for name in first.model if name.startswith("visual_encoder.")]
     assert not [name for name in videomae if torch.equal(first.model[name], second.model[name])]

@@ -110,8 +110,7 @@ def test_mlflow_holds_a_stream_run_and_a_run_for_each_step(tmp_path: Path) -> No
 def test_what_was_committed_but_not_uploaded_is_uploaded_at_the_next_start(tmp_path: Path) -> None:
     config = write_config(tmp_path)
     stream = train(config)
-    record = Path(stream, "stream.json")
-    assert json.loads(record.read_text())["published"] == [0, 1, 2]
+    shutil.rmtree(Path(stream, "spool"))  # as after a kill between the commit and the word of it
     elsewhere = f"sqlite:///{tmp_path}/elsewhere.db"  # a tracking database that knows nothing of the stream
     train(config, f"tracking.uri={elsewhere}")
     client = MlflowClient(elsewhere)

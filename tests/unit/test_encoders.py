@@ -171,6 +171,16 @@ def test_a_partial_encoder_trains_its_last_blocks_and_final_norm_alone(make, inp
 
 
 @pytest.mark.parametrize(("make", "inputs"), [(videomae, pictures), (audiomae, log_mel)])
+def test_what_a_frozen_encoder_made_takes_the_place_of_its_inputs(make, inputs) -> None:
+    frozen, batch = make(), inputs(2)
+    encoded = frozen.encode_once(batch)
+    assert torch.equal(encoded, frozen(batch))
+    assert frozen(encoded) is encoded
+    for options in ({"train": "full"}, {"train": "partial", "last_blocks": 1}):
+        assert make(**options).encode_once(batch) is batch
+
+
+@pytest.mark.parametrize(("make", "inputs"), [(videomae, pictures), (audiomae, log_mel)])
 def test_nothing_is_kept_for_backward_below_the_blocks_that_train(make, inputs) -> None:
     # What autograd keeps grows with the blocks that train, not with those below; frozen, there is nothing.
     def kept(**options: object) -> int:
@@ -359,3 +369,24 @@ def test_encoders_must_agree_with_each_other_and_with_the_data() -> None:
         build_network(model_config(features, features), CLIP, {}, num_classes=3)
     with pytest.raises(ConfigError, match="small needs clips"):
         build_network(model_config(small, small), CLIP, {"frames": 2, "positions": 5, "dim": 6}, num_classes=3)
+
+
+def test_a_network_whose_state_is_put_in_reads_no_weights(tmp_path: Path) -> None:
+    # Fine-tuned checkpoints: one has no norm over its tokens, the other has it after the mean.
+    shown = {name: tensor for name, tensor in weights_of(videomae()).items() if not name.startswith("layernorm.")}
+    heard = {re.sub(r"^norm\.", "fc_norm.", name): tensor for name, tensor in weights_of(audiomae()).items()}
+    sections = []
+    for kind, state in (("videomae", shown), ("audiomae", heard)):
+        save_file(state, tmp_path / f"{kind}.safetensors")
+        sections.append({"kind": kind, "weights": str(tmp_path / f"{kind}.safetensors"), **TINY})
+    config = model_config(*sections)
+    first = build_network(config, CLIP, {}, num_classes=3)
+    state = first.state_dict()
+    for path in tmp_path.iterdir():
+        path.unlink()
+    second = build_network(config, CLIP, {}, num_classes=3, restored=state.keys())
+    second.load_state_dict(state)
+    batch = pictures(2), log_mel(2)
+    assert torch.equal(second(*batch).logits, first(*batch).logits)
+    with pytest.raises(ConfigError, match="no such file"):
+        build_network(config, CLIP, {}, num_classes=3)

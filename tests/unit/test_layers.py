@@ -17,6 +17,7 @@ LAYERS = (
         "avcil_dist",
         "avcil_dist.errors",
         "avcil_dist.seeds",
+        "avcil_dist.signals",
         "avcil_dist.world",
         "avcil_dist.retry",
         "avcil_dist.storage",

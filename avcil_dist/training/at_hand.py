@@ -1,0 +1,81 @@
+"""Where a step's clips are at hand: the fastest memory that has room for them, by what is free on each node."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from avcil_dist.config import DataConfig
+from avcil_dist.data.manifest import Manifest
+from avcil_dist.data.store import RowKind, Store
+from avcil_dist.world import World
+
+SHARE = 0.5  # of what is free; the rest is for the training itself
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+def open_store(
+    manifest: Manifest, data: DataConfig, clips: np.ndarray, world: World, device: torch.device
+) -> tuple[Store | None, str]:
+    """A store for as many of these clips (ascending) as there is room for, None for none; and what to say of it.
+
+    All ranks call it. Those of a node share one in host memory.
+    """
+    if data.at_hand == "none" or not len(clips):
+        return None, "clips at hand: none"
+    kind = RowKind.of(manifest, data.clip)
+    counts = _counts(len(clips), sum(kind.sizes), world, device)
+    tier = data.at_hand if data.at_hand != "auto" else _fastest(counts, len(clips), device)
+    kept = clips[: counts[tier]]
+    store = None
+    if len(kept):
+        store = Store(kept, kind, device) if tier == "device" else _shared(kept, kind, world)
+    size = len(kept) * sum(kind.sizes) / 1e9
+    return store, f"clips at hand: {tier} memory, {len(kept):,} of {len(clips):,} clips, {size:.1f} GB"
+
+
+def free_host_bytes() -> int:
+    """Host memory that can still be had: of the machine, and of the control groups (version 2) of this process."""
+    info = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = [int(info["MemAvailable"].split()[0]) * 1024]
+    own = next((line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::")), "/")
+    group = CGROUPS / own.lstrip("/")
+    for folder in (group, *group.parents):
+        limit = folder / "memory.max"
+        if folder.is_relative_to(CGROUPS) and limit.exists() and (said := limit.read_text().strip()) != "max":
+            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            used = int((folder / "memory.current").read_text()) - int(statistics["inactive_file"])
+            free.append(max(0, int(said) - used))
+    return min(free)
+
+
+def _counts(wanted: int, row_bytes: int, world: World, device: torch.device) -> dict[str, int]:
+    """How many clips each tier has room for, on every node and rank."""
+    host = int(SHARE * free_host_bytes())
+    on_device = int(SHARE * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else host // world.local_size
+    told = [(0, 0)] * world.size
+    dist.all_gather_object(told, (on_device // row_bytes, host // row_bytes))
+    return {name: min(wanted, *(room[number] for room in told)) for number, name in enumerate(("device", "host"))}
+
+
+def _fastest(counts: dict[str, int], wanted: int, device: torch.device) -> str:
+    """The device if all fits there, else the tier that holds more; without a GPU, host memory is what there is."""
+    if device.type != "cuda":
+        return "host"
+    return "host" if counts["device"] < wanted and counts["host"] > counts["device"] else "device"
+
+
+def _shared(clips: np.ndarray, kind: RowKind, world: World) -> Store | None:
+    """The node's store: its first rank makes it, the others map it. None on all ranks of all nodes where one cannot."""
+    store = Store(clips, kind, None) if world.local_rank == 0 else None
+    paths: list[str] = [""] * world.size
+    dist.all_gather_object(paths, store.memory.path if store else "")
+    if store is None:
+        try:
+            store = Store(clips, kind, None, paths[world.rank - world.local_rank])
+        except OSError:
+            store = None  # another container, perhaps
+    can: list[bool] = [False] * world.size
+    dist.all_gather_object(can, store is not None)
+    return store if all(can) else None

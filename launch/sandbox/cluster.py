@@ -1,0 +1,243 @@
+"""The sandbox as a whole: its files, its daemons in their order, its nodes' names in the hosts file.
+
+Everything lies in one folder, but for one line of the hosts file: ranks on two nodes find each other by name.
+It installs nothing, and touches no SLURM of the system's own.
+"""
+
+import functools
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from launch.sandbox.daemons import Daemons, SandboxError, processes_with, wait_until
+
+PACKAGES = {
+    "slurmctld": "slurm-wlm",
+    "slurmd": "slurm-wlm",
+    "sacct": "slurm-wlm",
+    "slurmdbd": "slurmdbd",
+    "munged": "munge",
+    "mariadbd": "mariadb-server",
+    "mariadb-install-db": "mariadb-server",
+}
+NODES = ("avcil-node1", "avcil-node2")
+CPUS_PER_NODE = 4
+HOSTS = Path("/etc/hosts")
+MARK = "# avcil sandbox"
+MAX_SOCKET_PATH = 100
+START_SECONDS, STOP_SECONDS = 60.0, 15.0
+SYSTEM_PATHS = "/usr/local/sbin:/usr/sbin:/sbin"  # where daemons are; not on everyone's path
+
+
+def default_folder() -> Path:
+    """Where the sandbox is unless told otherwise."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "avcil-sandbox"
+
+
+@dataclass(frozen=True)
+class Sandbox:
+    """A sandbox by its folder, whether it runs or not."""
+
+    folder: Path
+
+    @property
+    def conf(self) -> Path:
+        """What SLURM_CONF must name for sbatch, squeue and the like to find this SLURM."""
+        return self.folder / "slurm.conf"
+
+    @property
+    def daemons(self) -> Daemons:
+        """Its daemons."""
+        return Daemons(self.folder)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its daemons' names, in the order in which they start."""
+        return ("munged", "mariadb", "slurmdbd", "slurmctld", *(f"slurmd-{node}" for node in NODES))
+
+    def up(self) -> None:
+        """Start what does not run. Raises SandboxError for packages that are missing, and for a daemon that fails."""
+        _check_machine(self.folder)
+        (self.folder / "log").mkdir(parents=True, exist_ok=True)
+        self.folder.chmod(0o755)
+        with FileLock(self.folder / "up.lock"):
+            self._write_files()
+            self._start_accounting()
+            self._start_slurm()
+
+    def down(self) -> None:
+        """Cancel all jobs and end all daemons; what jobs left running is killed."""
+        daemons = self.daemons
+        if daemons.is_running("slurmctld"):
+            if jobs := self._jobs():
+                self.run("scancel", *jobs, check=False)
+            wait_until(lambda: not self._jobs(), STOP_SECONDS)
+        for name in reversed(self.names):
+            daemons.stop(name, STOP_SECONDS)
+        for pid in processes_with(f"SLURM_CONF={self.conf}", "SLURM_JOB_ID="):
+            os.kill(pid, signal.SIGKILL)
+        self._write_hosts(())
+
+    def status(self) -> dict[str, int | None]:
+        """Each daemon's process; None for one that does not run."""
+        return {name: self.daemons.pid(name) for name in self.names}
+
+    def run(self, *command: str, check: bool = True) -> "subprocess.CompletedProcess[str]":
+        """Run one of SLURM's commands on this sandbox. Raises SandboxError for a failure, if it counts."""
+        done = subprocess.run(command, env=self.environment(), capture_output=True, text=True)
+        if check and done.returncode:
+            raise SandboxError(f"{' '.join(command)}: {(done.stderr or done.stdout).strip()}")
+        return done
+
+    def environment(self) -> dict[str, str]:
+        """The environment of this process, and in it the way to this SLURM."""
+        return os.environ | {"SLURM_CONF": str(self.conf), "PATH": f"{os.environ['PATH']}:{SYSTEM_PATHS}"}
+
+    def _jobs(self) -> list[str]:
+        return self.run("squeue", "--noheader", "--format=%i", check=False).stdout.split()
+
+    def _write_files(self) -> None:
+        """The configuration, made once: a second `up` must not change the ports of what runs."""
+        settings_file = self.folder / "settings.json"
+        if not settings_file.exists():
+            names = ["slurmctld", "slurmdbd", "mariadb", *NODES]
+            settings_file.touch(mode=0o600)
+            settings_file.write_text(
+                json.dumps(
+                    {"ports": dict(zip(names, _free_ports(len(names)), strict=True)), "password": secrets.token_hex()}
+                )
+            )
+        settings = json.loads(settings_file.read_text()) | {
+            "folder": str(self.folder),
+            "host": socket.gethostname().split(".")[0],
+            "nodes": NODES,
+            "cpus": CPUS_PER_NODE,
+            "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20,
+        }
+        _write_secret(self.conf, _render("slurm.conf.j2", settings), mode=0o644)
+        _write_secret(self.folder / "slurmdbd.conf", _render("slurmdbd.conf.j2", settings))
+        user = "'slurm'@'127.0.0.1'", "'slurm'@'localhost'"
+        _write_secret(
+            self.folder / "users.sql",
+            "".join(
+                f"CREATE USER IF NOT EXISTS {name} IDENTIFIED BY '{settings['password']}';\n"
+                f"GRANT ALL ON slurm_accounting.* TO {name};\n"
+                for name in user
+            ),
+        )
+        key = self.folder / "munge.key"
+        if not key.exists():
+            _write_secret(key, secrets.token_hex(64))
+        for name in ("slurmctld", *(f"slurmd-{node}" for node in NODES)):
+            (self.folder / name).mkdir(exist_ok=True)
+
+    def _write_hosts(self, names: tuple[str, ...]) -> None:
+        """Let the hosts file name these nodes; of another sandbox's line it knows nothing."""
+        mark = f"{MARK} {self.folder}"
+        text = HOSTS.read_text()
+        lines = [line for line in text.splitlines() if not line.endswith(mark)]
+        lines += [f"127.0.0.1 {' '.join(names)} {mark}"] if names else []
+        if lines != text.splitlines():
+            HOSTS.write_text("\n".join([*lines, ""]))
+
+    def _start_accounting(self) -> None:
+        daemons, environment, folder = self.daemons, self.environment(), self.folder
+        socket_path = folder / "munge.socket"
+        munged = ["munged", "--foreground", "--force", f"--socket={socket_path}", f"--key-file={folder / 'munge.key'}"]
+        munged += [f"--pid-file={folder / 'munged.pid'}", f"--log-file={folder / 'log' / 'munged.log'}"]
+        daemons.start("munged", [*munged, f"--seed-file={folder / 'munge.seed'}"], environment)
+        daemons.require("munged", socket_path.exists, START_SECONDS)
+
+        data = folder / "mariadb"
+        if not (data / "mysql").is_dir():
+            self.run(
+                "mariadb-install-db",
+                "--no-defaults",
+                "--user=root",
+                f"--datadir={data}",
+                "--skip-test-db",
+                "--auth-root-authentication-method=socket",
+            )
+        port = json.loads((folder / "settings.json").read_text())["ports"]
+        mariadbd = ["mariadbd", "--no-defaults", "--user=root", f"--datadir={data}", "--bind-address=127.0.0.1"]
+        mariadbd += [f"--port={port['mariadb']}", f"--socket={folder / 'mariadb.socket'}"]
+        mariadbd += [f"--pid-file={folder / 'mariadb.pid'}", f"--init-file={folder / 'users.sql'}"]
+        daemons.start("mariadb", [*mariadbd, "--innodb-lock-wait-timeout=900"], environment)
+        daemons.require("mariadb", lambda: _listens(port["mariadb"]), START_SECONDS)
+        daemons.start("slurmdbd", ["slurmdbd", "-D"], environment)
+        daemons.require("slurmdbd", lambda: _listens(port["slurmdbd"]), START_SECONDS)
+
+    def _start_slurm(self) -> None:
+        daemons, environment = self.daemons, self.environment()
+        self._write_hosts(NODES)
+        self.run("sacctmgr", "--immediate", "add", "cluster", "avcil-sandbox", check=False)  # there already: no error
+        daemons.start("slurmctld", ["slurmctld", "-D", "-f", str(self.conf)], environment)
+        daemons.require("slurmctld", lambda: not self.run("scontrol", "ping", check=False).returncode, START_SECONDS)
+        for node in NODES:
+            daemons.start(f"slurmd-{node}", ["slurmd", "-D", "-N", node, "-f", str(self.conf)], environment)
+        for node in NODES:
+            daemons.require(f"slurmd-{node}", functools.partial(self._is_ready, node), START_SECONDS)
+
+    def _is_ready(self, node: str) -> bool:
+        """Whether the controller would give the node a job."""
+        state = self.run("sinfo", "--noheader", f"--nodes={node}", "--partition=low", "--format=%T", check=False).stdout
+        return state.strip() in ("idle", "mixed", "allocated", "completing")
+
+
+def _check_machine(folder: Path) -> None:
+    missing = sorted({package for command, package in PACKAGES.items() if not _which(command)})
+    if missing:
+        raise SandboxError(
+            f"not installed: {', '.join(missing)}; install them with `bash launch/test.sh --with-system` "
+            f"or `apt-get install {' '.join(missing)}` (Debian, as root)"
+        )
+    if os.geteuid() != 0:
+        raise SandboxError(
+            "the sandbox's SLURM runs jobs of any user and names its nodes in the hosts file: start it as root"
+        )
+    longest = folder / "munge.socket"
+    if len(str(longest)) > MAX_SOCKET_PATH:
+        raise SandboxError(f"{longest}: too long for a socket ({MAX_SOCKET_PATH} letters); give a shorter --folder")
+
+
+def _which(command: str) -> str | None:
+    return shutil.which(command, path=f"{os.environ.get('PATH', '')}:{SYSTEM_PATHS}")
+
+
+def _render(template: str, settings: dict[str, Any]) -> str:
+    # Configuration files, no HTML: nothing is escaped.
+    environment = Environment(loader=PackageLoader("launch.sandbox", "."), undefined=StrictUndefined, autoescape=False)  # noqa: S701
+    return environment.get_template(template).render(settings) + "\n"
+
+
+def _write_secret(path: Path, text: str, mode: int = 0o600) -> None:
+    path.touch(mode=mode)
+    path.chmod(mode)
+    path.write_text(text)
+
+
+def _free_ports(count: int) -> list[int]:
+    probes = [socket.socket() for _ in range(count)]
+    try:
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex(("127.0.0.1", port)) == 0

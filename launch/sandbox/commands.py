@@ -1,0 +1,63 @@
+"""The commands `avcil sandbox up`, `down` and `status`."""
+
+from pathlib import Path
+
+import click
+
+from launch.sandbox.cluster import Sandbox, default_folder
+
+folder_option = click.option(
+    "--folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where its files are; default: avcil-sandbox in the cache folder (~/.cache).",
+)
+
+
+@click.group()
+def sandbox() -> None:
+    """A real two-node SLURM with accounting on this machine (Debian, root), to try `avcil submit`.
+
+    \b
+      avcil sandbox up
+      export SLURM_CONF=~/.cache/avcil-sandbox/slurm.conf
+      avcil submit demo data.manifest=shards/manifest.json --cluster slurm cluster.nodes=2
+      avcil sandbox down
+    """
+
+
+@sandbox.command()
+@folder_option
+def up(folder: Path | None) -> None:
+    """Start it, or what of it does not run."""
+    found = _sandbox(folder)
+    found.up()
+    click.echo(found.run("sinfo", "--format=%P %a %D %T %N").stdout, nl=False)
+    click.echo(f"To use it: export SLURM_CONF={found.conf}")
+
+
+@sandbox.command()
+@folder_option
+def down(folder: Path | None) -> None:
+    """Cancel its jobs and end it; its files stay."""
+    found = _sandbox(folder)
+    found.down()
+    click.echo(f"{found.folder}: nothing runs")
+
+
+@sandbox.command()
+@folder_option
+def status(folder: Path | None) -> None:
+    """Show which daemons run, the nodes and the jobs. Exit code 1 unless all run."""
+    found = _sandbox(folder)
+    daemons = found.status()
+    for name, pid in daemons.items():
+        click.echo(f"{name:22} {f'process {pid}' if pid else 'does not run'}")
+    if None in daemons.values():
+        raise SystemExit(1)
+    click.echo(found.run("sinfo", "--Node", "--format=%N %P %T").stdout, nl=False)
+    click.echo(found.run("squeue", "--format=%i %j %T %N").stdout, nl=False)
+    click.echo(f"To use it: export SLURM_CONF={found.conf}")
+
+
+def _sandbox(folder: Path | None) -> Sandbox:
+    return Sandbox((folder or default_folder()).expanduser().absolute())

@@ -1,0 +1,100 @@
+"""Chains of jobs in tests: waiting for what happens to them, and disturbing them."""
+
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from launch.record import read_chain
+from launch.sandbox.cluster import Sandbox
+from launch.sandbox.daemons import processes_with
+from launch.watch import StepStatus, chain_status
+
+SECONDS = 240
+
+
+def wait_for(is_so: Callable[[], bool], what: str, seconds: float = SECONDS) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline, f"waited {seconds} s in vain: {what}"
+        time.sleep(0.3)
+
+
+def wait_for_end(stream: str) -> list[StepStatus]:
+    """The steps, once none of them waits or runs."""
+    wait_for(lambda: not any(step.is_live for step in chain_status(stream)[1]), f"the end of {stream}")
+    return chain_status(stream)[1]
+
+
+def job_of(stream: str, step: int) -> str:
+    return read_chain(stream).jobs[step][-1]
+
+
+def wait_until_it_trains(stream: str, step: int) -> None:
+    """Until the step has come further than when this was called: it trains, and has a snapshot to go on from."""
+    note = Path(read_chain(stream).note(step))
+    before = note.read_text() if note.exists() else ""
+
+    def is_further() -> bool:
+        return note.exists() and note.read_text() != before and json.loads(note.read_text())["done"] > 1
+
+    wait_for(is_further, f"step {step} of {stream} to train")
+
+
+def restarts(sandbox: Sandbox, job: str) -> int:
+    """How often SLURM has begun the job again."""
+    shown = sandbox.run("scontrol", "show", "job", "-o", job).stdout
+    return int(shown.partition("Restarts=")[2].split()[0])
+
+
+def wait_for_restart(sandbox: Sandbox, job: str, number: int) -> None:
+    wait_for(lambda: restarts(sandbox, job) >= number, f"job {job} to be requeued for the {number}th time")
+
+
+def limit_time(sandbox: Sandbox, job: str) -> None:
+    """Let the job's time be up in one to two minutes, which are SLURM's unit."""
+    shown = sandbox.run("scontrol", "show", "job", "-o", job).stdout
+    hours, minutes = shown.partition("RunTime=")[2].split(":")[:2]
+    sandbox.run("scontrol", "update", f"job={job}", f"TimeLimit={60 * int(hours) + int(minutes) + 2}")
+
+
+def kill_daemon_of_node(job: str) -> None:
+    """`kill -9` of the process with which slurmd watches over one node's rank."""
+    [first, *_] = sorted(
+        int(entry.name)
+        for entry in Path("/proc").iterdir()
+        if entry.name.isdigit() and _command(entry).startswith(f"slurmstepd: [{job}.0]")
+    )
+    os.kill(first, signal.SIGKILL)
+
+
+@contextmanager
+def held_ranks(job: str) -> Iterator[list[int]]:
+    """The processes of the job's ranks, which do not run in the block."""
+    found = processes_with(f"SLURM_JOB_ID={job}", "SLURM_PROCID=")
+    ranks = [pid for pid in found if re.match(r"[^\0]*python[^\0]*\0-u\0-m\0submitit", _command(Path(f"/proc/{pid}")))]
+    for rank in ranks:
+        os.kill(rank, signal.SIGSTOP)
+    try:
+        assert len(ranks) == 2
+        yield ranks
+    finally:
+        for rank in ranks:
+            os.kill(rank, signal.SIGCONT)
+
+
+def is_pending(pid: int, number: signal.Signals) -> bool:
+    """Whether a signal has come that the process has not taken yet."""
+    pending = re.search(r"^ShdPnd:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return pending is not None and bool(int(pending[1], 16) >> (number - 1) & 1)
+
+
+def _command(entry: Path) -> str:
+    try:
+        return (entry / "cmdline").read_bytes().decode(errors="replace")
+    except OSError:
+        return ""

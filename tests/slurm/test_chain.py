@@ -1,0 +1,151 @@
+"""A stream as SLURM jobs over two nodes: through every disturbance, the bits of the local run."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from launch.sandbox.cluster import NODES, Sandbox
+from launch.watch import chain_status
+from tests.slurm.chains import (
+    held_ranks,
+    is_pending,
+    job_of,
+    kill_daemon_of_node,
+    limit_time,
+    wait_for,
+    wait_for_end,
+    wait_for_restart,
+    wait_until_it_trains,
+)
+from tests.streams import avcil, last_artifact, train, weights_digest, write_config
+
+TWO_NODES = ("--cluster", "slurm", "cluster.nodes=2", "cluster.cpus_per_task=1")
+
+
+def submit(config: Path, *words: object) -> str:
+    """Submit a stream; its folder."""
+    result = avcil("submit", config, *TWO_NODES, *words)
+    assert result.exit_code == 0, result.output
+    return result.output.splitlines()[-1].split(":")[0]
+
+
+def high_priority_job(sandbox: Sandbox) -> None:
+    """A job that takes both nodes, for a moment."""
+    words = ("--partition=high", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=4", "--output=/dev/null")
+    sandbox.run("sbatch", *words, "--wrap=sleep 1")
+
+
+def test_a_disturbed_chain_ends_with_the_bits_of_the_local_run(sandbox: Sandbox, tmp_path: Path) -> None:
+    optim = {"epochs": 60, "batch": 12, "replay_batch": 6, "eval_batch": 16, "lr": 0.0005}
+    config = write_config(tmp_path, optim=optim, snapshot={"iterations": 20})
+    whole = train(config, f"output={tmp_path}/local", "-n", 2)
+
+    stream = submit(config, "cluster.signal_seconds=60")
+    jobs = [job_of(stream, step) for step in range(3)]
+    sandbox.run("scontrol", "update", f"job={jobs[1]}", "Partition=nowarn")
+    assert "waits or runs already" in avcil("submit", config, *TWO_NODES).output
+
+    wait_until_it_trains(stream, 0)
+    high_priority_job(sandbox)  # preemption with a warning
+    wait_for_restart(sandbox, jobs[0], 1)
+    wait_until_it_trains(stream, 0)
+    sandbox.run("scancel", "--signal=USR2", jobs[0])
+    wait_for_restart(sandbox, jobs[0], 2)
+
+    wait_until_it_trains(stream, 1)
+    high_priority_job(sandbox)  # preemption without a warning
+    wait_for_restart(sandbox, jobs[1], 1)
+    wait_until_it_trains(stream, 1)
+    kill_daemon_of_node(jobs[1])
+    wait_for_restart(sandbox, jobs[1], 2)
+    wait_until_it_trains(stream, 1)
+    sandbox.run("scontrol", "requeue", jobs[1])
+
+    wait_until_it_trains(stream, 2)
+    with held_ranks(jobs[2]) as ranks:  # they would be done before the shortest time limit is over
+        limit_time(sandbox, jobs[2])
+        wait_for(lambda: all(is_pending(rank, signal.SIGUSR2) for rank in ranks), "the warning of the time limit")
+    wait_for_restart(sandbox, jobs[2], 1)
+
+    steps = wait_for_end(stream)
+    assert [step.state for step in steps] == ["COMMITTED"] * 3
+    assert [job_of(stream, step) for step in range(3)] == jobs  # nothing was doubled
+    assert weights_digest(stream) == weights_digest(whole)
+    assert last_artifact(stream).metrics == last_artifact(whole).metrics
+    assert "all steps are committed" in avcil("submit", config, *TWO_NODES).output
+
+
+def test_a_failing_step_cancels_the_rest_and_status_says_why(sandbox: Sandbox, tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    stream = submit(config)
+    broken = tmp_path / "shards" / "manifest.json"
+    whole = broken.read_text()
+    broken.write_text("{}")  # before the first job has begun to read it
+    assert [step.state for step in wait_for_end(stream)] == ["FAILED", "CANCELLED", "CANCELLED"]
+    shown = avcil("status", stream).output
+    assert "manifest.json" in shown
+    assert [step.reason for step in chain_status(stream)[1]][1:] == ["step 0 failed"] * 2
+    assert "manifest.json" in avcil("logs", stream, "--step", 0).output
+
+    broken.write_text(whole)  # mended, the chain is submitted anew: and cancelled, which ends all of it
+    first = job_of(stream, 0)
+    submit(config)
+    assert job_of(stream, 0) != first
+    result = avcil("submit", config, *TWO_NODES, "optim.lr=0.1")
+    assert result.exit_code == 2
+    assert "optim.lr=0.003, not 0.1" in result.output
+    assert "3 ended" in avcil("cancel", stream).output
+    assert [step.state for step in wait_for_end(stream)] == ["CANCELLED"] * 3
+    assert "nothing waits or runs" in avcil("cancel", stream).output
+
+
+def test_a_sweep_is_chains_of_which_so_many_run_at_a_time(sandbox: Sandbox, tmp_path: Path) -> None:
+    config = write_config(tmp_path)
+    sandbox.run("scontrol", "update", "PartitionName=low", "State=DOWN")  # nothing begins
+    try:
+        words = ("method=finetune,lwf", "seed=1,2", "cluster.max_parallel=2")
+        result = avcil("sweep", config, *words, *TWO_NODES)
+        assert result.exit_code == 0, result.output
+        streams = [
+            str(tmp_path / "runs" / f"tiny-{name}")
+            for name in ("finetune-seed1", "finetune-seed2", "lwf-seed1", "lwf-seed2")
+        ]
+        waits_for = {
+            job: sandbox.run("squeue", "--noheader", "--format=%E", f"--jobs={job}").stdout.split("(")[0].strip()
+            for stream in streams
+            for job in (job_of(stream, 0), job_of(stream, 1))
+        }
+        assert waits_for == {
+            job_of(streams[0], 0): "",
+            job_of(streams[1], 0): "",
+            job_of(streams[2], 0): f"afterany:{job_of(streams[0], 2)}",
+            job_of(streams[3], 0): f"afterany:{job_of(streams[1], 2)}",
+        } | {job_of(stream, 1): f"afterok:{job_of(stream, 0)}" for stream in streams}
+        assert result.output.count("3 submitted") == 4
+        assert avcil("sweep", config, *words, *TWO_NODES).output.count("0 submitted, 3 wait or run already") == 4
+        for stream in streams:
+            assert "3 ended" in avcil("cancel", stream).output
+    finally:
+        sandbox.run("scontrol", "update", "PartitionName=low", "State=UP")
+
+
+def test_the_sandbox_is_started_once_and_shows_what_runs(sandbox: Sandbox) -> None:
+    before = sandbox.status()
+    assert None not in before.values()
+    result = avcil("sandbox", "up", "--folder", sandbox.folder)
+    assert result.exit_code == 0, result.output
+    assert f"export SLURM_CONF={sandbox.conf}" in result.output
+    assert sandbox.status() == before
+    shown = avcil("sandbox", "status", "--folder", sandbox.folder).output
+    for name in (*before, *NODES):
+        assert name in shown
+
+
+def test_the_sandbox_says_which_packages_are_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr("launch.sandbox.cluster.SYSTEM_PATHS", "")
+    result = avcil("sandbox", "up", "--folder", tmp_path)
+    assert result.exit_code == 2
+    assert "mariadb-server, munge, slurm-wlm, slurmdbd" in result.output
+    assert "launch/test.sh --with-system" in result.output

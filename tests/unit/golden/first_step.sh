@@ -1,0 +1,36 @@
+#!/bin/bash
+
+# Parameters
+#SBATCH --cpus-per-task=1
+#SBATCH --job-name=vs100-avcil-seed0-0a1b2c-step_000
+#SBATCH --kill-on-invalid-dep=yes
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --open-mode=append
+#SBATCH --output=/shared/runs/vs100-avcil-seed0/jobs/step_000/%j_0_log.out
+#SBATCH --requeue
+#SBATCH --signal=USR2@120
+#SBATCH --time=60
+#SBATCH --wckey=submitit
+
+# setup
+trap : TERM USR2  # signals are for the ranks; the shell waits for what they make of them
+export PYTHONSAFEPATH=1  # not the working folder's modules
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output /shared/runs/vs100-avcil-seed0/jobs/step_000/%j_%t_log.out --cpus-per-task=1 --kill-on-bad-exit=1 --wait=3600 /shared/venv/bin/python -u -m submitit.core._submit /shared/runs/vs100-avcil-seed0/jobs/step_000
+
+
+# teardown
+code=$?
+if [ -e /shared/runs/vs100-avcil-seed0/jobs/step_000.done ]; then exit 0; fi
+if [ -e /shared/runs/vs100-avcil-seed0/jobs/step_000.failed ]; then exit 2; fi
+if scontrol show job -o "$SLURM_JOB_ID" | grep -q " JobState=RUNNING "; then
+  if [ "${SLURM_RESTART_COUNT:-0}" -lt 10 ]; then
+    echo "avcil: step 0 is not done (exit code $code); requeued, it goes on from its last snapshot"
+    if scontrol requeue "$SLURM_JOB_ID"; then sleep 600; exit 1; fi
+  fi
+  echo "step 0 is not done after $((${SLURM_RESTART_COUNT:-0} + 1)) starts (exit code $code); max_requeues=10; its log says more" > /shared/runs/vs100-avcil-seed0/jobs/step_000.failed
+fi
+exit 1

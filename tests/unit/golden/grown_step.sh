@@ -1,0 +1,48 @@
+#!/bin/bash
+
+# Parameters
+#SBATCH --account=lab
+#SBATCH --constraint='a100|h100'
+#SBATCH --cpus-per-task=12
+#SBATCH --dependency=afterok:4711
+#SBATCH --exclude='gpu[03,07]'
+#SBATCH --exclusive
+#SBATCH --gpus-per-node=8
+#SBATCH --job-name=vs100-avcil-seed0-0a1b2c-step_004
+#SBATCH --kill-on-invalid-dep=yes
+#SBATCH --mem=492032MB
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=8
+#SBATCH --open-mode=append
+#SBATCH --output=/shared/runs/vs100-avcil-seed0/jobs/step_004/%j_0_log.out
+#SBATCH --partition=gpu
+#SBATCH --qos=high
+#SBATCH --requeue
+#SBATCH --signal=USR2@300
+#SBATCH --time=720
+#SBATCH --wckey=submitit
+
+# setup
+module load cuda/12
+export NCCL_SOCKET_IFNAME="ib0"
+trap : TERM USR2  # signals are for the ranks; the shell waits for what they make of them
+export PYTHONSAFEPATH=1  # not the working folder's modules
+export PYTHONPATH=/shared/runs/vs100-avcil-seed0/jobs/code-0123456789ab${PYTHONPATH:+:$PYTHONPATH}
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output /shared/runs/vs100-avcil-seed0/jobs/step_004/%j_%t_log.out --cpus-per-task=12 --kill-on-bad-exit=1 --wait=3600 /shared/venv/bin/python -u -m submitit.core._submit /shared/runs/vs100-avcil-seed0/jobs/step_004
+
+
+# teardown
+code=$?
+if [ -e /shared/runs/vs100-avcil-seed0/jobs/step_004.done ]; then exit 0; fi
+if [ -e /shared/runs/vs100-avcil-seed0/jobs/step_004.failed ]; then exit 2; fi
+if scontrol show job -o "$SLURM_JOB_ID" | grep -q " JobState=RUNNING "; then
+  if [ "${SLURM_RESTART_COUNT:-0}" -lt 20 ]; then
+    echo "avcil: step 4 is not done (exit code $code); requeued, it goes on from its last snapshot"
+    if scontrol requeue "$SLURM_JOB_ID"; then sleep 600; exit 1; fi
+  fi
+  echo "step 4 is not done after $((${SLURM_RESTART_COUNT:-0} + 1)) starts (exit code $code); max_requeues=20; its log says more" > /shared/runs/vs100-avcil-seed0/jobs/step_004.failed
+fi
+exit 1

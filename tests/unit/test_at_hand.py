@@ -1,0 +1,93 @@
+"""Clips at hand: the same batches from every tier, each clip read once, nothing left behind."""
+
+import gc
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from avcil_dist.data.loader import Batch, TrainingSource, load_on_device
+from avcil_dist.data.manifest import Manifest, load_manifest
+from avcil_dist.data.store import RowKind, Store
+from avcil_dist.training.at_hand import free_host_bytes
+from tests.features import damage, make_feature_shards
+from tests.reading import digest, labels_of, total, training_source
+
+CPU = torch.device("cpu")
+BAD = "train-001-00003"
+EPOCHS = 4
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """4 classes of 12 clips, one of which is damaged."""
+    folder = tmp_path_factory.mktemp("shards")
+    url = make_feature_shards(folder, classes=4, clips={"train": 12}, clips_per_shard=6)
+    damage(folder, BAD)
+    return load_manifest(url)
+
+
+def source_of(manifest: Manifest, **settings: object) -> TrainingSource:
+    exemplars = manifest.clips(["class_000"], "train")[:5]  # a batch of 4 may have one of them twice
+    return training_source(manifest, epochs=EPOCHS, exemplars=exemplars, **settings)  # type: ignore[arg-type]
+
+
+def store_of(manifest: Manifest, clips: np.ndarray, tier: str) -> Store:
+    kind = RowKind.of(manifest, source_of(manifest).data.clip)
+    return Store(clips, kind, CPU if tier == "device" else None)
+
+
+def batches_of(source: TrainingSource, store: Store | None) -> list[Batch]:
+    labels = labels_of(source.manifest)
+    loaded = load_on_device(source, manifest=source.manifest, labels=labels, data=source.data, device=CPU, store=store)
+    return list(loaded)
+
+
+@pytest.mark.parametrize("part", [1.0, 0.4], ids=["all", "some"])
+@pytest.mark.parametrize("tier", ["device", "host"])
+def test_batches_are_the_same_from_every_tier_and_a_clip_is_read_once(
+    manifest: Manifest, tier: str, part: float
+) -> None:
+    source = source_of(manifest)
+    plain = batches_of(source, None)
+    clips = source.clips[: int(part * len(source.clips))]
+    store = store_of(manifest, clips, tier)
+    found = batches_of(source, store)
+    assert [digest(batch) for batch in found] == [digest(batch) for batch in plain]
+    assert [batch.clips.tolist() for batch in found] == [batch.clips.tolist() for batch in plain]
+    faults = [batch.faults for batch in found]
+    assert faults == [batch.faults for batch in plain]  # damaged in each epoch, not in the first alone
+    assert sum(map(len, faults)) > 1
+    if part == 1:
+        again = batches_of(source, store)
+        assert total(again)["read_bytes"] < total(plain)["read_bytes"] / 20  # what is damaged, and only that
+        assert [digest(batch) for batch in again] == [digest(batch) for batch in plain]
+
+
+@pytest.mark.parametrize("tier", ["device", "host"])
+def test_a_step_that_goes_on_in_mid_epoch_reads_what_is_not_there_yet(manifest: Manifest, tier: str) -> None:
+    whole = [digest(batch) for batch in batches_of(source_of(manifest), None)]
+    resumed = source_of(manifest, start=3)
+    store = store_of(manifest, resumed.clips, tier)
+    assert [digest(batch) for batch in batches_of(resumed, store)] == whole[3:]
+
+
+def test_host_memory_goes_to_other_processes_by_its_path_and_leaves_no_name(manifest: Manifest) -> None:
+    before = set(Path("/dev/shm").iterdir())
+    source = source_of(manifest)
+    store = store_of(manifest, source.clips, "host")
+    batches_of(source, store)
+    copied = pickle.loads(pickle.dumps(store))
+    request = next(iter(source))
+    assert len(copied.missing(request).clips) == len(store.missing(request).clips) <= 1
+    assert set(Path("/dev/shm").iterdir()) == before
+    path = store.memory.path
+    del store, copied
+    gc.collect()
+    assert not Path(path).exists()
+
+
+def test_there_is_free_memory() -> None:
+    assert 0 < free_host_bytes() < 2**50

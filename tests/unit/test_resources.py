@@ -1,0 +1,166 @@
+"""Cluster files, and the scripts that sbatch is given: held against files of their text."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from avcil_dist.errors import ConfigError, SchedulerError
+from launch.code import snapshot_code, snapshot_place, source_folder
+from launch.jobs import split_words
+from launch.resources import ClusterConfig, load_cluster, sbatch_parameters, sbatch_text
+from launch.slurm import require_slurm
+
+GOLDEN = Path(__file__).with_name("golden")
+JOBS = "/shared/runs/vs100-avcil-seed0/jobs"
+
+SMALL = ClusterConfig(kind="slurm")
+LARGE = ClusterConfig(
+    kind="slurm",
+    nodes=2,
+    gpus_per_node=8,
+    cpus_per_task=12,
+    memory_gb=480.5,
+    hours=7.99,
+    partition="gpu",
+    account="lab",
+    qos="high",
+    constraint="a100|h100",
+    extra={"exclude": "gpu[03,07]", "exclusive": True},
+    setup=["module load cuda/12", 'export NCCL_SOCKET_IFNAME="ib0"'],
+    signal_seconds=300,
+    max_requeues=20,
+    steps={3: {"nodes": 4, "hours": 12}},
+)
+
+
+def script(cluster: ClusterConfig, step: int, code: str | None, dependency: str | None) -> str:
+    parameters = sbatch_parameters(
+        cluster,
+        step,
+        name=f"vs100-avcil-seed0-0a1b2c-step_{step:03d}",
+        code=code,
+        mark=f"{JOBS}/step_{step:03d}",
+        dependency=dependency,
+    )
+    return sbatch_text(parameters, folder=f"{JOBS}/step_{step:03d}", python="/shared/venv/bin/python")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("first_step.sh", script(SMALL, 0, None, None)),
+        ("grown_step.sh", script(LARGE, 4, f"{JOBS}/code-0123456789ab", "afterok:4711")),
+    ],
+)
+def test_sbatch_is_given_this_script(name: str, text: str) -> None:
+    assert text == (GOLDEN / name).read_text()
+
+
+@pytest.mark.parametrize("name", ["first_step.sh", "grown_step.sh"])
+def test_the_script_is_one_for_a_shell(name: str) -> None:
+    subprocess.run(["bash", "-n", GOLDEN / name], check=True)
+
+
+def run_end(tmp_path: Path, code: int, *, state: str, restarts: int = 0, mark: str = "") -> tuple[int, list[str], Path]:
+    """The end of a script whose ranks gave `code`, with a scontrol that says `state`: exit code, what it was asked."""
+    asked = tmp_path / "asked"
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$1" >> {asked}\necho "JobId=7 JobState={state} Reason=None"\n')
+    scontrol.chmod(0o755)
+    if mark:
+        (tmp_path / f"step_002.{mark}").touch()
+    parameters = sbatch_parameters(
+        ClusterConfig(kind="slurm", max_requeues=3),
+        2,
+        name="x",
+        code=None,
+        mark=f"{tmp_path}/step_002",
+        dependency=None,
+    )
+    lines = [re.sub(r"sleep \d+", "exit 99", line) for line in parameters["teardown"]]
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts)}
+    done = subprocess.run(["bash", "-c", "\n".join([f"(exit {code})", *lines])], env=environment)
+    failed = tmp_path / "step_002.failed"
+    return done.returncode, asked.read_text().split() if asked.exists() else [], failed
+
+
+def test_a_step_that_is_done_or_failed_is_not_begun_again(tmp_path: Path) -> None:
+    assert run_end(tmp_path, 0, state="RUNNING", mark="done")[:2] == (0, [])
+    (tmp_path / "step_002.done").unlink()
+    assert run_end(tmp_path, 2, state="RUNNING", mark="failed")[:2] == (2, [])
+
+
+@pytest.mark.parametrize("code", [0, 1, 75, 137])  # srun gives 0 when it lost a node's daemon
+def test_a_step_that_is_neither_is_requeued(tmp_path: Path, code: int) -> None:
+    assert run_end(tmp_path, code, state="RUNNING", restarts=2)[:2] == (99, ["show", "requeue"])
+
+
+def test_a_job_that_slurm_is_ending_is_left_to_it(tmp_path: Path) -> None:
+    code, asked, failed = run_end(tmp_path, 143, state="COMPLETING")
+    assert (code, asked, failed.exists()) == (1, ["show"], False)
+
+
+def test_a_step_that_never_gets_done_fails_in_the_end(tmp_path: Path) -> None:
+    code, asked, failed = run_end(tmp_path, 137, state="RUNNING", restarts=3)
+    assert (code, asked) == (1, ["show"])
+    assert "not done after 4 starts (exit code 137)" in failed.read_text()
+
+
+def test_resources_grow_from_a_step_on() -> None:
+    cluster = ClusterConfig(kind="slurm", hours=1, steps={2: {"nodes": 2}, 5: {"hours": 3, "nodes": 4}})
+    found = [(cluster.at(step).nodes, cluster.at(step).hours) for step in (0, 1, 2, 4, 5, 9)]
+    assert found == [(1, 1), (1, 1), (2, 1), (2, 1), (4, 3), (4, 3)]
+    assert cluster.at(5).world_size == 4
+
+
+def test_a_task_has_one_gpu() -> None:
+    assert ClusterConfig(kind="slurm", gpus_per_node=4, nodes=3).world_size == 12
+    with pytest.raises(ValueError, match="a task has one GPU"):
+        ClusterConfig(kind="slurm", gpus_per_node=4, steps={1: {"tasks_per_node": 2}})
+    with pytest.raises(ValueError, match="this one machine"):
+        ClusterConfig(kind="local", nodes=2)
+
+
+@pytest.mark.parametrize("name", ["slurm", "local"])
+def test_a_shipped_cluster_is_found_by_name(name: str) -> None:
+    assert load_cluster(name, ["hours=2.5", "steps={1: {hours: 5}}"]).at(1).hours == 5
+    assert load_cluster(name).kind == name
+
+
+def test_a_wrong_cluster_file_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({"kind": "slurm", "node": 3}))
+    with pytest.raises(ConfigError, match=r"mine\.yaml: node: unknown key; did you mean 'nodes'"):
+        load_cluster(str(path))
+    with pytest.raises(ConfigError, match="there are: local, slurm"):
+        load_cluster("lsf")
+    with pytest.raises(ConfigError, match="command line: hours: -1"):
+        load_cluster("slurm", ["hours=-1"])
+
+
+def test_words_of_the_cluster_are_told_from_the_stream_s() -> None:
+    assert split_words(["seed=1", "cluster.nodes=2", "data.cache=none"]) == (
+        ["seed=1", "data.cache=none"],
+        ["nodes=2"],
+    )
+
+
+def test_the_code_is_copied_once_for_each_state_it_is_in(tmp_path: Path) -> None:
+    root = source_folder()
+    assert root is not None
+    copy = snapshot_code(tmp_path)
+    assert copy is not None
+    assert snapshot_place(tmp_path) == copy == snapshot_code(tmp_path)
+    for name in ("launch/task.py", "avcil_dist/world.py", "configs/cluster/slurm.yaml"):
+        assert (copy / name).read_bytes() == (root / name).read_bytes()
+    assert not (copy / "tests").exists()
+    assert [path.name for path in tmp_path.iterdir()] == [copy.name]
+
+
+def test_without_slurm_the_error_names_the_local_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(SchedulerError, match="--cluster local"):
+        require_slurm()

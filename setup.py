@@ -70,6 +70,7 @@ setup(
     ],
     package_dir={"avcil_dist.configs": "configs"},
     package_data={
+        "avcil_dist.models": ["*.cpp"],
         "avcil_dist.tracking": ["*.j2"],
         "avcil_dist.configs": ["*.yaml", "*/*.yaml"],
         "launch": ["*.sh"],

@@ -221,6 +221,11 @@ class EngineConfig(Section):
     teacher: Literal["replicated", "sharded"] = Field(
         "replicated", description="the teacher whole on every rank, or its parameters shared out (ZeRO 3)"
     )
+    attention: Literal["auto", "torch"] = Field(
+        "auto",
+        description="what computes the attention: the fastest there is for the device (C++ that is compiled once, "
+        "Triton on a GPU), or plain torch",
+    )
     timeout_minutes: PositiveFloat = Field(30.0, description="a rank that waits longer for the others ends the step")
 
     @model_validator(mode="after")

@@ -7,6 +7,7 @@ import click
 
 import avcil_dist
 from avcil_dist.errors import AvcilError, StepStopped
+from launch.bench import bench
 from launch.experiments import compare, methods, sweep
 from launch.jobs import cancel, logs, status, submit
 from launch.sandbox.commands import sandbox
@@ -47,7 +48,7 @@ def cli() -> None:
     """
 
 
-for _command in (shards, methods, sweep, compare, submit, status, cancel, logs, resume, sync, sandbox):
+for _command in (shards, methods, sweep, compare, submit, status, cancel, logs, resume, sync, sandbox, bench):
     cli.add_command(_command)
 
 

@@ -35,8 +35,8 @@ class SilentProgress:
 class StepProgress:
     """Watches a step for rank 0: shows it, and hands each epoch's values to the tracker."""
 
-    def __init__(self, name: str, num_steps: int, tracker: StepTracker, note: str | None = None) -> None:
-        self.name, self.num_steps, self.tracker, self.note = name, num_steps, tracker, note
+    def __init__(self, name: str, num_steps: int, tracker: StepTracker, note_url: str | None = None) -> None:
+        self.name, self.num_steps, self.tracker, self.note_url = name, num_steps, tracker, note_url
         self.noted_at = -math.inf
         self.console = Console(stderr=True)
         self.bar = Progress(
@@ -90,9 +90,9 @@ class StepProgress:
     def _write_note(self) -> None:
         """Where the step is, in a file, now and then."""
         now = time.monotonic()
-        if self.note is None or now - self.noted_at < NOTE_SECONDS:
+        if self.note_url is None or now - self.noted_at < NOTE_SECONDS:
             return
         self.noted_at = now
         task = self.bar.tasks[self.task]
         note = {"done": int(task.completed), "total": int(task.total or 0), "values": task.fields["values"]}
-        storage.write_json(self.note, note | {"time": time.time()})
+        storage.write_json(self.note_url, note | {"time": time.time()})

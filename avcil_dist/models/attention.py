@@ -1,24 +1,25 @@
 """Audio-guided attention over visual tokens, and how far a student's is from its teacher's.
 
 Source: Pian et al. 2023, section 3.3, eq. 2-5 and 9-10. Attention is per channel: each of the D
-channels has a softmax over positions of its own, and one over frames.
-
-A map is as large as the visual tokens, and several are needed at a time; so a batch is worked
-through in chunks of clips, and a chunk's maps are made anew in the backward pass instead of kept.
-Every score is a product of two tanh values, hence within [-1, 1]: its exponential cannot overflow,
-and no softmax here looks for a maximum first.
+channels has a softmax over positions of its own, and one over frames. How it is computed without
+a map ever being written is in `attention_pass.py`.
 """
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.nn import functional as F
 
+from avcil_dist.models.attention_pass import Attend, AttentionPass, Side
 from avcil_dist.models.outputs import Divergence
+from avcil_dist.models.sweeps import Sweeps, TorchSweeps
+from avcil_dist.models.sweeps_native import KEYS, NAMES, native_sweeps
 
-CHUNK_BYTES = 64 * 2**20  # of one map of a chunk; about eight such maps live at a time
+Choice = Literal["auto", "torch"]
 
 
 @dataclass(frozen=True)
@@ -33,37 +34,28 @@ class TeacherView:
     visual: Tensor
 
 
-@dataclass(frozen=True)
-class _Softmax:
-    """A softmax over `dim` in pieces, so that no normalised map is ever written."""
+class _LentLinear(nn.Linear):
+    """A linear map that lends its weights: at ZeRO 3 they are whole only within the call of their own module."""
 
-    scores: Tensor
-    exponentials: Tensor
-    total: Tensor
-    dim: int
-
-    @classmethod
-    def of(cls, scores: Tensor, dim: int) -> "_Softmax":
-        exponentials = scores.exp()
-        return cls(scores, exponentials, _long_sum(exponentials, dim), dim)
-
-    def mean(self, values: Tensor) -> Tensor:
-        """The mean of `values` over `dim`, weighted by this softmax."""
-        return _long_sum(self.exponentials * values, self.dim) / self.total
-
-    def divergence_to(self, other: "_Softmax") -> Tensor:
-        """(B,): KL(self ‖ other) over `dim`, summed over all else of a clip."""
-        kl = self.mean(self.scores - other.scores) + other.total.log() - self.total.log()
-        return kl.flatten(1).sum(1)
+    def forward(  # type: ignore[override]
+        self, use: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
+        """What `use` makes of weight (D, D) and bias (D,)."""
+        return use(self.weight, self.bias)
 
 
 class AudioGuidedAttention(nn.Module):
-    """Pools visual tokens into one vector, guided by the sound."""
+    """Pools visual tokens into one vector, guided by the sound.
 
-    def __init__(self, dim: int) -> None:
+    Under autocast, keys and matrix products are in its type; what is long is summed in float32 at
+    least. Tokens may be of any floating type, whatever that of the weights.
+    """
+
+    def __init__(self, dim: int, choice: Choice = "auto") -> None:
         super().__init__()
         self.attn_audio = nn.Linear(dim, dim)
-        self.attn_visual = nn.Linear(dim, dim)
+        self.attn_visual = _LentLinear(dim, dim)
+        self.choice = choice
 
     def forward(
         self, audio: Tensor, visual: Tensor, teacher: TeacherView | None = None
@@ -73,54 +65,59 @@ class AudioGuidedAttention(nn.Module):
         `audio` (B, D), `visual` (B, T, S, D). Returns pooled (B, D) and, for the last E rows that
         `teacher` covers, the divergence, each part (E,); no gradient reaches the teacher.
         """
-        chunk = max(1, CHUNK_BYTES // (math.prod(visual.shape[1:]) * visual.element_size()))
-        num_compared = 0 if teacher is None else len(teacher.audio)
-        plain = _chunk_sizes(len(audio) - num_compared, chunk)
-        compared = _chunk_sizes(num_compared, chunk)
-        views: list[TeacherView | None] = [None] * len(plain)
-        if teacher is not None:
-            pairs = zip(teacher.audio.split(compared), teacher.visual.split(compared), strict=True)
-            views += [TeacherView(teacher.attention, *pair) for pair in pairs]
-        # split, not slices: the backward of a slice would write a gradient of the whole batch for every chunk.
-        chunks = zip(audio.split(plain + compared), visual.split(plain + compared), views, strict=True)
-        # Nothing here is random, so there is no state of a generator to keep for the second run.
-        results = [checkpoint(self._attend, *part, use_reentrant=False, preserve_rng_state=False) for part in chunks]
-        pooled = torch.cat([result[0] for result in results])
-        if teacher is None:
-            return pooled, None
-        empty = pooled.new_zeros(0)
-        spatial = torch.cat([empty, *(result[1] for result in results[len(plain) :])])
-        temporal = torch.cat([empty, *(result[2] for result in results[len(plain) :])])
-        return pooled, Divergence(spatial, temporal)
+        theirs = None if teacher is None else teacher.attention._side(teacher)
+        pooled, spatial, temporal = self.attn_visual(
+            partial(_attend, self._guide(audio), visual.contiguous(), theirs, self.choice)
+        )
+        return pooled, None if teacher is None else Divergence(spatial, temporal)
 
     def maps(self, audio: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
         """Return the attention itself, to look at: spatial (B, T, S, D) sums to 1 over S, temporal (B, T, D) over T."""
-        spatial, temporal = self._softmaxes(audio, visual)
-        return spatial.exponentials / spatial.total.unsqueeze(2), temporal.exponentials / temporal.total.unsqueeze(1)
+        guide = self._guide(audio).unsqueeze(1)
+        mapped = self.attn_visual(lambda weight, bias: (F.linear(visual.to(weight.dtype), weight, bias),))[0]
+        keys = torch.tanh(mapped)
+        spatial = torch.softmax(keys * guide.unsqueeze(2), dim=2)
+        return spatial, torch.softmax((spatial * keys).sum(2) * guide, dim=1)
 
-    def _attend(self, audio: Tensor, visual: Tensor, teacher: TeacherView | None) -> tuple[Tensor, ...]:
-        """One chunk of C clips: pooled (C, D) and, with a teacher, the divergences (C,), spatial and temporal."""
-        spatial, temporal = self._softmaxes(audio, visual)
-        pooled = temporal.mean(spatial.mean(visual)).to(visual.dtype)
-        if teacher is None:
-            return (pooled,)
-        with torch.no_grad():
-            teacher_spatial, teacher_temporal = teacher.attention._softmaxes(teacher.audio, teacher.visual)
-        return pooled, teacher_spatial.divergence_to(spatial), teacher_temporal.divergence_to(temporal)
+    @torch.no_grad()
+    def _side(self, view: TeacherView) -> Side:
+        """As a teacher: its side of a comparison, with weights that stay whole."""
+        weight, bias = self.attn_visual(lambda *weights: tuple(part.to(_dtype(part), copy=True) for part in weights))
+        return Side(self._guide(view.audio), view.visual.contiguous(), weight, bias)
 
-    def _softmaxes(self, audio: Tensor, visual: Tensor) -> tuple[_Softmax, _Softmax]:
-        """Over the positions of each frame, and over the frames."""
-        guide = torch.tanh(self.attn_audio(audio)).unsqueeze(1)
-        keys = torch.tanh(self.attn_visual(visual))
-        spatial = _Softmax.of(keys * guide.unsqueeze(1), dim=2)
-        temporal = _Softmax.of(spatial.mean(keys) * guide, dim=1)
-        return spatial, temporal
+    def _guide(self, audio: Tensor) -> Tensor:
+        guide = torch.tanh(self.attn_audio(audio))
+        return guide.to(torch.promote_types(self.attn_visual.weight.dtype, torch.float32))
 
 
-def _long_sum(values: Tensor, dim: int) -> Tensor:
-    """Sum in float32 at least: half precision loses count over many positions."""
-    return values.sum(dim, dtype=torch.promote_types(values.dtype, torch.float32))
+def _attend(
+    guide: Tensor, visual: Tensor, teacher: Side | None, choice: Choice, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, ...]:
+    """Pooled (B, D) and the divergences (E,); without gradient, nothing is done for its sake."""
+    dtype = _dtype(weight)
+    sweeps = _sweeps(choice, visual, dtype)
+    if torch.is_grad_enabled():
+        pooled, *divergence = Attend.apply(guide, visual, weight, bias, teacher, sweeps, dtype)
+    else:
+        with torch.autocast(visual.device.type, enabled=False):
+            work = AttentionPass(Side(guide, visual, weight.to(dtype), bias.to(dtype)), teacher, sweeps)
+            work.run()
+        pooled, divergence = work.pooled, list(work.divergence)
+    return pooled.to(weight.dtype), *divergence
 
 
-def _chunk_sizes(count: int, chunk: int) -> list[int]:
-    return [min(chunk, count - start) for start in range(0, count, chunk)]
+def _dtype(weight: Tensor) -> torch.dtype:
+    """What is computed in: what autocast says, else the type of the weights."""
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
+def _sweeps(choice: Choice, visual: Tensor, dtype: torch.dtype) -> Sweeps:
+    """The fastest there are for the device and the types, or those of plain torch."""
+    if choice == "auto" and visual.device.type == "cpu" and dtype in KEYS and visual.dtype in NAMES:
+        return native_sweeps() or TorchSweeps()
+    if choice == "auto" and visual.device.type == "cuda" and torch.float64 not in (dtype, visual.dtype):
+        from avcil_dist.models.sweeps_triton import TritonSweeps  # seconds of imports, for GPUs alone
+
+        return TritonSweeps()
+    return TorchSweeps()

@@ -57,11 +57,11 @@ class Encoder(nn.Module):
 
 
 class Precomputed(Encoder):
-    """Features as they are, in float32."""
+    """Features as they are: vectors in float32, tokens in the type they come in, which whoever sums them converts."""
 
     def forward(self, features: Tensor) -> Tensor:
         """Visual (B, T, S, D) or audio (B, D)."""
-        return features.float()
+        return features.float() if features.dim() == 2 else features
 
 
 class SmallVisual(Encoder):

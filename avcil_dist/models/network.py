@@ -153,7 +153,7 @@ class VisualNetwork(HeadedNetwork):
 
     def classify(self, visual: Tensor, audio: Tensor, teacher: TeacherView | None) -> Output:
         """Pool the pictures, project, classify; the sound is not listened to."""
-        return self.finish(None, self.visual_encoder(visual).mean(dim=(1, 2)))
+        return self.finish(None, self.visual_encoder(visual).mean(dim=(1, 2), dtype=torch.float32))
 
 
 class PooledTokens(Network):
@@ -175,8 +175,8 @@ class PooledTokens(Network):
             return Output(audio.new_zeros(len(audio), 0), sound, None)
         tokens = self.visual_encoder(visual)
         grid = (min(self.grid[0], tokens.shape[1]), min(self.grid[1], tokens.shape[2]))
-        cells = F.adaptive_avg_pool2d(tokens.permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1)
-        return Output(tokens.new_zeros(len(tokens), 0), sound, cells.flatten(1))
+        cells = F.adaptive_avg_pool2d(tokens.permute(0, 3, 1, 2).float(), grid).permute(0, 2, 3, 1)
+        return Output(cells.new_zeros(len(tokens), 0), sound, cells.flatten(1))
 
 
 def build_network(

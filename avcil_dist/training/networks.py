@@ -13,7 +13,7 @@ from avcil_dist.methods import make_method
 from avcil_dist.methods.base import Method, StepContext
 from avcil_dist.models.encoders import Encoder
 from avcil_dist.models.heads import ProxyHead
-from avcil_dist.models.network import HeadedNetwork, Network, build_network
+from avcil_dist.models.network import AudioVisualNetwork, HeadedNetwork, Network, build_network
 from avcil_dist.scenario import Scenario
 from avcil_dist.seeds import derive_seed
 from avcil_dist.training.artifact import StepArtifact, set_weights, step_url
@@ -47,6 +47,8 @@ def network_after(
         restored=restored,
     )
     network.precision = config.engine.precision
+    if isinstance(network, AudioVisualNetwork):
+        network.attention.choice = config.engine.attention
     return network
 
 

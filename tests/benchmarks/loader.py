@@ -14,8 +14,7 @@ import platform
 import shutil
 import tarfile
 import tempfile
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -31,41 +30,18 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
 
-from avcil_dist.data.loader import Batch, load_batches
 from avcil_dist.data.manifest import Manifest, load_manifest
 from data_shards.writer import write_shard
-from tests.features import make_feature_shards
-from tests.reading import labels_of, training_source
+from launch.bench_loader import SHARDS, best_rate, make_shards, our_batches, our_rates, rate, read_in_sequence
 from tests.rendered import tiny_clip
 from tests.storage.conftest import ENVIRONMENT, forget_filesystems
 from tests.storage.s3 import BUCKET, S3Server, find_rclone
 
-FRAMES, POSITIONS, DIM, BATCH, SHARDS = 8, 196, 768, 32, 8
+FRAMES, POSITIONS, DIM, BATCH = 8, 196, 768, 32
 REAL_CLIPS = Path(__file__).parents[2].parent / "shared" / "data" / "real_clips" / "vas"
 CORES = len(os.sched_getaffinity(0))
 
 Row = tuple[str, float, str]
-
-
-def rate(count: Callable[[], float]) -> float:
-    """What `count` returns, per second of its run."""
-    started = time.perf_counter()
-    amount = count()
-    return amount / (time.perf_counter() - started)
-
-
-def best_rate(repeats: int, count: Callable[[], float]) -> float:
-    """The best of some runs: others use the machine too."""
-    return max(rate(count) for _ in range(repeats))
-
-
-def read_in_sequence(paths: list[Path]) -> float:
-    buffer, total = bytearray(1 << 20), 0
-    for path in paths:
-        with path.open("rb", buffering=0) as file:
-            while count := file.readinto(buffer):
-                total += count
-    return total / 1e9
 
 
 def read_at_random(manifest: Manifest) -> float:
@@ -126,35 +102,9 @@ def mds_bytes(folder: Path, workers: int) -> float:
     return bytes_of((batch["visual"],) for batch in DataLoader(dataset, batch_size=BATCH, num_workers=workers))
 
 
-def our_batches(url: str, epochs: int, **settings: object) -> Iterable[Batch]:
-    manifest = load_manifest(url)
-    source = training_source(manifest, epochs=epochs, batch=BATCH, window=16, **settings)  # type: ignore[arg-type]
-    return load_batches(source, manifest=manifest, labels=labels_of(manifest), data=source.data)
-
-
-def our_rates(url: str, **settings: object) -> tuple[float, float]:
-    """GB a second of the first epoch, and of the others."""
-    epochs, marks, total = 5, [time.perf_counter()], 0
-    per_epoch = int(load_manifest(url).first_clips[-1]) // BATCH
-    for number, batch in enumerate(our_batches(url, epochs, **settings), start=1):
-        total += batch.visual.nbytes
-        if number % per_epoch == 0:
-            marks.append(time.perf_counter())
-    seconds = np.diff(marks)
-    return total / epochs / 1e9 / seconds[0], total / epochs / 1e9 / seconds[1:].min()
-
-
 def feature_rows(folder: Path, clips: int, repeats: int) -> list[Row]:
-    url = make_feature_shards(
-        folder / BUCKET / "shards",
-        classes=SHARDS,
-        clips={"train": clips // SHARDS},
-        frames=FRAMES,
-        positions=POSITIONS,
-        dim=DIM,
-        clips_per_shard=clips // SHARDS,
-    )
-    manifest = load_manifest(url)
+    manifest = make_shards(folder / BUCKET / "shards", clips, FRAMES, POSITIONS, DIM)
+    url = f"{folder}/{BUCKET}/shards/manifest.json"
     paths = [Path(manifest.url(number)) for number in range(len(manifest.shards))]
     read_in_sequence(paths)  # into the page cache
     rows: list[Row] = [
@@ -166,7 +116,7 @@ def feature_rows(folder: Path, clips: int, repeats: int) -> list[Row]:
         found = rate(partial(webdataset_bytes, paths, workers))
         rows.append((f"webdataset: shuffle, decode, batch; {workers} workers", found, "GB/s"))
     rows += mds_rows(manifest, folder / "mds")
-    measured = [our_rates(url) for _ in range(repeats)]
+    measured = [our_rates(url, BATCH) for _ in range(repeats)]
     rows.append(("avcil-dist, first epoch of a process", max(first for first, _ in measured), "GB/s"))
     rows.append(("avcil-dist, epochs after it", max(later for _, later in measured), "GB/s"))
     rows.append(("sequential read(), once more", best_rate(repeats, lambda: read_in_sequence(paths)), "GB/s"))
@@ -207,7 +157,7 @@ def s3_rows(folder: Path, threads: int, repeats: int) -> list[Row]:
     def ours(cache: str) -> float:
         shutil.rmtree(folder / "cache", ignore_errors=True)
         url = f"{root}/manifest.json"
-        return sum(batch.visual.nbytes for batch in our_batches(url, 1, cache=cache, threads=threads)) / 1e9
+        return sum(batch.visual.nbytes for batch in our_batches(url, 1, BATCH, cache=cache, threads=threads)) / 1e9
 
     cache = str(folder / "cache")
     rows: list[Row] = [
@@ -243,7 +193,7 @@ def video_rows(folder: Path, repeats: int) -> list[Row]:
             return rate(lambda: sum(pool.map(decode_whole, clips, chunksize=4)))
 
     def ours() -> float:
-        batches = iter(our_batches(f"{folder}/manifest.json", 2, workers=CORES))
+        batches = iter(our_batches(f"{folder}/manifest.json", 2, BATCH, workers=CORES))
         next(batches)
         return rate(lambda: sum(int(batch.valid.sum()) for batch in batches))
 

@@ -1,13 +1,23 @@
+"""Attention against its definition, written out with maps and differentiated by autograd."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 from avcil_dist.models import attention as attention_module
+from avcil_dist.models import attention_pass, sweeps_native
 from avcil_dist.models.attention import AudioGuidedAttention, TeacherView
 from avcil_dist.models.encoders import Precomputed
 from avcil_dist.models.network import AudioVisualNetwork
 
 CLIPS, FRAMES, POSITIONS, DIM = 5, 3, 4, 6
+NUM_COMPARED = 2
+native = pytest.mark.skipif(sweeps_native.native_sweeps() is None, reason="the compiler made no sweeps")
 
 
 def draw(*shape: int) -> Tensor:
@@ -31,36 +41,99 @@ def batch() -> tuple[Tensor, Tensor]:
 
 @pytest.fixture
 def view(batch: tuple[Tensor, Tensor]) -> TeacherView:
-    """A teacher of the last two rows; copies of them, for gradcheck changes its inputs in place."""
-    audio, visual = batch
-    return TeacherView(AudioGuidedAttention(DIM).double(), audio[-2:].clone(), visual[-2:].clone())
+    """A teacher of the last rows; copies of them, for gradcheck changes its inputs in place."""
+    audio, visual = (rows[-NUM_COMPARED:].clone() for rows in batch)
+    return TeacherView(AudioGuidedAttention(DIM).double(), audio, visual)
 
 
-def test_pooled_is_the_tokens_mean_weighted_by_the_maps(
-    student: AudioGuidedAttention, batch: tuple[Tensor, Tensor]
-) -> None:
-    audio, visual = batch
+def kl(theirs: Tensor, ours: Tensor) -> Tensor:
+    return (theirs * (theirs / ours).log()).flatten(1).sum(1)
+
+
+def defined(
+    student: AudioGuidedAttention, audio: Tensor, visual: Tensor, view: TeacherView | None
+) -> tuple[Tensor, ...]:
+    """Pooled and divergences as the paper defines them."""
     spatial, temporal = student.maps(audio, visual)
+    pooled = (temporal.unsqueeze(2) * spatial * visual).sum(dim=(1, 2))
+    if view is None:
+        return (pooled,)
+    theirs = [maps.detach() for maps in view.attention.maps(view.audio, view.visual)]
+    compared = slice(len(audio) - len(view.audio), None)
+    return pooled, kl(theirs[0], spatial[compared]), kl(theirs[1], temporal[compared])
+
+
+def computed(
+    student: AudioGuidedAttention, audio: Tensor, visual: Tensor, view: TeacherView | None
+) -> tuple[Tensor, ...]:
+    pooled, divergence = student(audio, visual, view)
+    return (pooled,) if divergence is None else (pooled, divergence.spatial, divergence.temporal)
+
+
+def gradients_of(
+    function: Callable[..., tuple[Tensor, ...]],
+    student: AudioGuidedAttention,
+    batch: tuple[Tensor, Tensor],
+    view: TeacherView | None,
+    *,
+    tokens_too: bool,
+) -> list[Tensor]:
+    """Results and gradients of a sum in which every result has a weight of its own."""
+    audio, visual = batch[0].clone().requires_grad_(), batch[1].clone().requires_grad_(tokens_too)
+    results = function(student, audio, visual, view)
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r.dtype) for r in results]
+    total = sum((result * weight).sum() for result, weight in zip(results, weights, strict=True))
+    inputs = [audio, *([visual] if tokens_too else []), *student.parameters()]
+    return [*(result.detach() for result in results), *torch.autograd.grad(total, inputs)]
+
+
+def test_maps_sum_to_one(student: AudioGuidedAttention, batch: tuple[Tensor, Tensor]) -> None:
+    spatial, temporal = student.maps(*batch)
     torch.testing.assert_close(spatial.sum(2), torch.ones(CLIPS, FRAMES, DIM, dtype=torch.float64))
     torch.testing.assert_close(temporal.sum(1), torch.ones(CLIPS, DIM, dtype=torch.float64))
-    pooled, divergence = student(audio, visual)
-    torch.testing.assert_close(pooled, (temporal.unsqueeze(2) * spatial * visual).sum(dim=(1, 2)))
-    assert divergence is None
 
 
-def test_divergence_is_the_kl_of_the_maps_of_the_last_rows(
-    student: AudioGuidedAttention, batch: tuple[Tensor, Tensor], view: TeacherView
+@pytest.mark.parametrize("room", [0, 1, 100])
+@pytest.mark.parametrize("clips_per_tile", [1, 2, CLIPS])
+@pytest.mark.parametrize("tokens_too", [False, True])
+@pytest.mark.parametrize("compared", [False, True])
+def test_results_and_gradients_are_those_of_the_definition(
+    student: AudioGuidedAttention,
+    batch: tuple[Tensor, Tensor],
+    view: TeacherView,
+    monkeypatch: pytest.MonkeyPatch,
+    room: float,
+    clips_per_tile: int,
+    tokens_too: bool,
+    compared: bool,
 ) -> None:
-    audio, visual = batch
-    _, divergence = student(audio, visual, view)
-    for part, ours, theirs in zip(
-        (divergence.spatial, divergence.temporal),
-        student.maps(audio[-2:], visual[-2:]),
-        view.attention.maps(view.audio, view.visual),
-        strict=True,
-    ):
-        torch.testing.assert_close(part, (theirs * (theirs / ours).log()).flatten(1).sum(1))
-        assert (part > 1e-4).all()
+    monkeypatch.setattr(attention_pass, "TILE_BYTES", {"cpu": clips_per_tile * FRAMES * POSITIONS * DIM * 8})
+    monkeypatch.setattr(attention_pass, "ROOM", room)
+    given = view if compared else None
+    ours = gradients_of(computed, student, batch, given, tokens_too=tokens_too)
+    torch.testing.assert_close(ours, gradients_of(defined, student, batch, given, tokens_too=tokens_too))
+    if compared:
+        assert all((part > 1e-4).all() for part in ours[1:3])
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1), (1, 2, 5)])
+def test_gradcheck(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    frames, positions, dim = shape
+    student = AudioGuidedAttention(dim).double()
+    audio, visual = draw(3, dim), draw(3, frames, positions, dim)
+    view = TeacherView(AudioGuidedAttention(dim).double(), audio[2:].clone(), visual[2:].clone())
+    names = [name for name, _ in student.named_parameters()]
+
+    def run(audio: Tensor, visual: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        pooled, divergence = torch.func.functional_call(
+            student, dict(zip(names, weights, strict=True)), (audio, visual, view)
+        )
+        return pooled, divergence.spatial, divergence.temporal
+
+    inputs = [tensor.detach().requires_grad_() for tensor in (audio, visual, *student.parameters())]
+    assert torch.autograd.gradcheck(run, inputs)
+    assert all(parameter.grad is None for parameter in view.attention.parameters())
 
 
 def test_a_teacher_equal_to_the_student_has_no_divergence(
@@ -71,56 +144,81 @@ def test_a_teacher_equal_to_the_student_has_no_divergence(
     torch.testing.assert_close(divergence.temporal, torch.zeros(CLIPS, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("clips_per_chunk", [1, 2, CLIPS])
-def test_gradients_are_right_in_chunks_of_any_size(
-    student: AudioGuidedAttention,
-    batch: tuple[Tensor, Tensor],
-    view: TeacherView,
-    monkeypatch: pytest.MonkeyPatch,
-    clips_per_chunk: int,
+def large(tokens: torch.dtype) -> tuple[AudioGuidedAttention, tuple[Tensor, Tensor], TeacherView]:
+    """A float32 student of more channels than a thread's piece, no whole number of vectors, and many positions."""
+    clips, dim = 4, 275
+    audio, visual = torch.randn(clips, dim), torch.randn(clips, 3, 100, dim).to(tokens)
+    return AudioGuidedAttention(dim), (audio, visual), TeacherView(AudioGuidedAttention(dim), audio[3:], visual[3:])
+
+
+@native
+@pytest.mark.parametrize("tokens", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tokens_too", [False, True])
+def test_compiled_sweeps_give_what_float64_gives(tokens: torch.dtype, tokens_too: bool) -> None:
+    student, batch, view = large(tokens)
+    ours = gradients_of(computed, student, batch, view, tokens_too=tokens_too)
+    exact = TeacherView(view.attention.double(), view.audio.double(), view.visual.double())
+    theirs = gradients_of(defined, student.double(), tuple(t.double() for t in batch), exact, tokens_too=tokens_too)
+    for mine, true in zip(ours, theirs, strict=True):
+        tolerance = 1e-5 if mine.dtype == torch.float32 else torch.finfo(mine.dtype).eps
+        assert (mine.double() - true).norm() <= tolerance * max(1, true.norm())
+
+
+def test_triton_kernels_give_what_torch_gives() -> None:
+    """In a process of their own: Triton must know at its import that its interpreter is to run them."""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "tests.triton_interpreted"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["torch.float32", "torch.bfloat16", "torch.float16"]
+
+
+@pytest.mark.parametrize("choice", ["torch", pytest.param("auto", marks=native)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_results_are_close_and_gradients_in_float32(choice: str, dtype: torch.dtype) -> None:
+    student, batch, view = large(torch.float16)
+    full = gradients_of(computed, student, batch, view, tokens_too=False)
+    student.choice = choice
+    with torch.autocast("cpu", dtype):
+        half = gradients_of(computed, student, batch, view, tokens_too=False)
+    for ours, true in zip(half, full, strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - true).norm() <= 0.03 * true.norm()
+
+
+@native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_repeated_call_gives_the_same_bits_whatever_the_threads_room_and_tiles(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention_module, "CHUNK_BYTES", clips_per_chunk * FRAMES * POSITIONS * DIM * 8)
-    names = [name for name, _ in student.named_parameters()]
+    student, batch, view = large(torch.float16)
 
-    def run(audio: Tensor, visual: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        pooled, divergence = torch.func.functional_call(
-            student, dict(zip(names, weights, strict=True)), (audio, visual, view)
-        )
-        return pooled, divergence.spatial, divergence.temporal
-
-    inputs = [tensor.detach().requires_grad_() for tensor in (*batch, *student.parameters())]
-    assert torch.autograd.gradcheck(run, inputs)
-    assert all(parameter.grad is None for parameter in view.attention.parameters())
-
-
-def test_chunks_give_what_the_whole_batch_gives(
-    student: AudioGuidedAttention, batch: tuple[Tensor, Tensor], view: TeacherView, monkeypatch: pytest.MonkeyPatch
-) -> None:
     def run() -> list[Tensor]:
-        student.zero_grad()
-        pooled, divergence = student(*batch, view)
-        (pooled.square().sum() + divergence.spatial.sum() + divergence.temporal.sum()).backward()
-        return [pooled, divergence.spatial, divergence.temporal, *(p.grad.clone() for p in student.parameters())]
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            return gradients_of(computed, student, batch, view, tokens_too=False)
 
-    whole = run()
-    monkeypatch.setattr(attention_module, "CHUNK_BYTES", 1)
-    torch.testing.assert_close(run(), whole)
+    first, again = run(), run()
+    assert all(map(torch.equal, first, again))
+    monkeypatch.setattr(attention_pass, "ROOM", 0)
+    recomputed = run()
+    assert all(map(torch.equal, first[:3], recomputed[:3]))
+    torch.testing.assert_close(recomputed, first, rtol=1e-2, atol=1e-2)
 
 
-def test_no_map_is_kept_for_the_backward_pass(
-    student: AudioGuidedAttention, batch: tuple[Tensor, Tensor], view: TeacherView
-) -> None:
+def test_nothing_of_the_tokens_size_is_kept_of_clips_without_a_teacher() -> None:
+    attention = AudioGuidedAttention(8)
+    audio, visual = torch.randn(CLIPS, 8), torch.randn(CLIPS, 3, 40, 8)
     kept: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
         kept.append(tensor)
         return tensor
 
-    audio, visual = batch
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        student(audio, visual, view)
-    inputs = {audio.untyped_storage().data_ptr(), visual.untyped_storage().data_ptr()}
-    assert all(t.numel() < visual[0].numel() or t.untyped_storage().data_ptr() in inputs for t in kept)
+        attention(audio, visual)
+    others = [tensor for tensor in kept if tensor.data_ptr() != visual.data_ptr()]
+    assert len(others) < len(kept)
+    assert max(tensor.numel() for tensor in others) < visual.numel() / 2
 
 
 def test_a_teacher_of_no_rows_gives_an_empty_divergence(
@@ -131,7 +229,11 @@ def test_a_teacher_of_no_rows_gives_an_empty_divergence(
     assert divergence.spatial.shape == divergence.temporal.shape == (0,)
 
 
-def test_large_inputs_do_not_overflow(student: AudioGuidedAttention, batch: tuple[Tensor, Tensor]) -> None:
+@pytest.mark.parametrize("choice", ["torch", "auto"])
+def test_large_inputs_do_not_overflow(
+    student: AudioGuidedAttention, batch: tuple[Tensor, Tensor], choice: attention_module.Choice
+) -> None:
+    student.choice = choice
     pooled, _ = student.float()(batch[0].float() * 1e6, batch[1].float() * 1e6)
     assert pooled.isfinite().all()
 

@@ -91,7 +91,7 @@ def test_an_artifact_is_whole_in_one_process(streams: Streams, stage: int, preci
     config = streams.configs[2, stage, precision]
     artifact = load_artifact(stream_url(config), 1)
     manifest = load_manifest(config.data.manifest)
-    network = network_after(config, manifest, scenario_of(config, manifest), make_method(config.method), 1)
+    network = network_after(config, manifest.shape, scenario_of(config, manifest), make_method(config.method), 1)
     set_weights(network, artifact.model, "the artifact")
     state = whole_state(network)
     assert state.keys() == artifact.model.keys()
@@ -114,7 +114,7 @@ def test_one_process_without_zero_goes_on_from_the_artifact_of_two_at_zero_3(str
 def test_weights_that_are_not_the_networks_are_named(streams: Streams, tmp_path: Path) -> None:
     config = streams.configs[1, 0, "float32"]
     manifest = load_manifest(config.data.manifest)
-    network = network_after(config, manifest, scenario_of(config, manifest), make_method(config.method), 0)
+    network = network_after(config, manifest.shape, scenario_of(config, manifest), make_method(config.method), 0)
     weights = whole_state(network)
     changed = {name: value for name, value in weights.items() if name != "audio_proj.bias"} | {"extra": torch.zeros(1)}
     changed["classifier.bias"] = torch.zeros(7)

@@ -24,6 +24,8 @@ from avcil_dist.training.loss_scale import LossScale
 from avcil_dist.world import World
 
 NEVER = 10**9
+# Numbers of a buffer of ZeRO's. Its own are for models of billions: below that, it shares out next to nothing.
+BUCKET = 20_000_000
 BETTER_GRADIENT = "lower optim.lr, set engine.clip_norm, or use engine.precision=float32 or bf16"
 
 
@@ -47,7 +49,7 @@ class Engine:
         deepspeed = import_deepspeed(world)
         self._trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
         self._optimizer = optimizer = torch.optim.Adam(
-            parameter_groups(network, optim), weight_decay=optim.weight_decay, fused=device.type == "cuda"
+            parameter_groups(network, optim), weight_decay=optim.weight_decay, fused=True
         )
         self._engine = deepspeed.initialize(
             model=network.to(device),
@@ -228,7 +230,14 @@ def _whole(value: Tensor) -> AbstractContextManager[object]:
 
 
 def _zero_section(config: EngineConfig) -> dict[str, Any]:
-    section: dict[str, Any] = {"stage": config.zero_stage}
+    section: dict[str, Any] = {
+        "stage": config.zero_stage,
+        "reduce_bucket_size": BUCKET,
+        "allgather_bucket_size": BUCKET,
+        "stage3_prefetch_bucket_size": BUCKET,
+        "stage3_max_live_parameters": 2 * BUCKET,
+        "stage3_max_reuse_distance": 0,
+    }
     if config.offload != "none":
         section["offload_optimizer"] = {"device": "cpu"}
     if config.offload == "parameters":

@@ -1,0 +1,84 @@
+"""Peak host memory of a rank by ZeRO stage: `python -m tests.benchmarks.memory`.
+
+Two processes train a transformer on frames of noise, each stage in processes of its own. The peak
+is what the operating system saw the process hold (VmHWM), less what it held before the network was made.
+"""
+
+import argparse
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from avcil_dist.config import ClipConfig, EngineConfig, ModelConfig, OptimConfig
+from avcil_dist.models.network import build_network
+from avcil_dist.training.engine import Engine
+from avcil_dist.world import World
+from tests.ranks import CPU, run_ranks
+
+CLIP = ClipConfig(frames=2, size=32, mel_bins=16, mel_frames=32)
+ROWS, ITERATIONS = 2, 3
+
+
+class Peak(NamedTuple):
+    """Megabytes of one rank above what it held before the network: the highest, and at the end, of each part."""
+
+    building: float
+    built: float
+    training: float
+    trained: float
+    num_parameters: int
+
+
+def megabytes(field: str) -> float:
+    """A field of the process's memory as the kernel counts it."""
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) / 1024
+
+
+def measure(world: World, stage: int, dim: int, depth: int) -> Peak:
+    """Train a few iterations."""
+    import deepspeed  # noqa: F401 - its own memory is not the network's
+
+    before = megabytes("VmRSS")
+    sizes = {"weights": "random", "train": "full", "dim": dim, "depth": depth, "heads": 8}
+    model = ModelConfig.model_validate(
+        {"visual": {"kind": "videomae", **sizes}, "audio": {"kind": "small", "dim": dim}}
+    )
+    network = build_network(model, CLIP, {}, 10)
+    count = sum(parameter.numel() for parameter in network.parameters())
+    config = EngineConfig(zero_stage=stage)
+    engine = Engine(network, optim=OptimConfig(), config=config, rows=ROWS, world=world, device=CPU)
+    building = megabytes("VmHWM")
+    held = megabytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    for _ in range(ITERATIONS):
+        output = engine(torch.randn(ROWS, 2, 3, 32, 32), torch.randn(ROWS, 32, 16))
+        engine.backward(output.logits.square().mean())
+        engine.step()
+    return Peak(*(value - before for value in (building, held, megabytes("VmHWM"), megabytes("VmRSS"))), count)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dim", type=int, default=768)
+    parser.add_argument("--depth", type=int, default=10)
+    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
+    given = parser.parse_args()
+    # What is freed goes back to the system at once, else the peak is that of the allocator's habits.
+    os.environ.update(MALLOC_MMAP_THRESHOLD_="262144", MALLOC_TRIM_THRESHOLD_="262144", MALLOC_ARENA_MAX="1")
+    rows = []
+    for stage in given.stages:
+        peaks = run_ranks(measure, 2, stage, given.dim, given.depth)
+        rows.append((stage, [max(values) for values in zip(*peaks, strict=True)]))
+    print(f"{rows[0][1][4] / 1e6:.1f} million parameters, float32, 2 processes; host memory of a rank, MB")
+    print("| ZeRO | peak of building | built | peak of training | trained |\n|---|---|---|---|---|")
+    for stage, values in rows:
+        print(f"| {stage} | {' | '.join(f'{value:.0f}' for value in values[:4])} |")
+
+
+if __name__ == "__main__":
+    main()

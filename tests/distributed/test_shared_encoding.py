@@ -62,7 +62,7 @@ def see(world: World, stage: int, rows: int, kind: str, shared: bool) -> Seen:
     student, taught = make_network(5), make_network(3)
     if not shared:  # still without gradient, but as an encoder that each of them runs for itself
         student.visual_encoder.frozen = taught.visual_encoder.frozen = False
-    teacher = Teacher(taught, taught.state_dict(), CPU)
+    teacher = Teacher(taught, CPU)
     if kind == "sharded":
         teacher.share_out(world)
     bodies = taught.visual_encoder.body, student.visual_encoder.body, student.audio_encoder.body

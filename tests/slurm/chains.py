@@ -5,8 +5,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from launch.record import read_chain
@@ -72,25 +71,13 @@ def kill_daemon_of_node(job: str) -> None:
     os.kill(first, signal.SIGKILL)
 
 
-@contextmanager
-def held_ranks(job: str) -> Iterator[list[int]]:
-    """The processes of the job's ranks, which do not run in the block."""
+def hold_ranks(job: str) -> None:
+    """Let the job's ranks stand still until SLURM wakes them: SIGCONT comes before its warning of the time limit."""
     found = processes_with(f"SLURM_JOB_ID={job}", "SLURM_PROCID=")
     ranks = [pid for pid in found if re.match(r"[^\0]*python[^\0]*\0-u\0-m\0submitit", _command(Path(f"/proc/{pid}")))]
     for rank in ranks:
         os.kill(rank, signal.SIGSTOP)
-    try:
-        assert len(ranks) == 2
-        yield ranks
-    finally:
-        for rank in ranks:
-            os.kill(rank, signal.SIGCONT)
-
-
-def is_pending(pid: int, number: signal.Signals) -> bool:
-    """Whether a signal has come that the process has not taken yet."""
-    pending = re.search(r"^ShdPnd:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
-    return pending is not None and bool(int(pending[1], 16) >> (number - 1) & 1)
+    assert len(ranks) == 2
 
 
 def _command(entry: Path) -> str:

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 from avcil_dist.models.outputs import Divergence
 
+ROUNDING = 1e-6  # of the difference of two float32 unit vectors
+
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy over all classes of the head; `logits` (B, C), `labels` (B,)."""
@@ -125,6 +127,10 @@ def _zero(logits: Tensor) -> Tensor:
 
 
 def _length(rows: Tensor) -> Tensor:
-    """Lengths (B,) of rows, with gradient 0 and not NaN at length 0."""
+    """Lengths (B,) of differences of unit vectors, with gradient 0 and not NaN at length 0.
+
+    What is shorter than float32 rounds counts as 0: its direction is noise, and the gradient would have length 1.
+    """
     squares = rows.square().sum(dim=1)
-    return torch.where(squares > 0, squares, 1).sqrt() * (squares > 0)
+    is_there = squares > ROUNDING**2
+    return torch.where(is_there, squares, 1).sqrt() * is_there

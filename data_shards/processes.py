@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from avcil_dist.errors import AvcilError, DataError
+from avcil_dist.signals import STOP_SIGNALS
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -160,6 +161,7 @@ class _Pool:
 
 def _serve(work: Work[Any, Any], connection: Any, place: Any, count: Any) -> None:
     """A worker's life: take an item, send what came of it."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # a fork server that shields ranks hands its mask on
     import torch  # late: who only wants `end_with_starter` need not wait for it
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the starter is interrupted too, and ends its workers

@@ -90,7 +90,7 @@ def wait_until(is_so: Callable[[], bool], seconds: float) -> bool:
 
 
 def processes_with(*words: str) -> list[int]:
-    """The processes whose environment holds all of these NAME=VALUE words, or words that begin so."""
+    """The processes whose environment holds all of these words: NAME=VALUE, or NAME= for any value."""
     found = []
     for entry in Path("/proc").iterdir():
         try:
@@ -99,7 +99,8 @@ def processes_with(*words: str) -> list[int]:
             )
         except OSError:  # it ended, or is another user's
             continue
-        if all(any(variable.startswith(word) for variable in variables) for word in words) and variables:
+        names = {variable.partition("=")[0] + "=" for variable in variables}
+        if names.union(variables).issuperset(words):
             found.append(int(entry.name))
     return found
 

@@ -2,11 +2,12 @@
 
 import json
 import os
-import re
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import psutil
 
 from launch.record import read_chain
 from launch.sandbox.cluster import Sandbox
@@ -61,27 +62,20 @@ def limit_time(sandbox: Sandbox, job: str) -> None:
     sandbox.run("scontrol", "update", f"job={job}", f"TimeLimit={60 * int(hours) + int(minutes) + 2}")
 
 
-def kill_daemon_of_node(job: str) -> None:
+def kill_daemon_of_node(sandbox: Sandbox, job: str) -> None:
     """`kill -9` of the process with which slurmd watches over one node's rank."""
-    [first, *_] = sorted(
-        int(entry.name)
-        for entry in Path("/proc").iterdir()
-        if entry.name.isdigit() and _command(entry).startswith(f"slurmstepd: [{job}.0]")
-    )
-    os.kill(first, signal.SIGKILL)
+    os.kill(psutil.Process(ranks_of(sandbox, job)[0]).ppid(), signal.SIGKILL)
 
 
-def hold_ranks(job: str) -> None:
+def hold_ranks(sandbox: Sandbox, job: str) -> None:
     """Let the job's ranks stand still until SLURM wakes them: SIGCONT comes before its warning of the time limit."""
-    found = processes_with(f"SLURM_JOB_ID={job}", "SLURM_PROCID=")
-    ranks = [pid for pid in found if re.match(r"[^\0]*python[^\0]*\0-u\0-m\0submitit", _command(Path(f"/proc/{pid}")))]
-    for rank in ranks:
+    for rank in ranks_of(sandbox, job):
         os.kill(rank, signal.SIGSTOP)
+
+
+def ranks_of(sandbox: Sandbox, job: str) -> list[int]:
+    """The processes of a job's two ranks; another sandbox may have a job of that number."""
+    found = processes_with(f"SLURM_CONF={sandbox.conf}", f"SLURM_JOB_ID={job}", "SLURM_PROCID=")
+    ranks = [pid for pid in found if psutil.Process(pid).cmdline()[1:4] == ["-u", "-m", "submitit.core._submit"]]
     assert len(ranks) == 2
-
-
-def _command(entry: Path) -> str:
-    try:
-        return (entry / "cmdline").read_bytes().decode(errors="replace")
-    except OSError:
-        return ""
+    return ranks

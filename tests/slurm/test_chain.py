@@ -54,13 +54,13 @@ def test_a_disturbed_chain_ends_with_the_bits_of_the_local_run(sandbox: Sandbox,
     high_priority_job(sandbox)  # preemption without a warning
     wait_for_restart(sandbox, jobs[1], 1)
     wait_until_it_trains(stream, 1)
-    kill_daemon_of_node(jobs[1])
+    kill_daemon_of_node(sandbox, jobs[1])
     wait_for_restart(sandbox, jobs[1], 2)
     wait_until_it_trains(stream, 1)
     sandbox.run("scontrol", "requeue", jobs[1])
 
     wait_until_it_trains(stream, 2)
-    hold_ranks(jobs[2])  # or they are done before the shortest time limit is over
+    hold_ranks(sandbox, jobs[2])  # or they are done before the shortest time limit is over
     limit_time(sandbox, jobs[2])
     wait_for_restart(sandbox, jobs[2], 1)
 

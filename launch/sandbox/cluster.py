@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 from filelock import FileLock
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from launch.sandbox.daemons import Daemons, SandboxError, processes_with, wait_until
+from launch.sandbox.daemons import Daemons, SandboxError, command_of, processes_with, wait_until
 
 PACKAGES = {
     "slurmctld": "slurm-wlm",
@@ -84,9 +85,18 @@ class Sandbox:
             wait_until(lambda: not self._jobs(), STOP_SECONDS)
         for name in reversed(self.names):
             daemons.stop(name, STOP_SECONDS)
-        for pid in processes_with(f"SLURM_CONF={self.conf}", "SLURM_JOB_ID="):
-            os.kill(pid, signal.SIGKILL)
+        for pid in self.leftovers():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self._write_hosts(())
+
+    def leftovers(self) -> list[int]:
+        """What jobs left running. First the daemons of their steps: one whose slurmd is gone kills on and on,
+        by process numbers that may be others' by then.
+        """
+        found = processes_with(f"SLURM_CONF={self.conf}")
+        steps = [pid for pid in found if command_of(pid).startswith("slurmstepd")]
+        return steps + [pid for pid in processes_with(f"SLURM_CONF={self.conf}", "SLURM_JOB_ID=") if pid not in steps]
 
     def status(self) -> dict[str, int | None]:
         """Each daemon's process; None for one that does not run."""

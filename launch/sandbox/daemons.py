@@ -105,6 +105,14 @@ def processes_with(*words: str) -> list[int]:
     return found
 
 
+def command_of(pid: int) -> str:
+    """What a process calls itself, with its words; empty when there is none."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
+    except OSError:
+        return ""
+
+
 def _started(pid: int) -> int | None:
     """When a process started, in clock ticks since boot; None when there is none, or it is only waited for."""
     try:

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from launch.sandbox.cluster import HOSTS, PACKAGES, SYSTEM_PATHS, Sandbox
-from launch.sandbox.daemons import processes_with
 
 
 def missing() -> str | None:
@@ -39,6 +38,6 @@ def sandbox() -> Iterator[Sandbox]:
         if before is not None:
             os.environ["SLURM_CONF"] = before
     assert set(found.status().values()) == {None}
-    assert not processes_with(f"SLURM_CONF={found.conf}", "SLURM_JOB_ID=")
+    assert not found.leftovers()
     assert str(folder) not in HOSTS.read_text()
     shutil.rmtree(folder)

@@ -91,8 +91,9 @@ class Sandbox:
         self._write_hosts(())
 
     def leftovers(self) -> list[int]:
-        """What jobs left running. First the daemons of their steps: one whose slurmd is gone kills on and on,
-        by process numbers that may be others' by then.
+        """What jobs left running, the daemons of their steps first.
+
+        Such a daemon whose slurmd is gone kills on and on, by process numbers that may be others' by then.
         """
         found = processes_with(f"SLURM_CONF={self.conf}")
         steps = [pid for pid in found if command_of(pid).startswith("slurmstepd")]

@@ -34,9 +34,9 @@ def ranks_of(launcher: psutil.Process) -> list[psutil.Process]:
         return []
 
 
-def newest(snapshots: Path) -> str:
-    """What of the stream was committed last, of snapshots."""
-    return max((str(path) for path in snapshots.rglob("COMMITTED.json")), default="")
+def newest(stream: Path) -> str:
+    """What of the stream was committed last; folders may go while this looks."""
+    return max((folder for folder, _, files in os.walk(stream) if "COMMITTED.json" in files), default="")
 
 
 def run_and_kill(command: list[str], stream: Path, kind: str, moment: random.Random) -> int:

@@ -56,6 +56,14 @@ def read_file(folder: str, name: str, committed: Mapping[str, Any]) -> bytes:
     return data
 
 
+def read_whole_commit(folder: str) -> dict[str, Any]:
+    """The commit of a folder, each of whose files is held against its digest. Raises ArtifactError as `read_file`."""
+    commit = read_commit(folder)
+    for name in commit["files"]:
+        check_file(folder, name, commit)
+    return commit
+
+
 def check_file(folder: str, name: str, committed: Mapping[str, Any]) -> None:
     """Hold a file against its digest without keeping it in memory. Raises ArtifactError as `read_file` does."""
     url = storage.join(folder, name)

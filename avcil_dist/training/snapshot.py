@@ -173,9 +173,7 @@ class SnapshotKeeper:
         if not committed.is_committed(folder):
             return None
         try:
-            commit = committed.read_commit(folder)
-            for file in commit["files"]:
-                committed.check_file(folder, file, commit)
+            commit = committed.read_whole_commit(folder)
         except ArtifactError as error:
             _logger.warning("%s; it is made again", error)
             return None
@@ -203,9 +201,7 @@ class SnapshotKeeper:
             if not committed.is_committed(folder):
                 continue
             try:
-                commit = committed.read_commit(folder)
-                for file in commit["files"]:
-                    committed.check_file(folder, file, commit)
+                commit = committed.read_whole_commit(folder)
             except ArtifactError as error:
                 _logger.warning("%s; passing over this snapshot", error)
                 continue

@@ -22,7 +22,7 @@ def missing() -> str | None:
 
 @pytest.fixture(scope="session")
 def sandbox() -> Iterator[Sandbox]:
-    """A running sandbox, which the commands of this session find. Nothing of it is left afterwards."""
+    """A running sandbox, which the commands that the tests run find. Nothing of it is left afterwards."""
     if reason := missing():
         pytest.skip(reason)
     folder = Path(tempfile.mkdtemp(prefix="avcil-slurm-"))  # a socket's path must be short

@@ -224,5 +224,11 @@ def _live_steps(chain: Chain, first: int) -> dict[int, str]:
 
 def _parameters(chain: Chain, cluster: ClusterConfig, step: int, dependency: str | None) -> dict[str, Any]:
     return sbatch_parameters(
-        cluster, step, name=chain.job_name(step), code=chain.code, mark=chain.mark(step), dependency=dependency
+        cluster,
+        step,
+        name=chain.job_name(step),
+        code=chain.code,
+        mark=chain.mark(step),
+        python=sys.executable,
+        dependency=dependency,
     )

@@ -9,7 +9,7 @@ import avcil_dist
 from avcil_dist.errors import AvcilError, StepStopped
 from launch.bench import bench
 from launch.experiments import compare, methods, sweep
-from launch.jobs import cancel, logs, status, submit
+from launch.jobs import begin_options, cancel, logs, status, submit
 from launch.sandbox.commands import sandbox
 from launch.shards import shards
 from launch.tracking import resume, sync
@@ -56,9 +56,7 @@ for _command in (shards, methods, sweep, compare, submit, status, cancel, logs, 
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--processes", "-n", default=1, show_default=True, help="Processes (ranks) on this machine.")
-@click.option("--restart", is_flag=True, help="Remove the stream's committed steps and begin at step 0.")
-@click.option("--restart-step", is_flag=True, help="Remove the snapshots of the step that is next and begin it anew.")
-@click.option("--reset-optimizer", is_flag=True, help="Go on from the snapshot, with a fresh optimizer.")
+@begin_options
 def train(
     config: str,
     overrides: tuple[str, ...],

@@ -71,7 +71,7 @@ def sweep(config: str, words: tuple[str, ...], ablation: bool, processes: int, c
     from launch.local import run_stream
     from launch.sweep import make_grid
 
-    settings, of_cluster = split_words(words)
+    settings, of_cluster = split_words(words, cluster)
     if cluster is not None:
         submit_grid(config, settings, cluster, of_cluster, ablation=ablation)
         return

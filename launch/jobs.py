@@ -1,6 +1,6 @@
 """Commands on chains of jobs: `submit`, `status`, `cancel`, `logs`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import click
 
@@ -9,14 +9,26 @@ from avcil_dist.errors import ConfigError
 CLUSTER_PREFIX = "cluster."
 
 
+def begin_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of a command that say what a stream does not go on from."""
+    options = (
+        click.option("--restart", is_flag=True, help="Remove the stream's committed steps and begin at step 0."),
+        click.option(
+            "--restart-step", is_flag=True, help="Remove the snapshots of the step that is next and begin it anew."
+        ),
+        click.option("--reset-optimizer", is_flag=True, help="Go on from the snapshot, with a fresh optimizer."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @click.command()
 @click.argument("config")
 @click.argument("words", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--cluster", required=True, help="A cluster file, or a shipped one: slurm, local.")
 @click.option("--dry-run", is_flag=True, help="Print the scripts that sbatch would be given; submit nothing.")
-@click.option("--restart", is_flag=True, help="Remove the stream's committed steps and begin at step 0.")
-@click.option("--restart-step", is_flag=True, help="Remove the snapshots of the step that is next and begin it anew.")
-@click.option("--reset-optimizer", is_flag=True, help="Go on from the snapshot, with a fresh optimizer.")
+@begin_options
 def submit(
     config: str,
     words: tuple[str, ...],
@@ -44,7 +56,7 @@ def submit(
     from launch.local import Begin
     from launch.resources import load_cluster
 
-    settings, of_cluster = split_words(words)
+    settings, of_cluster = split_words(words, cluster)
     resolved, place = load_config(config, settings), load_cluster(cluster, of_cluster)
     if dry_run:
         if place.kind == "local":
@@ -101,9 +113,14 @@ def logs(run: str, step: int, rank: int, follow: bool) -> None:
         click.echo(piece, nl=False)
 
 
-def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words about the stream, and those about the cluster without their prefix."""
+def split_words(words: Sequence[str], cluster: str | None) -> tuple[list[str], list[str]]:
+    """The words about the stream, and those about the cluster without their prefix.
+
+    Raises ConfigError for words about a cluster where none is given.
+    """
     of_cluster = [word.removeprefix(CLUSTER_PREFIX) for word in words if word.startswith(CLUSTER_PREFIX)]
+    if of_cluster and cluster is None:
+        raise ConfigError(f"{CLUSTER_PREFIX}{of_cluster[0]}: it changes what --cluster gives, which is not there")
     return [word for word in words if not word.startswith(CLUSTER_PREFIX)], of_cluster
 
 

@@ -17,6 +17,7 @@ from avcil_dist.errors import ConfigError
 
 WAIT_SECONDS = 3600  # for rank 0 to upload its results; a rank that is still there so long after the first is lost
 AGAIN_SECONDS = 600  # how long a job waits to be ended once it is requeued
+LATE_SHARE = 4  # ranks have all but this part of the time between warning and limit for their snapshot
 
 
 class StepResources(Section):
@@ -97,12 +98,12 @@ def load_cluster(name: str, overrides: Sequence[str] = ()) -> ClusterConfig:
 
 
 def sbatch_parameters(
-    cluster: ClusterConfig, step: int, *, name: str, code: str | None, mark: str, dependency: str | None
+    cluster: ClusterConfig, step: int, *, name: str, code: str | None, mark: str, python: str, dependency: str | None
 ) -> dict[str, Any]:
     """The parameters of submitit's SLURM executor for a step's job.
 
     `code`: the folder that goes first on Python's path. `mark`: the path, without its ending, of the files that
-    say how the step ended. `dependency`: as sbatch takes it.
+    say how the step ended. `python`: the program. `dependency`: as sbatch takes it.
     """
     found = cluster.at(step)
     parameters = {
@@ -119,8 +120,8 @@ def sbatch_parameters(
         "mem": f"{math.ceil(found.memory_gb * 1024)}MB" if found.memory_gb else None,
         "dependency": dependency,
         "signal_delay_s": found.signal_seconds,
-        "setup": _setup(found, code),
-        "teardown": _teardown(step, mark, found.max_requeues),
+        "setup": _setup(found, code, step),
+        "teardown": _teardown(step, mark, found.max_requeues, python),
         "srun_args": [  # srun does not take the number of processors from the job
             f"--cpus-per-task={found.cpus_per_task}",
             "--kill-on-bad-exit=1",
@@ -140,7 +141,12 @@ def sbatch_text(parameters: dict[str, Any], *, folder: str, python: str) -> str:
     return str(_make_sbatch_string(command=command, folder=folder, **parameters))
 
 
-def _setup(cluster: ClusterConfig, code: str | None) -> list[str]:
+def _setup(cluster: ClusterConfig, code: str | None, step: int) -> list[str]:
+    """Shell lines before the ranks; `late` ends ranks that do not answer SLURM's warning.
+
+    At its time limit SLURM ends a job for good, and with it those that wait for it; until then it can be requeued.
+    """
+    late_seconds = math.ceil(cluster.signal_seconds / LATE_SHARE)
     lines = [
         *cluster.setup,
         "trap : TERM USR2  # signals are for the ranks; the shell waits for what they make of them",
@@ -148,27 +154,43 @@ def _setup(cluster: ClusterConfig, code: str | None) -> list[str]:
     ]
     if code:
         lines.append(f"export PYTHONPATH={shlex.quote(code)}${{PYTHONPATH:+:$PYTHONPATH}}")
-    return lines
+    return [
+        *lines,
+        "again() {",
+        f'  if [ "${{SLURM_RESTART_COUNT:-0}}" -ge {cluster.max_requeues} ]; then return; fi',
+        f'  echo "avcil: step {step} is not done ($1); requeued, it goes on from its last snapshot"',
+        f'  if scontrol requeue "$SLURM_JOB_ID"; then sleep {AGAIN_SECONDS}; exit 1; fi',
+        "}",
+        "late() {",
+        "  trap 'kill $!; exit' TERM",
+        '  while end=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e) && [ -n "$end" ] \\',
+        '      && end=$(date --date="$end" +%s); do',
+        f"    left=$((end - {late_seconds} - $(date +%s)))",
+        '    if [ "$left" -le 0 ]; then again "the ranks do not answer, and its time is up"; exit; fi',
+        '    sleep "$left" & wait $!',
+        "  done",
+        "}",
+        "late & late=$!",
+    ]
 
 
-def _teardown(step: int, mark: str, max_requeues: int) -> list[str]:
+def _teardown(step: int, mark: str, max_requeues: int, python: str) -> list[str]:
     """Shell lines that decide what the end of the ranks means.
 
     srun's exit code alone does not tell: it is 0 where a node's daemon was lost. A job that SLURM is ending
     itself (cancelled, preempted, requeued by hand) is left to SLURM: it is no longer in the state RUNNING.
     """
-    done, failed = shlex.quote(f"{mark}.done"), shlex.quote(f"{mark}.failed")
+    done, failed, folder = (shlex.quote(text) for text in (f"{mark}.done", f"{mark}.failed", str(Path(mark).parent)))
     return [
         "code=$?",
+        'kill "$late" 2>/dev/null',
         f"if [ -e {done} ]; then exit 0; fi",
         f"if [ -e {failed} ]; then exit 2; fi",
         'if scontrol show job -o "$SLURM_JOB_ID" | grep -q " JobState=RUNNING "; then',
-        f'  if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {max_requeues} ]; then',
-        f'    echo "avcil: step {step} is not done (exit code $code); requeued, it goes on from its last snapshot"',
-        f'    if scontrol requeue "$SLURM_JOB_ID"; then sleep {AGAIN_SECONDS}; exit 1; fi',
-        "  fi",
-        f'  echo "step {step} is not done after $((${{SLURM_RESTART_COUNT:-0}} + 1)) starts (exit code $code);'
-        f' max_requeues={max_requeues}; its log says more" > {failed}',
+        '  again "exit code $code"',
+        f'  starts="$((${{SLURM_RESTART_COUNT:-0}} + 1)) starts (exit code $code); max_requeues={max_requeues}"',
+        f"  {shlex.quote(python)} -m launch.giveup {folder} {step} "
+        f'"step {step} is not done after $starts; its log says more"',
         "fi",
         "exit 1",
     ]

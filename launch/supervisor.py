@@ -17,6 +17,7 @@ from submitit import LocalExecutor
 
 from avcil_dist.errors import SchedulerError
 from avcil_dist.training.stream import next_step
+from launch.giveup import give_up
 from launch.job import StepJob
 from launch.local import local_worlds
 from launch.record import DONE, FAILED, Chain, read_chain, write_chain
@@ -103,7 +104,8 @@ class Supervisor:
             if done.exists() or failed.exists():
                 return done.exists()
             print(f"step {step} is not done (exit code {code}, start {start + 1})")
-        failed.write_text(f"step {step} is not done after {self.cluster.max_requeues + 1} starts; its log says more\n")
+        text = f"step {step} is not done after {self.cluster.max_requeues + 1} starts; its log says more"
+        give_up(self.config, self.chain.folder, step, text)
         return False
 
     def _run_job(self, step: int) -> int:

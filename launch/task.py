@@ -10,6 +10,7 @@ import signal
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from submitit.helpers import DelayedSubmission
@@ -45,7 +46,7 @@ class StepTask:
         try:
             world = self._world()
         except AvcilError as error:
-            self._report(error)
+            self._report(error, is_main=False)
             sys.exit(USER_ERROR)
         code = self._run(world)
         # The ranks end together, and rank 0 has more to finish: srun would end it for another's exit code.
@@ -59,19 +60,17 @@ class StepTask:
     def _run(self, world: World) -> int:
         """Run the rank; its exit code."""
         config, job = self.job.config, self.job
+        report = partial(self._report, is_main=world.is_main)
         try:
             if not is_committed(stream_url(config), job.step):
-                job.run(world, self._report)
+                job.run(world, report)
             elif world.is_main:
                 open_run(config)  # tells what a job that was ended between commit and report did not
         except StepStopped as stopped:
             sys.stderr.write(f"avcil: {stopped}\n")
             return RUN_AGAIN
         except AvcilError as error:
-            self._report(error)
-            if world.is_main and not isinstance(error, RankError):
-                with suppress(TrackingError):
-                    close_run(config, type(error))
+            report(error)
             return RUN_AGAIN if isinstance(error, RankError) else USER_ERROR
         if world.is_main:
             if job.step + 1 == job.num_steps:
@@ -79,11 +78,15 @@ class StepTask:
             Path(f"{mark_of(self.folder, job.step)}.{DONE}").touch()
         return 0
 
-    def _report(self, error: AvcilError) -> None:
-        """To the log; an error that would come again ends the chain."""
+    def _report(self, error: AvcilError, *, is_main: bool) -> None:
+        """To the log; an error that would come again ends the chain, and the stream's run."""
         print_fault(error)
-        if not isinstance(error, RankError):
-            Path(f"{mark_of(self.folder, self.job.step)}.{FAILED}").write_text(f"{error}\n")
+        if isinstance(error, RankError):
+            return
+        Path(f"{mark_of(self.folder, self.job.step)}.{FAILED}").write_text(f"{error}\n")
+        if is_main:
+            with suppress(TrackingError):
+                close_run(self.job.config, type(error))
 
     def _world(self) -> World:
         """SLURM's, or that of submitit's local executor."""

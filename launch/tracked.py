@@ -18,7 +18,7 @@ from avcil_dist.errors import TrackingError
 from avcil_dist.tracking.mlflow import CHANGES_TAG, ORIGIN_RUN_TAG, ORIGIN_STEP_TAG, shown, tracking_uri
 from avcil_dist.tracking.sender import Delivery, Sender
 from avcil_dist.tracking.spool import Spool, spool_folder
-from avcil_dist.tracking.tracker import STREAM, StepTracker, end_status
+from avcil_dist.tracking.tracker import STREAM, StepTracker, end_status, unended_steps
 from avcil_dist.training.artifact import committed_steps
 from avcil_dist.training.record import StreamRecord, new_record, read_record, write_record
 from avcil_dist.training.stream import stream_url
@@ -76,6 +76,9 @@ def close_run(config: Config, kind: type[BaseException] | None) -> None:
     """Say how the stream ended (None: well), and send what is left."""
     status = end_status(kind)
     with _sending(config, hurried=kind is not None) as spool:
+        if status in ("FAILED", "KILLED"):
+            for run in unended_steps(spool):  # of a rank that was killed, or ended for another's error
+                spool.append("end", run=run, status=status)
         if status != "RUNNING":
             spool.append("end", run=STREAM, status=status)
 
@@ -155,7 +158,7 @@ def _sending(config: Config, *, hurried: bool = False) -> Iterator[Spool]:
         if not sender.close(min(patience, INTERRUPTED_SECONDS) if hurried else patience):
             uri = tracking_uri(config.tracking, config.output)
             click.echo(
-                f"avcil: {shown(uri)}: not all is uploaded ({spool.note(uri).reason or 'no answer yet'}); nothing is "
+                f"{shown(uri)}: not all is uploaded ({spool.note(uri).reason or 'no answer yet'}); nothing is "
                 f"lost: {stream} holds it; once the server answers, finish with: avcil sync {stream}",
                 err=True,
             )

@@ -37,23 +37,25 @@ def resume(
     Examples:
       avcil resume demo-avcil-seed0 --uri http://tracking:5000 output=runs data.manifest=shards/manifest.json
       avcil resume 0a1b2c… --from-step 1 --fork optim.lr=3e-4
-      avcil resume demo-avcil-seed0 --cluster my-cluster.yaml output=runs
+      avcil resume demo-avcil-seed0 --cluster my-cluster.yaml output=runs cluster.nodes=2
     """
     from avcil_dist.config import TrackingConfig
     from avcil_dist.tracking.mlflow import tracking_uri
+    from launch.jobs import split_words
     from launch.local import run_stream
     from launch.resume import Wish, prepare
 
     if processes < 1:
         raise click.BadParameter("at least 1", param_hint="--processes")
     place = tracking_uri(TrackingConfig(uri=uri), "runs")
-    ready = prepare(place, run, Wish(overrides, from_step, fork, force))
+    settings, of_cluster = split_words(overrides, cluster)
+    ready = prepare(place, run, Wish(tuple(settings), from_step, fork, force))
     click.echo(f"{ready.config.stream_name}: goes on after step {ready.step}", err=True)
     if cluster:
         from launch.chain import submit_stream
         from launch.resources import load_cluster
 
-        submitted = submit_stream(ready.config, load_cluster(cluster, []))
+        submitted = submit_stream(ready.config, load_cluster(cluster, of_cluster))
         click.echo(f"{submitted.stream}: {len(submitted.new)} submitted; see it with: avcil status {submitted.stream}")
         return
     stream = run_stream(ready.config, processes=processes)

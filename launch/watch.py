@@ -16,7 +16,7 @@ from avcil_dist.training.artifact import is_committed, step_url
 from launch.record import Chain, read_chain
 from launch.slurm import JobState, cancel_jobs, live_jobs, past_jobs
 from launch.supervisor import is_supervised, stop_supervisor
-from launch.tracked import close_run
+from launch.tracked import close_run, unsent
 
 TAIL_LINES = 8
 FOLLOW_SECONDS = 1.0
@@ -78,7 +78,7 @@ def chain_status(stream: str) -> tuple[Chain, list[StepStatus]]:
 
 
 def print_status(stream: str, console: Console) -> None:
-    """A table of the steps, and of failed ones the reason and the last lines of the log."""
+    """A table of the steps; of failed ones the reason and the last lines of the log; what no server was told yet."""
     chain, steps = chain_status(stream)
     table = Table(title=escape(f"{stream}  ({chain.kind})"), title_justify="left")
     for heading in ("step", "state", "job", "nodes", "progress", "seen accuracy"):
@@ -97,6 +97,13 @@ def print_status(stream: str, console: Console) -> None:
             console.print(f"last lines of {escape(str(log))}", highlight=False)
             for line in log.read_text(errors="replace").splitlines()[-TAIL_LINES:]:
                 console.print(f"  {escape(line)}", highlight=False, soft_wrap=True)
+    reason = unsent(chain.config())
+    if reason and not any(step.is_live for step in steps):
+        console.print(
+            f"not all is uploaded ({escape(reason)}); finish with: avcil sync {escape(stream)}",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def cancel_chain(stream: str) -> int:

@@ -66,6 +66,7 @@ def tracking_uri(tracking: TrackingConfig, output: str) -> str:
 def connect(uri: str) -> MlflowClient:
     """A client whose database is there: of processes that come at once, one makes it and the others wait."""
     with _first_use(uri):
+        _make_database(uri)
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         client.search_experiments(max_results=1)
         return client
@@ -162,11 +163,28 @@ def _experiments(client: MlflowClient) -> list[str]:
 
 
 def _first_use(uri: str) -> AbstractContextManager[Any]:
-    if not uri.startswith(SQLITE):
+    database = _database(uri)
+    if database is None:
         return nullcontext()
-    database = Path(uri.removeprefix(SQLITE))
     database.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(f"{database}.lock", timeout=LOCK_SECONDS)
+
+
+def _make_database(uri: str) -> None:
+    """Make a sqlite database as a whole: MLflow never mends one whose making was cut off."""
+    database = _database(uri)
+    if database is None or database.exists():
+        return
+    for path in database.parent.glob(f"{database.name}.new*"):
+        path.unlink()
+    new = Path(f"{database}.new")
+    MlflowClient(tracking_uri=f"{SQLITE}{new}").search_experiments(max_results=1)
+    new.replace(database)
+
+
+def _database(uri: str) -> Path | None:
+    """The file of a sqlite database; None for other databases and servers."""
+    return Path(uri.removeprefix(SQLITE).partition("?")[0]) if uri.startswith(SQLITE) else None
 
 
 def local_folder(output: str) -> Path:

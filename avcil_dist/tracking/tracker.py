@@ -56,6 +56,17 @@ class StepTracker:
         self.spool.append("register", step=self.step, name=name)
 
 
+def unended_steps(spool: Spool) -> list[str]:
+    """The runs of steps that began and of which nobody said how they ended."""
+    begun: dict[str, None] = {}
+    for record, _ in spool.read(0, limit=spool.size()):
+        if record["kind"] == "begin":
+            begun[str(record["step"])] = None
+        elif record["kind"] == "end":
+            begun.pop(record["run"], None)
+    return list(begun)
+
+
 def end_status(kind: type[BaseException] | None) -> Status:
     """How a run ended that was left by an exception of this kind, or by none."""
     if kind is None:

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import psutil
 
+from avcil_dist.config import TrackingConfig
+from avcil_dist.tracking.mlflow import find_stream, tracking_uri
 from launch.record import read_chain
 from launch.supervisor import LOG, PID, is_supervised
 from launch.watch import chain_status
+from tests.storage.s3 import free_port
 from tests.streams import STEPS, avcil, last_artifact, train, weights_digest, write_config
 
 
@@ -36,21 +39,31 @@ def submit(config: Path, *words: object) -> str:
     return result.output
 
 
+def ranks(supervisor: int) -> list[psutil.Process]:
+    children = psutil.Process(supervisor).children(recursive=True)
+    return [child for child in children if "_submit" in str(child.cmdline())]
+
+
+def supervisor_of(stream: str) -> int:
+    return int(Path(read_chain(stream).folder, PID).read_text())
+
+
 def test_a_local_chain_survives_and_ends_with_the_bits_of_the_plain_run(tmp_path: Path) -> None:
     optim = {"epochs": 25, "batch": 12, "replay_batch": 6, "eval_batch": 16, "lr": 0.001}
     config = write_config(tmp_path, optim=optim, snapshot={"iterations": 20})
     whole = train(config, f"output={tmp_path}/plain")
 
-    stream = submit(config).splitlines()[-1].split(":")[0]
+    away = (f"tracking.uri=http://127.0.0.1:{free_port()}", "tracking.wait_seconds=0.5")
+    stream = submit(config, *away).splitlines()[-1].split(":")[0]
     wait_for(lambda: progress(stream, 0) > 0, stream)
-    supervisor = int(Path(read_chain(stream).folder, PID).read_text())
+    supervisor = supervisor_of(stream)
     assert os.getsid(supervisor) != os.getsid(0)  # the end of this shell is not the chain's
-    assert "waits or runs already" in submit(config)
-    assert "RUNNING" in avcil("status", stream).output
+    assert "waits or runs already" in submit(config, *away)
+    shown = avcil("status", stream).output
+    assert "RUNNING" in shown
+    assert "not all is uploaded" not in shown  # it may be on its way
 
-    [rank] = [
-        child for child in psutil.Process(supervisor).children(recursive=True) if "_submit" in str(child.cmdline())
-    ]
+    [rank] = ranks(supervisor)
     rank.kill()  # as a machine short of memory does
     wait_for(lambda: len(read_chain(stream).jobs.get(0, ())) == 2, stream)  # it begins again
     wait_for(lambda: progress(stream, 1) > 0, stream)
@@ -59,11 +72,27 @@ def test_a_local_chain_survives_and_ends_with_the_bits_of_the_plain_run(tmp_path
     wait_for(lambda: supervisor not in {process.pid for process in running()}, stream)
     assert chain_status(stream)[1][1].state == "ENDED"
 
-    submit(config)
+    submit(config, *away)
     wait_for(lambda: not is_supervised(read_chain(stream).folder), stream)
     assert [step.state for step in chain_status(stream)[1]] == ["COMMITTED"] * len(STEPS)
     assert weights_digest(stream) == weights_digest(whole)
     assert last_artifact(stream).metrics == last_artifact(whole).metrics
     log = avcil("logs", stream, "--step", 2).output
     assert "epoch 25/25" in log
-    assert "all steps are committed" in submit(config)
+    assert "all steps are committed" in submit(config, *away)
+    shown = avcil("status", stream).output
+    assert "not all is uploaded" in shown
+    assert f"avcil sync {stream}" in shown
+
+
+def test_a_step_that_dies_at_each_start_is_given_up_and_its_runs_have_failed(tmp_path: Path) -> None:
+    config = write_config(tmp_path, optim={"epochs": 1000, "batch": 12, "replay_batch": 6, "eval_batch": 16})
+    stream = submit(config, "cluster.max_requeues=0").splitlines()[-1].split(":")[0]
+    wait_for(lambda: progress(stream, 0) > 0, stream)
+    [rank] = ranks(supervisor_of(stream))
+    rank.kill()
+    wait_for(lambda: not is_supervised(read_chain(stream).folder), stream)
+    assert "step 0 is not done after 1 starts" in avcil("status", stream).output
+    found = find_stream(tracking_uri(TrackingConfig(), str(tmp_path / "runs")), Path(stream).name)
+    assert found.run.info.status == "FAILED"
+    assert found.steps[0].info.status == "FAILED"

@@ -1,9 +1,12 @@
 """A stream as SLURM jobs over two nodes: through every disturbance, the bits of the local run."""
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
+from avcil_dist.tracking.mlflow import find_stream
 from launch.sandbox.cluster import NODES, Sandbox
 from launch.watch import chain_status
 from tests.slurm.chains import (
@@ -11,11 +14,13 @@ from tests.slurm.chains import (
     job_of,
     kill_daemon_of_node,
     limit_time,
+    ranks_of,
     wait_for_end,
     wait_for_restart,
     wait_until_it_trains,
 )
 from tests.streams import avcil, last_artifact, train, weights_digest, write_config
+from tests.tracking.told import uri_of
 
 TWO_NODES = ("--cluster", "slurm", "cluster.nodes=2", "cluster.cpus_per_task=1")
 
@@ -73,6 +78,27 @@ def test_a_disturbed_chain_ends_with_the_bits_of_the_local_run(sandbox: Sandbox,
     assert weights_digest(stream) == weights_digest(whole)
     assert last_artifact(stream).metrics == last_artifact(whole).metrics
     assert "all steps are committed" in avcil("submit", config, *TWO_NODES).output
+
+
+def test_ranks_that_answer_nothing_are_requeued_in_time_and_given_up_in_the_end(
+    sandbox: Sandbox, tmp_path: Path
+) -> None:
+    optim = {"epochs": 100_000, "batch": 12, "replay_batch": 6, "eval_batch": 16}
+    config = write_config(tmp_path, optim=optim, snapshot={"iterations": 20})
+    deaf = "cluster.extra={signal: CONT@60}"  # the ranks are never told that their time is up
+    stream = submit(config, "cluster.hours=0.016", "cluster.signal_seconds=60", "cluster.max_requeues=1", deaf)
+    job = job_of(stream, 0)
+    wait_for_restart(sandbox, job, 1)
+    wait_until_it_trains(stream, 0)
+    log = avcil("logs", stream, "--step", 0).output
+    assert "step 0 is not done (the ranks do not answer, and its time is up); requeued" in log
+    for rank in ranks_of(sandbox, job):
+        os.kill(rank, signal.SIGKILL)
+    assert [step.state for step in wait_for_end(stream)] == ["FAILED", "CANCELLED", "CANCELLED"]
+    assert "step 0 is not done after 2 starts" in avcil("status", stream).output
+    found = find_stream(uri_of(str(tmp_path / "runs")), Path(stream).name)
+    assert found.run.info.status == "FAILED"
+    assert found.steps[0].info.status == "FAILED"
 
 
 def test_a_failing_step_cancels_the_rest_and_status_says_why(sandbox: Sandbox, tmp_path: Path) -> None:

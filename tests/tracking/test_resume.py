@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import mlflow
@@ -14,12 +15,14 @@ from avcil_dist.tracking.mlflow import find_stream
 from avcil_dist.training.artifact import committed_steps, load_artifact
 from avcil_dist.training.committed import read_commit
 from avcil_dist.training.record import read_record
+from launch.record import read_chain
 from launch.resume import Resumption, Wish, prepare
+from launch.supervisor import is_supervised
 from tests.features import make_feature_shards
 from tests.ranks import run_ranks
 from tests.rendered import render_tiny, tiny_clip
 from tests.storage.commands import run_avcil
-from tests.streams import run_told, write_config
+from tests.streams import avcil, run_told, write_config
 from tests.tracking.told import uri_of
 
 NAME = "tiny-avcil-seed0"
@@ -99,6 +102,23 @@ def test_a_fork_is_a_run_of_its_own_that_says_where_it_came_from(
     assert json.loads(fork.run.data.tags["avcil.changes"])[0]["key"] == "optim.lr"
     again = resume(folder, tmp_path / "third", run=fork.run.info.run_id)  # a fork is resumed like any other
     assert (again.step, again.config.optim.lr) == (2, 0.5)
+
+
+def test_a_stream_goes_on_as_a_chain_of_jobs(folder: Path, tmp_path: Path) -> None:
+    where = ("--uri", uri_of(f"{folder}/runs"), f"output={tmp_path}", "--fork", "name=chained")
+    result = avcil("resume", NAME, *where, "--cluster", "local", "cluster.tasks_per_node=2")
+    assert result.exit_code == 0, result.output
+    stream = f"{tmp_path}/chained-avcil-seed0"
+    assert f"{stream}: 1 submitted; see it with: avcil status {stream}" in result.output
+    chain = read_chain(stream)
+    assert chain.cluster().tasks_per_node == 2
+    deadline = time.monotonic() + 200
+    while is_supervised(chain.folder):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert committed_steps(stream) == [1, 2]
+    found = find_stream(uri_of(f"{folder}/runs"), "chained-avcil-seed0")
+    assert (found.run.info.status, sorted(found.steps)) == ("FINISHED", [1, 2])
 
 
 def test_force_is_recorded(folder: Path, tmp_path: Path) -> None:

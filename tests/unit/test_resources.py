@@ -14,7 +14,7 @@ from launch.resources import ClusterConfig, load_cluster, sbatch_parameters, sba
 from launch.slurm import require_slurm
 
 GOLDEN = Path(__file__).with_name("golden")
-JOBS = "/shared/runs/vs100-avcil-seed0/jobs"
+JOBS, PYTHON = "/shared/runs/vs100-avcil-seed0/jobs", "/shared/venv/bin/python"
 
 SMALL = ClusterConfig(kind="slurm")
 LARGE = ClusterConfig(
@@ -43,9 +43,10 @@ def script(cluster: ClusterConfig, step: int, code: str | None, dependency: str 
         name=f"vs100-avcil-seed0-0a1b2c-step_{step:03d}",
         code=code,
         mark=f"{JOBS}/step_{step:03d}",
+        python=PYTHON,
         dependency=dependency,
     )
-    return sbatch_text(parameters, folder=f"{JOBS}/step_{step:03d}", python="/shared/venv/bin/python")
+    return sbatch_text(parameters, folder=f"{JOBS}/step_{step:03d}", python=PYTHON)
 
 
 @pytest.mark.parametrize(
@@ -64,8 +65,11 @@ def test_the_script_is_one_for_a_shell(name: str) -> None:
     subprocess.run(["bash", "-n", GOLDEN / name], check=True)
 
 
-def run_end(tmp_path: Path, code: int, *, state: str, restarts: int = 0, mark: str = "") -> tuple[int, list[str], Path]:
-    """The end of a script whose ranks gave `code`, with a scontrol that says `state`: exit code, what it was asked."""
+def run_end(tmp_path: Path, code: int, *, state: str, restarts: int = 0, mark: str = "") -> tuple[int, list[str], str]:
+    """The end of a script whose ranks gave `code`, with a scontrol that says `state`.
+
+    Its exit code, what scontrol was asked, and the words that Python was given.
+    """
     asked = tmp_path / "asked"
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(f'#!/bin/sh\necho "$1" >> {asked}\necho "JobId=7 JobState={state} Reason=None"\n')
@@ -78,13 +82,14 @@ def run_end(tmp_path: Path, code: int, *, state: str, restarts: int = 0, mark: s
         name="x",
         code=None,
         mark=f"{tmp_path}/step_002",
+        python="echo",
         dependency=None,
     )
-    lines = [re.sub(r"sleep \d+", "exit 99", line) for line in parameters["teardown"]]
+    text = "\n".join([*parameters["setup"], f"(exit {code})", *parameters["teardown"]])
+    text = re.sub(r"sleep \d+", "exit 99", text)
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts)}
-    done = subprocess.run(["bash", "-c", "\n".join([f"(exit {code})", *lines])], env=environment)
-    failed = tmp_path / "step_002.failed"
-    return done.returncode, asked.read_text().split() if asked.exists() else [], failed
+    done = subprocess.run(["bash", "-c", text], env=environment, capture_output=True, text=True)
+    return done.returncode, asked.read_text().split() if asked.exists() else [], done.stdout
 
 
 def test_a_step_that_is_done_or_failed_is_not_begun_again(tmp_path: Path) -> None:
@@ -99,14 +104,13 @@ def test_a_step_that_is_neither_is_requeued(tmp_path: Path, code: int) -> None:
 
 
 def test_a_job_that_slurm_is_ending_is_left_to_it(tmp_path: Path) -> None:
-    code, asked, failed = run_end(tmp_path, 143, state="COMPLETING")
-    assert (code, asked, failed.exists()) == (1, ["show"], False)
+    assert run_end(tmp_path, 143, state="COMPLETING") == (1, ["show"], "")
 
 
 def test_a_step_that_never_gets_done_fails_in_the_end(tmp_path: Path) -> None:
-    code, asked, failed = run_end(tmp_path, 137, state="RUNNING", restarts=3)
+    code, asked, said = run_end(tmp_path, 137, state="RUNNING", restarts=3)
     assert (code, asked) == (1, ["show"])
-    assert "not done after 4 starts (exit code 137)" in failed.read_text()
+    assert said.startswith(f"-m launch.giveup {tmp_path} 2 step 2 is not done after 4 starts (exit code 137)")
 
 
 def test_resources_grow_from_a_step_on() -> None:
@@ -142,10 +146,10 @@ def test_a_wrong_cluster_file_is_one_line(tmp_path: Path) -> None:
 
 
 def test_words_of_the_cluster_are_told_from_the_stream_s() -> None:
-    assert split_words(["seed=1", "cluster.nodes=2", "data.cache=none"]) == (
-        ["seed=1", "data.cache=none"],
-        ["nodes=2"],
-    )
+    words = ["seed=1", "cluster.nodes=2", "data.cache=none"]
+    assert split_words(words, "slurm") == (["seed=1", "data.cache=none"], ["nodes=2"])
+    with pytest.raises(ConfigError, match=r"cluster\.nodes=2: .* --cluster"):
+        split_words(words, None)
 
 
 def test_the_code_is_copied_once_for_each_state_it_is_in(tmp_path: Path) -> None:

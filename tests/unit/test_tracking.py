@@ -2,7 +2,9 @@
 
 import json
 import multiprocessing
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,10 @@ from mlflow import MlflowClient
 from avcil_dist.config import TrackingConfig
 from avcil_dist.errors import ConfigError, StepStopped, TrackingError
 from avcil_dist.tracking.delivery import MlflowDelivery
-from avcil_dist.tracking.mlflow import find_stream, tracking_uri
+from avcil_dist.tracking.mlflow import connect, find_stream, tracking_uri
 from avcil_dist.tracking.sender import Sender
 from avcil_dist.tracking.spool import Spool
-from avcil_dist.tracking.tracker import STREAM, StepTracker
+from avcil_dist.tracking.tracker import STREAM, StepTracker, unended_steps
 from avcil_dist.tracking.transport import download_step
 from avcil_dist.training.committed import commit, write_files
 from avcil_dist.training.metrics import StreamMetrics
@@ -241,6 +243,15 @@ def test_the_run_says_how_the_step_ended(
     assert client.get_run(runs[STREAM]).info.status == status
 
 
+def test_a_step_whose_process_was_killed_is_known_as_not_ended(stream: Stream) -> None:
+    with StepTracker(stream.spool, 0):
+        assert unended_steps(stream.spool) == ["0"]
+    StepTracker(stream.spool, 1).__enter__()
+    assert unended_steps(stream.spool) == ["1"]
+    StepTracker(stream.spool, 0).__enter__()  # begun again
+    assert unended_steps(stream.spool) == ["1", "0"]
+
+
 def test_a_record_that_no_server_takes_is_left_out_and_said(
     stream: Stream, client: MlflowClient, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -271,6 +282,20 @@ def run_stream_of(folder: str, output: str) -> None:
         tracker.metrics({"loss": 1.0}, 0)
     stream.spool.append("end", run=STREAM, status="FINISHED")
     sys.exit(0 if stream.send(patience=240.0) else 1)  # eight at once on a busy machine wait for each other
+
+
+def test_a_database_whose_making_was_killed_is_made_anew(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    words = [sys.executable, "-c", f"from avcil_dist.tracking.mlflow import connect; connect({uri!r})"]
+    with subprocess.Popen(words) as process:
+        new = tmp_path / "mlflow.db.new"
+        while not new.exists() or not new.stat().st_size:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+    assert not (tmp_path / "mlflow.db").exists()
+    assert connect(uri).search_experiments()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mlflow.db", "mlflow.db.lock"]
 
 
 def test_eight_processes_at_once_on_a_fresh_database_are_all_told(tmp_path: Path) -> None:

@@ -16,6 +16,21 @@
 # setup
 trap : TERM USR2  # signals are for the ranks; the shell waits for what they make of them
 export PYTHONSAFEPATH=1  # not the working folder's modules
+again() {
+  if [ "${SLURM_RESTART_COUNT:-0}" -ge 10 ]; then return; fi
+  echo "avcil: step 0 is not done ($1); requeued, it goes on from its last snapshot"
+  if scontrol requeue "$SLURM_JOB_ID"; then sleep 600; exit 1; fi
+}
+late() {
+  trap 'kill $!; exit' TERM
+  while end=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e) && [ -n "$end" ] \
+      && end=$(date --date="$end" +%s); do
+    left=$((end - 30 - $(date +%s)))
+    if [ "$left" -le 0 ]; then again "the ranks do not answer, and its time is up"; exit; fi
+    sleep "$left" & wait $!
+  done
+}
+late & late=$!
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -24,13 +39,12 @@ srun --unbuffered --output /shared/runs/vs100-avcil-seed0/jobs/step_000/%j_%t_lo
 
 # teardown
 code=$?
+kill "$late" 2>/dev/null
 if [ -e /shared/runs/vs100-avcil-seed0/jobs/step_000.done ]; then exit 0; fi
 if [ -e /shared/runs/vs100-avcil-seed0/jobs/step_000.failed ]; then exit 2; fi
 if scontrol show job -o "$SLURM_JOB_ID" | grep -q " JobState=RUNNING "; then
-  if [ "${SLURM_RESTART_COUNT:-0}" -lt 10 ]; then
-    echo "avcil: step 0 is not done (exit code $code); requeued, it goes on from its last snapshot"
-    if scontrol requeue "$SLURM_JOB_ID"; then sleep 600; exit 1; fi
-  fi
-  echo "step 0 is not done after $((${SLURM_RESTART_COUNT:-0} + 1)) starts (exit code $code); max_requeues=10; its log says more" > /shared/runs/vs100-avcil-seed0/jobs/step_000.failed
+  again "exit code $code"
+  starts="$((${SLURM_RESTART_COUNT:-0} + 1)) starts (exit code $code); max_requeues=10"
+  /shared/venv/bin/python -m launch.giveup /shared/runs/vs100-avcil-seed0/jobs 0 "step 0 is not done after $starts; its log says more"
 fi
 exit 1

@@ -91,6 +91,7 @@ def test_a_stream_is_resumed_from_the_server_and_s3_alone(
     assert after.run.info.status == "FINISHED"
     seen = after.client.get_metric_history(after.run.info.run_id, "seen_accuracy")
     assert [point.value for point in seen] == pytest.approx(last_artifact(whole).metrics.seen_accuracy)
+    check_predicts(server, "whole-avcil")
 
     _flip_a_byte(s3_server, after.steps[2].info.run_id, "step_002/model.safetensors")
     refused = avcil(*words[:-1], f"output={tmp_path}/third")
@@ -115,12 +116,7 @@ def test_a_reference_leaves_the_bytes_where_they_are_and_is_resumed_from(
     assert ready.step == 2
     assert weights_digest(f"{tmp_path}/elsewhere/lean-avcil-seed0") == digest
 
-    mlflow.set_registry_uri(server.uri)
-    mlflow.set_tracking_uri(server.uri)
-    model = mlflow.pyfunc.load_model("models:/lean-avcil/1")
-    shape = (5, 2, 3, 16)
-    inputs = {"visual": np.zeros(shape, dtype=np.float32), "audio": np.zeros((5, 16), dtype=np.float32)}
-    assert set(model.predict(inputs)["class"]) <= set(model.metadata.metadata["classes"])
+    check_predicts(server, "lean-avcil")
 
     uri = found.steps[2].data.tags["avcil.artifact_uri"]
     data = bytearray(storage.read_bytes(f"{uri}/method.json"))
@@ -175,6 +171,33 @@ def test_a_stream_whose_server_is_away_ends_well_and_is_told_later(server: Track
     assert once_more.exit_code == 0, once_more.output
     check_told(server.uri, stream, tmp_path / "twice")
     assert len(MlflowClient(server.uri, server.uri).search_model_versions("name = 'late-avcil'")) == 1
+
+
+def test_a_stream_on_object_storage_is_told_from_there(
+    server: TrackingServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))  # the spool's place, beside such a stream
+    closed = f"http://127.0.0.1:{free_port()}"
+    words = [f"tracking.uri={closed}", "name=far", "tracking.wait_seconds=0.2"]
+    [[stream]] = run_ranks(run_told, 1, [config_of(tmp_path, server, f"output=s3://{BUCKET}/{tmp_path.name}", *words)])
+    assert stream.startswith("s3://")
+    told = avcil("sync", stream, "--uri", server.uri)
+    assert told.exit_code == 0, told.output
+    found = find_stream(server.uri, "far-avcil-seed0")
+    download_step(found.client, server.uri, found.steps[2], 2, f"{tmp_path}/back")
+    assert weights_digest(f"{tmp_path}/back") == weights_digest(stream)
+    check_predicts(server, "far-avcil")
+
+
+def check_predicts(server: TrackingServer, name: str) -> None:
+    """The model that is registered under this name is loaded, and predicts from features."""
+    mlflow.set_registry_uri(server.uri)
+    mlflow.set_tracking_uri(server.uri)
+    model = mlflow.pyfunc.load_model(f"models:/{name}/1")
+    inputs = {"visual": np.zeros((5, 2, 3, 16), dtype=np.float32), "audio": np.zeros((5, 16), dtype=np.float32)}
+    predicted = model.predict(inputs)
+    assert len(predicted) == 5
+    assert set(predicted["class"]) <= set(model.metadata.metadata["classes"])
 
 
 def _id(stream: str) -> str:

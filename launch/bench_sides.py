@@ -16,8 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from avcil_dist.config import EngineConfig, MethodConfig, OptimConfig, Precision
 from avcil_dist.data.loader import Batch
@@ -27,6 +27,7 @@ from avcil_dist.models.encoders import Precomputed
 from avcil_dist.models.network import AudioVisualNetwork
 from avcil_dist.models.precision import DTYPES
 from avcil_dist.scenario import make_scenario
+from avcil_dist.training.answers import Answers
 from avcil_dist.training.distributed import process_group
 from avcil_dist.training.engine import Engine, import_deepspeed
 from avcil_dist.training.iteration import iterate
@@ -146,18 +147,6 @@ class Stopwatch:
         return run
 
 
-class _GivenLogits(Teacher):
-    """A teacher that is asked for logits once, as where they are kept for the length of a step."""
-
-    given: Tensor | None = None
-
-    def logits(self, batch: Batch) -> Tensor:
-        """The first answer."""
-        if self.given is None:
-            self.given = super().logits(batch)
-        return self.given
-
-
 @contextmanager
 def our_side(setting: Setting, batch: Batch, watch: Stopwatch, *, given: bool) -> Iterator[Callable[[], float]]:
     """A step's second task, as the trainer runs it."""
@@ -168,7 +157,10 @@ def our_side(setting: Setting, batch: Batch, watch: Stopwatch, *, given: bool) -
     method.begin_step(StepContext(scenario, 1))
     torch.manual_seed(0)
     student, older = _network(setting, setting.classes), _network(setting, setting.old)
-    teacher = (_GivenLogits if given else Teacher)(older, device)
+    teacher = Teacher(older, device)
+    if given:
+        valid = np.ones(len(batch.clips), dtype=np.bool_)
+        teacher.remember(Answers(batch.clips, valid, teacher.output(batch, method)))
     optim, config = OptimConfig(), EngineConfig(precision=setting.precision)
     engine = Engine(student, optim=optim, config=config, rows=len(batch.labels), world=local_world(), device=device)
     engine.network.train()

@@ -11,6 +11,7 @@ from avcil_dist.training.artifact import committed_steps, load_artifact, step_ur
 from avcil_dist.training.distributed import local_device, process_group
 from avcil_dist.training.engine import set_threads
 from avcil_dist.training.evaluate import Evaluator
+from avcil_dist.training.features import FeaturePass
 from avcil_dist.training.metrics import accuracy_row, per_class_accuracy, seen_accuracy
 from avcil_dist.training.networks import restored
 from avcil_dist.world import world_from_environment
@@ -35,7 +36,7 @@ def evaluate_stream(stream: str, step: int | None, split: str, manifest_url: str
     with process_group(world, device, config.engine.timeout_minutes):
         network, method = restored(artifact, manifest.shape, step_url(stream, artifact.step))
         network.to(device)
-        evaluator = Evaluator(manifest, scenario, config.data, config.optim.eval_batch, world, device)
+        evaluator = Evaluator(FeaturePass(manifest, scenario, config.data, world, device), config.optim.eval_batch)
         found = evaluator(network, method, cast(Split, split), artifact.step, on_batch=lambda: None)
     return {
         "stream": stream,

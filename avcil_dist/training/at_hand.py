@@ -36,6 +36,8 @@ def open_store(
     store = None
     if len(kept):
         store = Store(kept, kind, device) if tier == "device" else _shared(kept, kind, world)
+        if store is None:
+            return None, "clips at hand: none, for the ranks of a node cannot share memory"
     size = len(kept) * sum(kind.sizes) / 1e9
     return store, f"clips at hand: {tier} memory, {len(kept):,} of {len(clips):,} clips, {size:.1f} GB"
 

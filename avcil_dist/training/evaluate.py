@@ -8,18 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from avcil_dist.config import DataConfig
-from avcil_dist.data.loader import FixedSource, load_on_device
-from avcil_dist.data.manifest import Manifest, Split
-from avcil_dist.data.plan import plan_evaluation, rank_share
-from avcil_dist.data.store import Store
+from avcil_dist.data.manifest import Split
 from avcil_dist.methods.base import Method
 from avcil_dist.models.network import Network
 from avcil_dist.models.outputs import Output
-from avcil_dist.scenario import Scenario
 from avcil_dist.training.distributed import gather_rows
-from avcil_dist.training.features import check_damaged
-from avcil_dist.world import World
+from avcil_dist.training.features import FeaturePass
 
 DAMAGED = -1
 
@@ -40,15 +34,10 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Predicts clips of the seen classes with all ranks together."""
+    """Predicts clips of the seen classes with all ranks together, `global_batch` at a time."""
 
-    manifest: Manifest
-    scenario: Scenario
-    data: DataConfig
+    features: FeaturePass
     global_batch: int
-    world: World
-    device: torch.device
-    store: Store | None = None
 
     def __call__(
         self, network: Network, method: Method, split: Split, step: int, *, on_batch: Callable[[], None]
@@ -57,33 +46,18 @@ class Evaluator:
 
         Raises DataError on all ranks when more clips are damaged than `data.max_bad_fraction` allows.
         """
-        clips = self.manifest.clips(self.scenario.seen(step), split)
-        batches = rank_share(plan_evaluation(clips, self.global_batch), self.world.rank, self.world.size)
-        source = FixedSource(batches)
+        manifest, scenario = self.features.manifest, self.features.scenario
+        clips = manifest.clips(scenario.seen(step), split)
         predicted: list[Tensor] = []
-        faults: list[str] = []
-        was_training = network.training
-        network.eval()
-        with torch.no_grad():  # not inference_mode: what ZeRO 3 gathers under it could not be trained on afterwards
-            for batch in load_on_device(
-                source,
-                manifest=self.manifest,
-                labels=self.scenario.labels,
-                data=self.data,
-                device=self.device,
-                store=self.store,
-            ):
-                output = network(batch.visual, batch.audio)
-                predicted.append(_predict(method, output, batch.valid))
-                faults.extend(batch.faults)
-                on_batch()
-        network.train(was_training)
+        for batch, output in self.features.batches(network, clips, self.global_batch):
+            predicted.append(_predict(method, output, batch.valid))
+            on_batch()
         predictions = _in_order(torch.stack(predicted))[: len(clips)]
-        check_damaged(int((predictions == DAMAGED).sum()), len(predictions), faults, self.data)
-        labels = self.manifest.shard_labels(self.scenario.labels)[self.manifest.shards_of(clips)]
+        labels = manifest.shard_labels(scenario.labels)[manifest.shards_of(clips)]
         return Predictions(clips, labels, predictions)
 
 
+@torch.no_grad()
 def _predict(method: Method, output: Output, valid: Tensor) -> Tensor:
     return method.scores(output).argmax(dim=1).masked_fill(~valid, DAMAGED)
 

@@ -46,12 +46,14 @@ class FeaturePass:
     device: torch.device
     store: Store | None = None
 
-    def read(self, clips: np.ndarray) -> Iterator[Batch]:
+    def read(self, clips: np.ndarray, global_batch: int | None = None) -> Iterator[Batch]:
         """The rank's part of the clips, on its device. All ranks have equally many batches; padding is not valid.
 
-        Raises DataError at the end, on all ranks, when more clips are damaged than `data.max_bad_fraction` allows.
+        `global_batch`: clips at a time on all ranks; by default so many that it does not matter how many ranks
+        there are. Raises DataError at the end, on all ranks, when more clips are damaged than
+        `data.max_bad_fraction` allows.
         """
-        plan = plan_evaluation(clips, ROWS * self.world.size)
+        plan = plan_evaluation(clips, global_batch or ROWS * self.world.size)
         source = FixedSource(rank_share(plan, self.world.rank, self.world.size))
         num_good, faults = torch.zeros(1, dtype=torch.long, device=self.device), list[str]()
         for batch in load_on_device(
@@ -66,14 +68,18 @@ class FeaturePass:
             faults.extend(batch.faults)
             yield batch
         num_bad = len(clips) - int(gather_rows(num_good, 1).sum())
-        check_damaged(num_bad, len(clips), faults, self.data)
+        if num_bad > self.data.max_bad_fraction * len(clips):
+            named = collect_texts(tuple(faults))[0]
+            raise DataError(f"{num_bad} of {len(clips)} clips are damaged, the first: {named}")
 
-    def batches(self, network: Network, clips: np.ndarray) -> Iterator[tuple[Batch, Output]]:
+    def batches(
+        self, network: Network, clips: np.ndarray, global_batch: int | None = None
+    ) -> Iterator[tuple[Batch, Output]]:
         """`read`, and what the network makes of each batch, without gradient."""
         was_training = network.training
         network.eval()
-        for batch in self.read(clips):
-            with torch.no_grad():
+        for batch in self.read(clips, global_batch):
+            with torch.no_grad():  # not inference_mode: what ZeRO 3 gathers under it could not be trained on afterwards
                 output = network(batch.visual, batch.audio)
             yield batch, output
         network.train(was_training)
@@ -94,10 +100,3 @@ class FeaturePass:
             found[name] = ClassFeatures(numbers[good[part].numpy()], rows[part][good[part]])
             first += len(numbers)
         return found
-
-
-def check_damaged(num_bad: int, count: int, faults: list[str], data: DataConfig) -> None:
-    """Raises DataError, on all ranks, when more of `count` clips are damaged than the configuration allows."""
-    if num_bad > data.max_bad_fraction * count:
-        named = collect_texts(tuple(faults))[0]
-        raise DataError(f"{num_bad} of {count} clips are damaged, the first: {named}")

@@ -91,7 +91,7 @@ def step_in_group(
     store = _store(source, context, method, device, observer) if method.needs.trains_at(step) else None
     features = FeaturePass(manifest, scenario, config.data, world, device, store)
     student, teacher = NetworkMaker(config, manifest, context, method, features, device).make(previous)
-    evaluator = Evaluator(manifest, scenario, config.data, config.optim.eval_batch, world, device, store)
+    evaluator = Evaluator(features, config.optim.eval_batch)
 
     snapshots = SnapshotKeeper(config, manifest.content_hash, step, world, reset_optimizer)
     if method.needs.trains_at(step):

@@ -94,7 +94,7 @@ class Trainer:
         if self.teacher and not self.config.data.augment.is_on:  # what is varied is new to the teacher each time
             self._answers = self._asked(self.teacher)
             self.teacher.remember(self._answers)
-        labels = self.evaluator.scenario.labels
+        labels = self.features.scenario.labels
         with exemplars_at_hand(replace(self.source, start=state.iteration)) as (source, manifest):
             engine = self._make_engine(student)
             if snapshot and snapshot.optimizer is not None:

@@ -18,6 +18,7 @@ from avcil_dist.models.network import Network, build_network
 from avcil_dist.scenario import Scenario
 from avcil_dist.training.engine import Engine
 from avcil_dist.training.evaluate import Evaluator
+from avcil_dist.training.features import FeaturePass
 from avcil_dist.training.iteration import gather_batch
 from avcil_dist.training.stream import scenario_of
 from avcil_dist.training.teacher import Teacher
@@ -129,7 +130,7 @@ def _evaluate(world: World, config: Config, global_batch: int) -> tuple[list[int
     method = make_method(config.method)
     torch.manual_seed(0)
     network = build_network(config.model, config.data.clip, manifest.shape, 6)
-    evaluator = Evaluator(manifest, scenario_of(config, manifest), config.data, global_batch, world, CPU)
+    evaluator = Evaluator(FeaturePass(manifest, scenario_of(config, manifest), config.data, world, CPU), global_batch)
     found = evaluator(network, method, "test", 2, on_batch=lambda: None)
     return found.labels.tolist(), found.predictions.tolist()
 

@@ -14,6 +14,7 @@ from avcil_dist.data.store import RowKind, Store
 from avcil_dist.training.at_hand import LIMITS, _free_in_group, free_host_bytes
 from tests.features import damage, make_feature_shards
 from tests.reading import digest, labels_of, total, training_source
+from tests.rendered import tiny_manifest
 
 CPU = torch.device("cpu")
 BAD = "train-001-00003"
@@ -64,6 +65,19 @@ def test_batches_are_the_same_from_every_tier_and_a_clip_is_read_once(
         again = batches_of(source, store)
         assert total(again)["read_bytes"] < total(plain)["read_bytes"] / 20  # what is damaged, and only that
         assert [digest(batch) for batch in again] == [digest(batch) for batch in plain]
+
+
+@pytest.mark.parametrize("tier", ["device", "host"])
+def test_decoded_clips_are_at_hand_from_their_first_epoch_on(tmp_path: Path, tier: str) -> None:
+    videos = tiny_manifest(tmp_path, ["a", "b"], {"train": 4})
+    clip = {"frames": 2, "size": 16, "mel_frames": 16, "mel_bins": 8}
+    source = training_source(videos, epochs=3, batch=4, clip=clip, workers=1)
+    plain = [digest(batch) for batch in batches_of(source, None)]
+    store = Store(source.clips, RowKind.of(videos, source.data.clip), CPU if tier == "device" else None)
+    assert [digest(batch) for batch in batches_of(source, store)] == plain
+    again = batches_of(source, store)
+    assert [digest(batch) for batch in again] == plain
+    assert total(again)["read_bytes"] == 0
 
 
 @pytest.mark.parametrize("tier", ["device", "host"])

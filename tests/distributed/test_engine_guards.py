@@ -9,9 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from avcil_dist.config import ClipConfig, EngineConfig, ModelConfig, OptimConfig
+from avcil_dist.config import ClipConfig, EngineConfig, MethodConfig, ModelConfig, OptimConfig
+from avcil_dist.data.loader import Batch
+from avcil_dist.errors import TrainingError
+from avcil_dist.methods import make_method
+from avcil_dist.methods.base import StepContext
 from avcil_dist.models.network import HeadedNetwork, build_network
+from avcil_dist.scenario import make_scenario
 from avcil_dist.training.engine import Engine
+from avcil_dist.training.iteration import iterate
 from avcil_dist.world import World
 from tests.ranks import CPU, run_ranks
 
@@ -28,6 +34,7 @@ class Found(NamedTuple):
     unused: dict[str, Tensor]
     overflow: tuple[list[bool], list[float], bool]
     not_finite: tuple[bool, bool]
+    iteration: str
     is_gone: bool
 
 
@@ -127,6 +134,24 @@ def a_gradient_that_is_not_finite(world: World, stage: int) -> tuple[bool, bool]
     return taken, moved
 
 
+def an_iteration_whose_gradient_is_not_finite(world: World, stage: int) -> str:
+    """What is said of it."""
+    network = student()
+    network.classifier.weight.register_hook(lambda gradient: gradient * torch.inf)
+    engine = engine_of(world, stage, network)
+    method = make_method(MethodConfig(name="finetune"))
+    method.begin_step(StepContext(make_scenario(list("abcde"), steps=[5]), 0))
+    labels, valid = torch.arange(ROWS), torch.ones(ROWS, dtype=torch.bool)
+    batch = Batch(*batch_of(world, 0), labels, valid, ROWS, clips=labels.numpy())
+    try:
+        iterate(engine, batch, method=method, teacher=None)
+    except TrainingError as error:
+        return str(error)
+    finally:
+        engine.close()
+    return "was not noticed"
+
+
 def a_closed_engine(world: World, stage: int) -> bool:
     network = student()
     engine = engine_of(world, stage, network)
@@ -148,6 +173,7 @@ def check_all(world: World) -> dict[int, Found]:
             unused_parameters(world, stage),
             an_overflow(world, stage),
             a_gradient_that_is_not_finite(world, stage),
+            an_iteration_whose_gradient_is_not_finite(world, stage) if stage else "",
             a_closed_engine(world, stage),
         )
         for stage in STAGES
@@ -195,6 +221,7 @@ def test_an_overflow_in_fp16_takes_no_step_and_halves_the_scale_on_all_ranks(
 def test_a_gradient_that_is_not_finite_takes_no_step(found: list[dict[int, Found]], stage: int) -> None:
     for results in found:
         assert results[stage].not_finite == (False, False)
+        assert results[stage].iteration.startswith("the gradient is not finite, the loss is; ")
 
 
 @pytest.mark.parametrize("stage", STAGES)

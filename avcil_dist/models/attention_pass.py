@@ -24,9 +24,8 @@ from torch.autograd.function import once_differentiable
 
 from avcil_dist.models.sweeps import Compared, Sweeps
 
-TILE_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}  # most of a tile's keys; a processor's last cache holds some tiles
+TILE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}  # most of a tile's keys; a processor's last cache holds some tiles
 ROOM = 2  # times the bytes of the tokens: most that forward keeps for backward
-PRODUCTS = 16  # that backward adds up, and converts, at a time
 
 
 @dataclass(frozen=True)
@@ -126,22 +125,18 @@ class AttentionPass:
         if side.tokens.dtype == side.weight.dtype:
             return side.tokens
         # Fresh memory for every tile would cost as much as the sweeps do.
-        converted, tokens = self._memory("tokens", side), side.tokens
-        if tokens.device.type == "cpu" and {tokens.dtype, converted.dtype} == {torch.float16, torch.bfloat16}:
-            # One half to the other torch converts ten times slower than by way of float32.
-            tokens = self._memory("float", side, torch.float32).copy_(tokens)
-        return converted.copy_(tokens)
+        return self.sweeps.convert(side.tokens, self._memory("tokens", side))
 
     def _map(self, side: Side, tokens: Tensor, out: Tensor) -> Tensor:
         """What the keys are the tanh of, but for the bias."""
         torch.mm(tokens.flatten(0, 2), side.weight.mT, out=out.flatten(0, 2))
         return out
 
-    def _memory(self, name: str, side: Side, dtype: torch.dtype | None = None) -> Tensor:
-        """Room for a tile's tokens in a type, by default the one computed in; used again and again."""
+    def _memory(self, name: str, side: Side) -> Tensor:
+        """Room for a tile's tokens in the type computed in; used again and again."""
         shape = side.tokens.shape
         if name not in self._memories or len(self._memories[name]) < shape[0]:
-            self._memories[name] = torch.empty(shape, dtype=dtype or side.weight.dtype, device=side.tokens.device)
+            self._memories[name] = torch.empty(shape, dtype=side.weight.dtype, device=side.tokens.device)
         return self._memories[name][: shape[0]]
 
     def _memory_of_keys(self, name: str, side: Side, kept: bool) -> Tensor:
@@ -310,8 +305,8 @@ class Attend(torch.autograd.Function):
             of_guide = _along_guide(slopes, pooled, divergence) if wanted.guide else None
             share = pooled[: len(products)] / work.scale
             of_weight = torch.zeros(weight.shape, dtype=guide.dtype, device=guide.device)
-            for some, factors in zip(products.split(PRODUCTS), share.split(PRODUCTS), strict=True):
-                of_weight += torch.einsum("bo,boi->oi", factors, some.to(guide.dtype))
+            for product, factors in zip(products, share, strict=True):
+                of_weight.addcmul_(product, factors.unsqueeze(1))
             of_bias = (share * bias_slopes).sum(0)
             of_tokens = torch.empty_like(tokens) if wanted.tokens else None
             _add_late(work, kept, (pooled, divergence), of_weight, of_bias, of_tokens)

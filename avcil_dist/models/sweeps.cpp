@@ -6,7 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
-#if defined(__F16C__)
+#if defined(__F16C__) || defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
 
@@ -53,9 +53,13 @@ inline Vector widen(const Float16* from) {
 inline void narrow(Vector v, Float* to) { std::memcpy(to, &v, sizeof v); }
 
 inline void narrow(Vector v, BFloat16* to) {  // to the nearest, ties to even
+#if defined(__AVX512BF16__)
+    const Halves half = (Halves)_mm512_cvtneps_pbh((__m512)v);
+#else
     const Integers bits = (Integers)v;
     const Integers rounded = bits + 0x7fff + ((bits >> 16) & 1);
-    const Halves half = __builtin_convertvector((rounded >> 16) & 0xffff, Halves);
+    const Halves half = __builtin_convertvector((v != v ? bits | 0x400000 : rounded) >> 16 & 0xffff, Halves);
+#endif
     std::memcpy(to, &half, sizeof half);
 }
 
@@ -219,6 +223,16 @@ void differentiate(const Key* keys, const Token* tokens, const float* guide, con
     });
 }
 
+template <typename From, typename To>
+void convert(const From* from, To* to, int64_t count) {
+#pragma omp parallel for schedule(static)
+    for (int64_t first = 0; first < count; first += RANGE)
+        for (int64_t at = first; at < first + RANGE && at < count; at += LANES) {
+            const int left = count - at < LANES ? int(count - at) : LANES;
+            store(load(from + at, left), to + at, left);
+        }
+}
+
 template <typename Key, typename Token>
 void attend_either(Key* keys, const float* bias, const Token* tokens, const float* guide, float* sums,
                    const Shape& shape, bool keep, bool moments) {
@@ -256,3 +270,7 @@ SWEEPS(BFloat16, BFloat16)
 SWEEPS(BFloat16, Float16)
 COMPARISON(Float)
 COMPARISON(BFloat16)
+
+extern "C" void convert_Float16_BFloat16(const void* from, void* to, int64_t count) {
+    convert((const Float16*)from, (BFloat16*)to, count);
+}

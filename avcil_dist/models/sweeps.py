@@ -23,6 +23,9 @@ class Compared(NamedTuple):
 class Sweeps(Protocol):
     """What a device must know; all tensors contiguous, sums (…, C, T, D) over positions."""
 
+    def convert(self, tokens: Tensor, out: Tensor) -> Tensor:
+        """The tokens in the type of `out`, which is returned."""
+
     def attend(
         self, keys: Tensor, bias: Tensor, tokens: Tensor, guide: Tensor, *, store: bool, moments: bool
     ) -> Tensor:
@@ -46,6 +49,10 @@ class Sweeps(Protocol):
 
 class TorchSweeps:
     """Any device, any floating type."""
+
+    def convert(self, tokens: Tensor, out: Tensor) -> Tensor:
+        """See `Sweeps`."""
+        return out.copy_(tokens)
 
     def attend(
         self, keys: Tensor, bias: Tensor, tokens: Tensor, guide: Tensor, *, store: bool, moments: bool

@@ -160,6 +160,10 @@ def _differentiate(
 class TritonSweeps:
     """For keys and tokens of any floating type but float64; sums are float32."""
 
+    def convert(self, tokens: Tensor, out: Tensor) -> Tensor:
+        """See `Sweeps`."""
+        return out.copy_(tokens)
+
     def attend(
         self, keys: Tensor, bias: Tensor, tokens: Tensor, guide: Tensor, *, store: bool, moments: bool
     ) -> Tensor:

@@ -61,7 +61,7 @@ def measure_stream(
     shape = {"frames": frames, "positions": positions, "dim": dim}
     counts = {"train": each, "val": val, "test": 1}
     url = make_feature_shards(folder / "shards", classes=2 * CLASSES, clips=counts, **shape)  # type: ignore[arg-type]
-    fixed = (f"data.manifest={url}", "data.source_disjoint=false", "scenario.steps=2", f"output={folder}/runs")
+    fixed = (f"data.manifest={url}", "data.source_disjoint=false", f"scenario.steps={CLASSES}", f"output={folder}/runs")
 
     batch = load_config("vs100_ci", (*overrides, *fixed)).optim.batch
     per_epoch = each * CLASSES // batch

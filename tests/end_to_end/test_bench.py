@@ -39,6 +39,9 @@ def test_stream_trains_two_steps_and_extrapolates(tmp_path: Path) -> None:
     assert 0 <= found["waiting_share_later_epochs"] < 1
     hours = 10 * 200 * (5119 // 8) / found["iterations_per_second"] / 3600
     assert found["vs100_ci_hours"]["training"] == pytest.approx(hours)
+    assert found["vs100_ci_hours"]["validation"] == pytest.approx(
+        200 * 27_500 / found["validation_clips_per_second"] / 3600
+    )
 
 
 def test_loader_is_measured_beside_the_disk(tmp_path: Path) -> None:

@@ -9,13 +9,14 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from typing import NamedTuple
 
 import click
 
 from avcil_dist.compose import flatten
 from avcil_dist.config import Config, TrackingConfig
 from avcil_dist.errors import TrackingError
-from avcil_dist.tracking.mlflow import CHANGES_TAG, ORIGIN_RUN_TAG, ORIGIN_STEP_TAG, shown, tracking_uri
+from avcil_dist.tracking.mlflow import CHANGES_TAG, ORIGIN_RUN_TAG, ORIGIN_STEP_TAG, shown, tracking_uri, with_uri
 from avcil_dist.tracking.sender import Delivery, Sender
 from avcil_dist.tracking.spool import Spool, spool_folder
 from avcil_dist.tracking.tracker import STREAM, StepTracker, end_status, unended_steps
@@ -100,14 +101,13 @@ def publish_step(config: Config, tracker: StepTracker, num_steps: int) -> None:
         tracker.spool.append("end", run=STREAM, status="FINISHED")
 
 
-def unsent(config: Config) -> str | None:
-    """Why not everything of a stream has been told, or None when it has."""
-    stream, uri = stream_url(config), tracking_uri(config.tracking, config.output)
-    record = read_record(stream)
-    if record is None:
+def unsent(stream: str) -> str | None:
+    """Why not everything of a stream has been told to its server, or None when it has."""
+    told = _told_of(stream)
+    if told is None:
         return None
-    spool = _spool(stream, record.id)
-    return None if spool.is_sent(uri) else spool.note(uri).reason or "it was not asked yet"
+    uri = tracking_uri(told.tracking, told.output)
+    return None if told.spool.is_sent(uri) else told.spool.note(uri).reason or "it was not asked yet"
 
 
 def sync_stream(stream: str, *, uri: str | None, again: bool) -> str:
@@ -117,19 +117,17 @@ def sync_stream(stream: str, *, uri: str | None, again: bool) -> str:
     TrackingError when the server stays away, or where there is nothing of a stream.
     """
     stream = stream.rstrip("/")
-    record = read_record(stream)
-    opened = _spool(stream, record.id).records("open") if record else []
-    if record is None or not opened:
+    told = _told_of(stream)
+    if told is None:
         raise TrackingError(f"{stream}: nothing was told of a stream here; give the folder that `avcil train` printed")
-    tracking = TrackingConfig.model_validate(opened[-1]["tracking"] | ({"uri": uri} if uri else {}))
-    spool, output = _spool(stream, record.id), opened[-1]["output"]
-    where = tracking_uri(tracking, output)
+    tracking = with_uri(told.tracking, uri) if uri else told.tracking
+    spool, where = told.spool, tracking_uri(tracking, told.output)
     if again:
         with spool.sending_lock(where):
             note = spool.note(where)
             note.offset = 0
             spool.save_note(where, note)
-    sender = _sender(spool, tracking, output, stream, record.id)
+    sender = _sender(spool, tracking, told.output, stream, told.id)
     sender.start()
     if not sender.close(max(tracking.wait_seconds, SYNC_SECONDS)):
         raise TrackingError(
@@ -137,6 +135,27 @@ def sync_stream(stream: str, *, uri: str | None, again: bool) -> str:
             f"then run avcil sync {stream} again; what it is to be told is kept in {spool.path}"
         )
     return where
+
+
+class _Told(NamedTuple):
+    """What a stream's spool says of itself: the stream's id, and the settings of its last start."""
+
+    id: str
+    spool: Spool
+    tracking: TrackingConfig
+    output: str
+
+
+def _told_of(stream: str) -> _Told | None:
+    """None where nothing of a stream was ever to be told."""
+    record = read_record(stream)
+    if record is None:
+        return None
+    spool = _spool(stream, record.id)
+    opened = spool.records("open")
+    if not opened:
+        return None
+    return _Told(record.id, spool, TrackingConfig.model_validate(opened[-1]["tracking"]), opened[-1]["output"])
 
 
 @contextmanager

@@ -40,14 +40,14 @@ def resume(
       avcil resume demo-avcil-seed0 --cluster my-cluster.yaml output=runs cluster.nodes=2
     """
     from avcil_dist.config import TrackingConfig
-    from avcil_dist.tracking.mlflow import tracking_uri
+    from avcil_dist.tracking.mlflow import tracking_uri, with_uri
     from launch.jobs import split_words
     from launch.local import run_stream
     from launch.resume import Wish, prepare
 
     if processes < 1:
         raise click.BadParameter("at least 1", param_hint="--processes")
-    place = tracking_uri(TrackingConfig(uri=uri), "runs")
+    place = tracking_uri(with_uri(TrackingConfig(), uri), "runs")
     settings, of_cluster = split_words(overrides, cluster)
     ready = prepare(place, run, Wish(tuple(settings), from_step, fork, force))
     click.echo(f"{ready.config.stream_name}: goes on after step {ready.step}", err=True)

@@ -97,7 +97,7 @@ def print_status(stream: str, console: Console) -> None:
             console.print(f"last lines of {escape(str(log))}", highlight=False)
             for line in log.read_text(errors="replace").splitlines()[-TAIL_LINES:]:
                 console.print(f"  {escape(line)}", highlight=False, soft_wrap=True)
-    reason = unsent(chain.config())
+    reason = unsent(stream)
     if reason and not any(step.is_live for step in steps):
         console.print(
             f"not all is uploaded ({escape(reason)}); finish with: avcil sync {escape(stream)}",

@@ -28,6 +28,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+from pydantic import ValidationError
 from requests import RequestException
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -61,6 +62,14 @@ def tracking_uri(tracking: TrackingConfig, output: str) -> str:
             "without it the runs go to a database in the output folder"
         )
     return tracking.uri
+
+
+def with_uri(tracking: TrackingConfig, uri: str | None) -> TrackingConfig:
+    """The settings with another server or database. Raises ConfigError for a uri that has a password in it."""
+    try:
+        return TrackingConfig.model_validate(tracking.model_dump() | {"uri": uri})
+    except ValidationError as error:
+        raise ConfigError(f"--uri: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
 
 
 def connect(uri: str) -> MlflowClient:

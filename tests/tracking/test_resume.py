@@ -131,6 +131,14 @@ def test_force_is_recorded(folder: Path, tmp_path: Path) -> None:
         resume(folder, tmp_path / "other", "data.source_disjoint=true", from_step=0, force=True)
 
 
+def test_a_password_in_the_uri_is_refused_and_not_shown() -> None:
+    result = avcil("resume", NAME, "--uri", "http://someone:secret@server")
+    assert result.exit_code == 2
+    assert result.output == (
+        "avcil: --uri: no user or password here; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD\n"
+    )
+
+
 def test_another_stream_in_the_folder_is_left_alone(folder: Path, tmp_path: Path) -> None:
     (tmp_path / NAME).mkdir()
     (tmp_path / NAME / "stream.json").write_text('{"id": "x", "origin_run": null, "origin_step": null, "changes": []}')

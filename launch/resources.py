@@ -163,6 +163,7 @@ def _setup(cluster: ClusterConfig, code: str | None, step: int) -> list[str]:
         "}",
         "late() {",
         "  trap 'kill $!; exit' TERM",
+        "  export SLURM_TIME_FORMAT=standard",
         '  while end=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e) && [ -n "$end" ] \\',
         '      && end=$(date --date="$end" +%s); do',
         f"    left=$((end - {late_seconds} - $(date +%s)))",

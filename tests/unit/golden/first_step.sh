@@ -23,6 +23,7 @@ again() {
 }
 late() {
   trap 'kill $!; exit' TERM
+  export SLURM_TIME_FORMAT=standard
   while end=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e) && [ -n "$end" ] \
       && end=$(date --date="$end" +%s); do
     left=$((end - 30 - $(date +%s)))

@@ -7,10 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import triton
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from avcil_dist.models import attention as attention_module
-from avcil_dist.models import attention_pass, sweeps_native
+from avcil_dist.models import attention_pass, sweeps_native, sweeps_triton
 from avcil_dist.models.attention import AudioGuidedAttention, TeacherView
 from avcil_dist.models.encoders import Precomputed
 from avcil_dist.models.network import AudioVisualNetwork
@@ -171,6 +174,21 @@ def test_triton_kernels_give_what_torch_gives() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["torch.float32", "torch.bfloat16", "torch.float16"]
+
+
+@pytest.mark.parametrize("keys", ["*bf16", "*fp16", "*fp32"])
+@pytest.mark.parametrize("kernel", ["_attend", "_compare", "_differentiate"])
+def test_triton_kernels_are_compiled_for_a_gpu_that_is_not_here(kernel: str, keys: str) -> None:
+    function = getattr(sweeps_triton, kernel)
+    sizes = {"ROWS": sweeps_triton.POSITIONS, "LANES": sweeps_triton.CHANNELS}
+    chosen = {"STORE": True, "MOMENTS": True, "COMPARED": True, **sizes}
+    types = dict.fromkeys(("keys", "bias", "student", "other_keys", "out"), keys) | {"tokens": "*fp16"}
+    types |= dict.fromkeys(("frames", "positions", "dim"), "i32") | {"stride": "i64"}
+    signature = {name: "constexpr" if name in chosen else types.get(name, "*fp32") for name in function.arg_names}
+    values = {(number,): chosen[name] for number, name in enumerate(function.arg_names) if name in chosen}
+    compiled = triton.compile(ASTSource(function, signature, values), target=GPUTarget("cuda", 90, 32))
+    assert ".target sm_90" in compiled.asm["ptx"]
+    assert compiled.asm["cubin"]
 
 
 @pytest.mark.parametrize("choice", ["torch", pytest.param("auto", marks=native)])

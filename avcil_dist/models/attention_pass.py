@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from avcil_dist.models.sweeps import Compared, Sweeps
 
 TILE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}  # most of a tile's keys; a processor's last cache holds some tiles
+PRODUCTS = 64  # that a GPU weighs, and converts, at a time
 ROOM = 2  # times the bytes of the tokens: most that forward keeps for backward
 
 
@@ -305,8 +306,7 @@ class Attend(torch.autograd.Function):
             of_guide = _along_guide(slopes, pooled, divergence) if wanted.guide else None
             share = pooled[: len(products)] / work.scale
             of_weight = torch.zeros(weight.shape, dtype=guide.dtype, device=guide.device)
-            for product, factors in zip(products, share, strict=True):
-                of_weight.addcmul_(product, factors.unsqueeze(1))
+            _add_weighed(of_weight, products, share)
             of_bias = (share * bias_slopes).sum(0)
             of_tokens = torch.empty_like(tokens) if wanted.tokens else None
             _add_late(work, kept, (pooled, divergence), of_weight, of_bias, of_tokens)
@@ -347,6 +347,16 @@ def _add_late(
             direct = (made[1].to(side.guide.dtype) * side.guide[:, None, None]).exp_()
             direct.mul_(of_exponential.unsqueeze(2)).add_(of_map @ side.weight)
             of_tokens[tile.rows] = direct
+
+
+def _add_weighed(total: Tensor, products: Tensor, factors: Tensor) -> None:
+    """Add the products (B, D, D), row o of each times its factor (B, D)."""
+    if total.device.type == "cpu":  # whose einsum would copy every row
+        for product, factor in zip(products, factors, strict=True):
+            total.addcmul_(product, factor.unsqueeze(1))
+        return
+    for some, factor in zip(products.split(PRODUCTS), factors.split(PRODUCTS), strict=True):
+        total += torch.einsum("bo,boi->oi", factor, some.to(total.dtype))
 
 
 def _recall(tile: _Tile, remaining: Iterator[Tensor]) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

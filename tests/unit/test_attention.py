@@ -170,7 +170,7 @@ def test_compiled_sweeps_give_what_float64_gives(tokens: torch.dtype, tokens_too
 def test_triton_kernels_give_what_torch_gives() -> None:
     """In a process of their own: Triton must know at its import that its interpreter is to run them."""
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "tests.triton_interpreted"]
+    command = [sys.executable, "-m", "tests.triton_kernels"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["torch.float32", "torch.bfloat16", "torch.float16"]

@@ -1,4 +1,7 @@
-"""Attention with Triton's kernels, run by its interpreter, against plain torch; prints the types that agree."""
+"""Attention with Triton's kernels against plain torch; prints the types that agree.
+
+Run with TRITON_INTERPRET=1 it is Triton's interpreter that runs them, on the processor.
+"""
 
 from unittest import mock
 
@@ -19,22 +22,23 @@ def run(
     """Results and gradients; the last clip is compared with a teacher."""
     audio, visual = batch[0].clone().requires_grad_(), batch[1]
     torch.manual_seed(1)
-    view = TeacherView(AudioGuidedAttention(DIM), batch[0][2:], visual[2:])
+    view = TeacherView(AudioGuidedAttention(DIM).to(audio.device), audio[2:].detach(), visual[2:])
     with (
         mock.patch.object(attention, "_sweeps", return_value=sweeps),
-        torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
+        torch.autocast(audio.device.type, dtype, enabled=dtype != torch.float32),
     ):
         pooled, divergence = student(audio, visual, view)
     results = [pooled, divergence.spatial, divergence.temporal]
-    total = (pooled * torch.randn(CLIPS, DIM)).sum() + divergence.spatial.sum() + 2 * divergence.temporal.sum()
+    factors = torch.randn(CLIPS, DIM).to(pooled.device)
+    total = (pooled * factors).sum() + divergence.spatial.sum() + 2 * divergence.temporal.sum()
     return [*results, *torch.autograd.grad(total, [audio, *student.parameters()])]
 
 
-def main() -> None:
+def main(device: str = "cpu") -> None:
     """Compare in each type."""
     torch.manual_seed(0)
-    student = AudioGuidedAttention(DIM)
-    batch = torch.randn(CLIPS, DIM), torch.randn(CLIPS, FRAMES, POSITIONS, DIM).half()
+    student = AudioGuidedAttention(DIM).to(device)
+    batch = torch.randn(CLIPS, DIM).to(device), torch.randn(CLIPS, FRAMES, POSITIONS, DIM).half().to(device)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         tolerance = 1e-5 if dtype == torch.float32 else 0.02
         pairs = zip(run(TritonSweeps(), dtype, student, batch), run(TorchSweeps(), dtype, student, batch), strict=True)

@@ -1,0 +1,55 @@
+"""What only a GPU can show: kernels, transfers, and a stream there beside one on the processor."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from avcil_dist.data.loader import Batch, load_on_device
+from avcil_dist.data.manifest import load_manifest
+from avcil_dist.data.store import RowKind, Store
+from tests import triton_kernels
+from tests.features import make_feature_shards
+from tests.reading import digest, labels_of, training_source
+from tests.streams import avcil, last_artifact, train, write_config
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def test_triton_kernels_give_what_torch_gives() -> None:
+    triton_kernels.main("cuda")
+
+
+@pytest.mark.parametrize("tier", ["none", "host", "device"])
+def test_batches_on_the_device_are_those_of_the_processor(tmp_path: Path, tier: str) -> None:
+    manifest = load_manifest(make_feature_shards(tmp_path, classes=4, clips={"train": 12}))
+    source = training_source(manifest, epochs=3, exemplars=manifest.clips(["class_000"], "train")[:5])
+
+    def batches(device: torch.device, store: Store | None) -> list[str]:
+        labels = labels_of(manifest)
+        loaded = load_on_device(source, manifest=manifest, labels=labels, data=source.data, device=device, store=store)
+        return [digest(in_host_memory(batch)) for batch in loaded]
+
+    device = torch.device("cuda", 0)
+    kind = RowKind.of(manifest, source.data.clip)
+    store = None if tier == "none" else Store(source.clips, kind, device if tier == "device" else None)
+    assert batches(device, store) == batches(torch.device("cpu"), None)
+
+
+def in_host_memory(batch: Batch) -> Batch:
+    moved = {name: getattr(batch, name).cpu() for name in ("visual", "audio", "labels", "valid")}
+    return replace(batch, **moved)
+
+
+@pytest.mark.parametrize("engine", ["zero0", "zero0_bf16", "zero2_bf16", "zero3"])
+def test_a_stream_learns_there_what_it_learns_on_the_processor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    config = write_config(tmp_path)
+    there = last_artifact(train(config, f"engine={engine}", f"output={tmp_path}/there"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the ranks see none; this process has looked already
+    here = last_artifact(train(config, f"output={tmp_path}/here"))
+    assert there.metrics.seen_accuracy == pytest.approx(here.metrics.seen_accuracy, abs=0.1)
+    assert {weights.dtype for weights in there.model.values()} == {weights.dtype for weights in here.model.values()}
+    assert "all steps are committed" in avcil("train", config, f"output={tmp_path}/there", f"engine={engine}").output

@@ -62,7 +62,9 @@ class Daemons:
             if not wait_until(lambda: not self.is_running(name), seconds):
                 os.kill(pid, signal.SIGKILL)
                 wait_until(lambda: not self.is_running(name), seconds)
-        self._write({key: value for key, value in self._read().items() if key != name})
+        known = self._read()
+        if known.pop(name, None) is not None:
+            self._write(known)
 
     def require(self, name: str, is_ready: Callable[[], bool], seconds: float) -> None:
         """Wait until a daemon answers. Raises SandboxError, with its log's last lines, when it ends or stays silent."""

@@ -167,6 +167,15 @@ def test_the_sandbox_is_started_once_and_shows_what_runs(sandbox: Sandbox) -> No
         assert name in shown
 
 
+def test_a_sandbox_that_never_was_is_not_running(sandbox: Sandbox, tmp_path: Path) -> None:
+    before = sandbox.status()
+    result = avcil("sandbox", "down", "--folder", tmp_path / "never")
+    assert (result.exit_code, result.output) == (0, f"{tmp_path}/never: nothing runs\n")
+    assert sandbox.status() == before
+    assert avcil("sandbox", "status", "--folder", tmp_path / "never").exit_code == 1
+    assert not (tmp_path / "never").exists()
+
+
 def test_the_sandbox_says_which_packages_are_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr("launch.sandbox.cluster.SYSTEM_PATHS", "")

@@ -65,7 +65,7 @@ class Chain:
 
     def config(self) -> Config:
         """The configuration of the last submission."""
-        return config_from_yaml(Path(self.folder, CONFIG).read_text())
+        return config_in(self.folder)
 
     def cluster(self) -> ClusterConfig:
         """The cluster of the last submission."""
@@ -80,6 +80,16 @@ class Chain:
 def mark_of(folder: str, step: int) -> str:
     """See `Chain.mark`."""
     return f"{folder}/step_{step:03d}"
+
+
+def config_in(folder: str) -> Config:
+    """See `Chain.config`."""
+    return config_from_yaml(Path(folder, CONFIG).read_text())
+
+
+def mark_failed(folder: str, step: int, text: str) -> None:
+    """Say why a step failed for good, which ends the chain."""
+    Path(f"{mark_of(folder, step)}.{FAILED}").write_text(f"{text}\n")
 
 
 def has_chain(stream: str) -> bool:

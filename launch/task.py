@@ -8,22 +8,22 @@ import ctypes
 import os
 import signal
 import sys
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from submitit.helpers import DelayedSubmission
 
-from avcil_dist.errors import AvcilError, RankError, StepStopped, TrackingError
+from avcil_dist.errors import AvcilError, RankError, StepStopped
 from avcil_dist.signals import STOP_SIGNALS
 from avcil_dist.training.artifact import is_committed
 from avcil_dist.training.engine import name_accelerator
 from avcil_dist.training.faults import print_fault
 from avcil_dist.training.stream import stream_url
 from avcil_dist.world import World, world_from_environment
+from launch.giveup import give_up
 from launch.job import StepJob
-from launch.record import DONE, FAILED, mark_of
+from launch.record import DONE, mark_failed, mark_of
 from launch.tracked import close_run, open_run
 
 USER_ERROR, RUN_AGAIN = 2, 75
@@ -83,10 +83,10 @@ class StepTask:
         print_fault(error)
         if isinstance(error, RankError):
             return
-        Path(f"{mark_of(self.folder, self.job.step)}.{FAILED}").write_text(f"{error}\n")
         if is_main:
-            with suppress(TrackingError):
-                close_run(self.job.config, type(error))
+            give_up(self.job.config, self.folder, self.job.step, str(error))
+        else:
+            mark_failed(self.folder, self.job.step, str(error))
 
     def _world(self) -> World:
         """SLURM's, or that of submitit's local executor."""

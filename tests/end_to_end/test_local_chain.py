@@ -8,13 +8,13 @@ from pathlib import Path
 
 import psutil
 
-from avcil_dist.config import TrackingConfig
-from avcil_dist.tracking.mlflow import find_stream, tracking_uri
+from avcil_dist.tracking.mlflow import find_stream
 from launch.record import read_chain
 from launch.supervisor import LOG, PID, is_supervised
 from launch.watch import chain_status
 from tests.storage.s3 import free_port
 from tests.streams import STEPS, avcil, last_artifact, train, weights_digest, write_config
+from tests.tracking.told import uri_of
 
 
 def wait_for(is_so: Callable[[], bool], stream: str) -> None:
@@ -93,6 +93,6 @@ def test_a_step_that_dies_at_each_start_is_given_up_and_its_runs_have_failed(tmp
     rank.kill()
     wait_for(lambda: not is_supervised(read_chain(stream).folder), stream)
     assert "step 0 is not done after 1 starts" in avcil("status", stream).output
-    found = find_stream(tracking_uri(TrackingConfig(), str(tmp_path / "runs")), Path(stream).name)
+    found = find_stream(uri_of(str(tmp_path / "runs")), Path(stream).name)
     assert found.run.info.status == "FAILED"
     assert found.steps[0].info.status == "FAILED"

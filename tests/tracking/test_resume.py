@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 from pathlib import Path
 
 import mlflow
@@ -21,6 +20,7 @@ from launch.supervisor import is_supervised
 from tests.features import make_feature_shards
 from tests.ranks import run_ranks
 from tests.rendered import render_tiny, tiny_clip
+from tests.slurm.chains import wait_for
 from tests.storage.commands import run_avcil
 from tests.streams import avcil, run_told, write_config
 from tests.tracking.told import uri_of
@@ -112,10 +112,7 @@ def test_a_stream_goes_on_as_a_chain_of_jobs(folder: Path, tmp_path: Path) -> No
     assert f"{stream}: 1 submitted; see it with: avcil status {stream}" in result.output
     chain = read_chain(stream)
     assert chain.cluster().tasks_per_node == 2
-    deadline = time.monotonic() + 200
-    while is_supervised(chain.folder):
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    wait_for(lambda: not is_supervised(chain.folder), "the end of the chain")
     assert committed_steps(stream) == [1, 2]
     found = find_stream(uri_of(f"{folder}/runs"), "chained-avcil-seed0")
     assert (found.run.info.status, sorted(found.steps)) == ("FINISHED", [1, 2])

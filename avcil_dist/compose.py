@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 import avcil_dist
-from avcil_dist.config import Config, MethodConfig
+from avcil_dist.config.schema import Config, MethodConfig
 from avcil_dist.errors import ConfigError
 from avcil_dist.methods import method_class
 

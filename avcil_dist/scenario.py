@@ -86,12 +86,13 @@ def make_scenario(
     sizes = [steps] * -(-len(order) // steps) if isinstance(steps, int) else list(steps)
     if sum(sizes) < len(order):
         raise ConfigError(
-            f"scenario.steps: {len(sizes)} steps hold {sum(sizes)} of {len(order)} classes: "
+            f"scenario.classes_per_step: {len(sizes)} steps hold {sum(sizes)} of {len(order)} classes: "
             f"{order[sum(sizes)]!r} is in no step; lengthen the steps or leave it out of scenario.classes"
         )
     if sum(sizes) > len(order):
         raise ConfigError(
-            f"scenario.steps: they want {sum(sizes)} classes, there are {len(order)}; list unequal ones: [39, 30, ...]"
+            f"scenario.classes_per_step: they want {sum(sizes)} classes, there are {len(order)}; "
+            "list unequal ones: [39, 30, ...]"
         )
     bounds = [sum(sizes[:k]) for k in range(len(sizes) + 1)]
     return Scenario(tuple(tuple(order[a:b]) for a, b in itertools.pairwise(bounds)))

@@ -16,12 +16,23 @@ from avcil_dist import storage
 from avcil_dist.data.decode import ClipInfo, SilentClipError, decode_clip, probe_clip
 from avcil_dist.data.manifest import SPLITS, Split
 from avcil_dist.errors import ConfigError, DataError
+from data_shards.build_plan import (
+    FORMAT,
+    WHOLE,
+    BuildReport,
+    Part,
+    Plan,
+    ShardJob,
+    finished,
+    make_shard,
+    merge_parts,
+    open_jobs,
+)
 from data_shards.cut import cut_clip
-from data_shards.parts import FORMAT, WHOLE, BuildReport, Job, Part, Plan, finished, make_shard, merge_parts, open_jobs
-from data_shards.processes import Begin, Progress, run_all
+from data_shards.listings import ListedClip, Source, read_listing
 from data_shards.rejections import ClipRejectedError, Rejection
-from data_shards.sources import Source, SourceClip, read_source
-from data_shards.writer import clip_members, shard_url
+from data_shards.shard_writer import clip_members, shard_url
+from data_shards.workers import Begin, Progress, run_all
 
 STAT_THREADS = 16
 Stamp = tuple[int, int] | None  # bytes, and nanoseconds of the last change; None where there is no file
@@ -31,10 +42,10 @@ Stamp = tuple[int, int] | None  # bytes, and nanoseconds of the last change; Non
 class Chunk:
     """The clips of one shard, before they are looked at."""
 
-    job: Job
+    job: ShardJob
     class_name: str
     split: Split
-    clips: tuple[SourceClip, ...]
+    clips: tuple[ListedClip, ...]
 
 
 @dataclass(frozen=True)
@@ -60,7 +71,7 @@ def build_shards(
     strict: bool = False,
     progress: Progress | None = None,
 ) -> BuildReport:
-    """Build the shards of `source` (see `read_source`) into the folder or url `output`.
+    """Build the shards of `source` (see `read_listing`) into the folder or url `output`.
 
     Clips that are missing, unreadable, silent, shorter than `min_seconds`, no mp4, or come twice are left out and
     listed in `rejected.csv`; with `strict` any such clip is an error and no manifest is written. With `processes`
@@ -109,7 +120,7 @@ def build_part(
     if clips_per_shard < 1:
         raise ConfigError(f"clips_per_shard: {clips_per_shard}; a shard needs at least one clip")
     settings = BuildSettings(clips_per_shard, min_seconds)
-    plan, chunks = plan_build(read_source(source, videos), settings)
+    plan, chunks = plan_build(read_listing(source, videos), settings)
     unchanged = finished(output, plan.digest)
     if unchanged:
         return unchanged
@@ -134,7 +145,7 @@ def plan_build(source: Source, settings: BuildSettings) -> tuple[Plan, list[Chun
     """
     with ThreadPoolExecutor(STAT_THREADS) as pool:
         stamps = list(pool.map(_stamp, [row.clip.path for row in source.rows]))
-    groups: dict[tuple[str, Split], dict[str, tuple[SourceClip, tuple[int, int]]]]
+    groups: dict[tuple[str, Split], dict[str, tuple[ListedClip, tuple[int, int]]]]
     groups = {(name, split): {} for name in source.classes for split in SPLITS}
     rejected = []
     for (label, split, clip), stamp in zip(source.rows, stamps, strict=True):
@@ -156,7 +167,7 @@ def plan_build(source: Source, settings: BuildSettings) -> tuple[Plan, list[Chun
             digest = settings.digest(
                 [label, split, [[clip.key, clip.source, clip.cut, *stamp] for clip, stamp in taken]]
             )
-            job = Job(url.removesuffix(".tar"), digest, len(taken))
+            job = ShardJob(url.removesuffix(".tar"), digest, len(taken))
             chunks.append(Chunk(job, label, split, tuple(clip for clip, _ in taken)))
             contents.append([job.name, [[clip.key, clip.source, clip.cut, stamp[0]] for clip, stamp in taken]])
     plan = Plan(
@@ -195,7 +206,7 @@ def _good_clips(
         yield clip.key, members
 
 
-def _members(clip: SourceClip, label: str, split: Split, min_seconds: float) -> dict[str, bytes]:
+def _members(clip: ListedClip, label: str, split: Split, min_seconds: float) -> dict[str, bytes]:
     """The clip's bytes and its record. Raises DataError for a clip that training could not use."""
     try:
         data = cut_clip(clip.path, *clip.cut) if clip.cut else Path(clip.path).read_bytes()
@@ -212,7 +223,7 @@ def _members(clip: SourceClip, label: str, split: Split, min_seconds: float) -> 
     return clip_members(data, record)
 
 
-def _check(clip: SourceClip, info: ClipInfo, min_seconds: float) -> None:
+def _check(clip: ListedClip, info: ClipInfo, min_seconds: float) -> None:
     if "mp4" not in info.container.split(","):
         raise ClipRejectedError("format", f"not an mp4 ({info.container}); convert it first")
     if info.sample_rate is None:

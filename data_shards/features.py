@@ -15,17 +15,28 @@ import torch
 from torch import nn
 
 from avcil_dist import storage
-from avcil_dist.config import Config, TransformerConfig
+from avcil_dist.config.schema import Config, TransformerConfig
 from avcil_dist.data.loader import Batch, FixedSource, load_batches
 from avcil_dist.data.manifest import Manifest, Shard, load_manifest
 from avcil_dist.data.plan import PADDING
 from avcil_dist.errors import ConfigError, DataError
-from avcil_dist.models.encoders import Encoder, build_audio_encoder, build_visual_encoder
+from avcil_dist.models.encoders.base import Encoder, build_audio_encoder, build_visual_encoder
 from avcil_dist.seeds import derive_seed
-from data_shards.parts import FORMAT, WHOLE, BuildReport, Job, Part, Plan, finished, make_shard, merge_parts, open_jobs
-from data_shards.processes import Progress
+from data_shards.build_plan import (
+    FORMAT,
+    WHOLE,
+    BuildReport,
+    Part,
+    Plan,
+    ShardJob,
+    finished,
+    make_shard,
+    merge_parts,
+    open_jobs,
+)
 from data_shards.rejections import Rejection
-from data_shards.writer import feature_members
+from data_shards.shard_writer import feature_members
+from data_shards.workers import Progress
 
 Members = tuple[str, dict[str, bytes]]
 _NOTHING = np.empty((0, 0, 0)), np.empty((0, 0))  # encoders do not take batches without clips
@@ -131,7 +142,7 @@ def _plan(config: Config, manifest: Manifest, encoders: _Encoders) -> Plan:
         shape=encoders.shape,
         digest=storage.sha256(json.dumps([how, manifest.content_hash]).encode()),
         jobs=tuple(
-            Job(url.removesuffix(".tar"), digest, shard.count)
+            ShardJob(url.removesuffix(".tar"), digest, shard.count)
             for url, digest, shard in zip(urls, digests, manifest.shards, strict=True)
         ),
     )
@@ -159,7 +170,7 @@ def _load(config: Config, manifest: Manifest, numbers: Sequence[int], batch: int
 
 def _encode_shard(
     output: str,
-    job: Job,
+    job: ShardJob,
     manifest: Manifest,
     number: int,
     encoders: _Encoders,

@@ -9,7 +9,7 @@ import numpy as np
 
 from avcil_dist.data.manifest import SPLITS, Manifest, Split
 from avcil_dist.seeds import generator
-from data_shards.writer import shard_url, write_shard
+from data_shards.shard_writer import shard_url, write_shard
 
 
 def clip_key(split: Split, number: int, row: int) -> str:

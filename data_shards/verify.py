@@ -11,7 +11,7 @@ from typing import Any
 from avcil_dist import storage
 from avcil_dist.data.manifest import SPLITS, Manifest, Shard, load_manifest
 from avcil_dist.errors import DataError
-from data_shards.processes import Begin, Progress, run_all
+from data_shards.workers import Begin, Progress, run_all
 
 READ_BYTES = 1 << 20
 

@@ -26,5 +26,5 @@ Done in $((SECONDS - started)) s. What next:
   open the page          $folder/report.html
   look at the runs       $VENV/bin/mlflow ui --backend-store-uri sqlite:///$(cd "$folder" && pwd)/mlflow.db
   train on your videos   $avcil shards build VIDEOS SHARDS    (VIDEOS/<split>/<class>/*.mp4)
-                         $avcil train demo data.manifest=SHARDS/manifest.json scenario.steps=[2,2]
+                         $avcil train demo data.manifest=SHARDS/manifest.json scenario.classes_per_step=[2,2]
 END

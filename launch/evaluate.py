@@ -7,13 +7,13 @@ from typing import Any, cast
 from avcil_dist import storage
 from avcil_dist.data.manifest import Split, check_shards, load_manifest
 from avcil_dist.errors import ArtifactError
-from avcil_dist.training.artifact import committed_steps, load_artifact, step_url
-from avcil_dist.training.distributed import local_device, process_group
+from avcil_dist.streams.artifact import committed_steps, load_artifact, step_url
+from avcil_dist.streams.metrics import accuracy_row, per_class_accuracy, seen_accuracy
+from avcil_dist.training.build import restored
+from avcil_dist.training.collectives import local_device, process_group
 from avcil_dist.training.engine import set_threads
-from avcil_dist.training.evaluate import Evaluator
-from avcil_dist.training.features import FeaturePass
-from avcil_dist.training.metrics import accuracy_row, per_class_accuracy, seen_accuracy
-from avcil_dist.training.networks import restored
+from avcil_dist.training.evaluation import Evaluator
+from avcil_dist.training.inference_pass import InferencePass
 from avcil_dist.world import world_from_environment
 from launch.local import local_worlds
 
@@ -36,7 +36,9 @@ def evaluate_stream(stream: str, step: int | None, split: str, manifest_url: str
     with process_group(world, device, config.engine.timeout_minutes):
         network, method = restored(artifact, manifest.shape, step_url(stream, artifact.step))
         network.to(device)
-        evaluator = Evaluator(FeaturePass(manifest, scenario, config.data, world, device), config.optim.eval_batch)
+        evaluator = Evaluator(
+            InferencePass(manifest, scenario, config.data, world, device), config.optim.global_eval_batch
+        )
         found = evaluator(network, method, cast(Split, split), artifact.step, on_batch=lambda: None)
     return {
         "stream": stream,

@@ -16,24 +16,25 @@ import torch.cuda
 from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 
 from avcil_dist import storage
-from avcil_dist.config import Config
+from avcil_dist.config.schema import Config
 from avcil_dist.errors import AvcilError, StepStopped, WorldError
 from avcil_dist.signals import StopRequest, listening, shielding
+from avcil_dist.streams.stream import next_step, stream_url
+from avcil_dist.tracking.session import stream_run
 from avcil_dist.training.engine import name_accelerator
+from avcil_dist.training.preflight import check_run
 from avcil_dist.training.snapshot import discard_stale
-from avcil_dist.training.stream import check_run, next_step, stream_url
 from avcil_dist.world import World, world_from_environment
-from launch.job import StepJob
-from launch.tracked import stream_run
+from launch.step_run import StepRun
 
 USER_ERROR, INTERRUPTED, STOPPED = 2, 130, 143
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 4  # for ranks to end by themselves when one has failed, before they are made to
-PRELOADED = ["torch", "deepspeed", "avcil_dist.training.step", "avcil_dist.tracking.delivery"]
+PRELOADED = ["torch", "deepspeed", "avcil_dist.training.step", "avcil_dist.tracking.mlflow_writer"]
 
 
 @dataclass(frozen=True)
-class Begin:
+class ResumePolicy:
     """What is thrown away before a stream goes on.
 
     `restart`: its committed steps. `restart_step`: the snapshots of the step that is next. `reset_optimizer`:
@@ -45,7 +46,7 @@ class Begin:
     reset_optimizer: bool = False
 
 
-def run_stream(config: Config, *, processes: int, begin: Begin = Begin()) -> str:
+def run_stream(config: Config, *, processes: int, begin: ResumePolicy = ResumePolicy()) -> str:
     """Run all steps that are not committed yet; returns the stream's folder.
 
     With no launcher around, each step gets `processes` ranks on this machine; otherwise the
@@ -64,7 +65,7 @@ def run_stream(config: Config, *, processes: int, begin: Begin = Begin()) -> str
     with listening() as stop, stream_run(config, is_main=place.is_main) as run_id:
         for step in range(first, num_steps):
             worlds = (_rank_of(place, step),) if has_launcher else local_worlds(processes)
-            _run_job(StepJob(config, step, num_steps, run_id, begin.reset_optimizer and step == first), worlds, stop)
+            _run_job(StepRun(config, step, num_steps, run_id, begin.reset_optimizer and step == first), worlds, stop)
             if stop.is_set() and step + 1 < num_steps:
                 raise StepStopped(f"stopped after step {step}; run the same command again and step {step + 1} begins")
     return stream
@@ -85,7 +86,7 @@ def _rank_of(place: World, step: int) -> World:
     return replace(place, master_port=place.master_port + 1 + step)
 
 
-def _run_job(job: StepJob, worlds: tuple[World, ...], stop: StopRequest) -> None:
+def _run_job(job: StepRun, worlds: tuple[World, ...], stop: StopRequest) -> None:
     """Run the job's ranks to their end, each in a process of its own; the first to fail ends the others.
 
     A stop that is asked of this process is asked of them.
@@ -117,7 +118,7 @@ def _run_job(job: StepJob, worlds: tuple[World, ...], stop: StopRequest) -> None
         ) from None
 
 
-def _run_rank(index: int, job: StepJob, worlds: tuple[World, ...], errors: Any) -> None:
+def _run_rank(index: int, job: StepRun, worlds: tuple[World, ...], errors: Any) -> None:
     """One rank's process: run its part of the step, hand an error to the supervisor."""
     try:
         job.run(worlds[index], errors.put)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from avcil_dist import storage
-from avcil_dist.tracking.tracker import StepTracker
+from avcil_dist.tracking.events import StepTracker
 
 LOG_LINES = 5
 NOTE_SECONDS = 2.0

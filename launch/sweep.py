@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from avcil_dist.compose import load_config
-from avcil_dist.config import Config
+from avcil_dist.config.schema import Config
 from avcil_dist.errors import ConfigError
-from avcil_dist.training.stream import check_run
+from avcil_dist.training.preflight import check_run
 
 ABLATION = ("method.instance", "method.class_aware", "method.attention")
 IN_EVERY_NAME = ("method", "method.name", "seed")  # a stream's name has them already
@@ -16,14 +16,14 @@ VALUE = re.compile(r"(?:[^,\[\]{}]|\[[^\]]*\]|\{[^}]*\})+")  # commas within bra
 
 
 @dataclass(frozen=True)
-class Point:
+class GridPoint:
     """One stream of a grid."""
 
     config: Config
     words: tuple[str, ...]
 
 
-def make_grid(config: str, words: Sequence[str], *, ablation: bool, processes: int) -> list[Point]:
+def make_grid(config: str, words: Sequence[str], *, ablation: bool, processes: int) -> list[GridPoint]:
     """The streams of all combinations of `key=a,b,c`, each held against the data and the processes.
 
     Settings other than method and seed become part of a stream's name. `ablation` adds every
@@ -40,7 +40,7 @@ def make_grid(config: str, words: Sequence[str], *, ablation: bool, processes: i
     for chosen in itertools.product(*axes):
         resolved = load_config(config, chosen)
         suffix = "".join(f"-{_slug(word)}" for word in chosen if word.partition("=")[0] in varied and _slug(word))
-        point = Point(resolved.model_copy(update={"name": resolved.name + suffix}), chosen)
+        point = GridPoint(resolved.model_copy(update={"name": resolved.name + suffix}), chosen)
         check_run(point.config, processes, restart=False)
         points.append(point)
     return points

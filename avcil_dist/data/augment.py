@@ -11,7 +11,7 @@ import torch
 from torchaudio.transforms import FrequencyMasking, TimeMasking
 from torchvision.transforms import v2
 
-from avcil_dist.config import AugmentConfig
+from avcil_dist.config.schema import AugmentConfig
 from avcil_dist.seeds import derive_seed
 
 

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from avcil_dist.config import AugmentConfig, ClipConfig
+from avcil_dist.config.schema import AugmentConfig, ClipConfig
 from avcil_dist.data.decode import decode_clip
 from avcil_dist.data.manifest import Manifest
 from avcil_dist.data.plan import PADDING
-from avcil_dist.data.reader import Draw, Segment
+from avcil_dist.data.reader import AugmentSeeds, Segment
 from avcil_dist.data.transforms import ClipTransform
 from avcil_dist.errors import DataError
 
@@ -55,7 +55,7 @@ class Layout(Protocol):
     def lay_out(self, clips: np.ndarray) -> Rows:
         """The rows of these clips, ready to be read."""
 
-    def decode(self, rows: Rows, faults: Faults, draw: Draw | None) -> Pair:
+    def decode(self, rows: Rows, faults: Faults, draw: AugmentSeeds | None) -> Pair:
         """Visual and audio of all rows, zero where there is no clip; damaged rows are added to `faults`.
 
         Clips are varied as `draw` says; features are what they are.
@@ -96,7 +96,7 @@ class FeatureLayout:
                 rows.segments.append(Segment(int(shards[row]), int(starts[row]) - TAR_BLOCK, buffers, int(row)))
         return rows
 
-    def decode(self, rows: Rows, faults: Faults, draw: Draw | None) -> Pair:
+    def decode(self, rows: Rows, faults: Faults, draw: AugmentSeeds | None) -> Pair:
         """Hold each header against the expected one; a member that has another is parsed."""
         assert rows.tensors is not None
         for row, clip in enumerate(rows.clips):
@@ -152,7 +152,7 @@ class ClipLayout:
         ]
         return Rows(clips, segments, [heads], [bodies])
 
-    def decode(self, rows: Rows, faults: Faults, draw: Draw | None) -> Pair:
+    def decode(self, rows: Rows, faults: Faults, draw: AugmentSeeds | None) -> Pair:
         """Decode row by row."""
         clip = self.clip
         visual = torch.zeros(len(rows.clips), clip.frames, 3, clip.size, clip.size)

@@ -18,12 +18,12 @@ import torch.utils.data
 import webdataset
 from torch import Tensor
 
-from avcil_dist.config import DataConfig, OptimConfig
+from avcil_dist.config.schema import DataConfig, OptimConfig
+from avcil_dist.data.clip_cache import ClipCache, UncachedRequests
 from avcil_dist.data.layout import ClipLayout, Faults, FeatureLayout, Layout, Pair, Rows
 from avcil_dist.data.manifest import Manifest
 from avcil_dist.data.plan import NO_CLIPS, PADDING, plan_epoch, plan_replay, rank_share, replay_passes
-from avcil_dist.data.reader import BATCHES_AHEAD, Draw, OpenReader, Request, ShardReader
-from avcil_dist.data.store import Missing, Store
+from avcil_dist.data.reader import BATCHES_AHEAD, AugmentSeeds, OpenReader, Request, ShardReader
 from avcil_dist.errors import DataError
 from avcil_dist.seeds import derive_seed
 from avcil_dist.signals import shielding
@@ -96,16 +96,16 @@ class TrainingSource:
         return np.unique(np.concatenate([current, self.exemplars, self.joined]))
 
     def epoch_batches(self, epoch: int) -> np.ndarray:
-        """The epoch's global batches, (batches, optim.batch)."""
+        """The epoch's global batches, (batches, optim.global_batch)."""
         return plan_epoch(
             self.manifest,
             self.classes,
             seed=self.seed,
             step=self.step,
             epoch=epoch,
-            global_batch=self.optim.batch,
+            global_batch=self.optim.global_batch,
             canonical_nodes=self.data.canonical_nodes,
-            window=self.data.window,
+            window=self.data.shuffle_window,
             exemplars=self.joined,
         ).batches
 
@@ -120,14 +120,14 @@ class TrainingSource:
                 span = {
                     "first": epoch * per_epoch + first,
                     "count": len(current),
-                    "global_batch": self.optim.replay_batch,
+                    "global_batch": self.optim.global_replay_batch,
                 }
                 replay = plan_replay(self.exemplars, seed=self.seed, step=self.step, **span)
                 rows.append(rank_share(replay, self.world.rank, self.world.size))
                 passes = replay_passes(len(self.exemplars), **span)
                 epochs.append(rank_share(passes, self.world.rank, self.world.size))
             for clips, of_rows in zip(np.concatenate(rows, axis=1), np.concatenate(epochs, axis=1), strict=True):
-                draw = Draw(seed, of_rows) if self.data.augment.is_on else None
+                draw = AugmentSeeds(seed, of_rows) if self.data.augment.is_on else None
                 yield Request(clips, current.shape[1], draw)
 
 
@@ -148,7 +148,7 @@ def load_batches(
     labels: Mapping[str, int],
     data: DataConfig,
     pin: bool = False,
-    store: Store | None = None,
+    store: ClipCache | None = None,
 ) -> Iterator[Batch]:
     """The batches of `source`, in its order, whatever the number of decoding processes.
 
@@ -157,9 +157,9 @@ def load_batches(
     """
     is_clip = manifest.kind == "clip"
     layout: Layout = ClipLayout(manifest, data.clip, data.augment) if is_clip else FeatureLayout(manifest, pin=pin)
-    num_workers = data.workers if is_clip else 0  # processes are for decoding
+    num_workers = data.decode_workers if is_clip else 0  # processes are for decoding
     pipeline = webdataset.DataPipeline(
-        _EachWorkersShare(Missing(source, store) if store else source),
+        _EachWorkersShare(UncachedRequests(source, store) if store else source),
         _Fetch(ShardReader(manifest, data), layout, store),
         _Decode(layout),
         _Collate(manifest, manifest.shard_labels(labels)),
@@ -185,7 +185,7 @@ def load_on_device(
     labels: Mapping[str, int],
     data: DataConfig,
     device: torch.device,
-    store: Store | None = None,
+    store: ClipCache | None = None,
 ) -> Iterator[Batch]:
     """`load_batches`, on a device: one batch is read and brought there while the one before is used."""
     batches = load_batches(source, manifest=manifest, labels=labels, data=data, pin=device.type == "cuda", store=store)
@@ -224,7 +224,7 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream | None:
 
 
 def _completed(
-    batches: Iterator[Batch], source: Iterable[Request], store: Store, manifest: Manifest, labels: Mapping[str, int]
+    batches: Iterator[Batch], source: Iterable[Request], store: ClipCache, manifest: Manifest, labels: Mapping[str, int]
 ) -> Iterator[Batch]:
     """The batches of `source`, from those of what was missing of them."""
     shard_labels = manifest.shard_labels(labels)
@@ -290,7 +290,7 @@ class _Fetch:
 
     reader: ShardReader
     layout: Layout
-    store: Store | None = None
+    store: ClipCache | None = None
 
     def __call__(self, requests: Iterable[Request]) -> Iterator[_Fetched]:
         with self.reader.open() as reader:

@@ -45,7 +45,7 @@ class Shard:
         """Clips in the shard."""
         return len(self.keys)
 
-    def to_record(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The shard as plain JSON values."""
         return {
             "url": self.url,
@@ -59,8 +59,8 @@ class Shard:
         }
 
     @classmethod
-    def from_record(cls, record: dict[str, Any]) -> "Shard":
-        """The inverse of `to_record`."""
+    def from_dict(cls, record: dict[str, Any]) -> "Shard":
+        """The inverse of `to_dict`."""
         return cls(
             url=record["url"],
             class_name=record["class"],
@@ -173,7 +173,7 @@ class Manifest:
         head = {"format": FORMAT, "kind": self.kind, "classes": list(self.classes), "shape": self.shape, "shards": []}
         yield _to_json(head).removesuffix(b"]}")
         for number, shard in enumerate(self.shards):
-            yield (b"," if number else b"") + _to_json(shard.to_record())
+            yield (b"," if number else b"") + _to_json(shard.to_dict())
         yield b"]}"
 
 
@@ -189,7 +189,7 @@ def load_manifest(url: str) -> Manifest:
         manifest = Manifest(
             kind=document["kind"],
             classes=tuple(document["classes"]),
-            shards=tuple(Shard.from_record(record) for record in document["shards"]),
+            shards=tuple(Shard.from_dict(record) for record in document["shards"]),
             shape=dict(document["shape"]),
             root=storage.parent(url),
         )

@@ -19,10 +19,10 @@ from typing import Any, Protocol, Self, TypeVar
 import numpy as np
 
 from avcil_dist import storage
-from avcil_dist.config import DataConfig
-from avcil_dist.data.cache import ShardCache, default_folder
+from avcil_dist.config.schema import DataConfig
 from avcil_dist.data.manifest import Manifest
 from avcil_dist.data.plan import PADDING
+from avcil_dist.data.shard_cache import ShardCache, default_folder
 from avcil_dist.errors import DataError, StorageError
 from avcil_dist.seeds import derive_seed
 
@@ -36,7 +36,7 @@ COUNTS = ("read_bytes", "fetched_bytes", "cache_hits", "cache_misses", "cache_fu
 
 
 @dataclass(frozen=True)
-class Draw:
+class AugmentSeeds:
     """What the random choices for a batch's rows depend on: a seed of the step, and each row's epoch."""
 
     seed: int
@@ -56,7 +56,7 @@ class Request:
 
     clips: np.ndarray
     num_current: int
-    draw: Draw | None = None
+    draw: AugmentSeeds | None = None
     copies: np.ndarray | None = None
 
     @property
@@ -109,7 +109,7 @@ class ShardReader:
 
 
 class OpenReader:
-    """Reads segments with `data.threads` threads, and holds shards from their first use in sight to their last.
+    """Reads segments with `data.read_threads` threads, and holds shards from their first use in sight to their last.
 
     Counts, by the names of `COUNTS`: bytes that batches took, bytes that crossed the network, shards that the cache
     had, that were fetched into it, for which it had no room, and reads that were tried again.
@@ -121,9 +121,9 @@ class OpenReader:
         self._counts: Counter[str] = Counter()
         self._is_closing = False
         self._batches = ThreadPoolExecutor(BATCHES_AHEAD, thread_name_prefix="batch")
-        self._threads = ThreadPoolExecutor(data.threads, thread_name_prefix="read")
-        self._openers = ThreadPoolExecutor(max(2, data.prefetch), thread_name_prefix="open")
-        self._fetchers = ThreadPoolExecutor(data.threads, thread_name_prefix="fetch")
+        self._threads = ThreadPoolExecutor(data.read_threads, thread_name_prefix="read")
+        self._openers = ThreadPoolExecutor(max(2, data.prefetch_shards), thread_name_prefix="open")
+        self._fetchers = ThreadPoolExecutor(data.read_threads, thread_name_prefix="fetch")
         self._sources: dict[tuple[int, bool], Future[_Source]] = {}
         self._users: Counter[tuple[int, bool]] = Counter()
         self._is_cached = _is_cached(manifest, data)
@@ -144,14 +144,14 @@ class OpenReader:
     def ahead(self, requests: Iterable[Request]) -> Iterator[Request]:
         """The same requests; shards of those to come are held, and fetched, before it is their turn.
 
-        With a cache, as far ahead as brings `data.prefetch` shards that are not held yet; else one request.
+        With a cache, as far ahead as brings `data.prefetch_shards` shards that are not held yet; else one request.
         The caller gives each request back with `release`.
         """
         coming: deque[tuple[Request, int]] = deque()
         fresh, limit = 0, REQUESTS_AHEAD if self._is_cached else 1
         remaining = iter(requests)
         while True:
-            while (not coming or fresh < self.data.prefetch) and len(coming) < limit:
+            while (not coming or fresh < self.data.prefetch_shards) and len(coming) < limit:
                 request = next(remaining, None)
                 if request is None:
                     limit = 0
@@ -187,7 +187,8 @@ class OpenReader:
                 sources[key[0]] = error
         waiting = deque(_runs(segments))  # the threads help themselves: a task for each run would cost more
         tasks = [
-            self._threads.submit(self._read_runs, waiting, sources) for _ in range(min(self.data.threads, len(waiting)))
+            self._threads.submit(self._read_runs, waiting, sources)
+            for _ in range(min(self.data.read_threads, len(waiting)))
         ]
         faults: dict[int, DataError] = {}
         for task in tasks:
@@ -239,7 +240,7 @@ class OpenReader:
         return {}
 
     def _hold(self, request: Request) -> int:
-        """Begin to open the shards of a request; how many of them were not held."""
+        """ResumePolicy to open the shards of a request; how many of them were not held."""
         new = [key for key in self._shards_of(request) if not self._users[key]]
         for key in new:
             self._sources[key] = self._openers.submit(self._open, *key)
@@ -277,8 +278,8 @@ class OpenReader:
 
     def _make_cache(self) -> ShardCache:
         return ShardCache(
-            default_folder() if self.data.cache == "auto" else Path(self.data.cache),
-            int(self.data.cache_gigabytes * 1e9),
+            default_folder() if self.data.shard_cache == "auto" else Path(self.data.shard_cache),
+            int(self.data.shard_cache_gigabytes * 1e9),
             executor=self._fetchers,
             retry_seconds=self.data.retry_seconds,
             count=self.count,
@@ -334,9 +335,9 @@ class _Ranges:
 
 
 def _is_cached(manifest: Manifest, data: DataConfig) -> bool:
-    if data.cache == "auto":
+    if data.shard_cache == "auto":
         return bool(manifest.shards) and storage.is_remote(manifest.url(0))
-    return data.cache != "none"
+    return data.shard_cache != "none"
 
 
 def _runs(segments: Sequence[Segment]) -> list[list[Segment]]:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torchaudio.compliance import kaldi
 from torchvision.transforms.v2 import functional as pictures
 
-from avcil_dist.config import AugmentConfig, ClipConfig
+from avcil_dist.config.schema import AugmentConfig, ClipConfig
 from avcil_dist.data.augment import Augmentation
 from avcil_dist.data.decode import DecodedClip
 

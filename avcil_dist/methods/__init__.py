@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 
-from avcil_dist.config import MethodConfig
+from avcil_dist.config.schema import MethodConfig
 from avcil_dist.errors import ConfigError
 from avcil_dist.methods.base import Method
 

@@ -11,11 +11,11 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 from torch.nn import functional as F
 
-from avcil_dist.config import Section
+from avcil_dist.config.schema import Section
 from avcil_dist.methods.base import Needs, Targets
 from avcil_dist.methods.losses import cross_entropy, feature_discrepancy, proxy_nca
 from avcil_dist.methods.nearest_mean import NearestMean
-from avcil_dist.models.design import Design
+from avcil_dist.models.network_spec import NetworkSpec
 from avcil_dist.models.outputs import Output
 
 
@@ -42,7 +42,7 @@ class Afc(NearestMean):
             selection="herding",
             means=self.options.predict == "nme",
             importance=True,
-            design=Design(head="proxies", num_proxies=self.options.num_proxies),
+            network_spec=NetworkSpec(head="proxies", num_proxies=self.options.num_proxies),
         )
 
     def imprint(self, features: Sequence[Tensor], norm: float) -> Tensor:

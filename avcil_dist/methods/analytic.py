@@ -4,7 +4,7 @@ No gradient, no exemplar. With φ the features of a clip and y its one-hot class
 H = Σ φyᵀ over all clips so far give W = (G + γI)⁻¹H: the ridge regression on all data seen,
 whatever the order of classes and steps. Source of the idea: Zhuang et al. 2022 (ACIL).
 
-Memory, in bytes, with F the length of φ, C the classes and K the candidates for γ: a rank holds G as
+ExemplarMemory, in bytes, with F the length of φ, C the classes and K the candidates for γ: a rank holds G as
 the trapezoids above its diagonal, about 4F²(1 + 1024/F), of the steps before and again of this one;
 K·8FC for the candidates; and the rank that solves two whole F × F matrices, 16F². At F = 10,000,
 C = 309, K = 9: 0.9 GB and 0.22 GB of candidates on every rank, 1.6 GB more on the one that solves.
@@ -19,11 +19,11 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.nn import functional as F
 
-from avcil_dist.config import Section
+from avcil_dist.config.schema import Section
 from avcil_dist.errors import ConfigError
-from avcil_dist.methods.base import Needs, OnePassMethod, StepContext, Targets
+from avcil_dist.methods.base import ClosedFormMethod, Needs, StepContext, Targets
 from avcil_dist.methods.losses import cross_entropy
-from avcil_dist.models.design import Design
+from avcil_dist.models.network_spec import NetworkSpec
 from avcil_dist.models.outputs import Output
 from avcil_dist.seeds import generator
 
@@ -31,7 +31,7 @@ PANEL = 1024  # columns of G that are summed at a time
 ROWS = 1024  # clips that are summed at a time: a product of fewer is bound by memory
 
 
-class Analytic(OnePassMethod):
+class Analytic(ClosedFormMethod):
     """Ridge regression from sums. The state is the sums, in float64, and the classifier."""
 
     class Options(Section):
@@ -67,7 +67,7 @@ class Analytic(OnePassMethod):
         chooses = len(self.options.gammas) > 1
         if self.options.features == "network":
             return Needs(training="first step", validation=chooses)
-        return Needs(training="never", validation=chooses, design=Design(pool=self.options.pool))
+        return Needs(training="never", validation=chooses, network_spec=NetworkSpec(pool=self.options.pool))
 
     def begin_step(self, context: StepContext) -> None:
         """The classifier is to be solved anew."""

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from avcil_dist.config import Section
-from avcil_dist.models.design import PLAIN, Design
+from avcil_dist.config.schema import Section
+from avcil_dist.models.network_spec import DEFAULT_SPEC, NetworkSpec
 from avcil_dist.models.outputs import Output
 from avcil_dist.scenario import Scenario
 
@@ -33,7 +33,7 @@ class Needs:
     fresh_network: bool = False
     validation: bool = False  # clips of each class, whatever selects the epoch
     training: Literal["every step", "first step", "never"] = "every step"
-    design: Design = PLAIN
+    network_spec: NetworkSpec = DEFAULT_SPEC
 
     def trains_at(self, step: int) -> bool:
         """Whether the network is trained at this step, by gradients."""
@@ -129,7 +129,7 @@ class Method(ABC):
             raise ValueError(f"{type(self).__name__} keeps no state, was given {', '.join(state)}")
 
 
-class OnePassMethod(Method):
+class ClosedFormMethod(Method):
     """A method whose classifier comes in closed form from sums over clips: one pass, no gradient.
 
     Each rank's method sums over its own clips; the step adds the ranks' sums up in between.

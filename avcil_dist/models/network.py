@@ -1,4 +1,4 @@
-"""Networks: encoders, and what follows them (`design.py`).
+"""Networks: encoders, and what follows them (`network_spec.py`).
 
 With sound and pictures that is audio-guided attention, a projection each, and a head; with one of
 the two, a projection and a head. Source: Pian et al. 2023, eq. 1-6.
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from avcil_dist.config import ClipConfig, ModelConfig, Precision
+from avcil_dist.config.schema import ClipConfig, ModelConfig, Precision
 from avcil_dist.errors import ConfigError
-from avcil_dist.models.attention import AudioGuidedAttention, TeacherView
-from avcil_dist.models.design import PLAIN, Design
-from avcil_dist.models.encoders import Encoder, build_audio_encoder, build_visual_encoder
+from avcil_dist.models.attention.module import AudioGuidedAttention, TeacherView
+from avcil_dist.models.encoders.base import Encoder, build_audio_encoder, build_visual_encoder
 from avcil_dist.models.heads import Head, LinearHead, ProxyHead, grow, grow_proxies
+from avcil_dist.models.network_spec import DEFAULT_SPEC, NetworkSpec
 from avcil_dist.models.outputs import Divergence, Output, sum_present
 from avcil_dist.models.precision import compute_context
 
@@ -185,7 +185,7 @@ def build_network(
     feature_shape: Mapping[str, int],
     num_classes: int,
     *,
-    design: Design = PLAIN,
+    network_spec: NetworkSpec = DEFAULT_SPEC,
     num_frozen: int = 0,
     restored: Collection[str] | None = None,
 ) -> Network:
@@ -212,11 +212,15 @@ def build_network(
             f"model: the visual encoder has dim {visual.dim}, the audio encoder {audio.dim}; "
             "set model.visual.dim and model.audio.dim to the same number"
         )
-    if design.pool is not None:
-        return PooledTokens(visual, audio, design.pool)
+    if network_spec.pool is not None:
+        return PooledTokens(visual, audio, network_spec.pool)
 
     def head(width: int) -> ProxyHead | None:
-        return ProxyHead(width, num_classes, num_frozen, design.num_proxies) if design.head == "proxies" else None
+        return (
+            ProxyHead(width, num_classes, num_frozen, network_spec.num_proxies)
+            if network_spec.head == "proxies"
+            else None
+        )
 
     if visual is None:
         assert audio is not None

@@ -1,4 +1,4 @@
-"""What a network returns; with `design.py` the one thing that methods know of models.
+"""What a network returns; with `network_spec.py` the one thing that methods know of models.
 
 These are tuples, because DeepSpeed looks for a module's outputs in tuples, lists and dicts alone.
 """

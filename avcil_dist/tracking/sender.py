@@ -1,6 +1,6 @@
 """Tells a tracking server what is in a spool: a thread beside the training, which never waits for it.
 
-Records go in order. One sender at a time tells a server, whatever the processes; what it cannot
+FileDigests go in order. One sender at a time tells a server, whatever the processes; what it cannot
 tell now it tries again, with jitter, and what nobody could tell is told by the next sender.
 """
 
@@ -15,7 +15,7 @@ from typing import Protocol
 from filelock import Timeout
 
 from avcil_dist.errors import StorageError
-from avcil_dist.tracking.spool import Note, Record, Spool
+from avcil_dist.tracking.event_queue import DeliveryCursor, Event, EventQueue
 
 RECORDS_AT_A_TIME = 200
 POLL_SECONDS = 1.0
@@ -38,29 +38,31 @@ class RunGoneError(Exception):
     """A run that the server held was deleted there."""
 
 
-class Delivery(Protocol):
+class EventWriter(Protocol):
     """The way to one server. `runs`: the ids of the stream's runs there; `is_uploading`: a file is on its way."""
 
     runs: dict[str, str]
     is_uploading: bool
 
-    def deliver(self, records: Sequence[Record]) -> None:
+    def deliver(self, records: Sequence[Event]) -> None:
         """Tell the server these, of one kind. What it has been told already is not doubled. Raises the errors above."""
 
 
 class Sender:
     """Tells one server; `start` begins, `close` ends it within a bound."""
 
-    def __init__(self, spool: Spool, uri: str, connect: Callable[[dict[str, str]], Delivery], *, shown: str) -> None:
+    def __init__(
+        self, spool: EventQueue, uri: str, connect: Callable[[dict[str, str]], EventWriter], *, shown: str
+    ) -> None:
         self.spool, self.uri, self.connect, self.shown = spool, uri, connect, shown
         self._wake, self._hurry, self._stop = threading.Event(), threading.Event(), threading.Event()
         self._failures = 0  # in all, so that one can see that another try was made
-        self._delivery: Delivery | None = None
+        self._delivery: EventWriter | None = None
         self._thread = threading.Thread(target=self._run, name="tracking sender", daemon=True)
         spool.on_append = self._wake.set
 
     def start(self) -> None:
-        """Begin to send."""
+        """ResumePolicy to send."""
         self._thread.start()
 
     def close(self, patience: float) -> bool:
@@ -122,7 +124,7 @@ class Sender:
                 waits += 1
                 self._pause(waits)
 
-    def _tell(self, batch: Sequence[tuple[Record, int]], note: Note) -> None:
+    def _tell(self, batch: Sequence[tuple[Event, int]], note: DeliveryCursor) -> None:
         if self._delivery is None:
             self._delivery = self.connect(dict(note.runs))
         # numbers that follow each other are told in one call, all else one by one
@@ -136,7 +138,7 @@ class Sender:
             if self._stop.is_set():
                 return
 
-    def _deliver(self, delivery: Delivery, records: Sequence[Record]) -> None:
+    def _deliver(self, delivery: EventWriter, records: Sequence[Event]) -> None:
         try:
             delivery.deliver(records)
         except (AwayError, RunGoneError):
@@ -151,7 +153,7 @@ class Sender:
             kind = records[0]["kind"]
             _logger.warning("%s: refused (%s); a record of %s is left out", self.shown, error, kind, exc_info=is_ours)
 
-    def _note_away(self, note: Note, reason: str) -> None:
+    def _note_away(self, note: DeliveryCursor, reason: str) -> None:
         self._failures += 1
         self._delivery = None
         if note.away_since is None:
@@ -165,7 +167,7 @@ class Sender:
         note.reason = reason
         self._save(note)
 
-    def _save(self, note: Note) -> None:
+    def _save(self, note: DeliveryCursor) -> None:
         try:
             self.spool.save_note(self.uri, note)
         except (OSError, StorageError) as error:  # it is told again then, which doubles nothing

@@ -15,18 +15,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from avcil_dist.config import EngineConfig, OptimConfig
+from avcil_dist.config.schema import EngineConfig, OptimConfig
 from avcil_dist.errors import TrainingError
 from avcil_dist.models.network import Network
 from avcil_dist.models.outputs import Output
-from avcil_dist.training.groups import parameter_groups
 from avcil_dist.training.loss_scale import LossScale
+from avcil_dist.training.optim import parameter_groups
 from avcil_dist.world import World
 
 NEVER = 10**9
 # Numbers of a buffer of ZeRO's. Its own are for models of billions: below that, it shares out next to nothing.
 BUCKET = 20_000_000
-BETTER_GRADIENT = "lower optim.lr, set engine.clip_norm, or use engine.precision=float32 or bf16"
+BETTER_GRADIENT = "lower optim.lr, set engine.max_grad_norm, or use engine.precision=float32 or bf16"
 
 
 class Engine:
@@ -57,7 +57,7 @@ class Engine:
             config={
                 "train_micro_batch_size_per_gpu": rows,
                 "gradient_accumulation_steps": 1,
-                "gradient_clipping": config.clip_norm or 0.0,
+                "gradient_clipping": config.max_grad_norm or 0.0,
                 "zero_optimization": _zero_section(config),
                 # Its own Adam for host memory is compiled at run time; torch's is as good there, and the same bits.
                 "zero_force_ds_cpu_optimizer": False,

@@ -19,14 +19,14 @@ from torch import Tensor
 
 from avcil_dist import storage
 from avcil_dist.compose import flatten
-from avcil_dist.config import Config
+from avcil_dist.config.schema import Config
 from avcil_dist.errors import ArtifactError, ConfigError
-from avcil_dist.training import committed
-from avcil_dist.training.artifact import step_url
-from avcil_dist.training.distributed import decide_together
+from avcil_dist.streams import commit as committed
+from avcil_dist.streams.artifact import step_url
+from avcil_dist.streams.stream import changed_setting, stream_url
+from avcil_dist.training.collectives import decide_together
 from avcil_dist.training.engine import Engine
-from avcil_dist.training.state import EpochTotals, Selected, TrainingState
-from avcil_dist.training.stream import changed_setting, stream_url
+from avcil_dist.training.state import BestEpoch, EpochTotals, TrainingState
 from avcil_dist.world import World
 
 NUM_KEPT = 2
@@ -59,7 +59,7 @@ def discard_stale(config: Config, step: int, *, own: bool) -> None:
 
 
 @dataclass
-class SnapshotKeeper:
+class SnapshotManager:
     """Writes and finds the snapshots of one step; all ranks call it together.
 
     `reset_optimizer` lets a snapshot go on with a fresh optimizer, whatever the number of ranks.
@@ -81,8 +81,10 @@ class SnapshotKeeper:
     def is_due(self, iteration: int) -> bool:
         """Whether this rank holds that it is time for one, by its clock or by the number of iterations."""
         settings, since = self.config.snapshot, iteration - self._iteration
-        by_count = settings.iterations is not None and since >= settings.iterations
-        return since > 0 and (by_count or time.monotonic() - self._saved_at >= settings.minutes * SECONDS_A_MINUTE)
+        by_count = settings.every_iterations is not None and since >= settings.every_iterations
+        return since > 0 and (
+            by_count or time.monotonic() - self._saved_at >= settings.every_minutes * SECONDS_A_MINUTE
+        )
 
     def save(self, engine: Engine, state: TrainingState, totals: dict[str, Any]) -> None:
         """Commit a snapshot; `totals` is the record of the epoch's totals over all ranks."""
@@ -92,7 +94,7 @@ class SnapshotKeeper:
         if self.world.is_main:
             files |= _encode(model, state, totals)
         decide_together(lambda: storage.remove_tree(folder))  # an earlier one at this place may be damaged
-        records: list[committed.Records] = [{}] * self.world.size
+        records: list[committed.FileDigests] = [{}] * self.world.size
         dist.all_gather_object(records, committed.write_files(folder, files))
         decide_together(lambda: self._commit(folder, {name: part[name] for part in records for name in part}))
         self._iteration, self._saved_at = state.iteration, time.monotonic()
@@ -110,8 +112,8 @@ class SnapshotKeeper:
         best = training["best"]
         if best is not None:
             weights = safetensors.torch.load(committed.read_file(found, "best.safetensors", commit))
-            best = Selected(weights, best["epoch"], best["val_accuracy"])
-        totals = EpochTotals.from_record(training["totals"], device, is_main=self.world.is_main)
+            best = BestEpoch(weights, best["epoch"], best["val_accuracy"])
+        totals = EpochTotals.from_dict(training["totals"], device, is_main=self.world.is_main)
         self._iteration = training["iteration"]
         return Snapshot(
             safetensors.torch.load(committed.read_file(found, "model.safetensors", commit)),
@@ -180,12 +182,12 @@ class SnapshotKeeper:
         is_ours = all(commit[key] == value for key, value in self._identity.items())
         return commit if is_ours and changed_setting(commit["settings"], flatten(self.config)) is None else None
 
-    def _commit(self, folder: str, records: committed.Records) -> None:
+    def _commit(self, folder: str, records: committed.FileDigests) -> None:
         self._seal(folder, records)
         for name in storage.list_folder(self.folder)[:-NUM_KEPT]:
             storage.remove_tree(storage.join(self.folder, name))
 
-    def _seal(self, folder: str, records: committed.Records) -> None:
+    def _seal(self, folder: str, records: committed.FileDigests) -> None:
         committed.commit(
             folder,
             records,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Selected:
+class BestEpoch:
     """The weights that are the step's result, and the epoch they are from."""
 
     state: dict[str, Tensor]
@@ -33,7 +33,7 @@ class EpochTotals:
     faults: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
-    def to_record(self, reading: Mapping[str, float], faults: list[str]) -> dict[str, Any]:
+    def to_dict(self, reading: Mapping[str, float], faults: list[str]) -> dict[str, Any]:
         """As JSON, with `reading` and `faults` of all ranks. A float32 is a JSON number, to the last bit."""
         losses = {name: value.item() for name, value in self.losses.items()}
         return {
@@ -45,7 +45,7 @@ class EpochTotals:
         }
 
     @classmethod
-    def from_record(cls, record: Mapping[str, Any], device: torch.device, *, is_main: bool) -> Self:
+    def from_dict(cls, record: Mapping[str, Any], device: torch.device, *, is_main: bool) -> Self:
         """The inverse; what was summed over the ranks is rank 0's from now on."""
         losses = {name: torch.tensor(value, device=device) for name, value in record["losses"].items()}
         reading = Counter(record["reading"]) if is_main else Counter()
@@ -58,5 +58,5 @@ class TrainingState:
     """`iteration` iterations of the step are done; `best` is the best epoch so far."""
 
     iteration: int = 0
-    best: Selected | None = None
+    best: BestEpoch | None = None
     epoch: EpochTotals = field(default_factory=EpochTotals)

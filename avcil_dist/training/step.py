@@ -10,30 +10,30 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from avcil_dist.config import Config
+from avcil_dist.config.schema import Config
+from avcil_dist.data.clip_cache import ClipCache
+from avcil_dist.data.exemplar_memory import EMPTY_MEMORY, ExemplarMemory
 from avcil_dist.data.loader import TrainingSource
 from avcil_dist.data.manifest import Manifest, check_shards, load_manifest
-from avcil_dist.data.memory import EMPTY_MEMORY, Memory
 from avcil_dist.data.plan import NO_CLIPS
-from avcil_dist.data.sources import source_disjoint
-from avcil_dist.data.store import Store
+from avcil_dist.data.source_videos import source_disjoint
 from avcil_dist.methods import make_method
-from avcil_dist.methods.base import Method, OnePassMethod, StepContext
+from avcil_dist.methods.base import ClosedFormMethod, Method, StepContext
 from avcil_dist.signals import StopRequest
-from avcil_dist.training.artifact import StepArtifact, save_artifact, set_weights
-from avcil_dist.training.at_hand import open_store
-from avcil_dist.training.distributed import decide_together, local_device, process_group
+from avcil_dist.streams.artifact import StepArtifact, load_whole_state, save_artifact
+from avcil_dist.streams.metrics import StreamMetrics, accuracy_row, confusion, per_class_accuracy, seen_accuracy
+from avcil_dist.streams.stream import load_previous, scenario_of, shards_of, sole_writer, stream_url
+from avcil_dist.training.build import NetworkMaker, network_after
+from avcil_dist.training.clip_cache_placement import place_clip_cache
+from avcil_dist.training.closed_form import train_closed_form
+from avcil_dist.training.collectives import decide_together, local_device, process_group
 from avcil_dist.training.engine import set_threads, whole_state
-from avcil_dist.training.evaluate import Evaluator, Predictions
-from avcil_dist.training.faults import Report, print_fault, shared_fate
-from avcil_dist.training.features import FeaturePass
-from avcil_dist.training.metrics import StreamMetrics, accuracy_row, confusion, per_class_accuracy, seen_accuracy
-from avcil_dist.training.networks import NetworkMaker, network_after
-from avcil_dist.training.one_pass import train_one_pass
-from avcil_dist.training.selection import MemoryKeeper, exemplar_clips
-from avcil_dist.training.snapshot import SnapshotKeeper
-from avcil_dist.training.state import Selected
-from avcil_dist.training.stream import load_previous, scenario_of, shards_of, sole_writer, stream_url
+from avcil_dist.training.evaluation import Evaluator, Predictions
+from avcil_dist.training.exemplars import ExemplarSelector, exemplar_clips
+from avcil_dist.training.failure_sync import Report, print_fault, propagate_failures
+from avcil_dist.training.inference_pass import InferencePass
+from avcil_dist.training.snapshot import SnapshotManager
+from avcil_dist.training.state import BestEpoch
 from avcil_dist.training.trainer import Observer, Trainer
 from avcil_dist.world import World
 
@@ -59,7 +59,7 @@ def run_step(
     with (
         sole_writer(stream_url(config)) if world.is_main else nullcontext(),
         process_group(world, device, config.engine.timeout_minutes) as store,
-        shared_fate(store, world, report),
+        propagate_failures(store, world, report),
     ):
         return step_in_group(
             config, step, world=world, observer=observer, device=device, stop=stop, reset_optimizer=reset_optimizer
@@ -89,22 +89,22 @@ def step_in_group(
     memory = previous.memory if previous else EMPTY_MEMORY
     source = _training_source(config, manifest, context, method, memory, world)
     store = _store(source, context, method, device, observer) if method.needs.trains_at(step) else None
-    features = FeaturePass(manifest, scenario, config.data, world, device, store)
+    features = InferencePass(manifest, scenario, config.data, world, device, store)
     student, teacher = NetworkMaker(config, manifest, context, method, features, device).make(previous)
-    evaluator = Evaluator(features, config.optim.eval_batch)
+    evaluator = Evaluator(features, config.optim.global_eval_batch)
 
-    snapshots = SnapshotKeeper(config, manifest.content_hash, step, world, reset_optimizer)
+    snapshots = SnapshotManager(config, manifest.content_hash, step, world, reset_optimizer)
     if method.needs.trains_at(step):
         trainer = Trainer(config, method, teacher, evaluator, features, source, observer, device, snapshots, stop)
         selected = trainer.train(student)
         student = network_after(config, manifest.shape, scenario, method, step, selected.state.keys()).to(device)
-        set_weights(student, selected.state, f"step {step}, as trained")
+        load_whole_state(student, selected.state, f"step {step}, as trained")
     else:
         observer.begin(step, 0, 0, 0)
-        selected = Selected(whole_state(student), epoch=0, val_accuracy=None)
-    if isinstance(method, OnePassMethod):
-        selected = replace(selected, val_accuracy=train_one_pass(method, student, features, manifest, context))
-    keeper = MemoryKeeper(config, manifest, context, features)
+        selected = BestEpoch(whole_state(student), epoch=0, val_accuracy=None)
+    if isinstance(method, ClosedFormMethod):
+        selected = replace(selected, val_accuracy=train_closed_form(method, student, features, manifest, context))
+    keeper = ExemplarSelector(config, manifest, context, features)
     memory = keeper.updated(memory, method.needs, student)
     method.end_step(keeper.exemplar_features(memory, student) if method.needs.means else None)
 
@@ -126,18 +126,18 @@ def step_in_group(
 
 def _store(
     source: TrainingSource, context: StepContext, method: Method, device: torch.device, observer: Observer
-) -> Store | None:
+) -> ClipCache | None:
     """Where what each epoch reads stays at hand: clips trained on, unless they are varied, and validation's."""
     clips = NO_CLIPS if source.data.augment.is_on else source.clips
-    if source.optim.select == "best_val" or method.needs.validation:
+    if source.optim.keep_epoch == "best_val" or method.needs.validation:
         clips = np.union1d(clips, source.manifest.clips(context.scenario.seen(context.step), "val"))
-    store, said = open_store(source.manifest, source.data, clips, source.world, device)
+    store, said = place_clip_cache(source.manifest, source.data, clips, source.world, device)
     observer.note(said)
     return store
 
 
 def _training_source(
-    config: Config, manifest: Manifest, context: StepContext, method: Method, memory: Memory, world: World
+    config: Config, manifest: Manifest, context: StepContext, method: Method, memory: ExemplarMemory, world: World
 ) -> TrainingSource:
     scenario, step, needs = context.scenario, context.step, method.needs
     exemplars = exemplar_clips(manifest, memory)
@@ -160,7 +160,7 @@ def _metrics(
     previous: StepArtifact | None,
     context: StepContext,
     tested: Predictions,
-    selected: Selected,
+    selected: BestEpoch,
 ) -> StreamMetrics:
     labels, predictions, seen = tested.labels, tested.predictions, context.scenario.seen(context.step)
     disjoint = None

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from avcil_dist.data.loader import Batch
 from avcil_dist.methods.base import Method
-from avcil_dist.models.attention import TeacherView
+from avcil_dist.models.attention.module import TeacherView
 from avcil_dist.models.network import AudioVisualNetwork, HeadedNetwork, Network
 from avcil_dist.models.outputs import Output
-from avcil_dist.training.answers import Answers
 from avcil_dist.training.engine import shard_out
+from avcil_dist.training.teacher_cache import TeacherCache
 from avcil_dist.world import World
 
 
@@ -24,7 +24,7 @@ class Teacher(nn.Module):
         self.network = network
         self.network.requires_grad_(False).eval().to(device)
         self._is_shared_out = False
-        self._answers: Answers | None = None
+        self._answers: TeacherCache | None = None
 
     def train(self, mode: bool = True) -> "Teacher":
         """Stay in evaluation mode."""
@@ -46,7 +46,7 @@ class Teacher(nn.Module):
         visual, audio = self.network.encode_frozen(batch.visual, batch.audio)
         return replace(batch, visual=visual, audio=audio)
 
-    def remember(self, answers: Answers) -> None:
+    def remember(self, answers: TeacherCache) -> None:
         """From now on, look up what the teacher said to a clip of these instead of asking it again."""
         self._answers = answers
 

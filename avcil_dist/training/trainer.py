@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from avcil_dist.config import Config
+from avcil_dist.config.schema import Config
 from avcil_dist.data.loader import Batch, TrainingSource, load_on_device
 from avcil_dist.data.manifest import Manifest
 from avcil_dist.data.plan import rows_at_a_time
@@ -19,16 +19,16 @@ from avcil_dist.errors import DataError, StepStopped, TrainingError
 from avcil_dist.methods.base import Method
 from avcil_dist.models.network import Network
 from avcil_dist.signals import StopRequest
-from avcil_dist.training.answers import Answers, ask
-from avcil_dist.training.distributed import Votes, collect_texts, gather_rows
+from avcil_dist.training.collectives import Votes, collect_texts, gather_rows
 from avcil_dist.training.engine import Engine
-from avcil_dist.training.evaluate import Evaluator
-from avcil_dist.training.features import FeaturePass
-from avcil_dist.training.iteration import iterate
-from avcil_dist.training.replay import exemplars_at_hand
-from avcil_dist.training.snapshot import SnapshotKeeper
-from avcil_dist.training.state import EpochTotals, Selected, TrainingState
+from avcil_dist.training.evaluation import Evaluator
+from avcil_dist.training.exemplar_copies import local_exemplars
+from avcil_dist.training.inference_pass import InferencePass
+from avcil_dist.training.snapshot import SnapshotManager
+from avcil_dist.training.state import BestEpoch, EpochTotals, TrainingState
 from avcil_dist.training.teacher import Teacher
+from avcil_dist.training.teacher_cache import TeacherCache, ask
+from avcil_dist.training.train_step import train_step
 
 LOSSES_AT_A_TIME = 16  # reading a loss waits for the device, so it is not done in each iteration
 
@@ -57,14 +57,14 @@ class Trainer:
     method: Method
     teacher: Teacher | None
     evaluator: Evaluator
-    features: FeaturePass
+    features: InferencePass
     source: TrainingSource
     observer: Observer
     device: torch.device
-    snapshots: SnapshotKeeper
+    snapshots: SnapshotManager
     stop: StopRequest
     _unread: list[tuple[Tensor, np.ndarray]] = field(default_factory=list, init=False)  # losses and clips
-    _answers: Answers | None = field(default=None, init=False)
+    _answers: TeacherCache | None = field(default=None, init=False)
 
     @cached_property
     def votes(self) -> Votes:
@@ -81,7 +81,7 @@ class Trainer:
         """Batches of the step."""
         return self.per_epoch * self.config.optim.epochs
 
-    def train(self, student: Network) -> Selected:
+    def train(self, student: Network) -> BestEpoch:
         """Train all epochs, from the newest snapshot on, and select one of them.
 
         Raises StepStopped on all ranks when one was asked to stop.
@@ -95,7 +95,7 @@ class Trainer:
             self._answers = self._asked(self.teacher)
             self.teacher.remember(self._answers)
         labels = self.features.scenario.labels
-        with exemplars_at_hand(replace(self.source, start=state.iteration)) as (source, manifest):
+        with local_exemplars(replace(self.source, start=state.iteration)) as (source, manifest):
             engine = self._make_engine(student)
             if snapshot and snapshot.optimizer is not None:
                 engine.load_optimizer_state(snapshot.optimizer)
@@ -111,7 +111,7 @@ class Trainer:
             engine.close()
         return best
 
-    def _train(self, engine: Engine, batches: Iterator[Batch], state: TrainingState, manifest: Manifest) -> Selected:
+    def _train(self, engine: Engine, batches: Iterator[Batch], state: TrainingState, manifest: Manifest) -> BestEpoch:
         self.observer.begin(self.source.step, self.config.optim.epochs, self.num_iterations, state.iteration)
         engine.network.train()
         while state.iteration < self.num_iterations:
@@ -134,11 +134,11 @@ class Trainer:
         assert state.best is not None
         return state.best
 
-    def _asked(self, teacher: Teacher) -> Answers:
+    def _asked(self, teacher: Teacher) -> TeacherCache:
         """What the teacher says to each clip of the step: kept from before the step was stopped, or asked now."""
         clips, manifest = self.source.clips, self.source.manifest
         kept = self.snapshots.kept("teacher")
-        answers = Answers.from_state(kept, clips, manifest) if kept else None
+        answers = TeacherCache.from_state(kept, clips, manifest) if kept else None
         if answers is None:
             self.observer.note(f"the teacher is asked about {len(clips):,} clips, once")
             said = partial(teacher.output, method=self.method)
@@ -152,8 +152,8 @@ class Trainer:
 
     def _make_engine(self, student: Network) -> Engine:
         optim, world = self.config.optim, self.source.world
-        replayed = optim.replay_batch if len(self.source.exemplars) else 0
-        rows = rows_at_a_time(optim.batch // world.size, replayed // world.size, self.config.engine.micro_batch)
+        replayed = optim.global_replay_batch if len(self.source.exemplars) else 0
+        rows = rows_at_a_time(optim.global_batch // world.size, replayed // world.size, self.config.engine.micro_batch)
         return Engine(student, optim=optim, config=self.config.engine, rows=rows, world=world, device=self.device)
 
     def _iterate(self, engine: Engine, batches: Iterator[Batch], state: TrainingState) -> None:
@@ -163,7 +163,7 @@ class Trainer:
         if self._answers:
             batch = self._answers.answered(batch, self.source.manifest)
         num_bad = self.votes.total(len(batch.faults))  # one a damaged clip
-        done = iterate(engine, batch, method=self.method, teacher=self.teacher, num_bad=num_bad)
+        done = train_step(engine, batch, method=self.method, teacher=self.teacher, num_bad=num_bad)
         totals.reading.update(batch.counts)
         totals.num_bad += done.num_bad
         totals.faults.extend(batch.faults)
@@ -194,14 +194,14 @@ class Trainer:
         values = {name: value.item() / self.per_epoch for name, value in totals.losses.items()}
         values |= {"damaged_clips": float(totals.num_bad)} if totals.num_bad else {}
         values |= self._of_all_ranks(totals.reading)
-        values["clips_per_second"] = self.per_epoch * self.config.optim.batch / totals.seconds
+        values["clips_per_second"] = self.per_epoch * self.config.optim.global_batch / totals.seconds
         state.best = self._select(engine, epoch, state.best, values)
         state.epoch = EpochTotals()
         self.observer.epoch(epoch, values)
 
     def _save(self, engine: Engine, state: TrainingState) -> None:
         totals = state.epoch
-        record = totals.to_record(self._of_all_ranks(totals.reading), collect_texts(tuple(totals.faults)))
+        record = totals.to_dict(self._of_all_ranks(totals.reading), collect_texts(tuple(totals.faults)))
         self.snapshots.save(engine, state, record)
 
     def _of_all_ranks(self, reading: Mapping[str, float]) -> dict[str, float]:
@@ -212,7 +212,7 @@ class Trainer:
 
     def _check_faults(self, totals: EpochTotals) -> None:
         """Stop, on all ranks at once, when more clips are damaged than an epoch may skip."""
-        allowed = self.config.data.max_bad_fraction * self.per_epoch * self.config.optim.batch
+        allowed = self.config.data.max_bad_fraction * self.per_epoch * self.config.optim.global_batch
         if totals.num_bad > allowed:
             named = collect_texts(tuple(totals.faults))[0]
             raise DataError(
@@ -220,14 +220,14 @@ class Trainer:
                 f"the first: {named}"
             )
 
-    def _select(self, engine: Engine, epoch: int, best: Selected | None, values: dict[str, float]) -> Selected | None:
+    def _select(self, engine: Engine, epoch: int, best: BestEpoch | None, values: dict[str, float]) -> BestEpoch | None:
         """Keep the better of the best so far and this epoch; ties keep the first."""
-        if self.config.optim.select == "last":
+        if self.config.optim.keep_epoch == "last":
             is_last = epoch == self.config.optim.epochs - 1
-            return Selected(engine.state(), epoch, None) if is_last else None
+            return BestEpoch(engine.state(), epoch, None) if is_last else None
         step = self.source.step
         predicted = self.evaluator(engine.network, self.method, "val", step, on_batch=lambda: None)
         values["val_accuracy"] = predicted.accuracy
         if best is None or best.val_accuracy is None or predicted.accuracy > best.val_accuracy:
-            return Selected(engine.state(), epoch, predicted.accuracy)
+            return BestEpoch(engine.state(), epoch, predicted.accuracy)
         return best

@@ -31,11 +31,11 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 
 from avcil_dist.data.manifest import Manifest, load_manifest
-from data_shards.writer import write_shard
-from launch.bench_loader import SHARDS, best_rate, make_shards, our_batches, our_rates, rate, read_in_sequence
-from tests.rendered import tiny_clip
-from tests.storage.conftest import ENVIRONMENT, forget_filesystems
-from tests.storage.s3 import BUCKET, S3Server, find_rclone
+from data_shards.shard_writer import write_shard
+from launch.bench.loader import SHARDS, best_rate, make_shards, our_batches, our_rates, rate, read_in_sequence
+from tests.helpers.rendered import tiny_clip
+from tests.helpers.s3 import BUCKET, S3Server, find_rclone
+from tests.services.storage.conftest import ENVIRONMENT, forget_filesystems
 
 FRAMES, POSITIONS, DIM, BATCH = 8, 196, 768, 32
 REAL_CLIPS = Path(__file__).parents[2].parent / "shared" / "data" / "real_clips" / "vas"
@@ -157,7 +157,10 @@ def s3_rows(folder: Path, threads: int, repeats: int) -> list[Row]:
     def ours(cache: str) -> float:
         shutil.rmtree(folder / "cache", ignore_errors=True)
         url = f"{root}/manifest.json"
-        return sum(batch.visual.nbytes for batch in our_batches(url, 1, BATCH, cache=cache, threads=threads)) / 1e9
+        return (
+            sum(batch.visual.nbytes for batch in our_batches(url, 1, BATCH, shard_cache=cache, read_threads=threads))
+            / 1e9
+        )
 
     cache = str(folder / "cache")
     rows: list[Row] = [
@@ -193,7 +196,7 @@ def video_rows(folder: Path, repeats: int) -> list[Row]:
             return rate(lambda: sum(pool.map(decode_whole, clips, chunksize=4)))
 
     def ours() -> float:
-        batches = iter(our_batches(f"{folder}/manifest.json", 2, BATCH, workers=CORES))
+        batches = iter(our_batches(f"{folder}/manifest.json", 2, BATCH, decode_workers=CORES))
         next(batches)
         return rate(lambda: sum(int(batch.valid.sum()) for batch in batches))
 

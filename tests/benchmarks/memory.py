@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import torch
 
-from avcil_dist.config import ClipConfig, EngineConfig, ModelConfig, OptimConfig
+from avcil_dist.config.schema import ClipConfig, EngineConfig, ModelConfig, OptimConfig
 from avcil_dist.models.network import build_network
 from avcil_dist.training.engine import Engine
 from avcil_dist.world import World
-from tests.ranks import CPU, run_ranks
+from tests.helpers.ranks import CPU, run_ranks
 
 CLIP = ClipConfig(frames=2, size=32, mel_bins=16, mel_frames=32)
 ROWS, ITERATIONS = 2, 3

@@ -7,8 +7,8 @@ import pytest
 from click.testing import Result
 
 from avcil_dist.data.manifest import load_manifest
-from tests.rendered import render_tiny
-from tests.streams import avcil, train, write_config
+from tests.helpers.rendered import render_tiny
+from tests.helpers.streams import avcil, train, write_config
 
 
 def _refused(result: Result, *parts: str) -> None:
@@ -53,17 +53,21 @@ def test_shard_cut_short_is_named_before_training(tmp_path: Path) -> None:
 
 
 def test_batch_that_the_processes_cannot_share(tmp_path: Path) -> None:
-    _refused(avcil("train", write_config(tmp_path), "-n", 5), "optim.batch=12", "5 processes", "1, 2, 3, 4, 6, 12")
+    _refused(
+        avcil("train", write_config(tmp_path), "-n", 5), "optim.global_batch=12", "5 processes", "1, 2, 3, 4, 6, 12"
+    )
     _nothing_written(tmp_path)
 
 
 def test_batch_larger_than_a_step(tmp_path: Path) -> None:
-    _refused(avcil("train", write_config(tmp_path), "optim.batch=64"), "optim.batch=64", "step 1 has only 48")
+    _refused(
+        avcil("train", write_config(tmp_path), "optim.global_batch=64"), "optim.global_batch=64", "step 1 has only 48"
+    )
     _nothing_written(tmp_path)
 
 
 def test_class_in_no_step(tmp_path: Path) -> None:
-    _refused(avcil("train", write_config(tmp_path), "scenario.steps=[3,2]"), "'class_005' is in no step")
+    _refused(avcil("train", write_config(tmp_path), "scenario.classes_per_step=[3,2]"), "'class_005' is in no step")
     _nothing_written(tmp_path)
 
 
@@ -126,8 +130,8 @@ def test_clips_damaged_after_the_build_stop_the_step_by_name(tmp_path: Path) -> 
     config = tmp_path / "clips.yaml"
     config.write_text(
         f"extends: demo\nname: damaged\noutput: {tmp_path}/runs\n"
-        f"data: {{manifest: {manifest}}}\nscenario: {{steps: 1}}\n"
-        "memory: {size: 4}\noptim: {epochs: 1, batch: 2, replay_batch: 2, eval_batch: 2, select: last}\n"
+        f"data: {{manifest: {manifest}}}\nscenario: {{classes_per_step: 1}}\n"
+        "memory: {size: 4}\noptim: {epochs: 1, global_batch: 2, global_replay_batch: 2, global_eval_batch: 2, keep_epoch: last}\n"
     )
     shard = sorted((tmp_path / "shards").rglob("train/c000*.tar"))[0]
     content = shard.read_bytes()

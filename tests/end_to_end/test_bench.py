@@ -33,7 +33,15 @@ def test_step_compares_the_same_loss_in_time_and_memory(tmp_path: Path) -> None:
 
 
 def test_stream_trains_two_steps_and_extrapolates(tmp_path: Path) -> None:
-    words = ["optim.batch=8", "optim.replay_batch=4", "optim.eval_batch=8", "--clips", "16", "--iterations", "4"]
+    words = [
+        "optim.global_batch=8",
+        "optim.global_replay_batch=4",
+        "optim.global_eval_batch=8",
+        "--clips",
+        "16",
+        "--iterations",
+        "4",
+    ]
     found = bench(tmp_path, "stream", *words)
     assert found["iterations"] == 4
     assert 0 <= found["waiting_share_later_epochs"] < 1

@@ -20,8 +20,10 @@ def test_an_installed_wheel_finds_its_configurations_from_any_directory(tmp_path
         archive.extractall(site)
     packages = {path.name for path in site.iterdir() if not path.name.endswith(".dist-info")}
     assert packages == {"avcil_dist", "data_shards", "launch"}
-    assert (site / "avcil_dist" / "tracking" / "report.html.j2").is_file()
-    code = "import launch, sys; from launch.cli import cli; assert launch.__file__.startswith(sys.argv.pop(1)); cli()"
+    assert (site / "avcil_dist" / "reporting" / "report.html.j2").is_file()
+    code = (
+        "import launch, sys; from launch.cli.main import cli; assert launch.__file__.startswith(sys.argv.pop(1)); cli()"
+    )
     words = [sys.executable, "-c", code, site, "config", "show", "demo", "method=finetune"]
     shown = subprocess.run(
         [str(word) for word in words], cwd=tmp_path, env={"PYTHONPATH": str(site)}, capture_output=True, text=True

@@ -11,17 +11,17 @@ from pathlib import Path
 import psutil
 
 from avcil_dist import storage
-from avcil_dist.training.artifact import load_artifact
-from tests.streams import train, weights_digest, write_config
+from avcil_dist.streams.artifact import load_artifact
+from tests.helpers.streams import train, weights_digest, write_config
 
 ROOT = Path(__file__).parents[2]
 NUM_KILLS = 20
 STOPPED = 143
 # Small steps of many iterations, so that a kill may come at any of them.
 LONG = {
-    "scenario": {"steps": 3},
-    "optim": {"epochs": 40, "batch": 12, "replay_batch": 6, "eval_batch": 18, "lr": 0.003},
-    "snapshot": {"iterations": 5},
+    "scenario": {"classes_per_step": 3},
+    "optim": {"epochs": 40, "global_batch": 12, "global_replay_batch": 6, "global_eval_batch": 18, "lr": 0.003},
+    "snapshot": {"every_iterations": 5},
 }
 
 

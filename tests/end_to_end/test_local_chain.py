@@ -8,13 +8,13 @@ from pathlib import Path
 
 import psutil
 
-from avcil_dist.tracking.mlflow import find_stream
-from launch.record import read_chain
-from launch.supervisor import LOG, PID, is_supervised
-from launch.watch import chain_status
-from tests.storage.s3 import free_port
-from tests.streams import STEPS, avcil, last_artifact, train, weights_digest, write_config
-from tests.tracking.told import uri_of
+from avcil_dist.tracking.client import find_stream
+from launch.cluster.chain_record import read_chain
+from launch.cluster.status import chain_status
+from launch.cluster.supervisor import LOG, PID, is_supervised
+from tests.helpers.s3 import free_port
+from tests.helpers.sent_events import uri_of
+from tests.helpers.streams import STEPS, avcil, last_artifact, train, weights_digest, write_config
 
 
 def wait_for(is_so: Callable[[], bool], stream: str) -> None:
@@ -49,8 +49,8 @@ def supervisor_of(stream: str) -> int:
 
 
 def test_a_local_chain_survives_and_ends_with_the_bits_of_the_plain_run(tmp_path: Path) -> None:
-    optim = {"epochs": 25, "batch": 12, "replay_batch": 6, "eval_batch": 16, "lr": 0.001}
-    config = write_config(tmp_path, optim=optim, snapshot={"iterations": 20})
+    optim = {"epochs": 25, "global_batch": 12, "global_replay_batch": 6, "global_eval_batch": 16, "lr": 0.001}
+    config = write_config(tmp_path, optim=optim, snapshot={"every_iterations": 20})
     whole = train(config, f"output={tmp_path}/plain")
 
     away = (f"tracking.uri=http://127.0.0.1:{free_port()}", "tracking.wait_seconds=0.5")
@@ -86,7 +86,9 @@ def test_a_local_chain_survives_and_ends_with_the_bits_of_the_plain_run(tmp_path
 
 
 def test_a_step_that_dies_at_each_start_is_given_up_and_its_runs_have_failed(tmp_path: Path) -> None:
-    config = write_config(tmp_path, optim={"epochs": 1000, "batch": 12, "replay_batch": 6, "eval_batch": 16})
+    config = write_config(
+        tmp_path, optim={"epochs": 1000, "global_batch": 12, "global_replay_batch": 6, "global_eval_batch": 16}
+    )
     stream = submit(config, "cluster.max_requeues=0").splitlines()[-1].split(":")[0]
     wait_for(lambda: progress(stream, 0) > 0, stream)
     [rank] = ranks(supervisor_of(stream))

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from avcil_dist.compose import load_config
-from avcil_dist.training.artifact import StepArtifact, load_artifact
-from tests.features import make_feature_shards
-from tests.ranks import run_ranks
-from tests.streams import avcil, run_streams, write_config
+from avcil_dist.streams.artifact import StepArtifact, load_artifact
+from tests.helpers.features import make_feature_shards
+from tests.helpers.ranks import run_ranks
+from tests.helpers.streams import avcil, run_streams, write_config
 
 METHODS = ("finetune", "joint", "lwf", "ssil", "avcil", "icarl", "afc", "analytic")
 STEPS = [1, 2, 3]
@@ -20,7 +20,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, StepArtifact]
     folder = tmp_path_factory.mktemp("behaviour")
     clips = {"train": 24, "val": 6, "test": 20}
     make_feature_shards(folder / "shards", classes=6, clips=clips, separation=1.0)
-    path = write_config(folder, scenario={"steps": STEPS})
+    path = write_config(folder, scenario={"classes_per_step": STEPS})
     [streams] = run_ranks(run_streams, 1, [load_config(str(path), [f"method={method}"]) for method in METHODS])
     return {method: load_artifact(stream, 2) for method, stream in zip(METHODS, streams, strict=True)}
 
@@ -55,7 +55,9 @@ def test_analytic_learning_keeps_up_without_exemplars(results: dict[str, StepArt
 
 @pytest.mark.parametrize("method", ["icarl", "analytic"])
 def test_classes_outside_the_scenario_are_never_met(tmp_path: Path, method: str) -> None:
-    path = write_config(tmp_path, scenario={"steps": [2, 1], "classes": ["class_004", "class_000", "class_002"]})
+    path = write_config(
+        tmp_path, scenario={"classes_per_step": [2, 1], "classes": ["class_004", "class_000", "class_002"]}
+    )
     gone = sorted((tmp_path / "shards").rglob("*class_001*"))
     assert gone
     for shard in gone:
@@ -70,8 +72,8 @@ def test_classes_outside_the_scenario_are_never_met(tmp_path: Path, method: str)
 @pytest.mark.parametrize("method", ["ssil", "icarl", "afc", "analytic"])
 def test_a_class_of_one_clip_and_a_memory_larger_than_the_data(tmp_path: Path, method: str) -> None:
     make_feature_shards(tmp_path / "shards", classes=6, clips={"train": 1, "val": 1, "test": 1})
-    optim = {"epochs": 1, "batch": 2, "replay_batch": 4, "eval_batch": 4}
-    path = write_config(tmp_path, scenario={"steps": [2, 4]}, optim=optim, memory={"size": 500})
+    optim = {"epochs": 1, "global_batch": 2, "global_replay_batch": 4, "global_eval_batch": 4}
+    path = write_config(tmp_path, scenario={"classes_per_step": [2, 4]}, optim=optim, memory={"size": 500})
     [[stream]] = run_ranks(run_streams, 1, [load_config(str(path), [f"method={method}"])], range(2))
     artifact = load_artifact(stream, 1)
     assert artifact.metrics.num_test_clips == 6
@@ -80,7 +82,7 @@ def test_a_class_of_one_clip_and_a_memory_larger_than_the_data(tmp_path: Path, m
 
 
 def test_a_sweep_trains_the_grid_and_compares_it(tmp_path: Path) -> None:
-    path = write_config(tmp_path, scenario={"steps": [4, 2]})
+    path = write_config(tmp_path, scenario={"classes_per_step": [4, 2]})
     words = ["sweep", path, "method=analytic", "seed=1,2", "method.gammas=[1.0]"]
     result = avcil(*words)
     assert result.exit_code == 0, result.output

@@ -8,11 +8,11 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from avcil_dist.config import AudioMAEConfig, ClipConfig
-from avcil_dist.models.encoders import build_audio_encoder
-from avcil_dist.training.artifact import load_artifact
-from tests.rendered import tiny_manifest
-from tests.streams import avcil, train
+from avcil_dist.config.schema import AudioMAEConfig, ClipConfig
+from avcil_dist.models.encoders.base import build_audio_encoder
+from avcil_dist.streams.artifact import load_artifact
+from tests.helpers.rendered import tiny_manifest
+from tests.helpers.streams import avcil, train
 
 CLIP = {"frames": 4, "size": 32, "mel_bins": 32, "mel_frames": 96, "mel_mean": -6.0, "mel_std": 4.0}
 TINY = {"dim": 48, "depth": 2, "heads": 2}
@@ -45,13 +45,20 @@ def test_transformers_learn_two_steps_of_videos_and_leave_alone_what_is_not_thei
             "clip": CLIP,
             "augment": {"crop": 0.5, "flip": 0.5, "time_mask": 16, "mel_mask": 4},
         },
-        "scenario": {"steps": 2},
+        "scenario": {"classes_per_step": 2},
         "model": {
             "visual": {"kind": "videomae", "weights": "random", "train": "full", **TINY},
             "audio": {"kind": "audiomae", "weights": weights, "train": "partial", "last_blocks": 1, **TINY},
         },
         "memory": {"size": 8},
-        "optim": {"epochs": 6, "batch": 8, "replay_batch": 4, "eval_batch": 16, "lr": 0.002, "layer_decay": 0.75},
+        "optim": {
+            "epochs": 6,
+            "global_batch": 8,
+            "global_replay_batch": 4,
+            "global_eval_batch": 16,
+            "lr": 0.002,
+            "layer_decay": 0.75,
+        },
     }
     (tmp_path / "video.yaml").write_text(yaml.safe_dump(document))
     stream = train(tmp_path / "video.yaml", "-n", 2)

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from avcil_dist.compose import load_config
-from avcil_dist.config import ClipConfig, DataConfig
+from avcil_dist.config.schema import ClipConfig, DataConfig
 from avcil_dist.data.loader import Batch, FixedSource, load_batches
 from avcil_dist.data.manifest import Manifest, load_manifest
 from data_shards.build import build_part
+from data_shards.build_plan import Part, merge_parts
 from data_shards.features import make_features
-from data_shards.parts import Part, merge_parts
 from data_shards.verify import verify_shards
 
 torch.set_num_threads(1)
@@ -21,7 +21,7 @@ SOUNDLESS: dict[str, set[str]] = {"vas": set(), "music": {"Us9dxgfBfeo_82-97"}}
 
 
 ENCODERS = (
-    "data.workers=0",
+    "data.decode_workers=0",
     "data.clip.frames=4",
     "data.clip.size=32",
     *(f"model.visual.{word}" for word in ("weights=random", "dim=32", "depth=1", "heads=2")),

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from avcil_dist.data.clip_cache import ClipCache, EntrySpec
 from avcil_dist.data.loader import Batch, load_on_device
 from avcil_dist.data.manifest import load_manifest
-from avcil_dist.data.store import RowKind, Store
-from tests import triton_kernels
-from tests.features import make_feature_shards
-from tests.reading import digest, labels_of, training_source
-from tests.streams import avcil, last_artifact, train, write_config
+from tests.helpers import triton_kernels
+from tests.helpers.features import make_feature_shards
+from tests.helpers.reading import digest, labels_of, training_source
+from tests.helpers.streams import avcil, last_artifact, train, write_config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -26,14 +26,14 @@ def test_batches_on_the_device_are_those_of_the_processor(tmp_path: Path, tier: 
     manifest = load_manifest(make_feature_shards(tmp_path, classes=4, clips={"train": 12}))
     source = training_source(manifest, epochs=3, exemplars=manifest.clips(["class_000"], "train")[:5])
 
-    def batches(device: torch.device, store: Store | None) -> list[str]:
+    def batches(device: torch.device, store: ClipCache | None) -> list[str]:
         labels = labels_of(manifest)
         loaded = load_on_device(source, manifest=manifest, labels=labels, data=source.data, device=device, store=store)
         return [digest(in_host_memory(batch)) for batch in loaded]
 
     device = torch.device("cuda", 0)
-    kind = RowKind.of(manifest, source.data.clip)
-    store = None if tier == "none" else Store(source.clips, kind, device if tier == "device" else None)
+    kind = EntrySpec.of(manifest, source.data.clip)
+    store = None if tier == "none" else ClipCache(source.clips, kind, device if tier == "device" else None)
     assert batches(device, store) == batches(torch.device("cpu"), None)
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from avcil_dist.tracking.mlflow import find_stream
+from avcil_dist.tracking.client import find_stream
+from launch.cluster.status import chain_status
 from launch.sandbox.cluster import NODES, Sandbox
-from launch.watch import chain_status
-from tests.slurm.chains import (
+from tests.helpers.chains import (
     hold_ranks,
     job_of,
     kill_daemon_of_node,
@@ -19,8 +19,8 @@ from tests.slurm.chains import (
     wait_for_restart,
     wait_until_it_trains,
 )
-from tests.streams import avcil, last_artifact, train, weights_digest, write_config
-from tests.tracking.told import uri_of
+from tests.helpers.sent_events import uri_of
+from tests.helpers.streams import avcil, last_artifact, train, weights_digest, write_config
 
 TWO_NODES = ("--cluster", "slurm", "cluster.nodes=2", "cluster.cpus_per_task=1")
 
@@ -39,8 +39,8 @@ def high_priority_job(sandbox: Sandbox) -> None:
 
 
 def test_a_disturbed_chain_ends_with_the_bits_of_the_local_run(sandbox: Sandbox, tmp_path: Path) -> None:
-    optim = {"epochs": 60, "batch": 12, "replay_batch": 6, "eval_batch": 16, "lr": 0.0005}
-    config = write_config(tmp_path, optim=optim, snapshot={"iterations": 20})
+    optim = {"epochs": 60, "global_batch": 12, "global_replay_batch": 6, "global_eval_batch": 16, "lr": 0.0005}
+    config = write_config(tmp_path, optim=optim, snapshot={"every_iterations": 20})
     whole = train(config, f"output={tmp_path}/local", "-n", 2)
 
     stream = submit(config, "cluster.signal_seconds=60")
@@ -83,8 +83,8 @@ def test_a_disturbed_chain_ends_with_the_bits_of_the_local_run(sandbox: Sandbox,
 def test_ranks_that_answer_nothing_are_requeued_in_time_and_given_up_in_the_end(
     sandbox: Sandbox, tmp_path: Path
 ) -> None:
-    optim = {"epochs": 100_000, "batch": 12, "replay_batch": 6, "eval_batch": 16}
-    config = write_config(tmp_path, optim=optim, snapshot={"iterations": 20})
+    optim = {"epochs": 100_000, "global_batch": 12, "global_replay_batch": 6, "global_eval_batch": 16}
+    config = write_config(tmp_path, optim=optim, snapshot={"every_iterations": 20})
     deaf = "cluster.extra={signal: CONT@60}"  # the ranks are never told that their time is up
     stream = submit(config, "cluster.hours=0.016", "cluster.signal_seconds=60", "cluster.max_requeues=1", deaf)
     job = job_of(stream, 0)

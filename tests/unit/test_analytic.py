@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from avcil_dist.config import MethodConfig
+from avcil_dist.config.schema import MethodConfig
 from avcil_dist.errors import ConfigError
 from avcil_dist.methods import make_method
 from avcil_dist.methods.analytic import Analytic
 from avcil_dist.methods.base import StepContext
-from avcil_dist.models.encoders import Precomputed
+from avcil_dist.models.encoders.base import Precomputed
 from avcil_dist.models.network import PooledTokens
 from avcil_dist.models.outputs import Output
 from avcil_dist.scenario import Scenario

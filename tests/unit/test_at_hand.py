@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from avcil_dist.data.clip_cache import ClipCache, EntrySpec
 from avcil_dist.data.loader import Batch, TrainingSource, load_on_device
 from avcil_dist.data.manifest import Manifest, load_manifest
-from avcil_dist.data.store import RowKind, Store
-from avcil_dist.training.at_hand import LIMITS, _free_in_group, free_host_bytes
-from tests.features import damage, make_feature_shards
-from tests.reading import digest, labels_of, total, training_source
-from tests.rendered import tiny_manifest
+from avcil_dist.training.clip_cache_placement import LIMITS, _free_in_group, free_host_bytes
+from tests.helpers.features import damage, make_feature_shards
+from tests.helpers.reading import digest, labels_of, total, training_source
+from tests.helpers.rendered import tiny_manifest
 
 CPU = torch.device("cpu")
 BAD = "train-001-00003"
@@ -35,12 +35,12 @@ def source_of(manifest: Manifest, **settings: object) -> TrainingSource:
     return training_source(manifest, epochs=EPOCHS, exemplars=exemplars, **settings)  # type: ignore[arg-type]
 
 
-def store_of(manifest: Manifest, clips: np.ndarray, tier: str) -> Store:
-    kind = RowKind.of(manifest, source_of(manifest).data.clip)
-    return Store(clips, kind, CPU if tier == "device" else None)
+def store_of(manifest: Manifest, clips: np.ndarray, tier: str) -> ClipCache:
+    kind = EntrySpec.of(manifest, source_of(manifest).data.clip)
+    return ClipCache(clips, kind, CPU if tier == "device" else None)
 
 
-def batches_of(source: TrainingSource, store: Store | None) -> list[Batch]:
+def batches_of(source: TrainingSource, store: ClipCache | None) -> list[Batch]:
     labels = labels_of(source.manifest)
     loaded = load_on_device(source, manifest=source.manifest, labels=labels, data=source.data, device=CPU, store=store)
     return list(loaded)
@@ -71,9 +71,9 @@ def test_batches_are_the_same_from_every_tier_and_a_clip_is_read_once(
 def test_decoded_clips_are_at_hand_from_their_first_epoch_on(tmp_path: Path, tier: str) -> None:
     videos = tiny_manifest(tmp_path, ["a", "b"], {"train": 4})
     clip = {"frames": 2, "size": 16, "mel_frames": 16, "mel_bins": 8}
-    source = training_source(videos, epochs=3, batch=4, clip=clip, workers=1)
+    source = training_source(videos, epochs=3, batch=4, clip=clip, decode_workers=1)
     plain = [digest(batch) for batch in batches_of(source, None)]
-    store = Store(source.clips, RowKind.of(videos, source.data.clip), CPU if tier == "device" else None)
+    store = ClipCache(source.clips, EntrySpec.of(videos, source.data.clip), CPU if tier == "device" else None)
     assert [digest(batch) for batch in batches_of(source, store)] == plain
     again = batches_of(source, store)
     assert [digest(batch) for batch in again] == plain

@@ -12,10 +12,12 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from avcil_dist.models import attention as attention_module
-from avcil_dist.models import attention_pass, sweeps_native, sweeps_triton
-from avcil_dist.models.attention import AudioGuidedAttention, TeacherView
-from avcil_dist.models.encoders import Precomputed
+from avcil_dist.models.attention import fused as attention_pass
+from avcil_dist.models.attention import kernels_cpu as sweeps_native
+from avcil_dist.models.attention import kernels_triton as sweeps_triton
+from avcil_dist.models.attention import module as attention_module
+from avcil_dist.models.attention.module import AudioGuidedAttention, TeacherView
+from avcil_dist.models.encoders.base import Precomputed
 from avcil_dist.models.network import AudioVisualNetwork
 
 CLIPS, FRAMES, POSITIONS, DIM = 5, 3, 4, 6
@@ -170,7 +172,7 @@ def test_compiled_sweeps_give_what_float64_gives(tokens: torch.dtype, tokens_too
 def test_triton_kernels_give_what_torch_gives() -> None:
     """In a process of their own: Triton must know at its import that its interpreter is to run them."""
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "tests.triton_kernels"]
+    command = [sys.executable, "-m", "tests.helpers.triton_kernels"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["torch.float32", "torch.bfloat16", "torch.float16"]

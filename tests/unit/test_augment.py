@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from avcil_dist.compose import load_config
-from avcil_dist.config import AugmentConfig, ClipConfig, DataConfig, OptimConfig
+from avcil_dist.config.schema import AugmentConfig, ClipConfig, DataConfig, OptimConfig
 from avcil_dist.data.augment import Augmentation
 from avcil_dist.data.decode import DecodedClip
 from avcil_dist.data.loader import Batch, FixedSource, TrainingSource, load_batches
@@ -17,7 +17,7 @@ from avcil_dist.data.manifest import Manifest
 from avcil_dist.data.transforms import ClipTransform
 from avcil_dist.errors import ConfigError
 from avcil_dist.world import World
-from tests.rendered import tiny_manifest
+from tests.helpers.rendered import tiny_manifest
 
 torch.set_num_threads(1)
 CLIP = ClipConfig(frames=2, size=32, mel_bins=16, mel_frames=32)
@@ -104,7 +104,7 @@ def training(manifest: Manifest, augment: AugmentConfig = ALL, **changes: object
         classes=("cat",),
         exemplars=manifest.clips(["dog"], "train")[:3],
         data=DataConfig(manifest=f"{manifest.root}/manifest.json", clip=CLIP, augment=augment),
-        optim=OptimConfig(epochs=2, batch=2, replay_batch=2),
+        optim=OptimConfig(epochs=2, global_batch=2, global_replay_batch=2),
         seed=3,
         step=1,
         world=World(rank=0, size=1),
@@ -113,7 +113,7 @@ def training(manifest: Manifest, augment: AugmentConfig = ALL, **changes: object
 
 
 def load(source: TrainingSource | FixedSource, manifest: Manifest, workers: int = 0) -> list[Batch]:
-    data = DataConfig(manifest=f"{manifest.root}/manifest.json", clip=CLIP, augment=ALL, workers=workers)
+    data = DataConfig(manifest=f"{manifest.root}/manifest.json", clip=CLIP, augment=ALL, decode_workers=workers)
     return list(load_batches(source, manifest=manifest, labels={"cat": 0, "dog": 1}, data=data))
 
 

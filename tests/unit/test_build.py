@@ -16,7 +16,7 @@ import webdataset as wds
 from avcil_dist.data.manifest import load_manifest
 from avcil_dist.errors import ConfigError, DataError
 from data_shards.build import BuildReport, build_shards
-from tests.rendered import remuxed, render_tiny, tiny_clip
+from tests.helpers.rendered import remuxed, render_tiny, tiny_clip
 
 torch.set_num_threads(1)
 

@@ -11,7 +11,7 @@ BASE = """
 extends: base
 name: mine
 data: {manifest: m.json}
-scenario: {steps: 2}
+scenario: {classes_per_step: 2}
 model: {visual: {kind: precomputed}, audio: {kind: precomputed}}
 optim: {epochs: 7, lr: 0.5}
 by_method:
@@ -49,7 +49,12 @@ def test_benchmarks_have_the_published_settings(benchmark: str) -> None:
     assert config.method.name == "avcil"
     assert (config.method.model_extra or {})["lambda_instance"] == LAMBDA_INSTANCE[benchmark]
     assert config.memory.size == MEMORY[benchmark]
-    assert (config.optim.lr, config.optim.weight_decay, config.optim.batch, config.optim.replay_batch) == (
+    assert (
+        config.optim.lr,
+        config.optim.weight_decay,
+        config.optim.global_batch,
+        config.optim.global_replay_batch,
+    ) == (
         1e-3,
         1e-4,
         256,

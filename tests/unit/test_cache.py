@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from avcil_dist import storage
-from avcil_dist.data import cache as cache_module
-from avcil_dist.data.cache import ShardCache
+from avcil_dist.data import shard_cache as cache_module
+from avcil_dist.data.shard_cache import ShardCache
 from avcil_dist.errors import ConfigError, DataError
 
 PROJECT = Path(__file__).parents[2]
@@ -99,7 +99,7 @@ def test_a_shard_that_another_process_uses_is_not_removed(shards: Shards) -> Non
     shards.use(1)
     script = (
         "import sys; from concurrent.futures import ThreadPoolExecutor; from pathlib import Path;"
-        "from avcil_dist.data.cache import ShardCache;"
+        "from avcil_dist.data.shard_cache import ShardCache;"
         "cache = ShardCache(Path(sys.argv[1]), 9999, executor=ThreadPoolExecutor(1), retry_seconds=1,"
         " count=print, on_retry=print);"
         "assert cache.find(1000, sys.argv[2]) is not None; print('held', flush=True); sys.stdin.read()"
@@ -190,5 +190,5 @@ def test_a_kept_file_of_another_length_is_not_taken(shards: Shards) -> None:
 
 def test_a_folder_that_cannot_be_made_is_a_fault_of_the_configuration(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(ConfigError, match=r"^data\.cache: .*file/cache: .*; name a folder that can be written"):
+    with pytest.raises(ConfigError, match=r"^data\.shard_cache: .*file/cache: .*; name a folder that can be written"):
         Shards(tmp_path / "file", 1)

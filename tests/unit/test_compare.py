@@ -9,12 +9,12 @@ from rich.console import Console
 
 from avcil_dist.compose import load_config
 from avcil_dist.errors import ConfigError
+from avcil_dist.reporting.compare import compare, print_comparison, spread
+from avcil_dist.reporting.report import StreamReport
 from avcil_dist.scenario import Scenario
-from avcil_dist.tracking.compare import compare, print_comparison, spread
-from avcil_dist.tracking.report import StreamReport
-from avcil_dist.training.metrics import StreamMetrics, SubsetMetrics
+from avcil_dist.streams.metrics import StreamMetrics, SubsetMetrics
 from launch.sweep import make_grid
-from tests.streams import write_config
+from tests.helpers.streams import write_config
 
 
 def stream(seen: float, *words: str, disjoint: float | None = None) -> StreamReport:
@@ -69,11 +69,11 @@ def test_a_grid_is_every_combination_with_a_stream_of_its_own(tmp_path: Path) ->
 
 def test_commas_in_brackets_do_not_part_values(tmp_path: Path) -> None:
     config = str(write_config(tmp_path))
-    [point] = make_grid(config, ["scenario.steps=[2,4]", "method=lwf"], ablation=False, processes=1)
-    assert point.config.scenario.steps == [2, 4]
+    [point] = make_grid(config, ["scenario.classes_per_step=[2,4]", "method=lwf"], ablation=False, processes=1)
+    assert point.config.scenario.classes_per_step == [2, 4]
     assert point.config.stream_name == "tiny-lwf-seed0"
-    points = make_grid(config, ["scenario.steps=[2,4],[1,5]"], ablation=False, processes=1)
-    assert [point.config.scenario.steps for point in points] == [[2, 4], [1, 5]]
+    points = make_grid(config, ["scenario.classes_per_step=[2,4],[1,5]"], ablation=False, processes=1)
+    assert [point.config.scenario.classes_per_step for point in points] == [[2, 4], [1, 5]]
 
 
 def test_an_ablation_is_every_combination_of_avcils_parts(tmp_path: Path) -> None:
@@ -92,6 +92,6 @@ def test_an_ablation_of_another_method_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_grid_with_an_impossible_point_is_refused_before_anything_runs(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"optim.batch=5000"):
-        make_grid(str(write_config(tmp_path)), ["optim.batch=12,5000"], ablation=False, processes=1)
+    with pytest.raises(ConfigError, match=r"optim.global_batch=5000"):
+        make_grid(str(write_config(tmp_path)), ["optim.global_batch=12,5000"], ablation=False, processes=1)
     assert not (tmp_path / "runs").exists()

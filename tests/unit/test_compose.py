@@ -11,7 +11,7 @@ from avcil_dist.compose import (
     load_config,
     shipped_configs,
 )
-from avcil_dist.config import Config
+from avcil_dist.config.schema import Config
 from avcil_dist.errors import ConfigError
 
 SHIPPED = shipped_configs()
@@ -57,7 +57,7 @@ def test_every_shipped_engine_is_valid(name: str) -> None:
 
 def test_the_shipped_base_lacks_only_what_a_benchmark_must_say(tmp_path: Path) -> None:
     assert "data: missing" in refusal("base", "name=x")
-    required = "extends: base\nname: x\ndata: {manifest: m.json}\nscenario: {steps: 1}\n"
+    required = "extends: base\nname: x\ndata: {manifest: m.json}\nscenario: {classes_per_step: 1}\n"
     models = "model: {visual: {kind: precomputed}, audio: {kind: precomputed}}\n"
     assert load_config(write(tmp_path, required + models)).method.name == "avcil"
 
@@ -66,15 +66,15 @@ def test_the_file_itself_wins_over_what_it_extends(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, "extends: demo\nname: mine\noptim: {epochs: 3}\n"))
     demo = load_config("demo")
     assert (config.name, config.optim.epochs) == ("mine", 3)
-    assert config.optim.batch == demo.optim.batch
+    assert config.optim.global_batch == demo.optim.global_batch
     assert config.data == demo.data
 
 
 def test_later_files_win_over_earlier_ones(tmp_path: Path) -> None:
-    write(tmp_path, "seed: 1\noptim: {epochs: 1, batch: 4}\n", "a.yaml")
+    write(tmp_path, "seed: 1\noptim: {epochs: 1, global_batch: 4}\n", "a.yaml")
     write(tmp_path, "seed: 2\noptim: {epochs: 2}\n", "deep/b.yaml")
     config = load_config(write(tmp_path, "extends: [demo, a.yaml, deep/b.yaml]\nseed: 3\n"))
-    assert (config.seed, config.optim.epochs, config.optim.batch) == (3, 2, 4)
+    assert (config.seed, config.optim.epochs, config.optim.global_batch) == (3, 2, 4)
 
 
 def test_extends_is_relative_to_the_file_that_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,8 +117,8 @@ def test_a_section_of_some_keys_is_merged_with_the_method_extended(tmp_path: Pat
     [
         ("optim.lr=1e-3", "optim.lr", 0.001),  # YAML 1.1 reads 1e-3 as text
         ("optim.lr=0.5", "optim.lr", 0.5),
-        ("scenario.steps=[5, 3]", "scenario.steps", [5, 3]),
-        ("scenario.steps=4", "scenario.steps", 4),
+        ("scenario.classes_per_step=[5, 3]", "scenario.classes_per_step", [5, 3]),
+        ("scenario.classes_per_step=4", "scenario.classes_per_step", 4),
         ("scenario.classes=[dog, cat]", "scenario.classes", ["dog", "cat"]),
         ("scenario.classes=null", "scenario.classes", None),
         ("data.manifest=s3://bucket/a=b/m.json", "data.manifest", "s3://bucket/a=b/m.json"),
@@ -151,7 +151,7 @@ def test_later_words_win() -> None:
         ("optim=3", "optim: 3: Input should be a valid dictionary"),
         ("output=null", "output: None: Input should be a valid string"),
         ("optim.lr=-1", "optim.lr: -1: Input should be greater than 0"),
-        ("scenario.steps=0", "scenario.steps: 0: Input should be greater than 0"),
+        ("scenario.classes_per_step=0", "scenario.classes_per_step: 0: Input should be greater than 0"),
         ("engine.zero_stage=4", "engine.zero_stage: 4: Input should be 0, 1, 2 or 3"),
         ("name=a/b", "name: 'a/b': String should match pattern"),
         ("model.visual.kind=resnet", "model.visual.kind: 'resnet' is none of 'precomputed', 'small', 'videomae'"),
@@ -198,7 +198,7 @@ def test_a_method_without_options_says_so() -> None:
 
 def test_the_file_that_said_a_value_is_named_not_the_one_that_extends_it(tmp_path: Path) -> None:
     write(tmp_path, "extends: demo\noptim: {epochs: 0}\n", "below.yaml")
-    assert refusal(write(tmp_path, "extends: below.yaml\noptim: {batch: 8}\n")).startswith(
+    assert refusal(write(tmp_path, "extends: below.yaml\noptim: {global_batch: 8}\n")).startswith(
         "below.yaml: optim.epochs: 0"
     )
 
@@ -245,7 +245,7 @@ def test_a_password_in_the_tracking_uri_is_refused_and_not_repeated(tmp_path: Pa
 
 def test_sections_in_conflict_are_refused() -> None:
     line = refusal("demo", "data.canonical_nodes=3")
-    assert line.startswith("demo.yaml: optim.batch=16 is not a multiple of data.canonical_nodes=3")
+    assert line.startswith("demo.yaml: optim.global_batch=16 is not a multiple of data.canonical_nodes=3")
     line = refusal("demo", "model.visual={kind: precomputed}")
     assert line == "demo.yaml: model.visual and model.audio: both are precomputed, or neither"
 
@@ -272,9 +272,9 @@ def test_a_text_that_is_no_resolved_configuration_is_refused_in_one_line(text: s
 
 
 def test_flatten_gives_every_value_by_its_dotted_key() -> None:
-    config = load_config("demo", ["scenario.steps=[2, 6]"])
+    config = load_config("demo", ["scenario.classes_per_step=[2, 6]"])
     flat = flatten(config)
-    assert flat["scenario.steps"] == [2, 6]
+    assert flat["scenario.classes_per_step"] == [2, 6]
     assert flat["data.clip.frames"] == 4
     assert flat["method.name"] == "avcil"
     assert not any(isinstance(value, dict) for value in flat.values())

@@ -10,7 +10,7 @@ import torch
 
 from avcil_dist.data.decode import decode_clip, probe_clip
 from avcil_dist.errors import DataError
-from tests.rendered import counting_clip, remuxed, tiny_clip
+from tests.helpers.rendered import counting_clip, remuxed, tiny_clip
 
 torch.set_num_threads(1)
 LEVELS = [20, 60, 100, 140, 180, 220]

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from avcil_dist.config import MethodConfig
+from avcil_dist.config.schema import MethodConfig
 from avcil_dist.methods import make_method
 from avcil_dist.methods.base import StepContext, Targets
-from avcil_dist.models.encoders import Precomputed
+from avcil_dist.models.encoders.base import Precomputed
 from avcil_dist.models.network import AudioVisualNetwork
 from avcil_dist.models.outputs import Output
 from avcil_dist.scenario import make_scenario
-from tests.benchmarks.eager_reference import EagerNetwork, avcil_loss
+from launch.bench.eager_reference import EagerNetwork, avcil_loss
 
 CURRENT, REPLAY, OLD, CLASSES, DIM = 3, 2, 4, 6, 8
 

@@ -8,7 +8,7 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from avcil_dist.config import (
+from avcil_dist.config.schema import (
     AudioMAEConfig,
     ClipConfig,
     ModelConfig,
@@ -17,7 +17,7 @@ from avcil_dist.config import (
     VideoMAEConfig,
 )
 from avcil_dist.errors import ConfigError
-from avcil_dist.models.encoders import (
+from avcil_dist.models.encoders.base import (
     AudioMAE,
     SmallAudio,
     SmallVisual,

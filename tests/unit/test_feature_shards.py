@@ -8,19 +8,19 @@ import torch
 from click.testing import CliRunner
 
 from avcil_dist.compose import load_config
-from avcil_dist.config import Config, DataConfig
+from avcil_dist.config.schema import Config, DataConfig
 from avcil_dist.data.loader import FixedSource, load_batches
 from avcil_dist.data.manifest import Manifest, load_manifest
 from avcil_dist.errors import ConfigError, DataError
 from data_shards.build import build_shards
+from data_shards.build_plan import Part, merge_parts
 from data_shards.features import make_features, make_features_part
-from data_shards.parts import Part, merge_parts
 from data_shards.verify import verify_shards
-from launch.cli import cli
-from tests.rendered import render_tiny
+from launch.cli.main import cli
+from tests.helpers.rendered import render_tiny
 
 TINY = (
-    "data.workers=0",
+    "data.decode_workers=0",
     "data.clip.frames=4",
     "data.clip.size=32",
     "data.clip.mel_frames=64",

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from avcil_dist.compose import load_config
-from avcil_dist.config import ClipConfig, ModelConfig, OptimConfig
+from avcil_dist.config.schema import ClipConfig, ModelConfig, OptimConfig
 from avcil_dist.errors import ConfigError
 from avcil_dist.models.network import Network, build_network
-from avcil_dist.training.groups import parameter_groups
+from avcil_dist.training.optim import parameter_groups
 
 CLIP = ClipConfig(frames=4, size=32, mel_frames=64, mel_bins=32)
 TINY = {"weights": "random", "dim": 24, "depth": 3, "heads": 2}

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from avcil_dist.models.encoders import Precomputed
+from avcil_dist.models.encoders.base import Precomputed
 from avcil_dist.models.heads import LinearHead, grow
 from avcil_dist.models.network import AudioVisualNetwork
 

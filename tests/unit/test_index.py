@@ -7,15 +7,15 @@ import pytest
 import webdataset as wds
 from click.testing import CliRunner
 
-from avcil_dist.config import ClipConfig, DataConfig
+from avcil_dist.config.schema import ClipConfig, DataConfig
 from avcil_dist.data.loader import FixedSource, load_batches
 from avcil_dist.data.manifest import load_manifest
 from avcil_dist.errors import ConfigError, DataError
 from data_shards.build import build_shards
-from data_shards.index import index_tars
+from data_shards.importers.webdataset_tars import index_tars
 from data_shards.verify import verify_shards
-from launch.shards import shards
-from tests.rendered import render_tiny, tiny_clip
+from launch.cli.shards import shards
+from tests.helpers.rendered import render_tiny, tiny_clip
 
 
 def _tar(path: Path, files: dict[str, bytes], mode: str = "w") -> str:

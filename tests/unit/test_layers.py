@@ -13,22 +13,17 @@ PACKAGES = ("avcil_dist", "data_shards", "launch")
 # A module imports only from its own layer or from those above it in this table.
 # compose stands below the methods because it validates a method's own options.
 LAYERS = (
-    (
-        "avcil_dist",
-        "avcil_dist.errors",
-        "avcil_dist.seeds",
-        "avcil_dist.signals",
-        "avcil_dist.world",
-        "avcil_dist.retry",
-        "avcil_dist.storage",
-    ),
-    ("avcil_dist.config", "avcil_dist.scenario"),
+    ("avcil_dist", "avcil_dist.errors", "avcil_dist.seeds", "avcil_dist.signals", "avcil_dist.world"),
+    ("avcil_dist.storage.",),
+    ("avcil_dist.config.", "avcil_dist.scenario"),
     ("avcil_dist.data.",),
     ("avcil_dist.models.",),
     ("avcil_dist.methods.",),
     ("avcil_dist.compose",),
+    ("avcil_dist.streams.",),
     ("avcil_dist.training.",),
     ("avcil_dist.tracking.",),
+    ("avcil_dist.reporting.",),
     ("data_shards.",),
     ("launch.",),
 )

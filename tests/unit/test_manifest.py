@@ -11,7 +11,7 @@ import pytest
 from avcil_dist import storage
 from avcil_dist.data.manifest import Manifest, Shard, check_keys, check_shards, load_manifest
 from avcil_dist.errors import ConfigError, DataError
-from tests.features import make_feature_shards
+from tests.helpers.features import make_feature_shards
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def test_a_manifest_comes_back_as_it_was_saved(url: str, tmp_path: Path) -> None
         f"{tmp_path}/data",
     )
     assert again.content_hash == manifest.content_hash
-    assert [shard.to_record() for shard in again.shards] == [shard.to_record() for shard in manifest.shards]
+    assert [shard.to_dict() for shard in again.shards] == [shard.to_dict() for shard in manifest.shards]
     assert storage.read_bytes(f"{tmp_path}/data/again.json") == storage.read_bytes(url)
 
 

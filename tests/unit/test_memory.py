@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 
-from avcil_dist.data.memory import EMPTY_MEMORY, Memory, herding_order, random_order
+from avcil_dist.data.exemplar_memory import EMPTY_MEMORY, ExemplarMemory, herding_order, random_order
 
 
 def keys_of(name: str, count: int) -> list[str]:
@@ -86,8 +86,8 @@ def test_the_first_of_a_herding_are_the_herding_of_fewer() -> None:
 
 
 def test_a_record_keeps_the_order_of_classes_and_exemplars() -> None:
-    memory = Memory({"z": ("z-2", "z-1"), "a": ("a-1",), "m": ()})
-    again = Memory.from_record(json.loads(json.dumps(memory.to_record())))
+    memory = ExemplarMemory({"z": ("z-2", "z-1"), "a": ("a-1",), "m": ()})
+    again = ExemplarMemory.from_dict(json.loads(json.dumps(memory.to_dict())))
     assert list(again.keys.items()) == list(memory.keys.items())
 
 

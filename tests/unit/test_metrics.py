@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from avcil_dist.training.metrics import (
+from avcil_dist.streams.metrics import (
     StreamMetrics,
     accuracy_row,
     confusion,
@@ -87,9 +87,9 @@ def test_the_source_disjoint_accuracies_add_up_over_steps_and_survive_json() -> 
             source_disjoint=subset,
         )
     assert metrics is not None
-    record = json.loads(json.dumps(metrics.to_record()))
+    record = json.loads(json.dumps(metrics.to_dict()))
     assert record["source_disjoint"] == {"seen_accuracy": [0.5, 0.25], "mean_accuracy": 0.375, "num_test_clips": 8}
-    assert StreamMetrics.from_record(record) == metrics
+    assert StreamMetrics.from_dict(record) == metrics
 
 
 def test_forgetting_compares_with_the_best_earlier_step() -> None:
@@ -131,21 +131,21 @@ def test_a_row_of_the_wrong_length_is_an_error() -> None:
 
 def test_the_record_survives_json() -> None:
     metrics = make_metrics([[0.9], [0.5, 0.8]], [0.9, 0.6])
-    record = json.loads(json.dumps(metrics.to_record()))
-    assert StreamMetrics.from_record(record) == metrics
+    record = json.loads(json.dumps(metrics.to_dict()))
+    assert StreamMetrics.from_dict(record) == metrics
     assert record["forgetting"] == pytest.approx([0.4])
     assert record["mean_accuracy"] == pytest.approx(0.75)
-    assert json.loads(json.dumps(make_metrics([[0.5]], [0.5]).to_record()))["average_forgetting"] is None
+    assert json.loads(json.dumps(make_metrics([[0.5]], [0.5]).to_dict()))["average_forgetting"] is None
 
 
 @pytest.mark.parametrize("damage", [{"accuracy": None}, {"step": 5}, {"per_class": []}, {"epoch": None}])
 def test_a_damaged_record_is_refused(damage: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"record|step 5"):
-        StreamMetrics.from_record({**make_metrics([[0.9]], [0.9]).to_record(), **damage})
+        StreamMetrics.from_dict({**make_metrics([[0.9]], [0.9]).to_dict(), **damage})
 
 
 def test_an_incomplete_record_is_refused() -> None:
-    record = make_metrics([[0.9]], [0.9]).to_record()
+    record = make_metrics([[0.9]], [0.9]).to_dict()
     del record["seen_accuracy"]
     with pytest.raises(ValueError, match="seen_accuracy"):
-        StreamMetrics.from_record(record)
+        StreamMetrics.from_dict(record)

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from avcil_dist.compose import load_config
-from avcil_dist.config import ClipConfig, ModelConfig
+from avcil_dist.config.schema import ClipConfig, ModelConfig
 from avcil_dist.errors import ConfigError
 from avcil_dist.models.network import AudioNetwork, Network, VisualNetwork, build_network
-from avcil_dist.training.stream import check_run
-from tests.streams import write_config
+from avcil_dist.training.preflight import check_run
+from tests.helpers.streams import write_config
 
 SHAPE = {"frames": 2, "positions": 3, "dim": 4}
 VISUAL, AUDIO = torch.randn(5, 2, 3, 4), torch.randn(5, 4)

@@ -13,10 +13,10 @@ from avcil_dist import storage
 from avcil_dist.data.manifest import load_manifest
 from avcil_dist.errors import ConfigError, DataError
 from data_shards.build import build_part, build_shards
-from data_shards.parts import Job, Part, Plan, merge_parts
+from data_shards.build_plan import Part, Plan, ShardJob, merge_parts
 from data_shards.verify import verify_shards
-from launch.shards import shards
-from tests.rendered import remuxed, render_tiny, tiny_clip
+from launch.cli.shards import shards
+from tests.helpers.rendered import remuxed, render_tiny, tiny_clip
 
 SETTINGS = {"clips_per_shard": 2, "min_seconds": 0.5}
 
@@ -48,7 +48,7 @@ def test_merged_parts_equal_a_single_build(clips: Path, tmp_path: Path) -> None:
 
 
 def test_each_part_has_its_share_and_all_have_everything() -> None:
-    jobs = tuple(Job(f"train/{number}", "", clips) for number, clips in enumerate([9, 1, 1, 9, 1, 1, 9, 1, 1]))
+    jobs = tuple(ShardJob(f"train/{number}", "", clips) for number, clips in enumerate([9, 1, 1, 9, 1, 1, 9, 1, 1]))
     plan = Plan("clip", ("dog",), {}, "", jobs)
     shares = [plan.share(Part(index, 3)) for index in range(3)]
     assert sorted(number for share in shares for number in share) == list(range(9))
@@ -114,7 +114,7 @@ KILLED_PART = """
 import os, signal, sys
 from pathlib import Path
 from data_shards.build import build_part
-from data_shards.parts import Part
+from data_shards.build_plan import Part
 
 def kill_in_the_middle_of_a_shard(done, total):
     if done == 3:

@@ -276,9 +276,10 @@ def test_evaluation_is_padded_only_at_the_end(num_clips: int, batch: int) -> Non
 
 def test_a_world_that_cannot_share_the_batch_is_told_the_sizes_that_fit() -> None:
     for world_size in (1, 2, 3, 4, 6, 12):
-        check_batch_fits("optim.batch", 12, world_size)
+        check_batch_fits("optim.global_batch", 12, world_size)
     with pytest.raises(ConfigError) as caught:
-        check_batch_fits("optim.batch", 12, 5)
+        check_batch_fits("optim.global_batch", 12, 5)
     assert str(caught.value) == (
-        "optim.batch=12 cannot be shared by 5 processes; it fits 1, 2, 3, 4, 6, 12 processes, or choose a multiple of 5"
+        "optim.global_batch=12 cannot be shared by 5 processes; it fits 1, 2, 3, 4, 6, 12 processes, "
+        "or choose a multiple of 5"
     )

@@ -5,12 +5,12 @@ from collections.abc import Callable
 import pytest
 
 from avcil_dist.errors import DataError
-from data_shards.processes import run_all
+from data_shards.workers import run_all
 
-Begin = Callable[[int], None]
+ResumePolicy = Callable[[int], None]
 
 
-def _double(item: list[int], lethal: frozenset[int], begin: Begin) -> list[int]:
+def _double(item: list[int], lethal: frozenset[int], begin: ResumePolicy) -> list[int]:
     """Twice each element; 13 kills the process as a broken decoder would."""
     doubled = []
     for place, element in enumerate(item):
@@ -23,13 +23,13 @@ def _double(item: list[int], lethal: frozenset[int], begin: Begin) -> list[int]:
     return doubled
 
 
-def _refuse(item: int, lethal: frozenset[int], begin: Begin) -> int:
+def _refuse(item: int, lethal: frozenset[int], begin: ResumePolicy) -> int:
     if item == 1:
         raise DataError("item 1 is wrong")
     return item
 
 
-def _break(item: int, lethal: frozenset[int], begin: Begin) -> int:
+def _break(item: int, lethal: frozenset[int], begin: ResumePolicy) -> int:
     return item // 0
 
 

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from avcil_dist.methods.afc import cluster_centres
 from avcil_dist.methods.nearest_mean import class_means, nearness
-from avcil_dist.models.encoders import Precomputed
+from avcil_dist.models.encoders.base import Precomputed
 from avcil_dist.models.heads import ProxyHead, grow_proxies
 from avcil_dist.models.network import AudioNetwork
 

@@ -9,21 +9,23 @@ import pytest
 import torch
 
 from avcil_dist import storage
-from avcil_dist.config import ClipConfig, DataConfig, OptimConfig
+from avcil_dist.config.schema import ClipConfig, DataConfig, OptimConfig
 from avcil_dist.data.loader import Batch, FixedSource, TrainingSource, load_batches
 from avcil_dist.data.manifest import Manifest, load_manifest
 from avcil_dist.data.plan import PADDING, plan_epoch, plan_evaluation, plan_replay
 from avcil_dist.world import World
-from tests.features import make_feature_shards
-from tests.rendered import tiny_manifest
+from tests.helpers.features import make_feature_shards
+from tests.helpers.rendered import tiny_manifest
 
 torch.set_num_threads(1)
 SMALL_CLIP = ClipConfig(frames=2, size=32, mel_bins=16, mel_frames=32)
-OPTIM = OptimConfig(epochs=2, batch=4, replay_batch=2)
+OPTIM = OptimConfig(epochs=2, global_batch=4, global_replay_batch=2)
 
 
 def data_config(manifest: Manifest, workers: int = 0) -> DataConfig:
-    return DataConfig(manifest=f"{manifest.root}/manifest.json", workers=workers, window=2, clip=SMALL_CLIP)
+    return DataConfig(
+        manifest=f"{manifest.root}/manifest.json", decode_workers=workers, shuffle_window=2, clip=SMALL_CLIP
+    )
 
 
 def labels_of(manifest: Manifest) -> dict[str, int]:
@@ -146,7 +148,7 @@ def test_decoding_processes_do_not_change_the_batches(clips: Manifest) -> None:
 def test_one_shard_serves_two_ranks_of_two_processes_each_clip_once(clips: Manifest) -> None:
     alone = replace(clips, classes=("cat",), shards=clips.shards[:1])
     reference = load(FixedSource(np.array([[0, 1, 2, 3]])), alone)[0].visual
-    config = OptimConfig(epochs=1, batch=2)
+    config = OptimConfig(epochs=1, global_batch=2)
     found = []
     for rank in range(2):
         source = replace(training(alone, rank=rank, size=2), optim=config, classes=alone.classes)

@@ -12,9 +12,9 @@ import torch
 
 from avcil_dist import storage
 from avcil_dist.data.manifest import Manifest, Shard, load_manifest
-from data_shards.writer import write_shard
-from tests.features import make_feature_shards
-from tests.reading import clips_in_order, digests, rows, total, training_batches, training_source
+from data_shards.shard_writer import write_shard
+from tests.helpers.features import make_feature_shards
+from tests.helpers.reading import clips_in_order, digests, rows, total, training_batches, training_source
 
 CLIPS = 12
 BLOCK = 512
@@ -35,12 +35,12 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[
 
     def put(folder: Path) -> tuple[str, dict[str, object]]:
         if request.param == "local":
-            return f"{folder}/manifest.json", {"cache": "none"}
+            return f"{folder}/manifest.json", {"shard_cache": "none"}
         for path in folder.rglob("*"):
             if path.is_file():
                 storage.write_bytes(f"{root}/{path.relative_to(folder)}", path.read_bytes())
         cache = "none" if request.param == "ranges" else str(tmp_path / "cache")
-        return f"{root}/manifest.json", {"cache": cache}
+        return f"{root}/manifest.json", {"shard_cache": cache}
 
     yield put
     storage.remove_tree(root)
@@ -195,7 +195,7 @@ def test_of_a_damaged_shard_the_intact_clips_are_read_the_others_are_named(
     first = int(manifest.first_clips[number]) - sum(s.count for s in manifest.shards[:number] if s.split != "train")
     broken = damage(folder / manifest.shards[number].url, manifest.shards[number])
     url, settings = place(folder)
-    if settings["cache"] != "none":
+    if settings["shard_cache"] != "none":
         broken = set(range(6))  # a cache holds the digest of the whole against the manifest
     expected = {first + row for row in broken}
     batches = clips_in_order(url, **settings)
@@ -240,7 +240,7 @@ def test_what_was_read_is_counted(shards: Path, tmp_path: Path, place: Callable[
     size = int(shard.sizes["visual.npy"][0] + shard.sizes["audio.npy"][0]) + 2 * BLOCK
     assert counts["read_bytes"] == 2 * 48 * size
     assert counts["stall_seconds"] > 0
-    if settings["cache"] != "none":
+    if settings["shard_cache"] != "none":
         stored = sum(shard.bytes for shard in load_manifest(url).shards if shard.split == "train")
         assert counts["fetched_bytes"] == stored
         assert counts["cache_misses"] == 8
@@ -256,7 +256,7 @@ def test_exemplars_do_not_bring_whole_shards_into_the_cache(shards: Path, tmp_pa
         storage.write_bytes(f"{root}/{path.relative_to(shards)}", path.read_bytes())
     manifest = load_manifest(f"{root}/manifest.json")
     exemplars = manifest.clips(["class_000"], "train")[[0, 6]]  # one of each shard
-    settings: dict[str, object] = {"exemplars": exemplars, "cache": str(tmp_path / "cache")}
+    settings: dict[str, object] = {"exemplars": exemplars, "shard_cache": str(tmp_path / "cache")}
     batches = list(training_batches(f"{root}/manifest.json", **settings))
     assert total(batches)["cache_misses"] == 6
     assert all(batch.valid.all() for batch in batches)
@@ -269,7 +269,9 @@ def test_a_cache_smaller_than_the_window_gives_the_same_batches(shards: Path, tm
         storage.write_bytes(f"{root}/{path.relative_to(shards)}", path.read_bytes())
     largest = max(shard.bytes for shard in load_manifest(f"{root}/manifest.json").shards)
     cached = list(
-        training_batches(f"{root}/manifest.json", cache=str(tmp_path / "cache"), cache_gigabytes=2 * largest / 1e9)
+        training_batches(
+            f"{root}/manifest.json", shard_cache=str(tmp_path / "cache"), shard_cache_gigabytes=2 * largest / 1e9
+        )
     )
     assert total(cached)["cache_full"] > 0
     plain = rows(list(training_batches(f"{shards}/manifest.json")))

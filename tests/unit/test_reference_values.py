@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from avcil_dist.config import MethodConfig
+from avcil_dist.config.schema import MethodConfig
 from avcil_dist.methods import losses, make_method
 from avcil_dist.methods.base import StepContext, Targets
-from avcil_dist.models.encoders import Precomputed
+from avcil_dist.models.encoders.base import Precomputed
 from avcil_dist.models.heads import ProxyHead
 from avcil_dist.models.network import AudioVisualNetwork
 from avcil_dist.models.outputs import Output

@@ -10,10 +10,10 @@ from click.testing import CliRunner
 
 from avcil_dist.data.manifest import load_manifest
 from avcil_dist.errors import ConfigError, DataError
-from data_shards.parts import BuildReport
-from data_shards.released import import_features
+from data_shards.build_plan import BuildReport
+from data_shards.importers.released_features import import_features
 from data_shards.verify import verify_shards
-from launch.shards import shards
+from launch.cli.shards import shards
 from tests.unit.test_splits import save_dict, write_lists
 
 FRAMES, POSITIONS, DIM = 2, 3, 4
@@ -123,7 +123,7 @@ def test_broken_import_continues_where_it_was(tmp_path: Path, lists: Path) -> No
 MEASURE = """
 import resource, sys
 from pathlib import Path
-from data_shards.released import import_features
+from data_shards.importers.released_features import import_features
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 visual, audio, lists, output = sys.argv[1:]
 import_features(Path(visual), Path(audio), Path(lists), output, frames=8, clips_per_shard=4)

@@ -10,10 +10,10 @@ import pytest
 from rich.console import Console
 
 from avcil_dist.compose import config_to_yaml
-from avcil_dist.config import Config
+from avcil_dist.config.schema import Config
 from avcil_dist.errors import ArtifactError
-from avcil_dist.tracking.report import StreamReport, load_streams, percent, print_report, write_page
-from avcil_dist.training.metrics import StreamMetrics
+from avcil_dist.reporting.report import StreamReport, load_streams, percent, print_report, write_page
+from avcil_dist.streams.metrics import StreamMetrics
 
 STEPS = [["dog", "<b>cat</b>"], ["bus & co"], ["rain"]]
 ROWS = [[0.9], [0.5, 0.8], [0.6, 0.3, 0.7]]
@@ -26,7 +26,7 @@ def make_config(method: str, seed: int) -> Config:
             "name": "tiny",
             "seed": seed,
             "data": {"manifest": "manifest.json"},
-            "scenario": {"steps": [2, 1, 1]},
+            "scenario": {"classes_per_step": [2, 1, 1]},
             "model": {"visual": {"kind": "precomputed"}, "audio": {"kind": "precomputed"}},
             "method": {"name": method},
         }
@@ -50,7 +50,7 @@ def write_stream(folder: Path, *, committed: int, started: int = 0, method: str 
         )
         artifact = folder / f"step_{step:03d}"
         artifact.mkdir(parents=True)
-        (artifact / "metrics.json").write_text(json.dumps(metrics.to_record()))
+        (artifact / "metrics.json").write_text(json.dumps(metrics.to_dict()))
         (artifact / "scenario.json").write_text(json.dumps({"steps": STEPS}))
         (artifact / "config.yaml").write_text(config_to_yaml(make_config(method, seed)))
         if step < committed:

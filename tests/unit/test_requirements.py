@@ -8,12 +8,12 @@ from click.testing import CliRunner
 from avcil_dist.compose import load_config
 from avcil_dist.errors import ConfigError
 from avcil_dist.methods import method_names
-from avcil_dist.training.stream import check_run
+from avcil_dist.training.preflight import check_run
 from data_shards.build import build_shards
-from launch.cli import cli
-from tests.features import make_feature_shards
-from tests.rendered import render_tiny
-from tests.streams import write_config
+from launch.cli.main import cli
+from tests.helpers.features import make_feature_shards
+from tests.helpers.rendered import render_tiny
+from tests.helpers.streams import write_config
 
 
 def refused(path: Path, *words: str) -> str:
@@ -45,15 +45,15 @@ def test_prediction_by_means_needs_an_exemplar_of_the_last_classes_too(tmp_path:
 def test_analytic_chooses_gamma_on_validation_clips(tmp_path: Path) -> None:
     path = write_config(tmp_path)
     make_feature_shards(tmp_path / "shards", classes=6, clips={"train": 24, "test": 10})
-    words = ["method=analytic", "optim.select=last"]
+    words = ["method=analytic", "optim.keep_epoch=last"]
     assert "has no val clips" in refused(path, *words)
     check_run(load_config(str(path), [*words, "method.gammas=[1.0]"]), 1, restart=True)
 
 
 def test_analytic_needs_no_full_batch(tmp_path: Path) -> None:
     path = write_config(tmp_path)
-    assert "has only 24 training clips" in refused(path, "method=finetune", "optim.batch=48")
-    check_run(load_config(str(path), ["method=analytic", "optim.batch=48"]), 1, restart=True)
+    assert "has only 24 training clips" in refused(path, "method=finetune", "optim.global_batch=48")
+    check_run(load_config(str(path), ["method=analytic", "optim.global_batch=48"]), 1, restart=True)
 
 
 def test_a_class_without_training_clips_is_refused_by_name(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_analytic_on_clips_wants_encoders_that_stay_as_they_are(tmp_path: Path) 
         processes=1,
         strict=True,
     ).manifest_url
-    words = ["method=analytic", f"data.manifest={manifest}", "scenario.steps=1", "optim.batch=2"]
+    words = ["method=analytic", f"data.manifest={manifest}", "scenario.classes_per_step=1", "optim.global_batch=2"]
     with pytest.raises(ConfigError, match=r"encoder of kind small is trained; .* or method.features=network"):
         check_run(load_config("demo", words), 1, restart=True)
     check_run(load_config("demo", [*words, "method.features=network"]), 1, restart=True)

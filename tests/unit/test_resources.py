@@ -8,10 +8,10 @@ import pytest
 import yaml
 
 from avcil_dist.errors import ConfigError, SchedulerError
-from launch.code import snapshot_code, snapshot_place, source_folder
-from launch.jobs import split_words
-from launch.resources import ClusterConfig, load_cluster, sbatch_parameters, sbatch_text
-from launch.slurm import require_slurm
+from launch.cli.jobs import split_words
+from launch.cluster.code_snapshot import snapshot_code, snapshot_place, source_folder
+from launch.cluster.resources import ClusterConfig, load_cluster, sbatch_parameters, sbatch_text
+from launch.cluster.schedulers.slurm import require_slurm
 
 GOLDEN = Path(__file__).with_name("golden")
 JOBS, PYTHON = "/shared/runs/vs100-avcil-seed0/jobs", "/shared/venv/bin/python"
@@ -110,7 +110,9 @@ def test_a_job_that_slurm_is_ending_is_left_to_it(tmp_path: Path) -> None:
 def test_a_step_that_never_gets_done_fails_in_the_end(tmp_path: Path) -> None:
     code, asked, said = run_end(tmp_path, 137, state="RUNNING", restarts=3)
     assert (code, asked) == (1, ["show"])
-    assert said.startswith(f"-m launch.giveup {tmp_path} 2 step 2 is not done after 4 starts (exit code 137)")
+    assert said.startswith(
+        f"-m launch.cluster.mark_failed {tmp_path} 2 step 2 is not done after 4 starts (exit code 137)"
+    )
 
 
 def test_resources_grow_from_a_step_on() -> None:
@@ -146,8 +148,8 @@ def test_a_wrong_cluster_file_is_one_line(tmp_path: Path) -> None:
 
 
 def test_words_of_the_cluster_are_told_from_the_stream_s() -> None:
-    words = ["seed=1", "cluster.nodes=2", "data.cache=none"]
-    assert split_words(words, "slurm") == (["seed=1", "data.cache=none"], ["nodes=2"])
+    words = ["seed=1", "cluster.nodes=2", "data.shard_cache=none"]
+    assert split_words(words, "slurm") == (["seed=1", "data.shard_cache=none"], ["nodes=2"])
     with pytest.raises(ConfigError, match=r"cluster\.nodes=2: .* --cluster"):
         split_words(words, None)
 
@@ -158,7 +160,7 @@ def test_the_code_is_copied_once_for_each_state_it_is_in(tmp_path: Path) -> None
     copy = snapshot_code(tmp_path)
     assert copy is not None
     assert snapshot_place(tmp_path) == copy == snapshot_code(tmp_path)
-    for name in ("launch/task.py", "avcil_dist/world.py", "configs/cluster/slurm.yaml"):
+    for name in ("launch/cluster/rank_entry.py", "avcil_dist/world.py", "configs/cluster/slurm.yaml"):
         assert (copy / name).read_bytes() == (root / name).read_bytes()
     assert not (copy / "tests").exists()
     assert [path.name for path in tmp_path.iterdir()] == [copy.name]

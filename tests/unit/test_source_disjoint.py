@@ -7,10 +7,10 @@ import numpy as np
 
 from avcil_dist.compose import load_config
 from avcil_dist.data.manifest import load_manifest
-from avcil_dist.data.sources import source_disjoint, source_of
-from tests.features import make_feature_shards
-from tests.ranks import run_ranks
-from tests.streams import run_streams, write_config
+from avcil_dist.data.source_videos import source_disjoint, source_of
+from tests.helpers.features import make_feature_shards
+from tests.helpers.ranks import run_ranks
+from tests.helpers.streams import run_streams, write_config
 
 
 def key_of(split: str, number: int, row: int) -> str:

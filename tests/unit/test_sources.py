@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from avcil_dist.errors import ConfigError, DataError
-from data_shards.sources import Source, read_source
+from data_shards.listings import Source, read_listing
 from data_shards.splits import hold_out_validation
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
@@ -34,7 +34,7 @@ def test_vggsound_rows_find_files_by_all_their_usual_names(tmp_path: Path) -> No
     videos = _touch(
         tmp_path / "videos", "a/aaaaaaaaaaa_000030.mp4", "b/bb_bbbb-bbb_5000_15000.mp4", "ccccccccccc.webm", "x.txt"
     )
-    source = read_source(tmp_path / "vggsound.csv", videos)
+    source = read_listing(tmp_path / "vggsound.csv", videos)
     assert source.classes == ("bird chirping, tweeting", "dog barking")
     assert _found(source) == {
         "aaaaaaaaaaa_000030": ("aaaaaaaaaaa_000030.mp4", 30.0, None),
@@ -48,10 +48,10 @@ def test_vggsound_rows_find_files_by_all_their_usual_names(tmp_path: Path) -> No
 def test_ids_without_the_folder_of_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "vggsound.csv").write_text("aaaaaaaaaaa,30,dog,train\n")
     with pytest.raises(ConfigError, match="--videos"):
-        read_source(tmp_path / "vggsound.csv")
+        read_listing(tmp_path / "vggsound.csv")
     (tmp_path / "clips.csv").write_text("path,label,split\na.mp4,dog,train\n")
     with pytest.raises(ConfigError, match="leave out --videos"):
-        read_source(tmp_path / "clips.csv", tmp_path)
+        read_listing(tmp_path / "clips.csv", tmp_path)
 
 
 @pytest.mark.skipif(not VGGSOUND.is_dir(), reason=f"{VGGSOUND} is absent: no VGGSound lists")
@@ -74,8 +74,8 @@ def test_vggsound_has_its_published_counts(tmp_path: Path) -> None:
     with (tmp_path / "vggsound.csv").open("w", newline="") as file:
         for split, rows in (("train", train), ("test", test)):
             csv.writer(file).writerows([n[: -len("_000000.mp4")], int(n[-10:-4]), label, split] for n, label in rows)
-    by_csv = read_source(tmp_path / "vggsound.csv", tmp_path)
-    by_lists = read_source(tmp_path / "test.csv", tmp_path)
+    by_csv = read_listing(tmp_path / "vggsound.csv", tmp_path)
+    by_lists = read_listing(tmp_path / "test.csv", tmp_path)
     for source in (by_csv, by_lists):
         keys = {
             split: {row.clip.key for row in source.rows if row.split == split} for split in ("train", "val", "test")
@@ -102,12 +102,12 @@ def test_ave_annotations_are_split_by_the_lists_beside_them(tmp_path: Path) -> N
     lines = [f"Church bell&id-{i}&good&0&10\n" for i in range(4)] + ["Male speech, man speaking&id-0&good&2&8\n"]
     (tmp_path / "Annotations.txt").write_text(AVE + "".join(lines))
     videos = _touch(tmp_path / "AVE", *(f"id-{i}.mp4" for i in range(4)))
-    hashed = read_source(tmp_path / "Annotations.txt", videos)
+    hashed = read_listing(tmp_path / "Annotations.txt", videos)
     assert hashed.classes == ("Church bell", "Male speech, man speaking")
     assert len(hashed.rows) == 5
     for name, chosen in (("trainSet.txt", lines[:2]), ("valSet.txt", lines[2:3]), ("testSet.txt", lines[4:])):
         (tmp_path / name).write_text("".join(chosen))
-    listed = read_source(tmp_path / "Annotations.txt", videos)
+    listed = read_listing(tmp_path / "Annotations.txt", videos)
     assert [(row.label[:6], row.split, row.clip.key) for row in listed.rows] == [
         ("Church", "train", "id-0"),
         ("Church", "train", "id-1"),
@@ -120,7 +120,7 @@ def test_ave_annotations_are_split_by_the_lists_beside_them(tmp_path: Path) -> N
 def test_faulty_ave_line_is_named(tmp_path: Path) -> None:
     (tmp_path / "Annotations.txt").write_text(AVE + "Church bell&id\n")
     with pytest.raises(DataError, match="line 2: not Category"):
-        read_source(tmp_path / "Annotations.txt", tmp_path)
+        read_listing(tmp_path / "Annotations.txt", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -136,9 +136,9 @@ def test_published_lists_give_classes_splits_and_files(
     tmp_path: Path, name: str, file: str, classes: int, counts: tuple[int, int, int]
 ) -> None:
     lists = SHARED / "official_splits" / name
-    first = read_source(lists, tmp_path).rows[0].clip
+    first = read_listing(lists, tmp_path).rows[0].clip
     _touch(tmp_path, file.format(first.key))
-    source = read_source(lists, tmp_path)
+    source = read_listing(lists, tmp_path)
     assert len(source.classes) == classes
     splits = [row.split for row in source.rows]
     assert tuple(splits.count(split) for split in ("train", "val", "test")) == counts
@@ -154,7 +154,7 @@ def test_csv_rows_may_cut_parts_out_of_a_file(tmp_path: Path) -> None:
         "a.mp4,cat,test,7,,\n"
         "a.mp4,cat,test,,3,\n"
     )
-    source = read_source(tmp_path / "clips.csv")
+    source = read_listing(tmp_path / "clips.csv")
     assert _found(source) == {
         "a": ("a.mp4", 0.0, None),
         "a_2500_6500": ("a.mp4", 2.5, (2.5, 4.0)),
@@ -180,4 +180,4 @@ def test_faulty_list_is_named_with_its_line(tmp_path: Path, name: str, text: str
     if text is not None:
         (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=words):
-        read_source(tmp_path / name, None if name == "clips.csv" else tmp_path)
+        read_listing(tmp_path / name, None if name == "clips.csv" else tmp_path)

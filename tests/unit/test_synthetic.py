@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from avcil_dist.config import ClipConfig
+from avcil_dist.config.schema import ClipConfig
 from avcil_dist.data.decode import DecodedClip, decode_clip, probe_clip
 from avcil_dist.data.transforms import ClipTransform
 from avcil_dist.errors import ConfigError

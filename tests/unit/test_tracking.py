@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from avcil_dist.config import TrackingConfig
+from avcil_dist.config.schema import TrackingConfig
 from avcil_dist.errors import ConfigError, StepStopped, TrackingError
-from avcil_dist.tracking.delivery import MlflowDelivery
-from avcil_dist.tracking.mlflow import connect, find_stream, tracking_uri
+from avcil_dist.streams.commit import commit, write_files
+from avcil_dist.streams.metrics import StreamMetrics
+from avcil_dist.tracking.artifacts import download_step
+from avcil_dist.tracking.client import connect, find_stream, tracking_uri
+from avcil_dist.tracking.event_queue import EventQueue
+from avcil_dist.tracking.events import STREAM, StepTracker, unended_steps
+from avcil_dist.tracking.mlflow_writer import MlflowWriter
 from avcil_dist.tracking.sender import Sender
-from avcil_dist.tracking.spool import Spool
-from avcil_dist.tracking.tracker import STREAM, StepTracker, unended_steps
-from avcil_dist.tracking.transport import download_step
-from avcil_dist.training.committed import commit, write_files
-from avcil_dist.training.metrics import StreamMetrics
 
 TRACKING = TrackingConfig(experiment="streams")
 METRICS = StreamMetrics(
@@ -50,14 +50,14 @@ class Stream:
     def __init__(self, folder: Path, output: str, uri: str | None = None) -> None:
         self.folder, self.output, self.id = str(folder), output, folder.name
         self.uri = uri or tracking_uri(TRACKING, output)
-        self.spool = Spool(folder / "spool")
+        self.spool = EventQueue(folder / "spool")
 
     def open(self, **parameters: object) -> None:
         self.spool.append("open", name="tiny-avcil-seed0", parameters=parameters, tags={"version": "1"})
 
     def sender(self) -> Sender:
-        def connect(runs: dict[str, str]) -> MlflowDelivery:
-            return MlflowDelivery(
+        def connect(runs: dict[str, str]) -> MlflowWriter:
+            return MlflowWriter(
                 self.uri, TRACKING, output=self.output, stream=self.folder, stream_id=self.id, runs=runs
             )
 
@@ -76,7 +76,7 @@ class Stream:
     def commit(self, metrics: StreamMetrics, **files: bytes) -> None:
         """A step's folder with these metrics."""
         folder = f"{self.folder}/step_{metrics.step:03d}"
-        contents = {"metrics.json": json.dumps(metrics.to_record()).encode()} | files
+        contents = {"metrics.json": json.dumps(metrics.to_dict()).encode()} | files
         commit(folder, write_files(folder, contents), step=metrics.step)
 
 
@@ -286,7 +286,7 @@ def run_stream_of(folder: str, output: str) -> None:
 
 def test_a_database_whose_making_was_killed_is_made_anew(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    words = [sys.executable, "-c", f"from avcil_dist.tracking.mlflow import connect; connect({uri!r})"]
+    words = [sys.executable, "-c", f"from avcil_dist.tracking.client import connect; connect({uri!r})"]
     with subprocess.Popen(words) as process:
         new = tmp_path / "mlflow.db.new"
         while not new.exists() or not new.stat().st_size:

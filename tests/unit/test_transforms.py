@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from avcil_dist.config import ClipConfig
+from avcil_dist.config.schema import ClipConfig
 from avcil_dist.data.decode import DecodedClip
 from avcil_dist.data.transforms import IMAGENET_MEAN, IMAGENET_STD, ClipTransform
 

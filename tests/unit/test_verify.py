@@ -11,8 +11,8 @@ from avcil_dist import storage
 from avcil_dist.data.manifest import Manifest, load_manifest
 from avcil_dist.errors import DataError
 from data_shards.verify import TableRow, repair_manifest, table, verify_shards
-from launch.shards import shards
-from tests.features import make_feature_shards
+from launch.cli.shards import shards
+from tests.helpers.features import make_feature_shards
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import webdataset as wds
 
 from avcil_dist.data.manifest import load_manifest
 from avcil_dist.errors import ConfigError, DataError
-from data_shards.writer import shard_url, write_shard
-from tests.features import make_feature_shards
-from tests.rendered import tiny_clip
+from data_shards.shard_writer import shard_url, write_shard
+from tests.helpers.features import make_feature_shards
+from tests.helpers.rendered import tiny_clip
 
 CLIPS = [
     (f"k{i}", {"mp4": bytes([i]) * (100 + 500 * i), "json": json.dumps({"label": "dog"}).encode()}) for i in range(3)

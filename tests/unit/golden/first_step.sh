@@ -46,6 +46,6 @@ if [ -e /shared/runs/vs100-avcil-seed0/jobs/step_000.failed ]; then exit 2; fi
 if scontrol show job -o "$SLURM_JOB_ID" | grep -q " JobState=RUNNING "; then
   again "exit code $code"
   starts="$((${SLURM_RESTART_COUNT:-0} + 1)) starts (exit code $code); max_requeues=10"
-  /shared/venv/bin/python -m launch.giveup /shared/runs/vs100-avcil-seed0/jobs 0 "step 0 is not done after $starts; its log says more"
+  /shared/venv/bin/python -m launch.cluster.mark_failed /shared/runs/vs100-avcil-seed0/jobs 0 "step 0 is not done after $starts; its log says more"
 fi
 exit 1

@@ -58,6 +58,6 @@ if [ -e /shared/runs/vs100-avcil-seed0/jobs/step_004.failed ]; then exit 2; fi
 if scontrol show job -o "$SLURM_JOB_ID" | grep -q " JobState=RUNNING "; then
   again "exit code $code"
   starts="$((${SLURM_RESTART_COUNT:-0} + 1)) starts (exit code $code); max_requeues=20"
-  /shared/venv/bin/python -m launch.giveup /shared/runs/vs100-avcil-seed0/jobs 4 "step 4 is not done after $starts; its log says more"
+  /shared/venv/bin/python -m launch.cluster.mark_failed /shared/runs/vs100-avcil-seed0/jobs 4 "step 4 is not done after $starts; its log says more"
 fi
 exit 1

@@ -1,0 +1,1 @@
+"""Settings as typed models, and how two configurations compare."""

@@ -1,0 +1,1 @@
+"""Audio-guided attention: the module, its fused forward and backward pass, and kernels for each device."""

@@ -1,0 +1,1 @@
+"""Encoders of pictures and sound, each with its weights."""

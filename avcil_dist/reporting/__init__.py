@@ -1,0 +1,1 @@
+"""Tables and pages made from committed steps; no tracking server is needed."""

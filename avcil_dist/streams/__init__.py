@@ -1,0 +1,1 @@
+"""Everything of a stream that outlives a process: commits, step artifacts, metrics, identity."""

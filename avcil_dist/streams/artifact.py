@@ -1,0 +1,156 @@
+"""The step artifact: all that step k hands to step k + 1, and to whoever looks later.
+
+`step_003/` holds `model.safetensors`, `method.safetensors`, `method.json`, `memory.json`,
+`scenario.json`, `metrics.json`, `config.yaml`, and last `COMMITTED.json` with the size and
+digest of each. Without `COMMITTED.json` there is no artifact. Nothing in it is ever unpickled.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+import avcil_dist
+from avcil_dist import storage
+from avcil_dist.compose import config_from_yaml, config_to_yaml
+from avcil_dist.config.schema import Config
+from avcil_dist.data.exemplar_memory import ExemplarMemory
+from avcil_dist.errors import ArtifactError
+from avcil_dist.models.network import Network
+from avcil_dist.scenario import Scenario
+from avcil_dist.streams import commit as committed
+from avcil_dist.streams.identity import read_identity
+from avcil_dist.streams.metrics import StreamMetrics
+
+STEP_FOLDER = re.compile(r"step_(\d{3,})")
+
+
+@dataclass(frozen=True)
+class StepArtifact:
+    """The result of a step. `model` is whole: it loads on any world size and ZeRO stage."""
+
+    step: int
+    model: dict[str, Tensor]
+    method: dict[str, Any]
+    memory: ExemplarMemory
+    scenario: Scenario
+    metrics: StreamMetrics
+    config: Config
+    manifest_hash: str
+
+
+def step_url(stream: str, step: int) -> str:
+    """The folder of a step in the folder of its stream."""
+    return storage.join(stream, f"step_{step:03d}")
+
+
+def is_committed(stream: str, step: int) -> bool:
+    """Whether the step's artifact is there, whole."""
+    return committed.is_committed(step_url(stream, step))
+
+
+def committed_steps(stream: str) -> list[int]:
+    """The steps whose artifacts are there, in order. A stream resumed elsewhere need not have the earlier ones."""
+    numbers = [STEP_FOLDER.fullmatch(name) for name in storage.list_folder(stream)]
+    return sorted(step for found in numbers if found and is_committed(stream, step := int(found[1])))
+
+
+def save_artifact(stream: str, artifact: StepArtifact) -> str:
+    """Write an artifact, `COMMITTED.json` last, and return its folder. What an earlier attempt left is removed."""
+    folder = step_url(stream, artifact.step)
+    storage.remove_tree(folder)
+    record = read_identity(stream)
+    committed.commit(
+        folder,
+        committed.write_files(folder, _encode(artifact)),
+        step=artifact.step,
+        manifest_hash=artifact.manifest_hash,
+        code_version=avcil_dist.__version__,
+        changes=[asdict(change) for change in record.changes] if record else [],
+    )
+    return folder
+
+
+def load_artifact(stream: str, step: int) -> StepArtifact:
+    """Read a committed artifact and hold every file against its digest.
+
+    Raises ArtifactError, naming the file, for what is missing, uncommitted or damaged.
+    """
+    folder, commit = _committed(stream, step)
+    files = {name: committed.read_file(folder, name, commit) for name in commit["files"]}
+    return StepArtifact(
+        step=commit["step"],
+        model=safetensors.torch.load(files["model.safetensors"]),
+        method=committed.decode_state("method", files),
+        memory=ExemplarMemory.from_dict(json.loads(files["memory.json"])),
+        scenario=Scenario(tuple(tuple(names) for names in json.loads(files["scenario.json"])["steps"])),
+        metrics=StreamMetrics.from_dict(json.loads(files["metrics.json"])),
+        config=config_from_yaml(files["config.yaml"].decode()),
+        manifest_hash=commit["manifest_hash"],
+    )
+
+
+def load_metrics(stream: str, step: int) -> StreamMetrics:
+    """The metrics of a committed step alone. Raises ArtifactError as `load_artifact` does."""
+    folder, commit = _committed(stream, step)
+    return StreamMetrics.from_dict(json.loads(committed.read_file(folder, "metrics.json", commit)))
+
+
+def load_whole_state(network: Network, weights: Mapping[str, Tensor], source: str) -> None:
+    """Give a network weights that are the whole of it, frozen parts and buffers included.
+
+    Raises ArtifactError, naming `source` and some of the names, when either has what the other lacks.
+    """
+    expected = network.state_dict()
+    faults = {
+        "missing": [name for name in expected if name not in weights],
+        "unknown": [name for name in weights if name not in expected],
+        "of another shape": [
+            name for name in expected if name in weights and weights[name].shape != expected[name].shape
+        ],
+    }
+    found = [f"{len(names)} {fault} ({', '.join(names[:3])})" for fault, names in faults.items() if names]
+    if found:
+        raise ArtifactError(
+            f"{source}: its weights are not those of the network: {'; '.join(found)}; use the configuration and the "
+            "version of the program that made it, or begin anew with --restart"
+        )
+    network.load_state_dict(dict(weights))
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a committed step was made with."""
+
+    config: Config
+    manifest_hash: str
+
+
+def load_origin(stream: str, step: int) -> Origin:
+    """The origin of a committed step, without reading its weights. Raises ArtifactError as `load_artifact` does."""
+    folder, commit = _committed(stream, step)
+    text = committed.read_file(folder, "config.yaml", commit).decode()
+    return Origin(config_from_yaml(text), commit["manifest_hash"])
+
+
+def _committed(stream: str, step: int) -> tuple[str, dict[str, Any]]:
+    """A step's folder and its commit."""
+    folder = step_url(stream, step)
+    if not committed.is_committed(folder):
+        raise ArtifactError(f"{folder}: no committed step artifact; run step {step} first")
+    return folder, committed.read_commit(folder)
+
+
+def _encode(artifact: StepArtifact) -> dict[str, bytes]:
+    return {
+        "model.safetensors": safetensors.torch.save(artifact.model),
+        **committed.encode_state("method", artifact.method),
+        "memory.json": json.dumps(artifact.memory.to_dict(), indent=1).encode(),  # the order of classes counts
+        "scenario.json": committed.encode_json({"steps": artifact.scenario.steps}),
+        "metrics.json": committed.encode_json(artifact.metrics.to_dict()),
+        "config.yaml": config_to_yaml(artifact.config).encode(),
+    }

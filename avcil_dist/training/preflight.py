@@ -1,0 +1,138 @@
+"""What a method needs, held against the configuration and the data before anything starts."""
+
+from avcil_dist.config.schema import Config, TransformerConfig
+from avcil_dist.data.manifest import Manifest, Split, check_shards, load_manifest
+from avcil_dist.data.plan import check_batch_fits, rows_at_a_time
+from avcil_dist.data.source_videos import source_disjoint
+from avcil_dist.errors import ConfigError
+from avcil_dist.methods import make_method, method_class, method_names
+from avcil_dist.methods.base import Needs
+from avcil_dist.scenario import Scenario
+from avcil_dist.streams.stream import check_continues, next_step, scenario_of, shards_of, stream_url
+
+
+def check_run(config: Config, world_size: int, *, restart: bool) -> Scenario:
+    """Hold the configuration against the data, the processes and the committed steps before anything starts.
+
+    Raises ConfigError or DataError for what would otherwise fail in the middle of the stream.
+    """
+    manifest = load_manifest(config.data.manifest)
+    scenario = scenario_of(config, manifest)
+    check_method_fits(config, manifest, scenario)
+    check_batch_fits("optim.global_batch", config.optim.global_batch, world_size)
+    check_batch_fits("optim.global_eval_batch", config.optim.global_eval_batch, world_size)
+    check_batch_fits("optim.global_replay_batch", config.optim.global_replay_batch, world_size)
+    if (manifest.kind == "feature") != (config.model.visual.kind == "precomputed"):
+        raise ConfigError(
+            f"{config.data.manifest} holds {manifest.kind}s, "
+            f"which model.visual.kind={config.model.visual.kind} cannot take"
+        )
+    replayed = config.optim.global_replay_batch if make_method(config.method).needs.memory == "replay" else 0
+    rows_at_a_time(config.optim.global_batch // world_size, replayed // world_size, config.engine.micro_batch)
+    for step in range(scenario.num_steps):
+        _check_step(config, manifest, scenario, step)
+    check_shards(manifest, shards_of(manifest, scenario, scenario.num_steps - 1))
+    num_done = 0 if restart else next_step(stream_url(config), scenario.num_steps)
+    if num_done:
+        check_continues(config, manifest, num_done)
+    return scenario
+
+
+def check_method_fits(config: Config, manifest: Manifest, scenario: Scenario) -> None:
+    """Raises ConfigError, naming what would do instead, for a method that cannot have what it needs."""
+    needs, name = make_method(config.method).needs, config.method.name
+    _check_modality(config, needs)
+    _check_memory(config, needs, scenario)
+    if not needs.trains_at(1) and config.engine.zero_stage:
+        raise ConfigError(
+            f"engine.zero_stage={config.engine.zero_stage}: method {name} keeps no optimizer state that could be "
+            "shared out; use engine=zero0"
+        )
+    if config.data.source_disjoint:
+        _check_sources(config, manifest, scenario)
+    if needs.network_spec.pool is not None and manifest.kind == "clip":
+        _check_fixed_encoders(config)
+
+
+def describe(needs: Needs) -> list[str]:
+    """What a method needs, in words."""
+    memory = {"none": [], "replay": ["memory (exemplars beside current clips)"], "join": ["memory (exemplars join)"]}
+    said = {
+        "teacher": needs.teacher,
+        "herding": needs.selection == "herding",
+        "features of exemplars": needs.means,
+        "attention of both modalities": needs.divergence,
+        "both modalities": needs.both_modalities,
+        "gradients of the teacher": needs.importance,
+        "a head of proxies": needs.network_spec.head == "proxies",
+        "all data of seen classes": needs.all_data,
+        "a fresh network each step": needs.fresh_network,
+        "validation clips": needs.validation,
+        "gradients at step 0 alone": needs.training == "first step",
+        "no gradients": needs.training == "never",
+    }
+    return [*memory[needs.memory], *(words for words, needed in said.items() if needed)]
+
+
+def _check_modality(config: Config, needs: Needs) -> None:
+    if config.model.modality == "both" or not needs.both_modalities:
+        return
+    others = [name for name in method_names() if not _default_needs(name).both_modalities]
+    raise ConfigError(
+        f"model.modality={config.model.modality}: method {config.method.name} compares sound with pictures; use "
+        f"model.modality=both, or one of {', '.join(others)}, or switch its parts off that do "
+        "(method.instance, method.class_aware, method.attention)"
+    )
+
+
+def _default_needs(name: str) -> Needs:
+    kind = method_class(name)
+    return kind(kind.Options()).needs
+
+
+def _check_memory(config: Config, needs: Needs, scenario: Scenario) -> None:
+    """Every class that is remembered when a step uses the memory has an exemplar."""
+    if needs.memory == "none":
+        return
+    last = scenario.num_steps - (1 if needs.means else 2)
+    if last >= 0 and config.memory.size < scenario.num_seen(last):
+        without = [name for name in method_names() if _default_needs(name).memory == "none"]
+        raise ConfigError(
+            f"memory.size={config.memory.size}: method {config.method.name} needs an exemplar a class, "
+            f"{scenario.num_seen(last)} in all; raise it, or use a method without memory: {', '.join(without)}"
+        )
+
+
+def _check_sources(config: Config, manifest: Manifest, scenario: Scenario) -> None:
+    """From step 0 on there are test clips of videos that no training clip is from."""
+    if not source_disjoint(manifest, scenario.classes, manifest.clips(scenario.new(0), "test")).any():
+        raise ConfigError(
+            f"data.source_disjoint: every test clip of step 0 in {config.data.manifest} is from a training clip's "
+            "video; set it to false"
+        )
+
+
+def _check_fixed_encoders(config: Config) -> None:
+    for encoder in config.model.used:
+        if not isinstance(encoder, TransformerConfig) or encoder.train != "frozen":
+            raise ConfigError(
+                f"model: method {config.method.name} learns on features that stay as they are, and an encoder of kind "
+                f"{encoder.kind} is trained; use features of frozen encoders, or method.features=network, which trains "
+                "a network at step 0"
+            )
+
+
+def _check_step(config: Config, manifest: Manifest, scenario: Scenario, step: int) -> None:
+    needs = make_method(config.method).needs
+    trains = needs.trains_at(step)
+    num_clips = len(manifest.clips(scenario.new(step), "train"))
+    if trains and num_clips < config.optim.global_batch:
+        raise ConfigError(
+            f"optim.global_batch={config.optim.global_batch}: step {step} has only {num_clips} training clips"
+        )
+    selects = needs.validation or (trains and config.optim.keep_epoch == "best_val")
+    splits: tuple[Split, ...] = ("train", "test", "val") if selects else ("train", "test")
+    for split in splits:
+        for name in scenario.new(step):
+            if not manifest.shard_numbers([name], split):
+                raise ConfigError(f"{config.data.manifest}: class {name!r} has no {split} clips")

@@ -1,0 +1,1 @@
+"""Importers of features and of tars that others made."""

@@ -1,0 +1,282 @@
+"""The contenders of `avcil bench step`: ours, a plain eager iteration, and what the machine can do at most.
+
+Each runs in a process of its own, so that its peak of memory is its own. Ours is what a step runs:
+the network, method `avcil`, its teacher, and the engine, on one rank.
+"""
+
+import resource
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from avcil_dist.config.schema import EngineConfig, MethodConfig, OptimConfig, Precision
+from avcil_dist.data.loader import Batch
+from avcil_dist.methods import make_method
+from avcil_dist.methods.base import StepContext
+from avcil_dist.models.encoders.base import Precomputed
+from avcil_dist.models.network import AudioVisualNetwork
+from avcil_dist.models.precision import DTYPES
+from avcil_dist.scenario import make_scenario
+from avcil_dist.training.collectives import process_group
+from avcil_dist.training.engine import Engine, import_deepspeed
+from avcil_dist.training.teacher import Teacher
+from avcil_dist.training.teacher_cache import TeacherCache
+from avcil_dist.training.train_step import train_step
+from avcil_dist.world import World
+from launch.bench.eager_reference import EagerNetwork, avcil_loss
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+COPIED = 1 << 28  # bytes
+SideName = Literal["ours", "logits given", "eager", "ceiling"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured: `current` clips and `replay` exemplars of (frames, positions, dim) features in float16."""
+
+    current: int
+    replay: int
+    frames: int
+    positions: int
+    dim: int
+    classes: int
+    old: int
+    precision: Precision
+    attention: Literal["auto", "torch"]
+    device: str
+    threads: int
+
+    @property
+    def product_flop(self) -> float:
+        """Of one matrix product of a clip's tokens with the keys' weights, or with their gradient."""
+        return 2.0 * self.frames * self.positions * self.dim**2
+
+    def flop(self, *, with_teacher: bool) -> float:
+        """What the definition needs: forward and the weights' gradient, and the teacher on what it is asked for."""
+        clips = self.current + self.replay
+        return self.product_flop * (2 * clips + (clips if with_teacher else self.replay))
+
+    def token_bytes(self, *, with_teacher: bool) -> float:
+        """Tokens that must be read: once forward, once for the weights' gradient, once by the teacher."""
+        return self.flop(with_teacher=with_teacher) / self.dim
+
+    def batch(self) -> Batch:
+        """Random features, the same in every process."""
+        random = torch.Generator().manual_seed(0)
+        clips = self.current + self.replay
+        visual = torch.empty(clips, self.frames, self.positions, self.dim, dtype=torch.float16)
+        for clip in visual:  # one at a time: what comes before the measurement must not be its peak
+            clip.copy_(torch.randn(clip.shape, generator=random))
+        audio = torch.randn(clips, self.dim, generator=random).half()
+        current = torch.randint(self.old, self.classes, (self.current,), generator=random)
+        exemplars = torch.randint(0, self.old, (self.replay,), generator=random)
+        labels = torch.cat([current, exemplars])
+        numbers = torch.arange(clips).numpy()
+        batch = Batch(visual, audio, labels, torch.ones(clips, dtype=torch.bool), self.current, clips=numbers)
+        return batch.to(torch.device(self.device))
+
+
+@dataclass(frozen=True)
+class Ran:
+    """One iteration: its seconds and those of its parts, its loss, and the peak of memory so far in bytes."""
+
+    seconds: float
+    parts: dict[str, float]
+    loss: float
+    peak: float
+
+
+class Memory:
+    """The peak of memory beyond what there was at the start; of the GPU on one, else of the process."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.start = 0.0
+        self.reset()
+        self.start = self.peak()
+
+    def reset(self) -> None:
+        """Forget the peak, where the system lets a process do that."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        elif CLEAR.exists():
+            CLEAR.write_text("5")
+
+    def peak(self) -> float:
+        """Bytes."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() - self.start
+        if STATUS.exists():
+            line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+            return float(line.split()[1]) * 1024 - self.start
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0 - self.start
+
+
+class Stopwatch:
+    """Seconds of the named parts of an iteration; with `memory` their peaks in bytes instead."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.parts: dict[str, float] = {}
+        self.memory: Memory | None = None
+
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, watched."""
+
+        def run(*arguments: Any, **named: Any) -> Any:
+            if self.memory:
+                self.memory.reset()
+            synchronize(self.device)
+            started = time.perf_counter()
+            result = function(*arguments, **named)
+            synchronize(self.device)
+            found = self.memory.peak() if self.memory else time.perf_counter() - started
+            self.parts[name] = self.parts.get(name, 0.0) + found
+            return result
+
+        return run
+
+
+@contextmanager
+def our_side(setting: Setting, batch: Batch, watch: Stopwatch, *, given: bool) -> Iterator[Callable[[], float]]:
+    """A step's second task, as the trainer runs it."""
+    device = torch.device(setting.device)
+    names = [str(label) for label in range(setting.classes)]
+    scenario = make_scenario(names, steps=[setting.old, setting.classes - setting.old])
+    method = make_method(MethodConfig(name="avcil"))
+    method.begin_step(StepContext(scenario, 1))
+    torch.manual_seed(0)
+    student, older = _network(setting, setting.classes), _network(setting, setting.old)
+    teacher = Teacher(older, device)
+    if given:
+        valid = np.ones(len(batch.clips), dtype=np.bool_)
+        teacher.remember(TeacherCache(batch.clips, valid, teacher.output(batch, method)))
+    optim, config = OptimConfig(), EngineConfig(precision=setting.precision)
+    engine = Engine(student, optim=optim, config=config, rows=len(batch.labels), world=local_world(), device=device)
+    engine.network.train()
+    engine.network.forward = watch.timed("student forward", engine.network.forward)  # type: ignore[method-assign]
+    engine.backward = watch.timed("backward", engine.backward)  # type: ignore[method-assign]
+    engine.step = watch.timed("optimizer", engine.step)  # type: ignore[method-assign]
+    method.loss = watch.timed("losses", method.loss)  # type: ignore[method-assign]
+    teacher.logits = watch.timed("teacher's logits", teacher.logits)  # type: ignore[method-assign]
+
+    def run() -> float:
+        return train_step(engine, batch, method=method, teacher=teacher).parts["loss"].item()
+
+    yield run
+    engine.close()
+
+
+def _network(setting: Setting, num_classes: int) -> AudioVisualNetwork:
+    network = AudioVisualNetwork(Precomputed(setting.dim), Precomputed(setting.dim), num_classes)
+    network.precision = setting.precision
+    network.attention.choice = setting.attention
+    return network
+
+
+@contextmanager
+def eager_side(setting: Setting, batch: Batch, watch: Stopwatch) -> Iterator[Callable[[], float]]:
+    """The same iteration as the paper reads."""
+    torch.manual_seed(0)
+    student = EagerNetwork(setting.dim, setting.classes).to(setting.device)
+    teacher = EagerNetwork(setting.dim, setting.old).to(setting.device)
+    optim = OptimConfig()
+    optimizer = torch.optim.Adam(student.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)
+    forward, ask = watch.timed("student forward", student), watch.timed("teacher forward", teacher)
+    step, loss_of = watch.timed("optimizer", optimizer.step), watch.timed("losses", avcil_loss)
+
+    def run() -> float:
+        visual, audio = batch.visual.float(), batch.audio.float()
+        seen = forward(visual, audio)
+        with torch.no_grad():
+            taught = ask(visual, audio)
+        loss = loss_of(seen, taught, batch.labels, num_current=setting.current, tasks=[slice(0, setting.old)])
+        optimizer.zero_grad()
+        watch.timed("backward", loss.backward)()
+        step()
+        return loss.item()
+
+    yield run
+
+
+@contextmanager
+def ceiling_side(setting: Setting, watch: Stopwatch) -> Iterator[Callable[[], float]]:
+    """What the machine can do: a clip's matrix product, and a copy."""
+    device = torch.device(setting.device)
+    left = torch.randn(setting.frames * setting.positions, setting.dim, device=device)
+    right = torch.randn(setting.dim, setting.dim, device=device)
+    source = torch.ones(COPIED // 4, device=device)
+    target = torch.empty_like(source)
+    precisions: set[Precision] = {"float32", setting.precision}
+    pairs = {name: (left.to(DTYPES[name]), right.to(DTYPES[name])) for name in sorted(precisions)}
+
+    def run() -> float:
+        for name, pair in pairs.items():
+            torch.mm(*pair)
+            watch.timed(f"matmul {name}", torch.mm)(*pair)
+        watch.timed("copy", target.copy_)(source)
+        return 0.0
+
+    yield run
+
+
+def local_world() -> World:
+    """One rank on this machine, at a free port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return World(0, 1, 0, 1, "127.0.0.1", probe.getsockname()[1], launcher="local")
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what a GPU was told to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def _side(name: SideName, setting: Setting, batch: Batch, watch: Stopwatch) -> Iterator[Callable[[], float]]:
+    if name == "ceiling":
+        made = ceiling_side(setting, watch)
+    elif name == "eager":
+        made = eager_side(setting, batch, watch)
+    else:
+        made = our_side(setting, batch, watch, given=name == "logits given")
+    with made as run:
+        yield run
+
+
+def serve(name: SideName, setting: Setting, connection: Connection) -> None:
+    """Be a side in this process: for each word that comes, an iteration, and what was seen of it goes back.
+
+    The word "time" asks for the seconds of its parts, "memory" for their peaks in bytes; None ends.
+    """
+    torch.set_num_threads(setting.threads)
+    device, world = torch.device(setting.device), local_world()
+    with process_group(world, device, timeout_minutes=30):
+        if name in ("ours", "logits given"):
+            import_deepspeed(world)
+        _load_libraries(setting)
+        batch, watch = setting.batch(), Stopwatch(device)
+        memory = Memory(device)
+        with _side(name, setting, batch, watch) as run:
+            while word := connection.recv():
+                watch.parts, watch.memory = {}, memory if word == "memory" else None
+                started = time.perf_counter()
+                loss = run()
+                synchronize(device)
+                connection.send(Ran(time.perf_counter() - started, watch.parts, loss, memory.peak()))
+
+
+def _load_libraries(setting: Setting) -> None:
+    """Touch what a first product brings in of libraries, which is no memory of an iteration's."""
+    for dtype in {torch.float32, DTYPES[setting.precision]}:
+        square = torch.ones(64, 64, dtype=dtype, device=setting.device)
+        torch.nn.functional.linear(square, square.requires_grad_()).float().exp().sum().backward()

@@ -1,0 +1,111 @@
+"""What a run comes to: two steps of a small stream of random features through the real trainer, and what follows.
+
+The second step has a teacher and exemplars; it is what is measured.
+"""
+
+import math
+import time
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from itertools import pairwise
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from avcil_dist.compose import load_config
+from avcil_dist.config.schema import Config
+from avcil_dist.errors import ConfigError
+from avcil_dist.signals import StopRequest
+from avcil_dist.training.engine import name_accelerator
+from avcil_dist.training.step import run_step
+from data_shards.random_features import make_feature_shards
+from launch.bench.contenders import local_world
+
+CLASSES = 4  # of each of the two steps
+# VS100-CI: steps, epochs, training clips a step, and validation clips of all steps, each counted at every step it is in
+STEPS, EPOCHS, TRAIN, VAL = 10, 200, 5_119, 500 * sum(range(1, 11))
+
+
+@dataclass
+class _Watch:
+    """Keeps what the trainer tells of each epoch, and when."""
+
+    epochs: list[tuple[float, dict[str, float]]] = field(default_factory=list)
+    started: float = 0.0
+
+    def note(self, text: str) -> None:
+        """Nothing to show."""
+
+    def begin(self, step: int, num_epochs: int, num_batches: int, num_done: int) -> None:
+        """The step starts."""
+        self.started, self.epochs = time.monotonic(), []
+
+    def advance(self) -> None:
+        """A batch is done."""
+
+    def epoch(self, epoch: int, values: Mapping[str, float]) -> None:
+        """An epoch is done."""
+        self.epochs.append((time.monotonic(), dict(values)))
+
+
+def measure_stream(
+    folder: Path, *, iterations: int, clips: int, frames: int, positions: int, dim: int, overrides: tuple[str, ...]
+) -> dict[str, Any]:
+    """Train two steps for at least `iterations` each; what those of the second took.
+
+    `clips` are those of an epoch. Raises ConfigError as a run does, and for fewer clips than a batch has.
+    """
+    each = math.ceil(clips / CLASSES)
+    val = max(1, each // 10)
+    shape = {"frames": frames, "positions": positions, "dim": dim}
+    counts = {"train": each, "val": val, "test": 1}
+    url = make_feature_shards(folder / "shards", classes=2 * CLASSES, clips=counts, **shape)  # type: ignore[arg-type]
+    fixed = (
+        f"data.manifest={url}",
+        "data.source_disjoint=false",
+        f"scenario.classes_per_step={CLASSES}",
+        f"output={folder}/runs",
+    )
+
+    batch = load_config("vs100_ci", (*overrides, *fixed)).optim.global_batch
+    per_epoch = each * CLASSES // batch
+    if per_epoch == 0:
+        raise ConfigError(f"--clips {clips} are fewer than optim.global_batch={batch}; give more")
+    epochs = max(2, math.ceil(iterations / per_epoch))
+    config = load_config("vs100_ci", (*overrides, *fixed, f"optim.epochs={epochs}"))
+    name_accelerator()
+    for step in (0, 1):
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:  # as every step has
+            watch = fresh.submit(_run, config, step).result()
+    return _found(config, watch, per_epoch, CLASSES * 2 * val)
+
+
+def _run(config: Config, step: int) -> _Watch:
+    watch = _Watch()
+    run_step(config, step, world=local_world(), observer=watch, stop=StopRequest())
+    return watch
+
+
+def _found(config: Config, watch: _Watch, per_epoch: int, val_clips: int) -> dict[str, Any]:
+    trained = [per_epoch * config.optim.global_batch / values["clips_per_second"] for _, values in watch.epochs]
+    stalled = [values["stall_seconds"] for _, values in watch.epochs]
+    ends = [watch.started, *(end for end, _ in watch.epochs)]
+    between = [later - earlier for earlier, later in pairwise(ends)]
+    validating = max(0.0, sum(between[1:]) - sum(trained[1:]))  # the first holds the engine's start
+    later = len(trained) - 1
+    clips_per_second = later * per_epoch * config.optim.global_batch / sum(trained[1:])
+    batches = TRAIN // config.optim.global_batch
+    whole = STEPS * EPOCHS * batches * config.optim.global_batch / clips_per_second
+    whole_val = EPOCHS * VAL * validating / (later * val_clips)
+    return {
+        "batch": config.optim.global_batch,
+        "replay_batch": config.optim.global_replay_batch,
+        "iterations": per_epoch * len(trained),
+        "iterations_per_second": clips_per_second / config.optim.global_batch,
+        "clips_per_second": clips_per_second,
+        "waiting_share_first_epoch": stalled[0] / trained[0],
+        "waiting_share_later_epochs": sum(stalled[1:]) / sum(trained[1:]),
+        "validation_clips_per_second": later * val_clips / validating if validating else None,
+        "vs100_ci_hours": {"training": whole / 3600, "validation": whole_val / 3600},
+    }

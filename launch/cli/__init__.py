@@ -1,0 +1,1 @@
+"""The avcil command: thin functions around the library."""

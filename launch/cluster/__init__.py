@@ -1,0 +1,1 @@
+"""A stream as a chain of jobs, one for each step."""

@@ -1,0 +1,1 @@
+"""Schedulers behind one protocol."""

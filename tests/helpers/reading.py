@@ -1,0 +1,91 @@
+"""Batches of small data sets, as a rank gets them, and what can be said of them."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from avcil_dist.config.schema import DataConfig, OptimConfig
+from avcil_dist.data.loader import Batch, FixedSource, TrainingSource, load_batches
+from avcil_dist.data.manifest import Manifest, load_manifest
+from avcil_dist.world import World
+
+NO_EXEMPLARS = np.empty(0, dtype=np.int64)
+
+
+def training_source(
+    manifest: Manifest,
+    *,
+    epochs: int = 1,
+    batch: int = 8,
+    start: int = 0,
+    exemplars: np.ndarray = NO_EXEMPLARS,
+    rank: int = 0,
+    ranks: int = 1,
+    **data: object,
+) -> TrainingSource:
+    """The training batches of one step over all classes, or all but those of exemplars."""
+    old = {manifest.class_of(int(clip)) for clip in exemplars}
+    return TrainingSource(
+        manifest=manifest,
+        classes=tuple(name for name in manifest.classes if name not in old),
+        exemplars=exemplars,
+        data=DataConfig.model_validate({"manifest": "-", "shuffle_window": 4} | data),
+        optim=OptimConfig(epochs=epochs, global_batch=batch, global_replay_batch=batch // 2),
+        seed=0,
+        step=0,
+        world=World(rank, ranks, rank, ranks, "127.0.0.1", 1, launcher="local"),
+        start=start,
+    )
+
+
+def training_batches(url: str, **settings: object) -> Iterator[Batch]:
+    """What `load_batches` gives of `training_source`."""
+    manifest = load_manifest(url)
+    source = training_source(manifest, **settings)  # type: ignore[arg-type]
+    return load_batches(source, manifest=manifest, labels=labels_of(manifest), data=source.data)
+
+
+def clips_in_order(url: str, *, rows: int = 8, **data: object) -> list[Batch]:
+    """All training clips in the manifest's order."""
+    manifest = load_manifest(url)
+    clips = manifest.clips(manifest.classes, "train")
+    batches = np.full(-(-len(clips) // rows) * rows, -1)
+    batches[: len(clips)] = clips
+    settings = DataConfig.model_validate({"manifest": "-"} | data)
+    source = FixedSource(batches.reshape(-1, rows))
+    return list(load_batches(source, manifest=manifest, labels=labels_of(manifest), data=settings))
+
+
+def labels_of(manifest: Manifest) -> dict[str, int]:
+    return {name: number for number, name in enumerate(manifest.classes)}
+
+
+def digest(batch: Batch) -> str:
+    """Of all that a batch holds, its counts aside."""
+    parts = [part.numpy().tobytes() for part in (batch.visual, batch.audio, batch.labels, batch.valid)]
+    return hashlib.sha256(b"".join([*parts, str(batch.num_current).encode()])).hexdigest()
+
+
+def digests(url: str, **settings: object) -> list[str]:
+    """The digest of each training batch, taken while the next ones are read."""
+    return [digest(batch) for batch in training_batches(url, **settings)]
+
+
+def total(batches: list[Batch]) -> Counter[str]:
+    """The batches' counts."""
+    counts: Counter[str] = Counter()
+    for batch in batches:
+        counts.update(batch.counts)
+    return counts
+
+
+def rows(batches: list[Batch]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Visual, audio and valid of all batches' rows."""
+    return (
+        torch.cat([batch.visual for batch in batches]),
+        torch.cat([batch.audio for batch in batches]),
+        torch.cat([batch.valid for batch in batches]),
+    )

@@ -1,0 +1,85 @@
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import ProcessRaisedException
+
+from avcil_dist.errors import DataError
+from avcil_dist.training.collectives import collect_texts, decide_together, gather_rows
+from avcil_dist.world import World
+from tests.helpers.ranks import run_ranks
+
+
+def _gather_marked_rows(world: World) -> list[int]:
+    current = [10 * world.rank, 10 * world.rank + 1]
+    exemplars = [100 + world.rank]
+    return gather_rows(torch.tensor(current + exemplars), num_current=2).tolist()
+
+
+def test_gathered_rows_are_all_current_clips_then_all_exemplars() -> None:
+    assert run_ranks(_gather_marked_rows, 2) == [[0, 1, 10, 11, 100, 101]] * 2
+
+
+def _gradient_of_a_global_loss(world: World) -> tuple[float, float]:
+    """The loss couples all rows: the square of their weighted sum."""
+    weight = torch.tensor(2.0, requires_grad=True)
+    rows = weight * torch.tensor([1.0 + world.rank, 3.0 + world.rank])
+    everything = gather_rows(rows, num_current=2)
+    loss = (everything * torch.arange(1.0, len(everything) + 1)).sum() ** 2
+    loss.backward()
+    assert weight.grad is not None
+    dist.all_reduce(weight.grad)  # what the engine does: the mean over ranks
+    return loss.item(), weight.grad.item() / world.size
+
+
+def test_mean_of_gradients_over_ranks_is_the_gradient_of_the_global_loss() -> None:
+    weight = torch.tensor(2.0, requires_grad=True)
+    loss = (weight * torch.tensor([1.0, 3.0, 2.0, 4.0]) * torch.arange(1.0, 5.0)).sum() ** 2
+    loss.backward()
+    assert weight.grad is not None
+    assert run_ranks(_gradient_of_a_global_loss, 2) == [(loss.item(), weight.grad.item())] * 2
+
+
+def _decide(world: World) -> str:
+    return decide_together(lambda: f"decided by {world.rank}")
+
+
+def test_rank_0_decides_for_all() -> None:
+    assert run_ranks(_decide, 2) == ["decided by 0"] * 2
+
+
+def _decide_with_error(world: World) -> str:
+    def fail() -> None:
+        raise DataError("shard 7 is gone")
+
+    try:
+        decide_together(fail)
+    except DataError as error:
+        return f"{world.rank}: {error}"
+    return "no error"
+
+
+def test_an_error_of_rank_0_is_raised_on_all_ranks() -> None:
+    assert run_ranks(_decide_with_error, 2) == ["0: shard 7 is gone", "1: shard 7 is gone"]
+
+
+def _texts(world: World) -> list[str]:
+    return collect_texts((f"rank {world.rank}",) * (world.rank + 1))
+
+
+def test_texts_of_all_ranks_come_in_rank_order() -> None:
+    assert run_ranks(_texts, 2) == [["rank 0", "rank 1", "rank 1"]] * 2
+
+
+def _fail_on_rank_1(world: World) -> None:
+    if world.rank == 1:
+        raise RuntimeError("rank 1 breaks")
+    gather_rows(torch.zeros(1), num_current=1)
+
+
+def test_a_rank_that_breaks_does_not_leave_the_others_waiting() -> None:
+    started = time.monotonic()
+    with pytest.raises(ProcessRaisedException, match=r"rank 1 breaks|onnection"):
+        run_ranks(_fail_on_rank_1, 2)
+    assert time.monotonic() - started < 50  # well before the group's timeout of a minute

@@ -1,0 +1,41 @@
+"""The ranks of a node share what is at hand in host memory; on a device each has its own."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from avcil_dist.config.schema import DataConfig
+from avcil_dist.data.manifest import load_manifest
+from avcil_dist.data.reader import Request
+from avcil_dist.training.clip_cache_placement import place_clip_cache
+from avcil_dist.world import World
+from tests.helpers.features import make_feature_shards
+from tests.helpers.ranks import CPU, run_ranks
+
+CLIPS = np.arange(6)
+
+
+def found(world: World, url: str) -> dict[str, tuple[str, int]]:
+    """By tier: what is said of it, and how many of the clips that rank 0 has read this rank has at hand."""
+    manifest, results = load_manifest(url), {}
+    for tier in ("auto", "host", "device", "none"):
+        data = DataConfig.model_validate({"manifest": url, "clip_cache": tier})
+        store, said = place_clip_cache(manifest, data, CLIPS, world, CPU)
+        if store and world.rank == 0:
+            rows = torch.ones(4, 2, 3, 16).half(), torch.ones(4, 16).half()
+            store.put(CLIPS[:4], rows, np.array([True, True, False, True]))
+        dist.barrier()
+        results[tier] = said, len(CLIPS) - len(store.missing(Request(CLIPS, 6)).clips) if store else 0
+        dist.barrier()  # until then another rank may look
+    return results
+
+
+def test_ranks_share_host_memory(tmp_path: Path) -> None:
+    url = make_feature_shards(tmp_path, classes=1, clips={"train": 6})
+    first, second = run_ranks(found, 2, url)
+    host = "clips at hand: host memory, 6 of 6 clips, 0.0 GB"
+    assert first["auto"] == first["host"] == second["auto"] == second["host"] == (host, 3)
+    assert (first["device"][1], second["device"][1]) == (3, 0)
+    assert first["none"] == second["none"] == ("clips at hand: none", 0)

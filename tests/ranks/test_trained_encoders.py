@@ -1,0 +1,97 @@
+"""Encoders frozen, in part and whole under DeepSpeed: at every ZeRO stage what trains moves as in plain torch."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from avcil_dist.config.schema import ClipConfig, EngineConfig, ModelConfig, OptimConfig
+from avcil_dist.models.network import Network, build_network
+from avcil_dist.training.engine import Engine, whole_state
+from avcil_dist.training.optim import parameter_groups
+from avcil_dist.world import World
+from tests.helpers.ranks import CPU, run_ranks
+
+CLIP = ClipConfig(frames=4, size=32, mel_frames=64, mel_bins=32)
+TINY = {"weights": "random", "dim": 24, "depth": 3, "heads": 2}
+FROZEN, PARTIAL, FULL = {"train": "frozen"}, {"train": "partial", "last_blocks": 1}, {"train": "full"}
+PAIRS = {"partial and full": (PARTIAL, FULL), "frozen and partial": (FROZEN, PARTIAL)}
+OPTIM = OptimConfig(lr=1e-3, layer_decay=0.5)
+STAGES = (0, 1, 2, 3)
+
+
+class Found(NamedTuple):
+    """Weights of the engine, and whether one built anew from weights and optimizer state ended in the same bits."""
+
+    weights: dict[str, Tensor]
+    goes_on: bool
+
+
+def make_network(pair: str) -> Network:
+    visual, audio = PAIRS[pair]
+    config = {"visual": {"kind": "videomae", **TINY, **visual}, "audio": {"kind": "audiomae", **TINY, **audio}}
+    torch.manual_seed(0)
+    return build_network(ModelConfig.model_validate(config), CLIP, {}, num_classes=3)
+
+
+def clips(step: int) -> tuple[Tensor, Tensor]:
+    random = torch.Generator().manual_seed(step)
+    return torch.randn(3, 4, 3, 32, 32, generator=random), torch.randn(3, 64, 32, generator=random)
+
+
+def in_plain_torch(pair: str) -> dict[str, Tensor]:
+    network = make_network(pair).train()
+    optimizer = torch.optim.Adam(parameter_groups(network, OPTIM), weight_decay=OPTIM.weight_decay)
+    for step in range(3):
+        optimizer.zero_grad()
+        network(*clips(step)).logits.square().mean().backward()
+        optimizer.step()
+    return whole_state(network)
+
+
+def with_deepspeed(world: World) -> dict[tuple[int, str], Found]:
+    """Every rank sees the same clips, so that the mean over ranks is the gradient of one."""
+
+    def engine_on(network: Network, stage: int) -> Engine:
+        config = EngineConfig(zero_stage=stage)
+        return Engine(network.train(), optim=OPTIM, config=config, rows=3, world=world, device=CPU)
+
+    def train(engine: Engine, steps: range) -> None:
+        for step in steps:
+            engine.backward(engine(*clips(step)).logits.square().mean())
+            engine.step()
+
+    found = {}
+    for stage in STAGES:
+        for pair in PAIRS:
+            first = engine_on(make_network(pair), stage)
+            train(first, range(2))
+            weights, state = first.state(), first.optimizer_state()
+            train(first, range(2, 3))
+            expected = first.state()
+            first.close()
+            network = make_network(pair)
+            network.load_state_dict(weights)
+            second = engine_on(network, stage)
+            second.load_optimizer_state(state)
+            train(second, range(2, 3))
+            same = all(torch.equal(value, expected[name]) for name, value in second.state().items())
+            second.close()
+            found[stage, pair] = Found(expected, same)
+    return found
+
+
+def test_at_every_zero_stage_what_trains_moves_as_in_plain_torch_and_nothing_else_does() -> None:
+    found = run_ranks(with_deepspeed, 2)[0]
+    for pair in PAIRS:
+        network, expected = make_network(pair), in_plain_torch(pair)
+        before = whole_state(network)
+        trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+        assert 0 < len(trained) < len(before)
+        for stage in STAGES:
+            weights, goes_on = found[stage, pair]
+            moved = {name for name, value in weights.items() if not torch.equal(value, before[name])}
+            assert moved == trained, f"ZeRO {stage}, {pair}"
+            for name in trained:
+                torch.testing.assert_close(weights[name], expected[name], rtol=1e-5, atol=1e-5)
+            assert goes_on, f"ZeRO {stage}, {pair}"

@@ -1,0 +1,192 @@
+"""What a resumption allows, shows and records, from a database; a final model that predicts from raw clips."""
+
+import json
+import shutil
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+import pytest
+
+from avcil_dist.compose import load_config
+from avcil_dist.errors import ArtifactError, ConfigError, DataError, TrackingError
+from avcil_dist.streams.artifact import committed_steps, load_artifact
+from avcil_dist.streams.commit import read_commit
+from avcil_dist.streams.identity import read_identity
+from avcil_dist.tracking.client import find_stream
+from avcil_dist.tracking.resume import ResumeRequest, Resumption, prepare
+from launch.cluster.chain_record import read_chain
+from launch.cluster.supervisor import is_supervised
+from tests.helpers.chains import wait_for
+from tests.helpers.commands import run_avcil
+from tests.helpers.features import make_feature_shards
+from tests.helpers.ranks import run_ranks
+from tests.helpers.rendered import render_tiny, tiny_clip
+from tests.helpers.sent_events import uri_of
+from tests.helpers.streams import avcil, run_told, write_config
+
+NAME = "tiny-avcil-seed0"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two steps of a stream, told to a database; its own folder is gone."""
+    folder = tmp_path_factory.mktemp("begun")
+    config = load_config(str(write_config(folder)), ["optim.epochs=2", "tracking.register_as=none"])
+    [[stream]] = run_ranks(run_told, 1, [config], [0, 1])
+    shutil.rmtree(stream)
+    return folder
+
+
+def resume(folder: Path, output: Path, *words: str, run: str = NAME, **wish: object) -> Resumption:
+    return prepare(uri_of(f"{folder}/runs"), run, ResumeRequest((f"output={output}", *words), **wish))  # type: ignore[arg-type]
+
+
+def test_the_last_committed_step_is_what_a_stream_goes_on_from(folder: Path, tmp_path: Path) -> None:
+    ready = resume(folder, tmp_path)
+    stream = f"{tmp_path}/{NAME}"
+    assert ready.step == 1
+    assert committed_steps(stream) == [1]
+    assert load_artifact(stream, 1).config.output == f"{folder}/runs"
+    assert ready.config.tracking.uri == uri_of(f"{folder}/runs")
+    assert resume(folder, tmp_path).step == 1  # said twice, done once
+
+
+def test_an_earlier_step_can_be_named_and_one_that_is_not_there_not(folder: Path, tmp_path: Path) -> None:
+    assert resume(folder, tmp_path, from_step=0).step == 0
+    assert committed_steps(f"{tmp_path}/{NAME}") == [0]
+    with pytest.raises(TrackingError, match=r"step 2 is not committed there; these are: 0, 1"):
+        resume(folder, tmp_path, from_step=2)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["optim.lr=0.5"], r"optim\.lr: 0\.003 -> 0\.5: that is another stream; say --fork"),
+        (["scenario.classes_per_step=[3,1,2]"], r"scenario\.classes_per_step: .* not be comparable; .* --force"),
+        (["model.modality=audio"], r"model\.modality: both -> audio: .* not be comparable"),
+        (["method=finetune"], r"method.*: .*"),
+        (["name=other"], r"name=other: the stream is tiny; a new name is a new run: say --fork"),
+    ],
+)
+def test_a_change_that_counts_is_refused(folder: Path, tmp_path: Path, words: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        resume(folder, tmp_path, *words)
+    assert not (tmp_path / NAME).exists()
+
+
+def test_other_shards_are_refused_and_missing_ones_asked_for(folder: Path, tmp_path: Path) -> None:
+    other = make_feature_shards(tmp_path / "other", classes=6, clips={"train": 24, "val": 6, "test": 10}, seed=1)
+    with pytest.raises(ConfigError, match=r"manifest hash: \w+ -> \w+: .* not be comparable"):
+        resume(folder, tmp_path, f"data.manifest={other}", fork=True)
+    with pytest.raises(DataError, match=r"gone\.json: missing; say where the shards are .* data\.manifest="):
+        resume(folder, tmp_path, f"data.manifest={tmp_path}/gone.json")
+
+
+def test_a_fork_is_a_run_of_its_own_that_says_where_it_came_from(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ready = resume(folder, tmp_path, "optim.lr=0.5", "data.read_threads=2", fork=True)
+    shown = capsys.readouterr().err
+    assert "optim.lr: 0.003 -> 0.5  (other stream)" in shown
+    assert "data.read_threads: 8 -> 2  (harmless)" in shown
+    [[stream]] = run_ranks(run_told, 1, [ready.config], [2])
+    assert committed_steps(stream) == [1, 2]
+    changes = read_commit(f"{stream}/step_002")["changes"]
+    assert {change["key"]: change["now"] for change in changes} == {"optim.lr": 0.5, "name": "tiny-fork"}
+    origin, fork = (find_stream(uri_of(f"{folder}/runs"), name) for name in (NAME, "tiny-fork-avcil-seed0"))
+    assert sorted(origin.steps) == [0, 1]
+    assert sorted(fork.steps) == [1, 2]
+    assert fork.run.data.tags["avcil.fork_of"] == origin.run.info.run_id
+    assert fork.run.data.tags["avcil.fork_step"] == "1"
+    assert json.loads(fork.run.data.tags["avcil.changes"])[0]["key"] == "optim.lr"
+    again = resume(folder, tmp_path / "third", run=fork.run.info.run_id)  # a fork is resumed like any other
+    assert (again.step, again.config.optim.lr) == (2, 0.5)
+
+
+def test_a_stream_goes_on_as_a_chain_of_jobs(folder: Path, tmp_path: Path) -> None:
+    where = ("--uri", uri_of(f"{folder}/runs"), f"output={tmp_path}", "--fork", "name=chained")
+    result = avcil("resume", NAME, *where, "--cluster", "local", "cluster.tasks_per_node=2")
+    assert result.exit_code == 0, result.output
+    stream = f"{tmp_path}/chained-avcil-seed0"
+    assert f"{stream}: 1 submitted; see it with: avcil status {stream}" in result.output
+    chain = read_chain(stream)
+    assert chain.cluster().tasks_per_node == 2
+    wait_for(lambda: not is_supervised(chain.folder), "the end of the chain")
+    assert committed_steps(stream) == [1, 2]
+    found = find_stream(uri_of(f"{folder}/runs"), "chained-avcil-seed0")
+    assert (found.run.info.status, sorted(found.steps)) == ("FINISHED", [1, 2])
+
+
+def test_force_is_recorded(folder: Path, tmp_path: Path) -> None:
+    ready = resume(folder, tmp_path, "data.source_disjoint=true", force=True)
+    record = read_identity(f"{tmp_path}/{NAME}")
+    assert record is not None
+    assert [(change.key, change.forced) for change in record.changes] == [("data.source_disjoint", True)]
+    assert ready.config.data.source_disjoint
+    with pytest.raises(ConfigError, match=r"step 1 is in this run already"):
+        resume(folder, tmp_path / "other", "data.source_disjoint=true", from_step=0, force=True)
+
+
+def test_a_password_in_the_uri_is_refused_and_not_shown() -> None:
+    result = avcil("resume", NAME, "--uri", "http://someone:secret@server")
+    assert result.exit_code == 2
+    assert result.output == (
+        "avcil: --uri: no user or password here; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD\n"
+    )
+
+
+def test_another_stream_in_the_folder_is_left_alone(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / NAME).mkdir()
+    (tmp_path / NAME / "stream.json").write_text('{"id": "x", "origin_run": null, "origin_step": null, "changes": []}')
+    with pytest.raises(ConfigError, match=r"another stream is there; give output="):
+        resume(folder, tmp_path)
+
+
+def test_a_flipped_byte_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    found = find_stream(uri_of(f"{folder}/runs"), NAME)
+    [path] = Path(folder, "runs/mlartifacts").rglob(f"{found.steps[1].info.run_id}/artifacts/step_001/memory.json")
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"0", b"1", 1))
+    try:
+        with pytest.raises(ArtifactError, match=r"step_001/memory\.json: damaged, .* --from-step"):
+            resume(folder, copy)
+        assert resume(folder, copy, from_step=0).step == 0
+    finally:
+        path.write_bytes(whole)
+
+
+def test_the_registered_model_predicts_from_raw_clips(tmp_path: Path) -> None:
+    clips = render_tiny(tmp_path / "clips", classes=2, train=4, val=1, test=1)
+    assert run_avcil("shards", "build", clips, tmp_path / "shards").returncode == 0
+    sizes = {"frames": 2, "size": 32, "mel_bins": 16, "mel_frames": 64}
+    small = {"kind": "small", "dim": 8}
+    config = write_config(
+        tmp_path,
+        data={"manifest": f"{tmp_path}/shards/manifest.json", "clip": sizes},
+        scenario={"classes_per_step": [1, 1]},
+        model={"visual": small, "audio": small},
+        method="icarl",
+        memory={"size": 4},
+        optim={"epochs": 1, "global_batch": 4, "global_replay_batch": 2, "global_eval_batch": 2},
+    )
+    trained = run_avcil("train", config)
+    assert trained.returncode == 0, trained.stderr
+    mlflow.set_registry_uri(uri_of(f"{tmp_path}/runs"))
+    mlflow.set_tracking_uri(uri_of(f"{tmp_path}/runs"))
+    model = mlflow.pyfunc.load_model("models:/tiny-icarl/1")
+    classes = model.metadata.metadata["classes"]
+    assert len(classes) == 2
+    raw = [tiny_clip(0), tiny_clip(1)]
+    path = tmp_path / "one.mp4"
+    path.write_bytes(raw[1])
+    from_bytes = model.predict(pd.DataFrame({"clip": raw}))
+    from_path = model.predict(pd.DataFrame({"path": [str(path)]}))
+    assert list(from_bytes.columns) == ["class", "score", "scores"]
+    assert set(from_bytes["class"]) <= set(classes)
+    assert from_path["scores"][0] == pytest.approx(from_bytes["scores"][1], abs=1e-5)
+    example = model.predict(model.input_example)
+    assert len(example) == 1
+    saved = {file.suffix for file in Path(tmp_path, "runs/mlartifacts").rglob("*") if file.is_file()}
+    assert not saved & {".pkl", ".pickle", ".pt", ".bin"}

@@ -131,7 +131,8 @@ def test_clips_damaged_after_the_build_stop_the_step_by_name(tmp_path: Path) -> 
     config.write_text(
         f"extends: demo\nname: damaged\noutput: {tmp_path}/runs\n"
         f"data: {{manifest: {manifest}}}\nscenario: {{classes_per_step: 1}}\n"
-        "memory: {size: 4}\noptim: {epochs: 1, global_batch: 2, global_replay_batch: 2, global_eval_batch: 2, keep_epoch: last}\n"
+        "memory: {size: 4}\n"
+        "optim: {epochs: 1, global_batch: 2, global_replay_batch: 2, global_eval_batch: 2, keep_epoch: last}\n"
     )
     shard = sorted((tmp_path / "shards").rglob("train/c000*.tar"))[0]
     content = shard.read_bytes()

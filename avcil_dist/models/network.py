@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from avcil_dist.config.schema import ClipConfig, ModelConfig, Precision
-from avcil_dist.errors import ConfigError
+from avcil_dist.errors import ArtifactError, ConfigError
 from avcil_dist.models.attention.module import AudioGuidedAttention, TeacherView
 from avcil_dist.models.encoders.base import Encoder, build_audio_encoder, build_visual_encoder
 from avcil_dist.models.heads import Head, LinearHead, ProxyHead, grow, grow_proxies
@@ -228,3 +228,25 @@ def build_network(
     if audio is None:
         return VisualNetwork(visual, num_classes, head(visual.dim))
     return AudioVisualNetwork(visual, audio, num_classes, head(visual.dim))
+
+
+def load_whole_state(network: Network, weights: Mapping[str, Tensor], source: str) -> None:
+    """Load a complete state dict, frozen parts and buffers included, into a network.
+
+    Raises ArtifactError, naming `source` and some of the names, for missing or unknown weights and other shapes.
+    """
+    expected = network.state_dict()
+    faults = {
+        "missing": [name for name in expected if name not in weights],
+        "unknown": [name for name in weights if name not in expected],
+        "of another shape": [
+            name for name in expected if name in weights and weights[name].shape != expected[name].shape
+        ],
+    }
+    texts = [f"{len(names)} {fault} ({', '.join(names[:3])})" for fault, names in faults.items() if names]
+    if texts:
+        raise ArtifactError(
+            f"{source}: its weights are not those of the network: {'; '.join(texts)}; use the configuration and the "
+            "version of the program that made it, or begin anew with --restart"
+        )
+    network.load_state_dict(dict(weights))

@@ -12,8 +12,8 @@ from rich.table import Table
 from avcil_dist.compose import flatten
 from avcil_dist.config.schema import Config
 from avcil_dist.reporting.report import StreamReport, percent
+from avcil_dist.streams.compat import OPERATIONAL
 from avcil_dist.streams.metrics import StreamMetrics
-from avcil_dist.streams.stream import OPERATIONAL
 
 # What a stream's row shows of it, beside the columns that it has anyway.
 SHOWN = ("name", "seed", "method.name")

@@ -7,7 +7,6 @@ digest of each. Without `COMMITTED.json` there is no artifact. Nothing in it is 
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,9 +19,17 @@ from avcil_dist.compose import config_from_yaml, config_to_yaml
 from avcil_dist.config.schema import Config
 from avcil_dist.data.exemplar_memory import ExemplarMemory
 from avcil_dist.errors import ArtifactError
-from avcil_dist.models.network import Network
 from avcil_dist.scenario import Scenario
-from avcil_dist.streams import commit as committed
+from avcil_dist.streams.commit import (
+    decode_state,
+    encode_json,
+    encode_state,
+    has_commit,
+    read_commit,
+    read_committed_file,
+    write_commit,
+    write_files,
+)
 from avcil_dist.streams.identity import read_identity
 from avcil_dist.streams.metrics import StreamMetrics
 
@@ -50,7 +57,7 @@ def step_url(stream: str, step: int) -> str:
 
 def is_committed(stream: str, step: int) -> bool:
     """Whether the step's artifact is there, whole."""
-    return committed.is_committed(step_url(stream, step))
+    return has_commit(step_url(stream, step))
 
 
 def committed_steps(stream: str) -> list[int]:
@@ -64,9 +71,9 @@ def save_artifact(stream: str, artifact: StepArtifact) -> str:
     folder = step_url(stream, artifact.step)
     storage.remove_tree(folder)
     record = read_identity(stream)
-    committed.commit(
+    write_commit(
         folder,
-        committed.write_files(folder, _encode(artifact)),
+        write_files(folder, _encode(artifact)),
         step=artifact.step,
         manifest_hash=artifact.manifest_hash,
         code_version=avcil_dist.__version__,
@@ -81,11 +88,11 @@ def load_artifact(stream: str, step: int) -> StepArtifact:
     Raises ArtifactError, naming the file, for what is missing, uncommitted or damaged.
     """
     folder, commit = _committed(stream, step)
-    files = {name: committed.read_file(folder, name, commit) for name in commit["files"]}
+    files = {name: read_committed_file(folder, name, commit) for name in commit["files"]}
     return StepArtifact(
         step=commit["step"],
         model=safetensors.torch.load(files["model.safetensors"]),
-        method=committed.decode_state("method", files),
+        method=decode_state("method", files),
         memory=ExemplarMemory.from_dict(json.loads(files["memory.json"])),
         scenario=Scenario(tuple(tuple(names) for names in json.loads(files["scenario.json"])["steps"])),
         metrics=StreamMetrics.from_dict(json.loads(files["metrics.json"])),
@@ -97,29 +104,7 @@ def load_artifact(stream: str, step: int) -> StepArtifact:
 def load_metrics(stream: str, step: int) -> StreamMetrics:
     """The metrics of a committed step alone. Raises ArtifactError as `load_artifact` does."""
     folder, commit = _committed(stream, step)
-    return StreamMetrics.from_dict(json.loads(committed.read_file(folder, "metrics.json", commit)))
-
-
-def load_whole_state(network: Network, weights: Mapping[str, Tensor], source: str) -> None:
-    """Give a network weights that are the whole of it, frozen parts and buffers included.
-
-    Raises ArtifactError, naming `source` and some of the names, when either has what the other lacks.
-    """
-    expected = network.state_dict()
-    faults = {
-        "missing": [name for name in expected if name not in weights],
-        "unknown": [name for name in weights if name not in expected],
-        "of another shape": [
-            name for name in expected if name in weights and weights[name].shape != expected[name].shape
-        ],
-    }
-    found = [f"{len(names)} {fault} ({', '.join(names[:3])})" for fault, names in faults.items() if names]
-    if found:
-        raise ArtifactError(
-            f"{source}: its weights are not those of the network: {'; '.join(found)}; use the configuration and the "
-            "version of the program that made it, or begin anew with --restart"
-        )
-    network.load_state_dict(dict(weights))
+    return StreamMetrics.from_dict(json.loads(read_committed_file(folder, "metrics.json", commit)))
 
 
 @dataclass(frozen=True)
@@ -133,24 +118,24 @@ class Origin:
 def load_origin(stream: str, step: int) -> Origin:
     """The origin of a committed step, without reading its weights. Raises ArtifactError as `load_artifact` does."""
     folder, commit = _committed(stream, step)
-    text = committed.read_file(folder, "config.yaml", commit).decode()
+    text = read_committed_file(folder, "config.yaml", commit).decode()
     return Origin(config_from_yaml(text), commit["manifest_hash"])
 
 
 def _committed(stream: str, step: int) -> tuple[str, dict[str, Any]]:
     """A step's folder and its commit."""
     folder = step_url(stream, step)
-    if not committed.is_committed(folder):
+    if not has_commit(folder):
         raise ArtifactError(f"{folder}: no committed step artifact; run step {step} first")
-    return folder, committed.read_commit(folder)
+    return folder, read_commit(folder)
 
 
 def _encode(artifact: StepArtifact) -> dict[str, bytes]:
     return {
         "model.safetensors": safetensors.torch.save(artifact.model),
-        **committed.encode_state("method", artifact.method),
+        **encode_state("method", artifact.method),
         "memory.json": json.dumps(artifact.memory.to_dict(), indent=1).encode(),  # the order of classes counts
-        "scenario.json": committed.encode_json({"steps": artifact.scenario.steps}),
-        "metrics.json": committed.encode_json(artifact.metrics.to_dict()),
+        "scenario.json": encode_json({"steps": artifact.scenario.steps}),
+        "metrics.json": encode_json(artifact.metrics.to_dict()),
         "config.yaml": config_to_yaml(artifact.config).encode(),
     }

@@ -1,4 +1,7 @@
-"""Folders that count only when they are whole: files first, `COMMITTED.json` with size and digest of each last."""
+"""Atomic commits of folders: files first, then `COMMITTED.json` with the size and the digest of each file.
+
+A folder without `COMMITTED.json` does not count. Readers verify every file against its digest.
+"""
 
 import json
 from collections.abc import Mapping
@@ -17,61 +20,64 @@ FileDigests = dict[str, dict[str, Any]]
 
 
 def write_files(folder: str, files: Mapping[str, bytes]) -> FileDigests:
-    """Write files; what the commit is to say of each."""
+    """Write files and return their digests, for `write_commit`."""
     for name, data in files.items():
         storage.write_bytes(storage.join(folder, name), data)
     return {name: {"size": len(data), "sha256": storage.sha256(data)} for name, data in files.items()}
 
 
-def commit(folder: str, files: FileDigests, **said: Any) -> None:
-    """Make the folder count. `said` is kept beside the records of its files."""
-    storage.write_json(storage.join(folder, COMMITTED), {"format": FORMAT, "files": files, **said})
+def write_commit(folder: str, files: FileDigests, **fields: Any) -> None:
+    """Commit a folder whose files are written. `fields` are stored beside the digests."""
+    storage.write_json(storage.join(folder, COMMITTED), {"format": FORMAT, "files": files, **fields})
 
 
-def is_committed(folder: str) -> bool:
-    """Whether the folder is there, whole."""
+def has_commit(folder: str) -> bool:
+    """Whether the folder is committed. The files are not verified."""
     return storage.exists(storage.join(folder, COMMITTED))
 
 
 def read_commit(folder: str) -> dict[str, Any]:
-    """The commit of a folder that has one. Raises ArtifactError when it is damaged or of another format."""
+    """Return the commit of a folder. Raises ArtifactError when it is missing, damaged or of another format."""
     try:
-        committed: dict[str, Any] = storage.read_json(storage.join(folder, COMMITTED))
+        commit: dict[str, Any] = storage.read_json(storage.join(folder, COMMITTED))
     except DataError as error:
         raise ArtifactError(str(error)) from None
-    if committed.get("format") != FORMAT:
-        raise ArtifactError(f"{folder}: of format {committed.get('format')}, this program reads {FORMAT}")
-    return committed
+    if commit.get("format") != FORMAT:
+        raise ArtifactError(f"{folder}: of format {commit.get('format')}, this program reads {FORMAT}")
+    return commit
 
 
-def read_file(folder: str, name: str, committed: Mapping[str, Any]) -> bytes:
-    """A file of a committed folder, held against its digest. Raises ArtifactError, naming it."""
-    url, record = storage.join(folder, name), committed["files"][name]
+def read_committed_file(folder: str, name: str, commit: Mapping[str, Any]) -> bytes:
+    """Return a file of a committed folder, verified. Raises ArtifactError, naming the file."""
+    url, digest = storage.join(folder, name), commit["files"][name]
     try:
         data = storage.read_bytes(url)
     except DataError as error:
         raise ArtifactError(str(error)) from None
-    if len(data) != record["size"] or storage.sha256(data) != record["sha256"]:
+    if len(data) != digest["size"] or storage.sha256(data) != digest["sha256"]:
         raise ArtifactError(_damaged(url))
     return data
 
 
-def read_whole_commit(folder: str) -> dict[str, Any]:
-    """The commit of a folder, each of whose files is held against its digest. Raises ArtifactError as `read_file`."""
+def read_verified_commit(folder: str) -> dict[str, Any]:
+    """Return the commit of a folder after verifying each of its files. Raises ArtifactError, naming the file."""
     commit = read_commit(folder)
     for name in commit["files"]:
-        check_file(folder, name, commit)
+        verify_file(folder, name, commit)
     return commit
 
 
-def check_file(folder: str, name: str, committed: Mapping[str, Any]) -> None:
-    """Hold a file against its digest without keeping it in memory. Raises ArtifactError as `read_file` does."""
+def verify_file(folder: str, name: str, commit: Mapping[str, Any]) -> None:
+    """Compare a file with its digest in chunks, so that a large file need not fit in memory.
+
+    Raises ArtifactError, naming the file.
+    """
     url = storage.join(folder, name)
     try:
         digest = storage.sha256_file(url)
     except DataError as error:
         raise ArtifactError(str(error)) from None
-    if digest != committed["files"][name]["sha256"]:
+    if digest != commit["files"][name]["sha256"]:
         raise ArtifactError(_damaged(url))
 
 
@@ -81,7 +87,7 @@ def encode_json(value: Any) -> bytes:
 
 
 def encode_state(name: str, state: Mapping[str, Any]) -> dict[str, bytes]:
-    """A state of tensors and plain values as two files: `name.safetensors` and `name.json`."""
+    """Encode a state of tensors and plain values as two files: `name.safetensors` and `name.json`."""
     tensors = {key: value.contiguous() for key, value in state.items() if isinstance(value, Tensor)}
     plain = {key: value for key, value in state.items() if key not in tensors}
     return {f"{name}.safetensors": safetensors.torch.save(tensors), f"{name}.json": encode_json(plain)}

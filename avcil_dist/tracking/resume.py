@@ -13,8 +13,9 @@ from avcil_dist.data.manifest import load_manifest
 from avcil_dist.errors import ConfigError, DataError, TrackingError
 from avcil_dist.streams.artifact import committed_steps, is_committed, load_origin, step_url
 from avcil_dist.streams.commit import COMMITTED, read_commit
+from avcil_dist.streams.compat import MANIFEST, changed_settings, is_operational
 from avcil_dist.streams.identity import Change, StreamIdentity, read_identity, write_identity
-from avcil_dist.streams.stream import MANIFEST, changed_settings, is_operational, stream_url
+from avcil_dist.streams.stream import stream_url
 from avcil_dist.tracking.artifacts import download_step
 from avcil_dist.tracking.client import COMMITTED_TAG, STREAM_TAG, FoundStream, find_stream, shown
 

@@ -8,7 +8,8 @@ from avcil_dist.errors import ConfigError
 from avcil_dist.methods import make_method, method_class, method_names
 from avcil_dist.methods.base import Needs
 from avcil_dist.scenario import Scenario
-from avcil_dist.streams.stream import check_continues, next_step, scenario_of, shards_of, stream_url
+from avcil_dist.streams.compat import check_continues
+from avcil_dist.streams.stream import next_step, scenario_of, shards_of, stream_url
 
 
 def check_run(config: Config, world_size: int, *, restart: bool) -> Scenario:

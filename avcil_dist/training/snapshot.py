@@ -21,9 +21,22 @@ from avcil_dist import storage
 from avcil_dist.compose import flatten
 from avcil_dist.config.schema import Config
 from avcil_dist.errors import ArtifactError, ConfigError
-from avcil_dist.streams import commit as committed
 from avcil_dist.streams.artifact import step_url
-from avcil_dist.streams.stream import changed_setting, stream_url
+from avcil_dist.streams.commit import (
+    COMMITTED,
+    FileDigests,
+    decode_state,
+    encode_json,
+    encode_state,
+    has_commit,
+    read_commit,
+    read_committed_file,
+    read_verified_commit,
+    write_commit,
+    write_files,
+)
+from avcil_dist.streams.compat import changed_setting
+from avcil_dist.streams.stream import stream_url
 from avcil_dist.training.collectives import decide_together
 from avcil_dist.training.engine import Engine
 from avcil_dist.training.state import BestEpoch, EpochTotals, TrainingState
@@ -94,8 +107,8 @@ class SnapshotManager:
         if self.world.is_main:
             files |= _encode(model, state, totals)
         decide_together(lambda: storage.remove_tree(folder))  # an earlier one at this place may be damaged
-        records: list[committed.FileDigests] = [{}] * self.world.size
-        dist.all_gather_object(records, committed.write_files(folder, files))
+        records: list[FileDigests] = [{}] * self.world.size
+        dist.all_gather_object(records, write_files(folder, files))
         decide_together(lambda: self._commit(folder, {name: part[name] for part in records for name in part}))
         self._iteration, self._saved_at = state.iteration, time.monotonic()
 
@@ -107,16 +120,16 @@ class SnapshotManager:
         found: str | None = decide_together(self._find)
         if found is None:
             return None
-        commit = committed.read_commit(found)
-        training = json.loads(committed.read_file(found, "training.json", commit))
+        commit = read_commit(found)
+        training = json.loads(read_committed_file(found, "training.json", commit))
         best = training["best"]
         if best is not None:
-            weights = safetensors.torch.load(committed.read_file(found, "best.safetensors", commit))
+            weights = safetensors.torch.load(read_committed_file(found, "best.safetensors", commit))
             best = BestEpoch(weights, best["epoch"], best["val_accuracy"])
         totals = EpochTotals.from_dict(training["totals"], device, is_main=self.world.is_main)
         self._iteration = training["iteration"]
         return Snapshot(
-            safetensors.torch.load(committed.read_file(found, "model.safetensors", commit)),
+            safetensors.torch.load(read_committed_file(found, "model.safetensors", commit)),
             None if self.reset_optimizer else self._read_optimizer(found, commit),
             TrainingState(training["iteration"], best, totals),
         )
@@ -127,7 +140,7 @@ class SnapshotManager:
 
         def write() -> None:
             storage.remove_tree(folder)
-            self._seal(folder, committed.write_files(folder, committed.encode_state(name, state)))
+            self._seal(folder, write_files(folder, encode_state(name, state)))
 
         decide_together(write)
 
@@ -137,9 +150,7 @@ class SnapshotManager:
         commit: dict[str, Any] | None = decide_together(lambda: self._find_kept(folder))
         if commit is None:
             return None
-        return committed.decode_state(
-            name, {file: committed.read_file(folder, file, commit) for file in commit["files"]}
-        )
+        return decode_state(name, {file: read_committed_file(folder, file, commit) for file in commit["files"]})
 
     def discard(self) -> None:
         """Remove all of the step's snapshots: it is committed."""
@@ -148,7 +159,7 @@ class SnapshotManager:
     @property
     def _identity(self) -> dict[str, Any]:
         """What a snapshot must agree in with the step that goes on from it."""
-        before = storage.join(step_url(stream_url(self.config), self.step - 1), committed.COMMITTED)
+        before = storage.join(step_url(stream_url(self.config), self.step - 1), COMMITTED)
         return {
             "manifest_hash": self.manifest_hash,
             "previous_step": storage.sha256(storage.read_bytes(before)) if self.step else None,
@@ -161,34 +172,34 @@ class SnapshotManager:
         """Without ZeRO all ranks hold the same; one writes it, and any number of ranks can read it."""
         if not (self.world.is_main or self.config.engine.zero_stage):
             return {}
-        return committed.encode_state(self._optimizer_name(), engine.optimizer_state())
+        return encode_state(self._optimizer_name(), engine.optimizer_state())
 
     def _read_optimizer(self, folder: str, commit: dict[str, Any]) -> dict[str, Any]:
         name = self._optimizer_name()
         parts = (f"{name}.safetensors", f"{name}.json")
-        return committed.decode_state(name, {part: committed.read_file(folder, part, commit) for part in parts})
+        return decode_state(name, {part: read_committed_file(folder, part, commit) for part in parts})
 
     def _kept(self, name: str) -> str:
         return storage.join(storage.parent(self.folder), f"{name}_{self.step:03d}")
 
     def _find_kept(self, folder: str) -> dict[str, Any] | None:
-        if not committed.is_committed(folder):
+        if not has_commit(folder):
             return None
         try:
-            commit = committed.read_whole_commit(folder)
+            commit = read_verified_commit(folder)
         except ArtifactError as error:
             _logger.warning("%s; it is made again", error)
             return None
         is_ours = all(commit[key] == value for key, value in self._identity.items())
         return commit if is_ours and changed_setting(commit["settings"], flatten(self.config)) is None else None
 
-    def _commit(self, folder: str, records: committed.FileDigests) -> None:
+    def _commit(self, folder: str, records: FileDigests) -> None:
         self._seal(folder, records)
         for name in storage.list_folder(self.folder)[:-NUM_KEPT]:
             storage.remove_tree(storage.join(self.folder, name))
 
-    def _seal(self, folder: str, records: committed.FileDigests) -> None:
-        committed.commit(
+    def _seal(self, folder: str, records: FileDigests) -> None:
+        write_commit(
             folder,
             records,
             settings=flatten(self.config),
@@ -200,10 +211,10 @@ class SnapshotManager:
     def _find(self) -> str | None:
         for name in reversed(storage.list_folder(self.folder)):
             folder = storage.join(self.folder, name)
-            if not committed.is_committed(folder):
+            if not has_commit(folder):
                 continue
             try:
-                commit = committed.read_whole_commit(folder)
+                commit = read_verified_commit(folder)
             except ArtifactError as error:
                 _logger.warning("%s; passing over this snapshot", error)
                 continue
@@ -238,6 +249,6 @@ def _encode(model: dict[str, Tensor], state: TrainingState, totals: dict[str, An
     training = {"iteration": state.iteration, "best": selected, "totals": totals}
     files = {
         "model.safetensors": safetensors.torch.save(model),
-        "training.json": committed.encode_json(training),
+        "training.json": encode_json(training),
     }
     return files if best is None else files | {"best.safetensors": safetensors.torch.save(best.state)}

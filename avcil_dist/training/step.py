@@ -19,10 +19,12 @@ from avcil_dist.data.plan import NO_CLIPS
 from avcil_dist.data.source_videos import source_disjoint
 from avcil_dist.methods import make_method
 from avcil_dist.methods.base import ClosedFormMethod, Method, StepContext
+from avcil_dist.models.network import load_whole_state
 from avcil_dist.signals import StopRequest
-from avcil_dist.streams.artifact import StepArtifact, load_whole_state, save_artifact
+from avcil_dist.streams.artifact import StepArtifact, save_artifact
+from avcil_dist.streams.compat import load_previous
 from avcil_dist.streams.metrics import StreamMetrics, accuracy_row, confusion, per_class_accuracy, seen_accuracy
-from avcil_dist.streams.stream import load_previous, scenario_of, shards_of, sole_writer, stream_url
+from avcil_dist.streams.stream import scenario_of, shards_of, sole_writer, stream_url
 from avcil_dist.training.build import NetworkMaker, network_after
 from avcil_dist.training.clip_cache_placement import place_clip_cache
 from avcil_dist.training.closed_form import train_closed_form

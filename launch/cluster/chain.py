@@ -17,7 +17,8 @@ from avcil_dist import storage
 from avcil_dist.compose import flatten
 from avcil_dist.config.schema import Config
 from avcil_dist.errors import ConfigError, SchedulerError
-from avcil_dist.streams.stream import changed_setting, next_step, stream_url
+from avcil_dist.streams.compat import changed_setting
+from avcil_dist.streams.stream import next_step, stream_url
 from avcil_dist.tracking.session import open_run
 from avcil_dist.training.preflight import check_run
 from avcil_dist.training.snapshot import snapshots_url

@@ -99,6 +99,23 @@ def test_the_library_knows_nothing_of_what_makes_shards_or_starts_it(name: str) 
     assert not [other for other in imports(name) if within(other, ("data_shards", "launch", "tests"))]
 
 
+def closure(name: str) -> set[str]:
+    """The modules of the project that importing `name` imports, itself included."""
+    needed, waiting = set(), [name]
+    while waiting:
+        if (module := waiting.pop()) not in needed:
+            needed.add(module)
+            waiting += own_imports(module)
+    return needed
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if within(name, ("avcil_dist.streams",))])
+def test_streams_imports_neither_deepspeed_nor_torch_distributed_nor_networks(name: str) -> None:
+    forbidden = ("deepspeed", "torch.distributed", "avcil_dist.models.network")
+    found = {module for module in closure(name) for other in imports(module) if within(other, forbidden)}
+    assert not found
+
+
 @pytest.mark.parametrize("name", [name for name in MODULES if within(name, ("avcil_dist.methods",))])
 def test_methods_know_nothing_of_storage_or_processes(name: str) -> None:
     assert not [other for other in imports(name) if within(other, NOT_FOR_METHODS)]

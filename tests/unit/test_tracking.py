@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 
 from avcil_dist.config.schema import TrackingConfig
 from avcil_dist.errors import ConfigError, StepStopped, TrackingError
-from avcil_dist.streams.commit import commit, write_files
+from avcil_dist.streams.commit import write_commit, write_files
 from avcil_dist.streams.metrics import StreamMetrics
 from avcil_dist.tracking.artifacts import download_step
 from avcil_dist.tracking.client import connect, find_stream, tracking_uri
@@ -77,7 +77,7 @@ class Stream:
         """A step's folder with these metrics."""
         folder = f"{self.folder}/step_{metrics.step:03d}"
         contents = {"metrics.json": json.dumps(metrics.to_dict()).encode()} | files
-        commit(folder, write_files(folder, contents), step=metrics.step)
+        write_commit(folder, write_files(folder, contents), step=metrics.step)
 
 
 @pytest.fixture

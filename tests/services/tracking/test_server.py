@@ -18,7 +18,7 @@ from avcil_dist.compose import config_to_yaml, load_config
 from avcil_dist.config.schema import Config, TrackingConfig
 from avcil_dist.errors import ArtifactError
 from avcil_dist.streams.artifact import committed_steps, step_url
-from avcil_dist.streams.commit import commit, write_files
+from avcil_dist.streams.commit import write_commit, write_files
 from avcil_dist.tracking.artifacts import download_step, upload_step
 from avcil_dist.tracking.client import find_stream
 from avcil_dist.tracking.resume import ResumeRequest, prepare
@@ -134,7 +134,7 @@ def test_a_large_file_goes_to_the_storage_in_parts(
     monkeypatch.setenv("MLFLOW_MULTIPART_UPLOAD_MINIMUM_FILE_SIZE", str(6 << 20))
     monkeypatch.setenv("MLFLOW_MULTIPART_UPLOAD_CHUNK_SIZE", str(5 << 20))
     stream, data = str(tmp_path / "stream"), bytes(range(256)) * (12 << 12)
-    commit(step_url(stream, 0), write_files(step_url(stream, 0), {"model.safetensors": data}), step=0)
+    write_commit(step_url(stream, 0), write_files(step_url(stream, 0), {"model.safetensors": data}), step=0)
     client = MlflowClient(server.uri)
     run = client.create_run(client.create_experiment(tmp_path.name))
     calls = _log(server).count("mpu/complete")

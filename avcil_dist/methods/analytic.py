@@ -78,13 +78,13 @@ class Analytic(ClosedFormMethod):
         """CE_all, for the network that is trained at step 0."""
         return {"loss": cross_entropy(output.logits, targets.labels)}
 
-    def observe(self, output: Output, labels: Tensor) -> None:
+    def accumulate(self, output: Output, labels: Tensor) -> None:
         """Keep the clips until there are enough for a product worth its while."""
         self._waiting.append((self._phi(output), labels))
         if sum(len(rows) for rows, _ in self._waiting) >= ROWS:
             self._add_waiting()
 
-    def sums(self) -> list[Tensor]:
+    def statistics(self) -> list[Tensor]:
         """G's panels and H, of this step's clips."""
         self._add_waiting()
         return [self._new[name] for name in sorted(self._new)]

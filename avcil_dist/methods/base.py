@@ -136,11 +136,11 @@ class ClosedFormMethod(Method):
     """
 
     @abstractmethod
-    def observe(self, output: Output, labels: Tensor) -> None:
+    def accumulate(self, output: Output, labels: Tensor) -> None:
         """Add these clips (B rows) to the sums of this step."""
 
     @abstractmethod
-    def sums(self) -> list[Tensor]:
+    def statistics(self) -> list[Tensor]:
         """The sums of this step. The step replaces their content by that over all ranks."""
 
     @abstractmethod

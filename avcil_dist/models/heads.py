@@ -56,7 +56,7 @@ class ProxyHead(nn.Module):
 Head = LinearHead | ProxyHead
 
 
-def grow(head: LinearHead, num_classes: int) -> LinearHead:
+def grow_linear(head: LinearHead, num_classes: int) -> LinearHead:
     """A new head for `num_classes` classes: old rows and biases as they were, new ones freshly drawn.
 
     New rows are nn.Linear's default initialisation from torch's global generator; their spread depends on

@@ -15,10 +15,10 @@ from avcil_dist.config.schema import ClipConfig, ModelConfig, Precision
 from avcil_dist.errors import ArtifactError, ConfigError
 from avcil_dist.models.attention.module import AudioGuidedAttention, TeacherView
 from avcil_dist.models.encoders.base import Encoder, build_audio_encoder, build_visual_encoder
-from avcil_dist.models.heads import Head, LinearHead, ProxyHead, grow, grow_proxies
+from avcil_dist.models.heads import Head, LinearHead, ProxyHead, grow_linear, grow_proxies
 from avcil_dist.models.network_spec import DEFAULT_SPEC, NetworkSpec
 from avcil_dist.models.outputs import Divergence, Output, sum_present
-from avcil_dist.models.precision import compute_context
+from avcil_dist.models.precision import precision_context
 
 
 class Network(nn.Module, ABC):
@@ -35,17 +35,17 @@ class Network(nn.Module, ABC):
         pictures (B, frames, 3, H, W) and log-mel (B, mel_frames, mel_bins). `teacher` is a
         teacher's view of the last rows; with it the output has a divergence.
         """
-        with compute_context(self.precision, audio.device):
+        with precision_context(self.precision, audio.device):
             output = self.classify(visual, audio, teacher)
-        return output if self.precision == "float32" else output.each(Tensor.float)
+        return output if self.precision == "float32" else output.map(Tensor.float)
 
     @torch.no_grad()
     def encode_frozen(self, visual: Tensor, audio: Tensor) -> tuple[Tensor, Tensor]:
         """`visual` and `audio` as frozen encoders make them, others as they are: for every network with the same."""
-        with compute_context(self.precision, audio.device):
+        with precision_context(self.precision, audio.device):
             return (
-                self.visual_encoder.encode_once(visual) if self.visual_encoder else visual,
-                self.audio_encoder.encode_once(audio) if self.audio_encoder else audio,
+                self.visual_encoder.encode_if_frozen(visual) if self.visual_encoder else visual,
+                self.audio_encoder.encode_if_frozen(audio) if self.audio_encoder else audio,
             )
 
     @abstractmethod
@@ -71,18 +71,20 @@ class HeadedNetwork(Network):
         A head of proxies is given those of the new classes.
         """
         if isinstance(self.classifier, LinearHead):
-            self.classifier = grow(self.classifier, num_classes)
+            self.classifier = grow_linear(self.classifier, num_classes)
         else:
             assert new_proxies is not None
             self.classifier = grow_proxies(self.classifier, num_classes, new_proxies)
 
-    def finish(self, sound: Tensor | None, pooled: Tensor | None, divergence: Divergence | None = None) -> Output:
+    def project_and_classify(
+        self, sound: Tensor | None, pooled: Tensor | None, divergence: Divergence | None = None
+    ) -> Output:
         """From encoded sound (B, D) and pooled pictures (B, D) to the output."""
         audio = None if sound is None else torch.relu(self.audio_proj(sound))
         visual = None if pooled is None else torch.relu(self.visual_proj(pooled))
         return Output(self.classifier(sum_present(audio, visual)), audio, visual, pooled, divergence)
 
-    def retrace(self, output: Output) -> Output:
+    def trace_head(self, output: Output) -> Output:
         """The same output, with a graph from its features to its logits and nothing before them."""
         with torch.enable_grad():
             audio = None if output.audio is None else output.audio.detach().requires_grad_()
@@ -113,12 +115,12 @@ class AudioVisualNetwork(HeadedNetwork):
         """Attend to the pictures as the sound guides, project both, classify their sum."""
         sound = self.audio_encoder(audio)
         pooled, divergence = self.attention(sound, self.visual_encoder(visual), teacher)
-        return self.finish(sound, pooled, divergence)
+        return self.project_and_classify(sound, pooled, divergence)
 
     @torch.no_grad()
-    def view(self, visual: Tensor, audio: Tensor, rows: slice) -> TeacherView:
+    def attention_view(self, visual: Tensor, audio: Tensor, rows: slice) -> TeacherView:
         """As a teacher: encode these rows of a batch for the student to compare its attention with."""
-        with compute_context(self.precision, audio.device):
+        with precision_context(self.precision, audio.device):
             return TeacherView(self.attention, self.audio_encoder(audio[rows]), self.visual_encoder(visual[rows]))
 
 
@@ -136,7 +138,7 @@ class AudioNetwork(HeadedNetwork):
 
     def classify(self, visual: Tensor, audio: Tensor, teacher: TeacherView | None) -> Output:
         """Project the sound and classify it; the pictures are not looked at."""
-        return self.finish(self.audio_encoder(audio), None)
+        return self.project_and_classify(self.audio_encoder(audio), None)
 
 
 class VisualNetwork(HeadedNetwork):
@@ -153,7 +155,7 @@ class VisualNetwork(HeadedNetwork):
 
     def classify(self, visual: Tensor, audio: Tensor, teacher: TeacherView | None) -> Output:
         """Pool the pictures, project, classify; the sound is not listened to."""
-        return self.finish(None, self.visual_encoder(visual).mean(dim=(1, 2), dtype=torch.float32))
+        return self.project_and_classify(None, self.visual_encoder(visual).mean(dim=(1, 2), dtype=torch.float32))
 
 
 class PooledTokens(Network):
@@ -187,11 +189,11 @@ def build_network(
     *,
     network_spec: NetworkSpec = DEFAULT_SPEC,
     num_frozen: int = 0,
-    restored: Collection[str] | None = None,
+    state_keys: Collection[str] | None = None,
 ) -> Network:
     """Make a network with fresh weights (from torch's global generator), except those that the config names.
 
-    Where the caller goes on to put in a whole state, `restored` are its names, and no named weights are read.
+    Where the caller goes on to put in a whole state, `state_keys` are its names, and no named weights are read.
     `feature_shape` is the manifest's: frames, positions and dim of features, empty for clips. Of the
     head's `num_classes`, proxies of the first `num_frozen` are frozen. Raises ConfigError when the
     encoders do not fit the data or each other.
@@ -199,7 +201,7 @@ def build_network(
     dim = feature_shape.get("dim")
 
     def names(encoder: str) -> list[str] | None:
-        own = None if restored is None else [name for name in restored if name.startswith(encoder)]
+        own = None if state_keys is None else [name for name in state_keys if name.startswith(encoder)]
         return own and [name.removeprefix(encoder) for name in own]
 
     visual = audio = None

@@ -49,7 +49,7 @@ class Output(NamedTuple):
             raise ValueError("this needs sound and pictures; the network has one of them")
         return self.audio, self.visual
 
-    def rows(self, chosen: Tensor) -> "Output":
+    def select(self, chosen: Tensor) -> "Output":
         """The output of some clips (a mask or indices), without the divergence."""
 
         def some(rows: Tensor | None) -> Tensor | None:
@@ -63,7 +63,7 @@ class Output(NamedTuple):
             importance=some(self.importance),
         )
 
-    def each(self, function: Callable[[Tensor], Tensor]) -> "Output":
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Output":
         """The output with `function` of each of its tensors."""
 
         def changed(rows: Tensor | None) -> Tensor | None:

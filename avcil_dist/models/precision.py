@@ -13,7 +13,7 @@ from avcil_dist.config.schema import Precision
 DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def compute_context(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+def precision_context(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
     """A block that computes in `precision`; float32 leaves all as it is."""
     if precision == "float32":
         return nullcontext()

@@ -44,7 +44,7 @@ def network_after(
         scenario.num_seen(trained),
         network_spec=needs.network_spec,
         num_frozen=scenario.num_old(trained),
-        restored=restored,
+        state_keys=restored,
     )
     network.precision = config.engine.precision
     if isinstance(network, AudioVisualNetwork):
@@ -92,7 +92,7 @@ class NetworkMaker:
             if needs.trains_at(step):
                 self._grow(student, teacher)
         if teacher and self.config.engine.teacher == "sharded":
-            teacher.share_out(self.features.world)
+            teacher.shard(self.features.world)
         return self._ready(student), teacher
 
     def _ready(self, student: Network) -> Network:
@@ -121,7 +121,7 @@ class NetworkMaker:
     def _new_proxies(self, student: HeadedNetwork) -> Tensor:
         """Proxies of the new classes, from what the student makes of their clips before it has learnt them."""
         names = self.context.scenario.new(self.context.step)
-        found = self.features.by_class(
+        found = self.features.class_features(
             student.to(self.device), {name: self.manifest.clips([name], "train") for name in names}
         )
         for name in names:

@@ -18,9 +18,9 @@ def train_closed_form(
 
     Returns the accuracy on the validation clips of all seen classes; None where there are none.
     """
-    for batch, output in features.batches(network, manifest.clips(context.scenario.new(context.step), "train")):
-        method.observe(output.rows(batch.valid), batch.labels[batch.valid])
-    for total in method.sums():
+    for batch, output in features.run(network, manifest.clips(context.scenario.new(context.step), "train")):
+        method.accumulate(output.select(batch.valid), batch.labels[batch.valid])
+    for total in method.statistics():
         dist.all_reduce(total)
     # One rank solves: it needs the whole of the sums, and the others the same last digit.
     candidates = make_together(method.solve, features.device)
@@ -30,8 +30,8 @@ def train_closed_form(
         return None
     hits = torch.zeros(len(candidates), dtype=torch.long, device=features.device)
     count = torch.zeros(1, dtype=torch.long, device=features.device)
-    for batch, output in features.batches(network, validation):
-        predicted: Tensor = method.candidate_scores(output.rows(batch.valid), candidates).argmax(dim=2)
+    for batch, output in features.run(network, validation):
+        predicted: Tensor = method.candidate_scores(output.select(batch.valid), candidates).argmax(dim=2)
         hits += (predicted == batch.labels[batch.valid]).sum(dim=1)
         count += batch.valid.sum()
     dist.all_reduce(hits)

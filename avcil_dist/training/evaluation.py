@@ -49,7 +49,7 @@ class Evaluator:
         manifest, scenario = self.features.manifest, self.features.scenario
         clips = manifest.clips(scenario.seen(step), split)
         predicted: list[Tensor] = []
-        for batch, output in self.features.batches(network, clips, self.global_batch):
+        for batch, output in self.features.run(network, clips, self.global_batch):
             predicted.append(_predict(method, output, batch.valid))
             on_batch()
         predictions = _in_order(torch.stack(predicted))[: len(clips)]

@@ -1,6 +1,6 @@
-"""The memory after a step: which exemplars of the new classes are kept, and their features."""
+"""Exemplar selection at the end of a step: the updated memory, and the features of its exemplars."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 from torch import Tensor
@@ -15,53 +15,54 @@ from avcil_dist.training.collectives import decide_together
 from avcil_dist.training.inference_pass import InferencePass
 
 
-@dataclass(frozen=True)
-class ExemplarSelector:
-    """Chooses exemplars at the end of a step, with the weights that are its result."""
+def update_memory(
+    memory: ExemplarMemory,
+    network: Network,
+    *,
+    config: Config,
+    context: StepContext,
+    needs: Needs,
+    inference: InferencePass,
+) -> ExemplarMemory:
+    """Return `memory` with exemplars of the step's new classes added. Equal on all ranks.
 
-    config: Config
-    manifest: Manifest
-    context: StepContext
-    features: InferencePass
-
-    def updated(self, memory: ExemplarMemory, needs: Needs, network: Network) -> ExemplarMemory:
-        """The memory with the new classes in it; unchanged for a method without one. Equal on all ranks."""
-        if needs.memory == "none":
-            return memory
-        selection = self.config.memory.selection
-        if (needs.selection if selection == "published" else selection) == "random":
-            ranked = {
-                name: random_order(name, self._keys(clips), self.config.seed) for name, clips in self._candidates()
-            }
-        else:
-            ranked = self._herded(network)
-        return memory.update(ranked, self.config.memory.size)
-
-    def exemplar_features(self, memory: ExemplarMemory, network: Network) -> list[Tensor]:
-        """The features (exemplars, D) of each seen class, by label."""
-        numbers = {name: self.manifest.clip_numbers(name, keys) for name, keys in memory.keys.items()}
-        found = self.features.by_class(network, numbers)
-        return [found[name].features for name in self.context.scenario.seen(self.context.step)]
-
-    def _herded(self, network: Network) -> dict[str, list[str]]:
-        count = quota(self.config.memory.size, self.context.num_seen)
-        found = self.features.by_class(network, dict(self._candidates()))
-        # Rank 0 decides: the last digits of a sum may differ between machines of different make.
-        return decide_together(
+    Herding uses the features of `network`, which has the weights that the step commits. Without a memory in
+    `needs`, `memory` is returned unchanged. Raises DataError as `InferencePass.batches` does.
+    """
+    if needs.memory == "none":
+        return memory
+    manifest = inference.manifest
+    candidates = {name: manifest.clips([name], "train") for name in context.scenario.new(context.step)}
+    selection = needs.selection if config.memory.selection == "published" else config.memory.selection
+    if selection == "random":
+        ranked = {name: random_order(name, _keys(manifest, clips), config.seed) for name, clips in candidates.items()}
+    else:
+        by_class = inference.class_features(network, candidates)
+        count = quota(config.memory.size, context.num_seen)
+        # Rank 0 decides: the last digits of a sum may differ between types of machine.
+        ranked = decide_together(
             lambda: {
-                name: self._keys(of_class.clips[herding_order(of_class.features.numpy(), count)])
-                for name, of_class in found.items()
+                name: _keys(manifest, features.clips[herding_order(features.features.numpy(), count)])
+                for name, features in by_class.items()
             }
         )
+    return memory.update(ranked, config.memory.size)
 
-    def _candidates(self) -> list[tuple[str, np.ndarray]]:
-        return [(name, self.manifest.clips([name], "train")) for name in self.context.scenario.new(self.context.step)]
 
-    def _keys(self, clips: np.ndarray) -> list[str]:
-        return [self.manifest.key(clip) for clip in clips]
+def exemplar_features(
+    memory: ExemplarMemory, network: Network, *, context: StepContext, inference: InferencePass
+) -> list[Tensor]:
+    """Return the exemplars' features (exemplars, D) of each seen class, in label order. Equal on all ranks."""
+    clips = {name: inference.manifest.clip_numbers(name, keys) for name, keys in memory.keys.items()}
+    by_class = inference.class_features(network, clips)
+    return [by_class[name].features for name in context.scenario.seen(context.step)]
 
 
 def exemplar_clips(manifest: Manifest, memory: ExemplarMemory) -> np.ndarray:
-    """The clip numbers of all exemplars."""
+    """Return the clip numbers of all exemplars, class by class."""
     numbers = [manifest.clip_numbers(name, keys) for name, keys in memory.keys.items()]
     return np.concatenate([NO_CLIPS, *numbers])
+
+
+def _keys(manifest: Manifest, clips: Sequence[int] | np.ndarray) -> list[str]:
+    return [manifest.key(clip) for clip in clips]

@@ -1,8 +1,8 @@
-"""What a network makes of given clips: one pass by all ranks, each clip exactly once.
+"""Inference pass: the network's outputs for given clips, computed by all ranks together, each clip exactly once.
 
-The pass serves whatever needs more of a clip than its prediction: herding, class means, proxies,
-sums in closed form. A clip is always seen in the same batch of the same size, whatever the number
-of ranks, so what comes out does not depend on it.
+Used where a step needs more of a clip than its prediction: herding, class means, proxies, the teacher cache and
+closed-form training. A clip is always in the same batch of the same size, whatever the number of ranks, so
+its output does not depend on that number.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,12 +24,12 @@ from avcil_dist.scenario import Scenario
 from avcil_dist.training.collectives import collect_texts, gather_rows
 from avcil_dist.world import World
 
-ROWS = 64  # clips that a rank sees at a time
+ROWS = 64  # clips per rank and batch
 
 
 @dataclass(frozen=True)
 class ClassFeatures:
-    """`clips` (n,) of one class that could be read, in the order asked for, and their features (n, D), on all ranks."""
+    """Readable clips of one class, `clips` (n,), in the order requested, and their features (n, D). On all ranks."""
 
     clips: np.ndarray
     features: Tensor
@@ -37,21 +37,20 @@ class ClassFeatures:
 
 @dataclass(frozen=True)
 class InferencePass:
-    """Passes of all ranks together over clips of any split."""
+    """Inference by all ranks together over clips of any split."""
 
     manifest: Manifest
     scenario: Scenario
     data: DataConfig
     world: World
     device: torch.device
-    store: ClipCache | None = None
+    clip_cache: ClipCache | None = None
 
-    def read(self, clips: np.ndarray, global_batch: int | None = None) -> Iterator[Batch]:
-        """The rank's part of the clips, on its device. All ranks have equally many batches; padding is not valid.
+    def batches(self, clips: np.ndarray, global_batch: int | None = None) -> Iterator[Batch]:
+        """Read the rank's part of the clips onto its device. All ranks have equally many batches; padding is not valid.
 
-        `global_batch`: clips at a time on all ranks; by default so many that it does not matter how many ranks
-        there are. Raises DataError at the end, on all ranks, when more clips are damaged than
-        `data.max_bad_fraction` allows.
+        `global_batch` is the number of clips of all ranks per batch, by default `ROWS` per rank. Raises DataError
+        at the end, on all ranks, when more clips are damaged than `data.max_bad_fraction` allows.
         """
         plan = plan_evaluation(clips, global_batch or ROWS * self.world.size)
         source = FixedSource(rank_share(plan, self.world.rank, self.world.size))
@@ -62,41 +61,42 @@ class InferencePass:
             labels=self.scenario.labels,
             data=self.data,
             device=self.device,
-            store=self.store,
+            store=self.clip_cache,
         ):
             num_good += batch.valid.sum()
             faults.extend(batch.faults)
             yield batch
         num_bad = len(clips) - int(gather_rows(num_good, 1).sum())
         if num_bad > self.data.max_bad_fraction * len(clips):
-            named = collect_texts(tuple(faults))[0]
-            raise DataError(f"{num_bad} of {len(clips)} clips are damaged, the first: {named}")
+            first_fault = collect_texts(tuple(faults))[0]
+            raise DataError(f"{num_bad} of {len(clips)} clips are damaged, the first: {first_fault}")
 
-    def batches(
+    def run(
         self, network: Network, clips: np.ndarray, global_batch: int | None = None
     ) -> Iterator[tuple[Batch, Output]]:
-        """`read`, and what the network makes of each batch, without gradient."""
+        """Run the network on each of `batches`, in evaluation mode and without gradient."""
         was_training = network.training
         network.eval()
-        for batch in self.read(clips, global_batch):
-            with torch.no_grad():  # not inference_mode: what ZeRO 3 gathers under it could not be trained on afterwards
+        for batch in self.batches(clips, global_batch):
+            with torch.no_grad():  # not inference_mode: ZeRO 3 gathers parameters here that are trained afterwards
                 output = network(batch.visual, batch.audio)
             yield batch, output
         network.train(was_training)
 
-    def by_class(self, network: Network, clips: Mapping[str, np.ndarray]) -> dict[str, ClassFeatures]:
-        """What the head would classify, of each class's clips, by class name."""
-        everything = np.concatenate([NO_CLIPS, *clips.values()])
+    def class_features(self, network: Network, clips: Mapping[str, np.ndarray]) -> dict[str, ClassFeatures]:
+        """Return `Output.feature` of each class's clips, by class name. The same on all ranks."""
+        all_clips = np.concatenate([NO_CLIPS, *clips.values()])
         features, valid = [], []
-        for batch, output in self.batches(network, everything):
+        for batch, output in self.run(network, all_clips):
             features.append(gather_rows(output.feature, len(output.feature)).cpu())
             valid.append(gather_rows(batch.valid, len(batch.valid)).cpu())
         if not features:
             return {name: ClassFeatures(numbers, torch.zeros(0, 0)) for name, numbers in clips.items()}
-        rows, good = torch.cat(features)[: len(everything)], torch.cat(valid)[: len(everything)]
-        found, first = {}, 0
+        all_features, all_valid = torch.cat(features)[: len(all_clips)], torch.cat(valid)[: len(all_clips)]
+        by_class, first = {}, 0
         for name, numbers in clips.items():
-            part = slice(first, first + len(numbers))
-            found[name] = ClassFeatures(numbers[good[part].numpy()], rows[part][good[part]])
+            rows = slice(first, first + len(numbers))
+            is_valid = all_valid[rows]
+            by_class[name] = ClassFeatures(numbers[is_valid.numpy()], all_features[rows][is_valid])
             first += len(numbers)
-        return found
+        return by_class

@@ -31,7 +31,7 @@ from avcil_dist.training.closed_form import train_closed_form
 from avcil_dist.training.collectives import decide_together, local_device, process_group
 from avcil_dist.training.engine import set_threads, whole_state
 from avcil_dist.training.evaluation import Evaluator, Predictions
-from avcil_dist.training.exemplars import ExemplarSelector, exemplar_clips
+from avcil_dist.training.exemplars import exemplar_clips, exemplar_features, update_memory
 from avcil_dist.training.failure_sync import Report, print_fault, propagate_failures
 from avcil_dist.training.inference_pass import InferencePass
 from avcil_dist.training.snapshot import SnapshotManager
@@ -106,9 +106,9 @@ def step_in_group(
         selected = BestEpoch(whole_state(student), epoch=0, val_accuracy=None)
     if isinstance(method, ClosedFormMethod):
         selected = replace(selected, val_accuracy=train_closed_form(method, student, features, manifest, context))
-    keeper = ExemplarSelector(config, manifest, context, features)
-    memory = keeper.updated(memory, method.needs, student)
-    method.end_step(keeper.exemplar_features(memory, student) if method.needs.means else None)
+    memory = update_memory(memory, student, config=config, context=context, needs=method.needs, inference=features)
+    exemplars = exemplar_features(memory, student, context=context, inference=features) if method.needs.means else None
+    method.end_step(exemplars)
 
     tested = evaluator(student, method, "test", step, on_batch=observer.advance)
     artifact = StepArtifact(

@@ -30,7 +30,7 @@ class Teacher(nn.Module):
         """Stay in evaluation mode."""
         return self
 
-    def share_out(self, world: World) -> None:
+    def shard(self, world: World) -> None:
         """Leave each rank its share of the parameters; from then on all ranks must ask the teacher together."""
         self._is_shared_out = True
         shard_out(self.network, world)
@@ -46,7 +46,7 @@ class Teacher(nn.Module):
         visual, audio = self.network.encode_frozen(batch.visual, batch.audio)
         return replace(batch, visual=visual, audio=audio)
 
-    def remember(self, answers: TeacherCache) -> None:
+    def use_cache(self, answers: TeacherCache) -> None:
         """From now on, look up what the teacher said to a clip of these instead of asking it again."""
         self._answers = answers
 
@@ -60,18 +60,18 @@ class Teacher(nn.Module):
     def output(self, batch: Batch, method: Method) -> Output:
         """What the method needs of the teacher: logits, and features with their importance where it asks for them."""
         if self._answers:
-            return self._answers.of(batch.clips, batch.labels.device)
+            return self._answers.lookup(batch.clips, batch.labels.device)
         if not method.needs.importance:
             return Output(self.logits(batch), None, None)
         with torch.no_grad():
             output: Output = self.network(batch.visual, batch.audio)
-        traced = self.network.retrace(output)
+        traced = self.network.trace_head(output)
         with torch.enable_grad():
             loss = method.importance_loss(batch.labels, traced).sum()  # a clip's loss knows no other clip
         gradients = torch.autograd.grad(loss, traced.features())
         return output._replace(importance=torch.stack([gradient.norm(dim=1) for gradient in gradients], dim=1))
 
-    def view(self, batch: Batch) -> TeacherView:
+    def attention_view(self, batch: Batch) -> TeacherView:
         """What the teacher attends to in the batch's exemplars."""
         assert isinstance(self.network, AudioVisualNetwork)
-        return self.network.view(batch.visual, batch.audio, slice(batch.num_current, None))
+        return self.network.attention_view(batch.visual, batch.audio, slice(batch.num_current, None))

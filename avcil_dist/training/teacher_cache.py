@@ -30,10 +30,10 @@ class TeacherCache:
     valid: np.ndarray
     output: Output
 
-    def of(self, clips: np.ndarray, device: torch.device) -> Output:
+    def lookup(self, clips: np.ndarray, device: torch.device) -> Output:
         """What the teacher said to these clips, on the device."""
         rows = torch.from_numpy(self._rows(clips))
-        return self.output.each(lambda values: _to(values[_to(rows, values.device)], device))
+        return self.output.map(lambda values: _to(values[_to(rows, values.device)], device))
 
     def to(self, device: torch.device) -> "TeacherCache":
         """The same on a device, if that has room for them."""
@@ -42,9 +42,9 @@ class TeacherCache:
         size = sum(values.numel() * values.element_size() for values in self.output.tensors())
         if size > DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
             return self
-        return replace(self, output=self.output.each(lambda values: values.to(device)))
+        return replace(self, output=self.output.map(lambda values: values.to(device)))
 
-    def answered(self, batch: Batch, manifest: Manifest) -> Batch:
+    def mask_missing(self, batch: Batch, manifest: Manifest) -> Batch:
         """The batch without the clips that could not be read when the teacher was asked."""
         if self.valid.all():
             return batch
@@ -75,17 +75,17 @@ class TeacherCache:
         return np.searchsorted(self.clips, clips)
 
 
-def ask(
+def build_teacher_cache(
     said: Callable[[Batch], Output], features: InferencePass, clips: np.ndarray, *, between: Callable[[], None]
 ) -> TeacherCache:
     """What a teacher says to each of the clips (ascending), in one pass by all ranks; the same on each of them.
 
-    `between` is called between two batches. Raises DataError as `InferencePass.read` does.
+    `between` is called between two batches. Raises DataError as `InferencePass.batches` does.
     """
     outputs: list[Output] = []
     valid: list[Tensor] = []
-    for batch in features.read(clips):
-        outputs.append(said(batch).each(lambda rows: gather_rows(rows, len(rows)).cpu()))
+    for batch in features.batches(clips):
+        outputs.append(said(batch).map(lambda rows: gather_rows(rows, len(rows)).cpu()))
         valid.append(gather_rows(batch.valid, len(batch.valid)).cpu())
         between()
     parts = {

@@ -63,7 +63,11 @@ class _Objective:
     def view(self, batch: Batch) -> TeacherView | None:
         """What the student's attention is compared with."""
         has_exemplars = batch.num_current < len(batch.labels)
-        return self.teacher.view(batch) if self.teacher and self.method.needs.divergence and has_exemplars else None
+        return (
+            self.teacher.attention_view(batch)
+            if self.teacher and self.method.needs.divergence and has_exemplars
+            else None
+        )
 
     def taught(self, batch: Batch) -> Output | None:
         """The teacher's output."""
@@ -90,7 +94,7 @@ def _in_micro_batches(engine: Engine, batch: Batch, count: int, seeing: _Objecti
         random.append(_random_state(micro.audio.device))
         with torch.no_grad():
             output = engine.network(micro.visual, micro.audio, seeing.view(micro))
-        leaves.append(output.each(lambda rows: rows.detach().requires_grad_()))
+        leaves.append(output.map(lambda rows: rows.detach().requires_grad_()))
         taught.append(seeing.taught(micro))
     num_current = micro_batches[0].num_current
     teacher = join([rows for rows in taught if rows], num_current) if seeing.teacher else None

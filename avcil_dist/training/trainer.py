@@ -27,7 +27,7 @@ from avcil_dist.training.inference_pass import InferencePass
 from avcil_dist.training.snapshot import SnapshotManager
 from avcil_dist.training.state import BestEpoch, EpochTotals, TrainingState
 from avcil_dist.training.teacher import Teacher
-from avcil_dist.training.teacher_cache import TeacherCache, ask
+from avcil_dist.training.teacher_cache import TeacherCache, build_teacher_cache
 from avcil_dist.training.train_step import train_step
 
 LOSSES_AT_A_TIME = 16  # reading a loss waits for the device, so it is not done in each iteration
@@ -93,7 +93,7 @@ class Trainer:
             state = snapshot.state
         if self.teacher and not self.config.data.augment.is_on:  # what is varied is new to the teacher each time
             self._answers = self._asked(self.teacher)
-            self.teacher.remember(self._answers)
+            self.teacher.use_cache(self._answers)
         labels = self.features.scenario.labels
         with local_exemplars(replace(self.source, start=state.iteration)) as (source, manifest):
             engine = self._make_engine(student)
@@ -105,7 +105,7 @@ class Trainer:
                 labels=labels,
                 data=self.config.data,
                 device=self.device,
-                store=self.features.store,
+                store=self.features.clip_cache,
             )
             best = self._train(engine, batches, state, manifest)
             engine.close()
@@ -142,7 +142,7 @@ class Trainer:
         if answers is None:
             self.observer.note(f"the teacher is asked about {len(clips):,} clips, once")
             said = partial(teacher.output, method=self.method)
-            answers = ask(said, self.features, clips, between=self._stop_early)
+            answers = build_teacher_cache(said, self.features, clips, between=self._stop_early)
             self.snapshots.keep("teacher", answers.to_state(manifest))
         return answers.to(self.device)
 
@@ -161,7 +161,7 @@ class Trainer:
         started, totals = time.monotonic(), state.epoch
         batch = next(batches)
         if self._answers:
-            batch = self._answers.answered(batch, self.source.manifest)
+            batch = self._answers.mask_missing(batch, self.source.manifest)
         num_bad = self.votes.total(len(batch.faults))  # one a damaged clip
         done = train_step(engine, batch, method=self.method, teacher=self.teacher, num_bad=num_bad)
         totals.reading.update(batch.counts)

@@ -158,7 +158,7 @@ def our_side(setting: Setting, batch: Batch, watch: Stopwatch, *, given: bool) -
     teacher = Teacher(older, device)
     if given:
         valid = np.ones(len(batch.clips), dtype=np.bool_)
-        teacher.remember(TeacherCache(batch.clips, valid, teacher.output(batch, method)))
+        teacher.use_cache(TeacherCache(batch.clips, valid, teacher.output(batch, method)))
     optim, config = OptimConfig(), EngineConfig(precision=setting.precision)
     engine = Engine(student, optim=optim, config=config, rows=len(batch.labels), world=local_world(), device=device)
     engine.network.train()

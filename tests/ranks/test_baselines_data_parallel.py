@@ -28,7 +28,7 @@ def network(method: Method, num_classes: int, num_frozen: int, seed: int, modali
     torch.manual_seed(seed)
     encoders = {"visual": {"kind": "precomputed"}, "audio": {"kind": "precomputed"}, "modality": modality}
     model = ModelConfig.model_validate(encoders)
-    network_spec = method.needs.design
+    network_spec = method.needs.network_spec
     made = build_network(model, ClipConfig(), SHAPE, num_classes, network_spec=network_spec, num_frozen=num_frozen)
     assert isinstance(made, HeadedNetwork)
     return made

@@ -71,7 +71,7 @@ def _loss_and_gradient(
         world=world,
         device=CPU,
     )
-    view = teacher.view(batch) if method.needs.divergence else None
+    view = teacher.attention_view(batch) if method.needs.divergence else None
     gathered = gather_batch(batch, engine(batch.visual, batch.audio, view), teacher.output(batch, method))
     loss = method.loss(gathered.targets, gathered.output, gathered.teacher)["loss"]
     engine.backward(loss)

@@ -127,7 +127,7 @@ def run(world: World, case: Case) -> Run:
         teacher.grow(5, torch.randn(20, DIM, generator=torch.Generator().manual_seed(9)))
     before = whole_state(teacher.network)
     if config.teacher == "sharded":
-        teacher.share_out(world)
+        teacher.shard(world)
     first = batch_of(world, case, 0)
     rows = rows_at_a_time(first.num_current, len(first.labels) - first.num_current, config.micro_batch)
     optim = OptimConfig(lr=LR, weight_decay=0)

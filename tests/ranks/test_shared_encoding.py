@@ -64,7 +64,7 @@ def see(world: World, stage: int, rows: int, kind: str, shared: bool) -> Seen:
         student.visual_encoder.frozen = taught.visual_encoder.frozen = False
     teacher = Teacher(taught, CPU)
     if kind == "sharded":
-        teacher.share_out(world)
+        teacher.shard(world)
     bodies = taught.visual_encoder.body, student.visual_encoder.body, student.audio_encoder.body
     runs = [count_runs(body) for body in bodies]
     config = EngineConfig(zero_stage=stage, micro_batch=rows)

@@ -46,8 +46,8 @@ def learn(scenario: Scenario, *, choose: list[float], batch: int = 7, dim: int =
         method.begin_step(StepContext(scenario, step))
         for name in scenario.new(step):
             for features in clips_of(name, dim).split(batch):
-                method.observe(output_of(features), torch.full((len(features),), scenario.labels[name]))
-        method.sums()
+                method.accumulate(output_of(features), torch.full((len(features),), scenario.labels[name]))
+        method.statistics()
         method.choose(method.solve(), choose)
         state = {
             k: v.clone() if isinstance(v, torch.Tensor) else json.loads(json.dumps(v))
@@ -133,9 +133,9 @@ def test_an_expansion_is_fixed_by_its_seed_and_followed_by_a_constant() -> None:
 def test_a_class_with_one_clip_and_a_batch_of_none_are_summed() -> None:
     method = analytic(gammas=[1.0])
     method.begin_step(StepContext(Scenario((("a", "b"),)), 0))
-    method.observe(output_of(torch.zeros(0, DIM)), torch.zeros(0, dtype=torch.long))
-    method.observe(output_of(clips_of("c0")[:1]), torch.tensor([1]))
-    method.sums()
+    method.accumulate(output_of(torch.zeros(0, DIM)), torch.zeros(0, dtype=torch.long))
+    method.accumulate(output_of(clips_of("c0")[:1]), torch.tensor([1]))
+    method.statistics()
     method.choose(method.solve(), [])
     scores = method.scores(output_of(clips_of("c0")[:1]))
     assert scores.argmax().item() == 1

@@ -173,11 +173,11 @@ def test_a_partial_encoder_trains_its_last_blocks_and_final_norm_alone(make, inp
 @pytest.mark.parametrize(("make", "inputs"), [(videomae, pictures), (audiomae, log_mel)])
 def test_what_a_frozen_encoder_made_takes_the_place_of_its_inputs(make, inputs) -> None:
     frozen, batch = make(), inputs(2)
-    encoded = frozen.encode_once(batch)
+    encoded = frozen.encode_if_frozen(batch)
     assert torch.equal(encoded, frozen(batch))
     assert frozen(encoded) is encoded
     for options in ({"train": "full"}, {"train": "partial", "last_blocks": 1}):
-        assert make(**options).encode_once(batch) is batch
+        assert make(**options).encode_if_frozen(batch) is batch
 
 
 @pytest.mark.parametrize(("make", "inputs"), [(videomae, pictures), (audiomae, log_mel)])
@@ -384,7 +384,7 @@ def test_a_network_whose_state_is_put_in_reads_no_weights(tmp_path: Path) -> Non
     state = first.state_dict()
     for path in tmp_path.iterdir():
         path.unlink()
-    second = build_network(config, CLIP, {}, num_classes=3, restored=state.keys())
+    second = build_network(config, CLIP, {}, num_classes=3, state_keys=state.keys())
     second.load_state_dict(state)
     batch = pictures(2), log_mel(2)
     assert torch.equal(second(*batch).logits, first(*batch).logits)

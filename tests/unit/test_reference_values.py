@@ -94,7 +94,7 @@ class Case(NamedTuple):
             module.classifier = head
             outputs.append(module(self.visual, self.audio))
         student, teacher = outputs
-        traced = self.teacher.retrace(teacher)
+        traced = self.teacher.trace_head(teacher)
         loss = method.importance_loss(self.tensors["labels"], traced).sum()
         norms = [gradient.norm(dim=1) for gradient in torch.autograd.grad(loss, traced.features())]
         return student, teacher._replace(importance=torch.stack(norms, dim=1))
@@ -118,7 +118,7 @@ def case(request: pytest.FixtureRequest) -> Case:
         tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     student, teacher = network(tensors, "student"), network(tensors, "teacher")
     visual = tensors["visual"].unflatten(1, (facts["frames"], facts["positions"]))
-    view = teacher.view(visual, tensors["audio"], slice(facts["current"], None))
+    view = teacher.attention_view(visual, tensors["audio"], slice(facts["current"], None))
     output = student(visual, tensors["audio"], view)
     return Case(facts, tensors, student, teacher, visual, tensors["audio"], output)
 

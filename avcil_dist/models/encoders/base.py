@@ -48,7 +48,7 @@ class Encoder(nn.Module):
     def checkpoint_activations(self) -> None:
         """Compute the activations of each block anew in the backward pass, instead of keeping them: transformers do."""
 
-    def encode_once(self, inputs: Tensor) -> Tensor:
+    def encode_if_frozen(self, inputs: Tensor) -> Tensor:
         """What may take the inputs' place for every network that shares this encoder: what a frozen one makes of them.
 
         One that is not frozen gives the inputs back, since each network makes something else of them.
@@ -160,7 +160,7 @@ class Transformer(Encoder, ABC):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             return self.encode(inputs)
 
-    def encode_once(self, inputs: Tensor) -> Tensor:
+    def encode_if_frozen(self, inputs: Tensor) -> Tensor:
         """Where frozen, what student and teacher both see."""
         return self(inputs) if self.frozen else inputs
 
@@ -224,16 +224,16 @@ def build_visual_encoder(
     config: PrecomputedConfig | SmallConfig | VideoMAEConfig,
     clip: ClipConfig,
     feature_dim: int | None,
-    restored: Collection[str] | None = None,
+    state_keys: Collection[str] | None = None,
 ) -> Encoder:
     """Build the visual encoder; `feature_dim` is that of the manifest's features, None for clips.
 
-    `restored` names what of its state will be put in; then no weights are read, and they need not be there.
+    `state_keys` names what of its state will be put in; then no weights are read, and they need not be there.
     Raises ConfigError when the encoder fits neither the data nor its weights.
     """
     _check_data(config.kind, "model.visual", feature_dim)
     if isinstance(config, VideoMAEConfig):
-        return _build_videomae(config, clip, restored)
+        return _build_videomae(config, clip, state_keys)
     return SmallVisual(config.dim) if isinstance(config, SmallConfig) else Precomputed(feature_dim or 0)
 
 
@@ -241,26 +241,26 @@ def build_audio_encoder(
     config: PrecomputedConfig | SmallConfig | AudioMAEConfig,
     clip: ClipConfig,
     feature_dim: int | None,
-    restored: Collection[str] | None = None,
+    state_keys: Collection[str] | None = None,
 ) -> Encoder:
-    """Build the audio encoder; `feature_dim` and `restored` are as in `build_visual_encoder`.
+    """Build the audio encoder; `feature_dim` and `state_keys` are as in `build_visual_encoder`.
 
     Raises ConfigError when the encoder fits neither the data nor its weights.
     """
     _check_data(config.kind, "model.audio", feature_dim)
     if isinstance(config, AudioMAEConfig):
-        return _build_audiomae(config, clip, restored)
+        return _build_audiomae(config, clip, state_keys)
     return SmallAudio(config.dim) if isinstance(config, SmallConfig) else Precomputed(feature_dim or 0)
 
 
-def _build_videomae(config: VideoMAEConfig, clip: ClipConfig, restored: Collection[str] | None) -> VideoMAE:
+def _build_videomae(config: VideoMAEConfig, clip: ClipConfig, state_keys: Collection[str] | None) -> VideoMAE:
     _check_multiple("data.clip.size", clip.size, PATCH)
     _check_multiple("data.clip.frames", clip.frames, TUBELET)
     _check_multiple("model.visual.dim", config.dim, config.heads)
-    state = read_weights(config, "model.visual.weights") if restored is None else None
+    state = read_weights(config, "model.visual.weights") if state_keys is None else None
     if state is not None:
         state = rename_videomae(state)
-    names = state if restored is None else {name.removeprefix("body.") for name in restored}
+    names = state if state_keys is None else {name.removeprefix("body.") for name in state_keys}
     body = transformers.VideoMAEModel(
         transformers.VideoMAEConfig(
             image_size=clip.size,
@@ -280,12 +280,12 @@ def _build_videomae(config: VideoMAEConfig, clip: ClipConfig, restored: Collecti
     return VideoMAE(config.dim, body, config)
 
 
-def _build_audiomae(config: AudioMAEConfig, clip: ClipConfig, restored: Collection[str] | None) -> AudioMAE:
+def _build_audiomae(config: AudioMAEConfig, clip: ClipConfig, state_keys: Collection[str] | None) -> AudioMAE:
     _check_multiple("data.clip.mel_frames", clip.mel_frames, PATCH)
     _check_multiple("data.clip.mel_bins", clip.mel_bins, PATCH)
     _check_multiple("model.audio.dim", config.dim, config.heads)
-    state = read_weights(config, "model.audio.weights") if restored is None else None
-    names = state if restored is None else {name.removeprefix("body.") for name in restored}
+    state = read_weights(config, "model.audio.weights") if state_keys is None else None
+    names = state if state_keys is None else {name.removeprefix("body.") for name in state_keys}
     body = VisionTransformer(
         img_size=(clip.mel_frames, clip.mel_bins),
         patch_size=PATCH,

@@ -18,7 +18,7 @@ from avcil_dist.models.network import HeadedNetwork, build_network
 from avcil_dist.streams.stream import scenario_of
 from avcil_dist.training.inference_pass import InferencePass
 from avcil_dist.training.teacher import Teacher
-from avcil_dist.training.teacher_cache import PARTS, TeacherCache, ask
+from avcil_dist.training.teacher_cache import PARTS, TeacherCache, build_teacher_cache
 from avcil_dist.world import World
 from tests.helpers.features import damage, make_feature_shards
 from tests.helpers.ranks import CPU, run_ranks
@@ -58,7 +58,7 @@ def said_by(world: World, config: Config) -> tuple[dict[str, np.ndarray], float]
     )
     features = InferencePass(manifest, scenario, config.data, world, CPU)
     num_asked = [0]
-    answers = ask(
+    answers = build_teacher_cache(
         lambda batch: teacher.output(batch, method),
         features,
         source.clips,
@@ -79,12 +79,12 @@ def distance(
     furthest = 0.0
     source = replace(source, optim=source.optim.model_copy(update={"epochs": 2}))
     for batch in load_batches(source, manifest=source.manifest, labels=labels, data=source.data):
-        asked, looked_up = teacher.output(batch, method), answers.of(batch.clips, CPU)
-        assert answers.answered(batch, source.manifest) is batch
+        asked, looked_up = teacher.output(batch, method), answers.lookup(batch.clips, CPU)
+        assert answers.mask_missing(batch, source.manifest) is batch
         good = batch.valid
         for now, then in zip(asked.tensors(), looked_up.tensors(), strict=True):
             furthest = max(furthest, float((now[good] - then[good]).abs().max()))
-    unheard = replace(answers, valid=np.zeros_like(answers.valid)).answered(batch, source.manifest)
+    unheard = replace(answers, valid=np.zeros_like(answers.valid)).mask_missing(batch, source.manifest)
     assert not unheard.valid.any()
     assert len(unheard.faults) == int(batch.valid.sum()) + len(batch.faults)
     return furthest

@@ -19,7 +19,7 @@ from avcil_dist.methods.nearest_mean import class_means
 from avcil_dist.models.network import HeadedNetwork, build_network
 from avcil_dist.streams.stream import scenario_of
 from avcil_dist.training.closed_form import train_closed_form
-from avcil_dist.training.exemplars import ExemplarSelector
+from avcil_dist.training.exemplars import exemplar_features, update_memory
 from avcil_dist.training.inference_pass import InferencePass
 from avcil_dist.world import World
 from tests.helpers.features import damage, make_feature_shards
@@ -47,7 +47,7 @@ def prepare(world: World, config: Config) -> tuple[InferencePass, HeadedNetwork,
 def features_of_classes(world: World, config: Config) -> dict[str, Any]:
     features, network, _ = prepare(world, config)
     names = ["class_004", "class_001"]
-    found = features.by_class(network, {name: features.manifest.clips([name], "train") for name in names})
+    found = features.class_features(network, {name: features.manifest.clips([name], "train") for name in names})
     return {name: (of_class.clips, of_class.features.numpy()) for name, of_class in found.items()}
 
 
@@ -74,7 +74,7 @@ def logits_of_features(world: World, config: Config, found: dict[str, Any]) -> f
     clips, rows = found["class_001"]
     worst = 0.0
     first = 0
-    for batch, output in features.batches(network, clips):
+    for batch, output in features.run(network, clips):
         count = int(batch.valid.sum())
         expected = network.classifier(torch.from_numpy(rows[first : first + count]))
         worst = max(worst, float((output.logits[batch.valid] - expected).abs().max()))
@@ -87,13 +87,13 @@ def herded(world: World, config: Config) -> tuple[dict[str, tuple[str, ...]], np
     """The memory after step 1, the means of its exemplars, and proxies of the new classes."""
     features, network, context = prepare(world, config)
     method = make_method(config.method.model_copy(update={"name": "afc"}))
-    keeper = ExemplarSelector(config, features.manifest, StepContext(context.scenario, 0), features)
-    memory = keeper.updated(EMPTY_MEMORY, method.needs, network)
-    keeper = ExemplarSelector(config, features.manifest, context, features)
-    memory = keeper.updated(memory, method.needs, network)
-    means = class_means(keeper.exemplar_features(memory, network))
+    memory = EMPTY_MEMORY
+    for step in (0, 1):
+        context = StepContext(context.scenario, step)
+        memory = update_memory(memory, network, config=config, context=context, needs=method.needs, inference=features)
+    means = class_means(exemplar_features(memory, network, context=context, inference=features))
     names = context.scenario.new(1)
-    new = features.by_class(network, {name: features.manifest.clips([name], "train") for name in names})
+    new = features.class_features(network, {name: features.manifest.clips([name], "train") for name in names})
     proxies = method.imprint([new[name].features for name in names], 2.0)
     return dict(memory.keys), means.numpy(), proxies.numpy()
 

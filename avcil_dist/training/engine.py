@@ -15,12 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from avcil_dist.config.schema import EngineConfig, OptimConfig
+from avcil_dist.config.schema import EngineConfig
 from avcil_dist.errors import TrainingError
 from avcil_dist.models.network import Network
 from avcil_dist.models.outputs import Output
-from avcil_dist.training.loss_scale import LossScale
-from avcil_dist.training.optim import parameter_groups
+from avcil_dist.training.optim import LossScale
 from avcil_dist.world import World
 
 NEVER = 10**9
@@ -38,8 +37,8 @@ class Engine:
     def __init__(
         self,
         network: Network,
+        optimizer: torch.optim.Optimizer,
         *,
-        optim: OptimConfig,
         config: EngineConfig,
         rows: int,
         world: World,
@@ -48,9 +47,7 @@ class Engine:
         """`rows` is the number of clips that a rank has at a time; an iteration may have several such micro-batches."""
         deepspeed = import_deepspeed(world)
         self._trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        self._optimizer = optimizer = torch.optim.Adam(
-            parameter_groups(network, optim), weight_decay=optim.weight_decay, fused=True
-        )
+        self._optimizer = optimizer
         self._engine = deepspeed.initialize(
             model=network.to(device),
             optimizer=optimizer,

@@ -24,6 +24,7 @@ from avcil_dist.training.engine import Engine
 from avcil_dist.training.evaluation import Evaluator
 from avcil_dist.training.exemplar_copies import local_exemplars
 from avcil_dist.training.inference_pass import InferencePass
+from avcil_dist.training.optim import build_optimizer
 from avcil_dist.training.snapshot import SnapshotManager
 from avcil_dist.training.state import BestEpoch, EpochTotals, TrainingState
 from avcil_dist.training.teacher import Teacher
@@ -154,7 +155,8 @@ class Trainer:
         optim, world = self.config.optim, self.source.world
         replayed = optim.global_replay_batch if len(self.source.exemplars) else 0
         rows = rows_at_a_time(optim.global_batch // world.size, replayed // world.size, self.config.engine.micro_batch)
-        return Engine(student, optim=optim, config=self.config.engine, rows=rows, world=world, device=self.device)
+        optimizer = build_optimizer(student, optim)
+        return Engine(student, optimizer, config=self.config.engine, rows=rows, world=world, device=self.device)
 
     def _iterate(self, engine: Engine, batches: Iterator[Batch], state: TrainingState) -> None:
         """One batch: trained on, added to the epoch's totals."""

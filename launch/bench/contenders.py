@@ -27,6 +27,7 @@ from avcil_dist.models.precision import DTYPES
 from avcil_dist.scenario import make_scenario
 from avcil_dist.training.collectives import process_group
 from avcil_dist.training.engine import Engine, import_deepspeed
+from avcil_dist.training.optim import build_optimizer
 from avcil_dist.training.teacher import Teacher
 from avcil_dist.training.teacher_cache import TeacherCache
 from avcil_dist.training.train_step import train_step
@@ -160,7 +161,14 @@ def our_side(setting: Setting, batch: Batch, watch: Stopwatch, *, given: bool) -
         valid = np.ones(len(batch.clips), dtype=np.bool_)
         teacher.use_cache(TeacherCache(batch.clips, valid, teacher.output(batch, method)))
     optim, config = OptimConfig(), EngineConfig(precision=setting.precision)
-    engine = Engine(student, optim=optim, config=config, rows=len(batch.labels), world=local_world(), device=device)
+    engine = Engine(
+        student,
+        build_optimizer(student, optim),
+        config=config,
+        rows=len(batch.labels),
+        world=local_world(),
+        device=device,
+    )
     engine.network.train()
     engine.network.forward = watch.timed("student forward", engine.network.forward)  # type: ignore[method-assign]
     engine.backward = watch.timed("backward", engine.backward)  # type: ignore[method-assign]

@@ -15,6 +15,7 @@ import torch
 from avcil_dist.config.schema import ClipConfig, EngineConfig, ModelConfig, OptimConfig
 from avcil_dist.models.network import build_network
 from avcil_dist.training.engine import Engine
+from avcil_dist.training.optim import build_optimizer
 from avcil_dist.world import World
 from tests.helpers.ranks import CPU, run_ranks
 
@@ -51,7 +52,7 @@ def measure(world: World, stage: int, dim: int, depth: int) -> Peak:
     network = build_network(model, CLIP, {}, 10)
     count = sum(parameter.numel() for parameter in network.parameters())
     config = EngineConfig(zero_stage=stage)
-    engine = Engine(network, optim=OptimConfig(), config=config, rows=ROWS, world=world, device=CPU)
+    engine = Engine(network, build_optimizer(network, OptimConfig()), config=config, rows=ROWS, world=world, device=CPU)
     building = megabytes("VmHWM")
     held = megabytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew

@@ -12,6 +12,7 @@ from avcil_dist.methods.base import Method, StepContext
 from avcil_dist.models.network import HeadedNetwork, build_network
 from avcil_dist.scenario import Scenario
 from avcil_dist.training.engine import Engine
+from avcil_dist.training.optim import build_optimizer
 from avcil_dist.training.teacher import Teacher
 from avcil_dist.training.train_step import gather_batch
 from avcil_dist.world import World
@@ -55,7 +56,9 @@ def loss_and_gradient(world: World, name: str, modality: str) -> tuple[float, di
         teacher.grow(5, torch.randn(20, DIM, generator=torch.Generator().manual_seed(9)))
     batch = batch_of(world, name)
     config = EngineConfig(zero_stage=1)
-    engine = Engine(student, optim=OptimConfig(), config=config, rows=len(batch.labels), world=world, device=CPU)
+    engine = Engine(
+        student, build_optimizer(student, OptimConfig()), config=config, rows=len(batch.labels), world=world, device=CPU
+    )
     taught = teacher.output(batch, method)
     gathered = gather_batch(batch, engine(batch.visual, batch.audio, None), taught)
     loss = method.loss(gathered.targets, gathered.output, gathered.teacher)["loss"]

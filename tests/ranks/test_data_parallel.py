@@ -20,6 +20,7 @@ from avcil_dist.streams.stream import scenario_of
 from avcil_dist.training.engine import Engine
 from avcil_dist.training.evaluation import Evaluator
 from avcil_dist.training.inference_pass import InferencePass
+from avcil_dist.training.optim import build_optimizer
 from avcil_dist.training.teacher import Teacher
 from avcil_dist.training.train_step import gather_batch
 from avcil_dist.world import World
@@ -65,7 +66,7 @@ def _loss_and_gradient(
     batch = _batch_of(world, damaged)
     engine = Engine(
         student,
-        optim=OptimConfig(),
+        build_optimizer(student, OptimConfig()),
         config=EngineConfig(zero_stage=stage),
         rows=len(batch.labels),
         world=world,

@@ -17,6 +17,7 @@ from avcil_dist.models.encoders.base import Encoder
 from avcil_dist.models.network import Network, build_network
 from avcil_dist.scenario import Scenario
 from avcil_dist.training.engine import Engine, whole_state
+from avcil_dist.training.optim import build_optimizer
 from avcil_dist.training.teacher import Teacher
 from avcil_dist.training.train_step import train_step
 from avcil_dist.world import World
@@ -131,7 +132,7 @@ def run(world: World, case: Case) -> Run:
     first = batch_of(world, case, 0)
     rows = rows_at_a_time(first.num_current, len(first.labels) - first.num_current, config.micro_batch)
     optim = OptimConfig(lr=LR, weight_decay=0)
-    engine = Engine(student, optim=optim, config=config, rows=rows, world=world, device=CPU)
+    engine = Engine(student, build_optimizer(student, optim), config=config, rows=rows, world=world, device=CPU)
     losses, gradient, optimizer = [], {}, {}
     take_step = engine.step
 

@@ -17,6 +17,7 @@ from avcil_dist.methods.base import StepContext
 from avcil_dist.models.network import HeadedNetwork, build_network
 from avcil_dist.scenario import make_scenario
 from avcil_dist.training.engine import Engine
+from avcil_dist.training.optim import build_optimizer
 from avcil_dist.training.train_step import train_step
 from avcil_dist.world import World
 from tests.helpers.ranks import CPU, run_ranks
@@ -47,7 +48,14 @@ def student() -> HeadedNetwork:
 
 def engine_of(world: World, stage: int, network: HeadedNetwork) -> Engine:
     optim = OptimConfig(lr=1e-2, weight_decay=1e-2)
-    return Engine(network, optim=optim, config=EngineConfig(zero_stage=stage), rows=ROWS, world=world, device=CPU)
+    return Engine(
+        network,
+        build_optimizer(network, optim),
+        config=EngineConfig(zero_stage=stage),
+        rows=ROWS,
+        world=world,
+        device=CPU,
+    )
 
 
 def batch_of(world: World, number: int) -> tuple[Tensor, Tensor]:

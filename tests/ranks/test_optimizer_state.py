@@ -6,6 +6,7 @@ from torch import Tensor
 from avcil_dist.config.schema import ClipConfig, EngineConfig, ModelConfig, OptimConfig
 from avcil_dist.models.network import Network, build_network
 from avcil_dist.training.engine import Engine
+from avcil_dist.training.optim import build_optimizer
 from avcil_dist.world import World
 from tests.helpers.ranks import CPU, run_ranks
 
@@ -21,7 +22,7 @@ def _student() -> Network:
 
 def _engine(world: World, stage: int, student: Network) -> Engine:
     config = EngineConfig(zero_stage=stage)
-    return Engine(student, optim=OptimConfig(), config=config, rows=ROWS, world=world, device=CPU)
+    return Engine(student, build_optimizer(student, OptimConfig()), config=config, rows=ROWS, world=world, device=CPU)
 
 
 def _train(engine: Engine, world: World, steps: range) -> None:

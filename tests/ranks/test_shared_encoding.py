@@ -13,6 +13,7 @@ from avcil_dist.methods.base import StepContext
 from avcil_dist.models.network import AudioVisualNetwork, build_network
 from avcil_dist.scenario import Scenario
 from avcil_dist.training.engine import Engine
+from avcil_dist.training.optim import build_optimizer
 from avcil_dist.training.teacher import Teacher
 from avcil_dist.training.train_step import train_step
 from avcil_dist.world import World
@@ -68,7 +69,9 @@ def see(world: World, stage: int, rows: int, kind: str, shared: bool) -> Seen:
     bodies = taught.visual_encoder.body, student.visual_encoder.body, student.audio_encoder.body
     runs = [count_runs(body) for body in bodies]
     config = EngineConfig(zero_stage=stage, micro_batch=rows)
-    engine = Engine(student.train(), optim=OptimConfig(), config=config, rows=rows, world=world, device=CPU)
+    engine = Engine(
+        student.train(), build_optimizer(student, OptimConfig()), config=config, rows=rows, world=world, device=CPU
+    )
     batches = [make_batch(world, seed) for seed in range(2)]
     losses = [train_step(engine, batch, method=method, teacher=teacher).parts["loss"].item() for batch in batches]
     engine.close()

@@ -8,7 +8,7 @@ from torch import Tensor
 from avcil_dist.config.schema import ClipConfig, EngineConfig, ModelConfig, OptimConfig
 from avcil_dist.models.network import Network, build_network
 from avcil_dist.training.engine import Engine, whole_state
-from avcil_dist.training.optim import parameter_groups
+from avcil_dist.training.optim import build_optimizer, parameter_groups
 from avcil_dist.world import World
 from tests.helpers.ranks import CPU, run_ranks
 
@@ -54,7 +54,7 @@ def with_deepspeed(world: World) -> dict[tuple[int, str], Found]:
 
     def engine_on(network: Network, stage: int) -> Engine:
         config = EngineConfig(zero_stage=stage)
-        return Engine(network.train(), optim=OPTIM, config=config, rows=3, world=world, device=CPU)
+        return Engine(network.train(), build_optimizer(network, OPTIM), config=config, rows=3, world=world, device=CPU)
 
     def train(engine: Engine, steps: range) -> None:
         for step in steps:

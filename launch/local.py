@@ -18,6 +18,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 from avcil_dist import storage
 from avcil_dist.config.schema import Config
 from avcil_dist.errors import AvcilError, StepStopped, WorldError
+from avcil_dist.exit_codes import INTERRUPTED, STOPPED, USER_ERROR
 from avcil_dist.signals import StopRequest, listening, shielding
 from avcil_dist.streams.stream import next_step, stream_url
 from avcil_dist.tracking.session import stream_run
@@ -27,7 +28,6 @@ from avcil_dist.training.snapshot import discard_stale
 from avcil_dist.world import World, world_from_environment
 from launch.step_run import StepRun
 
-USER_ERROR, INTERRUPTED, STOPPED = 2, 130, 143
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 4  # for ranks to end by themselves when one has failed, before they are made to
 PRELOADED = ["torch", "deepspeed", "avcil_dist.training.step", "avcil_dist.tracking.mlflow_writer"]

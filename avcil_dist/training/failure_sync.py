@@ -18,11 +18,11 @@ from torch._C._distributed_c10d import TCPStore
 
 from avcil_dist import errors
 from avcil_dist.errors import AvcilError, RankError, StepStopped
+from avcil_dist.exit_codes import USER_ERROR
 from avcil_dist.world import World
 
 KEY = "avcil/fault"
 POLL_SECONDS, GRACE_SECONDS = 0.25, 3.0
-USER_ERROR = 2
 
 Report = Callable[[AvcilError], None]
 

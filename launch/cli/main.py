@@ -7,14 +7,13 @@ import click
 
 import avcil_dist
 from avcil_dist.errors import AvcilError, StepStopped
+from avcil_dist.exit_codes import INTERRUPTED, STOPPED, USER_ERROR
 from launch.cli.bench import bench
 from launch.cli.experiments import compare, methods, sweep
 from launch.cli.jobs import cancel, logs, resume_options, status, submit
 from launch.cli.sandbox import sandbox
 from launch.cli.shards import shards
 from launch.cli.tracking import resume, sync
-
-USER_ERROR, INTERRUPTED, STOPPED = 2, 130, 143
 
 
 class _Commands(click.Group):

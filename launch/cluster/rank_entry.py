@@ -15,6 +15,7 @@ from pathlib import Path
 from submitit.helpers import DelayedSubmission
 
 from avcil_dist.errors import AvcilError, RankError, StepStopped
+from avcil_dist.exit_codes import REQUEUE, USER_ERROR
 from avcil_dist.signals import STOP_SIGNALS
 from avcil_dist.streams.artifact import is_committed
 from avcil_dist.streams.stream import stream_url
@@ -26,7 +27,6 @@ from launch.cluster.chain_record import DONE, mark_failed, mark_of
 from launch.cluster.mark_failed import give_up
 from launch.step_run import StepRun
 
-USER_ERROR, RUN_AGAIN = 2, 75
 PR_SET_PDEATHSIG = 1
 
 
@@ -68,10 +68,10 @@ class RankEntry:
                 open_run(config)  # tells what a job that was ended between commit and report did not
         except StepStopped as stopped:
             sys.stderr.write(f"avcil: {stopped}\n")
-            return RUN_AGAIN
+            return REQUEUE
         except AvcilError as error:
             report(error)
-            return RUN_AGAIN if isinstance(error, RankError) else USER_ERROR
+            return REQUEUE if isinstance(error, RankError) else USER_ERROR
         if world.is_main:
             if job.step + 1 == job.num_steps:
                 close_run(config, None)

@@ -14,6 +14,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from avcil_dist.compose import load_settings, shipped_configs
 from avcil_dist.config.schema import Section
 from avcil_dist.errors import ConfigError
+from avcil_dist.exit_codes import USER_ERROR
 
 WAIT_SECONDS = 3600  # for rank 0 to upload its results; a rank that is still there so long after the first is lost
 AGAIN_SECONDS = 600  # how long a job waits to be ended once it is requeued
@@ -186,7 +187,7 @@ def _teardown(step: int, mark: str, max_requeues: int, python: str) -> list[str]
         "code=$?",
         'kill "$late" 2>/dev/null',
         f"if [ -e {done} ]; then exit 0; fi",
-        f"if [ -e {failed} ]; then exit 2; fi",
+        f"if [ -e {failed} ]; then exit {USER_ERROR}; fi",
         'if scontrol show job -o "$SLURM_JOB_ID" | grep -q " JobState=RUNNING "; then',
         '  again "exit code $code"',
         f'  starts="$((${{SLURM_RESTART_COUNT:-0}} + 1)) starts (exit code $code); max_requeues={max_requeues}"',

@@ -11,12 +11,12 @@ from pathlib import Path
 import psutil
 
 from avcil_dist import storage
+from avcil_dist.exit_codes import STOPPED
 from avcil_dist.streams.artifact import load_artifact
 from tests.helpers.streams import train, weights_digest, write_config
 
 ROOT = Path(__file__).parents[2]
 NUM_KILLS = 20
-STOPPED = 143
 # Small steps of many iterations, so that a kill may come at any of them.
 LONG = {
     "scenario": {"classes_per_step": 3},

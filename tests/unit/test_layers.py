@@ -13,7 +13,14 @@ PACKAGES = ("avcil_dist", "data_shards", "launch")
 # A module imports only from its own layer or from those above it in this table.
 # compose stands below the methods because it validates a method's own options.
 LAYERS = (
-    ("avcil_dist", "avcil_dist.errors", "avcil_dist.seeds", "avcil_dist.signals", "avcil_dist.world"),
+    (
+        "avcil_dist",
+        "avcil_dist.errors",
+        "avcil_dist.exit_codes",
+        "avcil_dist.seeds",
+        "avcil_dist.signals",
+        "avcil_dist.world",
+    ),
     ("avcil_dist.storage.",),
     ("avcil_dist.config.", "avcil_dist.scenario"),
     ("avcil_dist.data.",),

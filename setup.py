@@ -72,6 +72,7 @@ setup(
         "avcil_dist.training",
         "data_shards",
         "data_shards.importers",
+        "data_shards.listings",
         "launch",
         "launch.bench",
         "launch.cli",

@@ -23,16 +23,17 @@ from data_shards.build_plan import (
     Part,
     Plan,
     ShardJob,
-    finished,
-    make_shard,
+    load_finished,
     merge_parts,
-    open_jobs,
+    run_shard_job,
+    start_part,
 )
 from data_shards.cut import cut_clip
-from data_shards.listings import ListedClip, Source, read_listing
+from data_shards.listings.listing import ListedClip, Listing
+from data_shards.listings.read import read_listing
 from data_shards.rejections import ClipRejectedError, Rejection
 from data_shards.shard_writer import clip_members, shard_url
-from data_shards.workers import Begin, Progress, run_all
+from data_shards.workers import Begin, Progress, map_in_workers
 
 STAT_THREADS = 16
 Stamp = tuple[int, int] | None  # bytes, and nanoseconds of the last change; None where there is no file
@@ -121,10 +122,10 @@ def build_part(
         raise ConfigError(f"clips_per_shard: {clips_per_shard}; a shard needs at least one clip")
     settings = BuildSettings(clips_per_shard, min_seconds)
     plan, chunks = plan_build(read_listing(source, videos), settings)
-    unchanged = finished(output, plan.digest)
+    unchanged = load_finished(output, plan.digest)
     if unchanged:
         return unchanged
-    numbers = open_jobs(output, plan, part)
+    numbers = start_part(output, plan, part)
     done, total = plan.clips_done(part, numbers)
 
     def begun(count: int) -> None:
@@ -132,23 +133,23 @@ def build_part(
             progress(min(done + count - 1, total), total)
 
     work = partial(build_chunk, output, settings)
-    run_all(work, [chunks[number] for number in numbers], processes=processes, begun=begun)
+    map_in_workers(work, [chunks[number] for number in numbers], processes=processes, begun=begun)
     if progress:
         progress(total, total)
     return None
 
 
-def plan_build(source: Source, settings: BuildSettings) -> tuple[Plan, list[Chunk]]:
+def plan_build(listing: Listing, settings: BuildSettings) -> tuple[Plan, list[Chunk]]:
     """The chunks of a source, by class and split, and the plan of their shards.
 
     Files that are not there and keys that come twice are left out here: shards stay full though many are missing.
     """
     with ThreadPoolExecutor(STAT_THREADS) as pool:
-        stamps = list(pool.map(_stamp, [row.clip.path for row in source.rows]))
+        stamps = list(pool.map(_stamp, [row.clip.path for row in listing.rows]))
     groups: dict[tuple[str, Split], dict[str, tuple[ListedClip, tuple[int, int]]]]
-    groups = {(name, split): {} for name in source.classes for split in SPLITS}
+    groups = {(name, split): {} for name in listing.classes for split in SPLITS}
     rejected = []
-    for (label, split, clip), stamp in zip(source.rows, stamps, strict=True):
+    for (label, split, clip), stamp in zip(listing.rows, stamps, strict=True):
         group = groups[label, split]
         if stamp is None:
             rejected.append(Rejection(clip.path, label, split, "missing", "missing file"))
@@ -157,7 +158,7 @@ def plan_build(source: Source, settings: BuildSettings) -> tuple[Plan, list[Chun
             rejected.append(Rejection(clip.path, label, split, "duplicate", reason))
         else:
             group[clip.key] = clip, stamp
-    numbers = {name: number for number, name in enumerate(source.classes)}
+    numbers = {name: number for number, name in enumerate(listing.classes)}
     chunks, contents = [], []
     for (label, split), group in groups.items():
         clips = list(group.values())
@@ -172,9 +173,9 @@ def plan_build(source: Source, settings: BuildSettings) -> tuple[Plan, list[Chun
             contents.append([job.name, [[clip.key, clip.source, clip.cut, stamp[0]] for clip, stamp in taken]])
     plan = Plan(
         kind="clip",
-        classes=source.classes,
+        classes=listing.classes,
         shape={},
-        digest=settings.digest([source.classes, contents]),
+        digest=settings.digest([listing.classes, contents]),
         jobs=tuple(chunk.job for chunk in chunks),
         rejected=tuple(rejected),
     )
@@ -185,7 +186,7 @@ def build_chunk(output: str, settings: BuildSettings, chunk: Chunk, lethal: froz
     """Build one shard, leaving out `lethal` clips, and write down that it is done."""
     rejected: list[Rejection] = []
     good = _good_clips(chunk, settings.min_seconds, lethal, begin, rejected.append)
-    make_shard(output, chunk.job, chunk.class_name, chunk.split, good, rejected)
+    run_shard_job(output, chunk.job, chunk.class_name, chunk.split, good, rejected)
 
 
 def _good_clips(

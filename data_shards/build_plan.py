@@ -139,7 +139,7 @@ class BuildReport:
     unchanged: bool
 
 
-def finished(output: str, digest: str) -> BuildReport | None:
+def load_finished(output: str, digest: str) -> BuildReport | None:
     """The data set in `output` where there is one, made of this plan; None where there is none.
 
     Raises ConfigError where it was made of other inputs or with other settings: it is never overwritten.
@@ -158,7 +158,7 @@ def finished(output: str, digest: str) -> BuildReport | None:
     return BuildReport(manifest_url, manifest, read_rejections(storage.join(output, REJECTED)), unchanged=True)
 
 
-def open_jobs(output: str, plan: Plan, part: Part) -> list[int]:
+def start_part(output: str, plan: Plan, part: Part) -> list[int]:
     """Write the plan down; the numbers of the part's jobs that are still to do.
 
     Raises ConfigError when another part works on another plan: its clips or settings differ.
@@ -178,7 +178,7 @@ def open_jobs(output: str, plan: Plan, part: Part) -> list[int]:
         return [number for number, is_done in zip(numbers, done, strict=True) if not is_done]
 
 
-def make_shard(
+def run_shard_job(
     output: str,
     job: ShardJob,
     class_name: str,

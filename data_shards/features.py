@@ -29,10 +29,10 @@ from data_shards.build_plan import (
     Part,
     Plan,
     ShardJob,
-    finished,
-    make_shard,
+    load_finished,
     merge_parts,
-    open_jobs,
+    run_shard_job,
+    start_part,
 )
 from data_shards.rejections import Rejection
 from data_shards.shard_writer import feature_members
@@ -82,10 +82,10 @@ def make_features_part(
     manifest = load_manifest(config.data.manifest)
     encoders = _build_encoders(config, manifest, device)
     plan = _plan(config, manifest, encoders)
-    unchanged = finished(output, plan.digest)
+    unchanged = load_finished(output, plan.digest)
     if unchanged:
         return unchanged
-    numbers = open_jobs(output, plan, part)
+    numbers = start_part(output, plan, part)
     done, total = plan.clips_done(part, numbers)
 
     def advance(clips: int) -> None:
@@ -180,7 +180,7 @@ def _encode_shard(
     source = manifest.shards[number]
     rejected: list[Rejection] = []
     clips = _encode(manifest, number, encoders, batches, rejected, advance)
-    make_shard(output, job, source.class_name, source.split, clips, rejected)
+    run_shard_job(output, job, source.class_name, source.split, clips, rejected)
 
 
 def _encode(

@@ -23,7 +23,7 @@ from avcil_dist import storage
 from avcil_dist.data.manifest import SPLITS
 from avcil_dist.errors import ConfigError
 from avcil_dist.seeds import generator
-from data_shards.workers import end_with_starter
+from data_shards.workers import exit_with_parent
 
 # A class's number times such an irrational, modulo 1, spreads any number of classes evenly over a parameter;
 # a different one for each parameter makes the parameters independent.
@@ -89,7 +89,7 @@ def render_dataset(
         _count(map(render, chunks), progress)
     else:
         context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(processes, mp_context=context, initializer=end_with_starter)
+        pool = ProcessPoolExecutor(processes, mp_context=context, initializer=exit_with_parent)
         try:
             _count(pool.map(render, chunks), progress)
         finally:

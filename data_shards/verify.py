@@ -11,7 +11,7 @@ from typing import Any
 from avcil_dist import storage
 from avcil_dist.data.manifest import SPLITS, Manifest, Shard, load_manifest
 from avcil_dist.errors import DataError
-from data_shards.workers import Begin, Progress, run_all
+from data_shards.workers import Begin, Progress, map_in_workers
 
 READ_BYTES = 1 << 20
 
@@ -80,7 +80,7 @@ def _faults(manifest: Manifest, processes: int, progress: Progress | None) -> li
         if progress:
             progress(min(count, total), total)
 
-    return run_all(partial(_check_shard, manifest), range(total), processes=processes, begun=begun)
+    return map_in_workers(partial(_check_shard, manifest), range(total), processes=processes, begun=begun)
 
 
 def _check_shard(manifest: Manifest, number: int, lethal: frozenset[int], begin: Begin) -> list[str]:

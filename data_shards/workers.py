@@ -28,7 +28,7 @@ MAX_LETHAL = 3
 POLL_SECONDS = 0.5
 
 
-def run_all(
+def map_in_workers(
     work: Work[Item, Result], items: Sequence[Item], *, processes: int, begun: Callable[[int], None] | None = None
 ) -> list[Result]:
     """The result of `work` on each item, in order, made by `processes` worker processes; 0: in this process.
@@ -41,7 +41,7 @@ def run_all(
     return _Pool(work, items, min(processes, len(items)), begun).run()
 
 
-def end_with_starter() -> None:
+def exit_with_parent() -> None:
     """Let this worker process end when the process that started it is killed; it would wait for work for ever."""
     starter = multiprocessing.parent_process()
     assert starter is not None, "called in a worker"
@@ -162,10 +162,10 @@ class _Pool:
 def _serve(work: Work[Any, Any], connection: Any, place: Any, count: Any) -> None:
     """A worker's life: take an item, send what came of it."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # a fork server that shields ranks hands its mask on
-    import torch  # late: who only wants `end_with_starter` need not wait for it
+    import torch  # late: who only wants `exit_with_parent` need not wait for it
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the starter is interrupted too, and ends its workers
-    end_with_starter()
+    exit_with_parent()
     torch.set_num_threads(1)
 
     def begin(element: int) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from avcil_dist.config.schema import ClipConfig
-from avcil_dist.data.layout import Pair
+from avcil_dist.data.layout import TensorPair
 from avcil_dist.data.manifest import Manifest
 from avcil_dist.data.reader import Request
 
@@ -102,7 +102,7 @@ class ClipCache:
         mask = ~self._is_there(self._slots(request.clips))
         return request if mask.all() else request.part(mask)
 
-    def put(self, clips: np.ndarray, tensors: Pair, valid: np.ndarray) -> None:
+    def put(self, clips: np.ndarray, tensors: TensorPair, valid: np.ndarray) -> None:
         """Keep the rows of visual and audio that are valid and have a place."""
         slots = self._slots(clips)
         fresh = np.flatnonzero((slots >= 0) & ~self._is_there(slots) & valid)
@@ -113,7 +113,7 @@ class ClipCache:
             kept.index_copy_(0, self._index(slots[fresh]), chosen.to(kept.device, non_blocking=True))
         self.memory.bytes[slots[fresh]] = 1  # last: who sees it finds the row
 
-    def whole(self, clips: np.ndarray, is_read: np.ndarray, tensors: Pair) -> Pair:
+    def whole(self, clips: np.ndarray, is_read: np.ndarray, tensors: TensorPair) -> TensorPair:
         """Visual and audio of all `clips`, of which the rows in `is_read` were missing and are `tensors`.
 
         They are on the store's device; page-locked where what was read is.

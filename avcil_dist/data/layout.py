@@ -30,12 +30,12 @@ NAME_BYTES = 100
 SPARE_BUFFERS = 8
 # What numpy raises for damaged bytes: it reads the header as Python text, and a zip where they begin like one.
 NPY_FAULTS = (ValueError, TypeError, RuntimeError, EOFError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile)
-Pair = tuple[Tensor, Tensor]
+TensorPair = tuple[Tensor, Tensor]
 Faults = dict[int, DataError]
 
 
 @dataclass
-class Rows:
+class BatchBuffers:
     """A batch on its way: the clips of its rows, what to read, and where the members' headers and bytes come to lie.
 
     `heads[member][row]` and `bodies[member][row]` are the first bytes of a member, from its tar header on, and
@@ -46,16 +46,16 @@ class Rows:
     segments: list[Segment] = field(default_factory=list)
     heads: list[list[memoryview]] = field(default_factory=list)
     bodies: list[list[memoryview]] = field(default_factory=list)
-    tensors: Pair | None = None
+    tensors: TensorPair | None = None
 
 
 class Layout(Protocol):
     """How a batch is read and decoded."""
 
-    def lay_out(self, clips: np.ndarray) -> Rows:
+    def allocate(self, clips: np.ndarray) -> BatchBuffers:
         """The rows of these clips, ready to be read."""
 
-    def decode(self, rows: Rows, faults: Faults, draw: AugmentSeeds | None) -> Pair:
+    def decode(self, rows: BatchBuffers, faults: Faults, draw: AugmentSeeds | None) -> TensorPair:
         """Visual and audio of all rows, zero where there is no clip; damaged rows are added to `faults`.
 
         Clips are varied as `draw` says; features are what they are.
@@ -74,9 +74,9 @@ class FeatureLayout:
         self.headers = [_npy_header((shape["frames"] * shape["positions"], shape["dim"])), _npy_header(self.shapes[1])]
         self._buffers = _Buffers(pin)
 
-    def lay_out(self, clips: np.ndarray) -> Rows:
+    def allocate(self, clips: np.ndarray) -> BatchBuffers:
         """Tensors for the batch; a member of another size than expected gets bytes of its own."""
-        rows = Rows(clips)
+        rows = BatchBuffers(clips)
         tensors = [self._buffers.take((len(clips), *shape)) for shape in self.shapes]
         rows.tensors = tensors[0], tensors[1]
         present = np.flatnonzero(clips != PADDING)
@@ -96,7 +96,7 @@ class FeatureLayout:
                 rows.segments.append(Segment(int(shards[row]), int(starts[row]) - TAR_BLOCK, buffers, int(row)))
         return rows
 
-    def decode(self, rows: Rows, faults: Faults, draw: AugmentSeeds | None) -> Pair:
+    def decode(self, rows: BatchBuffers, faults: Faults, draw: AugmentSeeds | None) -> TensorPair:
         """Hold each header against the expected one; a member that has another is parsed."""
         assert rows.tensors is not None
         for row, clip in enumerate(rows.clips):
@@ -138,7 +138,7 @@ class ClipLayout:
     def _transform(self) -> ClipTransform:
         return ClipTransform(self.clip, self.augment)
 
-    def lay_out(self, clips: np.ndarray) -> Rows:
+    def allocate(self, clips: np.ndarray) -> BatchBuffers:
         """Bytes for each row."""
         starts, sizes = self.manifest.spans(self.member, clips)
         shards = self.manifest.shards_of(clips)
@@ -150,9 +150,9 @@ class ClipLayout:
             Segment(int(shards[row]), int(starts[row]) - TAR_BLOCK, (heads[row], bodies[row]), int(row))
             for row in np.flatnonzero(clips != PADDING)
         ]
-        return Rows(clips, segments, [heads], [bodies])
+        return BatchBuffers(clips, segments, [heads], [bodies])
 
-    def decode(self, rows: Rows, faults: Faults, draw: AugmentSeeds | None) -> Pair:
+    def decode(self, rows: BatchBuffers, faults: Faults, draw: AugmentSeeds | None) -> TensorPair:
         """Decode row by row."""
         clip = self.clip
         visual = torch.zeros(len(rows.clips), clip.frames, 3, clip.size, clip.size)
@@ -217,7 +217,7 @@ def _check_name(head: memoryview, name: str) -> None:
         raise DataError(f"{name.split('.')[0]}: the shard holds no {name} where the manifest says; it is damaged")
 
 
-def _clear(rows: Rows, faults: Faults) -> None:
+def _clear(rows: BatchBuffers, faults: Faults) -> None:
     """Make rows without a clip zero."""
     assert rows.tensors is not None
     for row in {*np.flatnonzero(rows.clips == PADDING).tolist(), *faults}:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from avcil_dist.config.schema import DataConfig, OptimConfig
 from avcil_dist.data.clip_cache import ClipCache, UncachedRequests
-from avcil_dist.data.layout import ClipLayout, Faults, FeatureLayout, Layout, Pair, Rows
+from avcil_dist.data.layout import BatchBuffers, ClipLayout, Faults, FeatureLayout, Layout, TensorPair
 from avcil_dist.data.manifest import Manifest
 from avcil_dist.data.plan import NO_CLIPS, PADDING, plan_epoch, plan_replay, rank_share, replay_passes
 from avcil_dist.data.reader import BATCHES_AHEAD, AugmentSeeds, OpenReader, Request, ShardReader
@@ -279,7 +279,7 @@ class _Fetched:
     """A batch whose bytes are there, but for the rows in `faults`."""
 
     request: Request
-    rows: Rows
+    rows: BatchBuffers
     faults: Faults
     counts: Mapping[str, float]
 
@@ -305,7 +305,7 @@ class _Fetch:
     def _fetch(self, reader: OpenReader, request: Request) -> _Fetched:
         if self.store:  # it may have more than when the request was made
             request = self.store.missing(request)
-        rows = self.layout.lay_out(request.places)
+        rows = self.layout.allocate(request.places)
         found = reader.read(request, rows.segments)
         faults = {row: self._named(request.places[row], fault) for row, fault in found.items()}
         return _Fetched(request, rows, faults, {})
@@ -327,7 +327,7 @@ class _Decode:
 
     layout: Layout
 
-    def __call__(self, batches: Iterable[_Fetched]) -> Iterator[tuple[_Fetched, Pair]]:
+    def __call__(self, batches: Iterable[_Fetched]) -> Iterator[tuple[_Fetched, TensorPair]]:
         for fetched in batches:
             yield fetched, self.layout.decode(fetched.rows, fetched.faults, fetched.request.draw)
 
@@ -339,7 +339,7 @@ class _Collate:
     manifest: Manifest
     shard_labels: np.ndarray
 
-    def __call__(self, batches: Iterable[tuple[_Fetched, Pair]]) -> Iterator[Batch]:
+    def __call__(self, batches: Iterable[tuple[_Fetched, TensorPair]]) -> Iterator[Batch]:
         for fetched, (visual, audio) in batches:
             clips, faults = fetched.request.clips, fetched.faults
             is_clip = clips != PADDING

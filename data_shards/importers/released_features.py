@@ -26,15 +26,15 @@ from data_shards.build_plan import (
     BuildReport,
     Plan,
     ShardJob,
-    finished,
-    make_shard,
+    load_finished,
     merge_parts,
-    open_jobs,
+    run_shard_job,
+    start_part,
 )
+from data_shards.listings.pickled_dict import read_pickled_dict
+from data_shards.listings.published_lists import PublishedLists, read_published_lists
 from data_shards.rejections import ClipRejectedError, Rejection
 from data_shards.shard_writer import feature_members, shard_url
-from data_shards.splits import SplitLists, read_official
-from data_shards.unpickle import read_pickled_dict
 from data_shards.workers import Progress
 
 HDF5_ENDINGS = (".h5", ".hdf5")
@@ -75,9 +75,9 @@ def import_features(
     another shape than the first, are listed in `rejected.csv`. What a broken run had finished is not done again.
     Raises DataError for files that cannot be read, ConfigError for numbers that do not fit, or a missing library.
     """
-    lists = read_official(splits)
+    lists = read_published_lists(splits)
     digest = storage.sha256(json.dumps([FORMAT, frames, clips_per_shard, _sizes(visual, audio, splits)]).encode())
-    unchanged = finished(output, digest)
+    unchanged = load_finished(output, digest)
     if unchanged:
         return unchanged
     with ExitStack() as files:
@@ -85,12 +85,12 @@ def import_features(
         shape = _shape(lists, pictures, sounds, frames, visual)
         chunks, rejected = _chunks(lists, pictures, sounds, clips_per_shard, digest)
         plan = Plan("feature", lists.classes, shape, digest, tuple(chunk.job for chunk in chunks), tuple(rejected))
-        numbers = open_jobs(output, plan, WHOLE)
+        numbers = start_part(output, plan, WHOLE)
         done = plan.clips - sum(plan.jobs[number].clips for number in numbers)
         for number in numbers:
             chunk, left_out = chunks[number], list[Rejection]()
             clips = _clips(chunk, pictures, sounds, shape, left_out)
-            make_shard(output, chunk.job, chunk.class_name, chunk.split, clips, left_out)
+            run_shard_job(output, chunk.job, chunk.class_name, chunk.split, clips, left_out)
             done += plan.jobs[number].clips
             if progress:
                 progress(done, plan.clips)
@@ -161,7 +161,7 @@ class _SpooledArrays:
         return np.frombuffer(data, dtype=np.float16).reshape(shape)
 
 
-def _shape(lists: SplitLists, pictures: _Arrays, sounds: _Arrays, frames: int, where: Path) -> dict[str, int]:
+def _shape(lists: PublishedLists, pictures: _Arrays, sounds: _Arrays, frames: int, where: Path) -> dict[str, int]:
     """The sizes of the first clip that has both features."""
     keys = (key for split in SPLITS for key in lists.labels[split] if key in pictures and key in sounds)
     first = next(keys, None)
@@ -175,7 +175,7 @@ def _shape(lists: SplitLists, pictures: _Arrays, sounds: _Arrays, frames: int, w
 
 
 def _chunks(
-    lists: SplitLists, pictures: _Arrays, sounds: _Arrays, clips_per_shard: int, digest: str
+    lists: PublishedLists, pictures: _Arrays, sounds: _Arrays, clips_per_shard: int, digest: str
 ) -> tuple[list[_Chunk], list[Rejection]]:
     chunks, rejected = [], []
     groups: dict[tuple[str, Split], list[str]] = {(name, split): [] for name in lists.classes for split in SPLITS}

@@ -16,7 +16,7 @@ from avcil_dist import storage
 from avcil_dist.data.manifest import Manifest, Shard, Split, check_keys
 from avcil_dist.errors import ConfigError, DataError
 from data_shards.verify import READ_BYTES, DigestingReader
-from data_shards.workers import Begin, Progress, run_all
+from data_shards.workers import Begin, Progress, map_in_workers
 
 REBUILD = "unpack it and build shards of it: avcil shards build SOURCE OUTPUT"
 
@@ -28,7 +28,7 @@ class _Clip(NamedTuple):
     said: dict[str, str]
 
 
-def index_tars(
+def import_tars(
     urls: Sequence[str],
     manifest_url: str,
     *,
@@ -53,7 +53,7 @@ def index_tars(
             progress(min(count, total), total)
 
     work = partial(_index_tar, root, split, tuple(classes))
-    shards = run_all(work, urls, processes=processes, begun=begun)
+    shards = map_in_workers(work, urls, processes=processes, begun=begun)
     _check_unique(shards)
     names = dict.fromkeys([*classes, *(shard.class_name for shard in shards)])
     present = {shard.class_name for shard in shards}

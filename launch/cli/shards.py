@@ -357,12 +357,12 @@ def index(
     Each tar is read once. It must hold one split of one class; others have to be built again. With --classes the
     numbers in KEY.cls get names, counted from 0.
 
-    Example: avcil shards index s3://bucket/others/dog-*.tar --split train --output s3://bucket/others/manifest.json
+    Example: avcil shards import-tars s3://bucket/others/dog-*.tar --split train --output s3://bucket/others/manifest.json
     """
-    from data_shards.importers.webdataset_tars import index_tars
+    from data_shards.importers.webdataset_tars import import_tars
 
     names = [line.strip() for line in classes.read_text().splitlines() if line.strip()] if classes else []
     with _Bar("reading shards") as bar:
-        manifest = index_tars(urls, output, split=split, classes=names, processes=processes, progress=bar.show)
+        manifest = import_tars(urls, output, split=split, classes=names, processes=processes, progress=bar.show)
     clips = sum(shard.count for shard in manifest.shards)
     click.echo(f"{output}: written: {clips} clips, {len(manifest.classes)} classes, {len(manifest.shards)} shards")

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from avcil_dist.errors import DataError
-from data_shards.splits import OFFICIAL_FILES, is_official, read_official
-from data_shards.unpickle import read_pickled_dict
+from data_shards.listings.pickled_dict import read_pickled_dict
+from data_shards.listings.published_lists import PUBLISHED_FILES, matches, read_published_lists
 
 OFFICIAL = Path(__file__).parents[2].parent / "shared" / "data" / "official_splits"
 
@@ -26,7 +26,7 @@ def write_lists(folder: Path, labels: dict[str, dict[str, str]], numbers: dict[s
     for split, found in labels.items():
         for key, label in found.items():
             clips[split].setdefault(numbers[label], []).append(key)
-    for name, content in zip(OFFICIAL_FILES, (clips, labels, numbers), strict=True):
+    for name, content in zip(PUBLISHED_FILES, (clips, labels, numbers), strict=True):
         save_dict(folder / name, content)
     return folder
 
@@ -35,8 +35,8 @@ LABELS = {"train": {"a": "dog", "b": "cat"}, "val": {"c": "cat"}, "test": {"d": 
 
 
 def test_lists_are_read_in_the_order_of_the_class_numbers(tmp_path: Path) -> None:
-    lists = read_official(write_lists(tmp_path, LABELS, {"dog": 1, "cat": 0}))
-    assert is_official(tmp_path)
+    lists = read_published_lists(write_lists(tmp_path, LABELS, {"dog": 1, "cat": 0}))
+    assert matches(tmp_path)
     assert lists.classes == ("cat", "dog")
     assert lists.labels == LABELS
 
@@ -51,7 +51,7 @@ def test_lists_are_read_in_the_order_of_the_class_numbers(tmp_path: Path) -> Non
     ],
 )
 def test_published_lists_have_their_published_counts(name: str, first: str, counts: tuple[int, ...]) -> None:
-    lists = read_official(OFFICIAL / name)
+    lists = read_published_lists(OFFICIAL / name)
     assert lists.classes[0] == first
     assert tuple(len(found) for found in lists.labels.values()) == counts
     if name == "VGGSound_100":
@@ -64,10 +64,10 @@ def test_lists_that_do_not_agree_are_refused(tmp_path: Path) -> None:
     write_lists(tmp_path, LABELS, {"dog": 1, "cat": 0})
     save_dict(tmp_path / "all_id_category_dict.npy", LABELS | {"val": {"c": "dog"}})
     with pytest.raises(DataError, match="do not agree on the val clips"):
-        read_official(tmp_path)
+        read_published_lists(tmp_path)
     save_dict(tmp_path / "category_encode_dict.npy", {"dog": 3, "cat": 0})
     with pytest.raises(DataError, match="not numbered"):
-        read_official(tmp_path)
+        read_published_lists(tmp_path)
 
 
 def test_plain_values_and_numpy_scalars_are_read(tmp_path: Path) -> None:

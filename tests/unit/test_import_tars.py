@@ -12,7 +12,7 @@ from avcil_dist.data.loader import FixedSource, load_batches
 from avcil_dist.data.manifest import load_manifest
 from avcil_dist.errors import ConfigError, DataError
 from data_shards.build import build_shards
-from data_shards.importers.webdataset_tars import index_tars
+from data_shards.importers.webdataset_tars import import_tars
 from data_shards.verify import verify_shards
 from launch.cli.shards import shards
 from tests.helpers.rendered import render_tiny, tiny_clip
@@ -40,7 +40,7 @@ def test_tars_written_by_webdataset_are_indexed_and_read(tmp_path: Path) -> None
                     {"__key__": f"{label}{i}", "mp4": tiny_clip(0, i), "json": {"label": label, "split": "test"}}
                 )
     urls = [f"{tmp_path}/dog.tar", f"{tmp_path}/cat.tar"]
-    manifest = index_tars(urls, f"{tmp_path}/manifest.json")
+    manifest = import_tars(urls, f"{tmp_path}/manifest.json")
     loaded = load_manifest(f"{tmp_path}/manifest.json")
     assert loaded.content_hash == manifest.content_hash
     assert loaded.classes == ("dog", "cat")
@@ -61,25 +61,25 @@ def test_index_of_our_own_shards_is_our_manifest(tmp_path: Path) -> None:
         render_tiny(tmp_path / "clips"), f"{tmp_path}/out", clips_per_shard=2, min_seconds=0.5
     ).manifest
     urls = [built.url(number) for number in range(len(built.shards))]
-    assert index_tars(urls, f"{tmp_path}/out/index.json").content_hash == built.content_hash
-    assert index_tars(urls, f"{tmp_path}/out/two.json", processes=2).content_hash == built.content_hash
+    assert import_tars(urls, f"{tmp_path}/out/index.json").content_hash == built.content_hash
+    assert import_tars(urls, f"{tmp_path}/out/two.json", processes=2).content_hash == built.content_hash
 
 
 def test_class_numbers_get_names_and_the_split_is_given(tmp_path: Path) -> None:
     url = _tar(tmp_path / "a.tar", {"x.mp4": b"1", "x.cls": b"1", "y.mp4": b"22", "y.cls": b"1"})
-    named = index_tars([url], f"{tmp_path}/m/named.json", split="train", classes=["dog", "cat"])
+    named = import_tars([url], f"{tmp_path}/m/named.json", split="train", classes=["dog", "cat"])
     assert named.classes == ("cat",)
     assert named.shards[0].url == url  # not below the manifest's folder
     assert verify_shards(f"{tmp_path}/m/named.json") == []
-    assert index_tars([url], f"{tmp_path}/m/numbered.json", split="train").classes == ("class_001",)
+    assert import_tars([url], f"{tmp_path}/m/numbered.json", split="train").classes == ("class_001",)
     with pytest.raises(DataError, match="give --split"):
-        index_tars([url], f"{tmp_path}/m/none.json")
+        import_tars([url], f"{tmp_path}/m/none.json")
 
 
 def test_records_that_say_less_are_verified_by_what_they_say(tmp_path: Path) -> None:
     files = {"x.mp4": b"1", "x.json": b'{"label": 7}', "y.mp4": b"22", "y.json": b'{"label": 7}'}
     url = _tar(tmp_path / "a.tar", files)
-    assert index_tars([url], f"{tmp_path}/m.json", split="train").classes == ("7",)
+    assert import_tars([url], f"{tmp_path}/m.json", split="train").classes == ("7",)
     assert verify_shards(f"{tmp_path}/m.json") == []
 
 
@@ -103,7 +103,7 @@ def test_records_that_say_less_are_verified_by_what_they_say(tmp_path: Path) -> 
 def test_tar_that_is_no_such_shard_is_refused(tmp_path: Path, files: dict[str, bytes], words: str) -> None:
     url = _tar(tmp_path / "a.tar", files)
     with pytest.raises(DataError, match=words) as raised:
-        index_tars([url], f"{tmp_path}/manifest.json")
+        import_tars([url], f"{tmp_path}/manifest.json")
     if "more than one" in words or "one label" in words:
         assert "avcil shards build" in str(raised.value)
     assert not (tmp_path / "manifest.json").exists()
@@ -112,23 +112,23 @@ def test_tar_that_is_no_such_shard_is_refused(tmp_path: Path, files: dict[str, b
 def test_compressed_missing_and_repeated_tars_are_refused(tmp_path: Path) -> None:
     files = {"x.mp4": bytes(1000), "x.json": _json("dog")}
     with pytest.raises(DataError, match="not a tar, or cut or compressed"):
-        index_tars([_tar(tmp_path / "a.tar.gz", files, "w:gz")], f"{tmp_path}/manifest.json")
+        import_tars([_tar(tmp_path / "a.tar.gz", files, "w:gz")], f"{tmp_path}/manifest.json")
     with pytest.raises(DataError, match="missing"):
-        index_tars([f"{tmp_path}/gone.tar"], f"{tmp_path}/manifest.json")
+        import_tars([f"{tmp_path}/gone.tar"], f"{tmp_path}/manifest.json")
     urls = [_tar(tmp_path / "a.tar", files), _tar(tmp_path / "b.tar", files)]
     with pytest.raises(DataError, match=r"clip 'x' is in a\.tar too"):
-        index_tars(urls, f"{tmp_path}/manifest.json")
+        import_tars(urls, f"{tmp_path}/manifest.json")
     cut = Path(urls[0])
     cut.write_bytes(cut.read_bytes()[:1000])
     with pytest.raises(DataError, match="not a tar, or cut"):
-        index_tars(urls[:1], f"{tmp_path}/manifest.json")
+        import_tars(urls[:1], f"{tmp_path}/manifest.json")
 
 
 def test_manifest_is_never_overwritten(tmp_path: Path) -> None:
     url = _tar(tmp_path / "a.tar", {"x.mp4": b"", "x.json": _json("dog")})
-    index_tars([url], f"{tmp_path}/manifest.json")
+    import_tars([url], f"{tmp_path}/manifest.json")
     with pytest.raises(ConfigError, match="there is a manifest"):
-        index_tars([url], f"{tmp_path}/manifest.json")
+        import_tars([url], f"{tmp_path}/manifest.json")
 
 
 def test_command_writes_the_manifest(tmp_path: Path) -> None:

@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 
 from avcil_dist.errors import ConfigError, DataError
-from data_shards.listings import Source, read_listing
-from data_shards.splits import hold_out_validation
+from data_shards.listings.listing import Listing
+from data_shards.listings.read import read_listing
+from data_shards.listings.splits import hold_out_validation
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 VGGSOUND = SHARED / "vggsound"
@@ -19,7 +20,7 @@ def _touch(folder: Path, *names: str) -> Path:
     return folder
 
 
-def _found(source: Source) -> dict[str, tuple[str, float, tuple[float, float | None] | None]]:
+def _found(source: Listing) -> dict[str, tuple[str, float, tuple[float, float | None] | None]]:
     """Per key: the file, the second in the video, and the cut."""
     return {row.clip.key: (Path(row.clip.path).name, row.clip.start, row.clip.cut) for row in source.rows}
 

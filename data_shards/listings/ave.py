@@ -1,0 +1,50 @@
+"""AVE's `Annotations.txt`, split by the three lists beside it where all are there, otherwise by hash.
+
+AVE's files are the clips. StartTime and EndTime are those of the event within the clip, so nothing is cut.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from avcil_dist.data.manifest import Split
+from avcil_dist.errors import DataError
+from data_shards.listings.listing import Listing, ListingRow, first_row
+from data_shards.listings.splits import hashed_split
+from data_shards.listings.video_folder import VideoFolder
+
+NEEDS_VIDEOS = True
+HEADER = "Category&VideoID&Quality&StartTime&EndTime"
+SPLIT_FILES: dict[Split, str] = {"train": "trainSet.txt", "val": "valSet.txt", "test": "testSet.txt"}
+
+
+def matches(path: Path) -> bool:
+    """Whether the file begins with AVE's header."""
+    return "&".join(first_row(path)).startswith(HEADER)
+
+
+def read(path: Path, videos: Path | None) -> Listing:
+    """The annotated clips. Raises DataError for a faulty line."""
+    folder = VideoFolder(path, videos)
+    files = {split: path.parent / name for split, name in SPLIT_FILES.items()}
+    splits: dict[tuple[str, str], Split] = {}
+    if all(file.is_file() for file in files.values()):
+        splits = {(label, video): split for split, file in files.items() for label, video in _lines(file)}
+    rows = {}
+    for label, video in _lines(path):
+        if splits and (label, video) not in splits:
+            continue
+        clip = folder.whole_video(video)
+        rows[label, video] = ListingRow(label, splits.get((label, video)) or hashed_split(label, clip.key), clip)
+    return Listing.from_rows(list(rows.values()))
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Class and video of each line but the header and empty lines."""
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            fields = line.strip().split("&")
+            if fields == [""] or fields[0] == HEADER.split("&")[0]:
+                continue
+            if len(fields) != 5:
+                raise DataError(f"{path}: line {number}: not {HEADER}")
+            yield fields[0], fields[1]

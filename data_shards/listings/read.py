@@ -1,0 +1,47 @@
+"""`read_listing`: reads any supported form of listing. A further form is one module beside this one.
+
+A form is a module with `NEEDS_VIDEOS`, `matches` and `read` (see `ListingForm`), listed in `FORMS`. Files are found
+and named here; nothing but the listing itself is opened.
+"""
+
+from pathlib import Path
+from typing import Protocol
+
+from avcil_dist.errors import ConfigError, DataError
+from data_shards.listings import ave, clip_folder, clips_csv, published_lists, vggsound
+from data_shards.listings.listing import Listing, first_row
+
+
+class ListingForm(Protocol):
+    """A form of listing. `NEEDS_VIDEOS`: clips are named by video id, and the folder of the files is needed."""
+
+    NEEDS_VIDEOS: bool
+
+    def matches(self, path: Path) -> bool:
+        """Whether `path`, an existing file or folder, is a listing of this form."""
+
+    def read(self, path: Path, videos: Path | None) -> Listing:
+        """The listing at `path`. Raises DataError, naming file and line, for a faulty one."""
+
+
+FORMS: tuple[ListingForm, ...] = (published_lists, clip_folder, clips_csv, ave, vggsound)
+
+
+def read_listing(path: Path, videos: Path | None = None) -> Listing:
+    """The listing at `path`, in the first of `FORMS` that matches; each module describes its form.
+
+    `videos` is the folder of the files of a listing that names videos by id. Raises DataError, naming file and
+    line, for a listing that is missing, of no known form, faulty or empty; ConfigError where `videos` is missing,
+    or given to a listing that has paths.
+    """
+    if not path.exists():
+        raise DataError(f"{path}: missing; give a csv with the header path,label,split, or a folder of clips")
+    form = next((form for form in FORMS if form.matches(path)), None)
+    if form is None:
+        raise DataError(f"{path}: its header is {','.join(first_row(path))!r}; make it path,label,split")
+    if videos is not None and not form.NEEDS_VIDEOS:
+        raise ConfigError(f"{path}: has the paths of its clips; leave out --videos")
+    listing = form.read(path, videos)
+    if not listing.rows:
+        raise DataError(f"{path}: no clips in it")
+    return listing

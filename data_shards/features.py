@@ -20,7 +20,8 @@ from avcil_dist.data.loader import Batch, FixedSource, load_batches
 from avcil_dist.data.manifest import Manifest, Shard, load_manifest
 from avcil_dist.data.plan import PADDING
 from avcil_dist.errors import ConfigError, DataError
-from avcil_dist.models.encoders.base import Encoder, build_audio_encoder, build_visual_encoder
+from avcil_dist.models.encoders.base import Encoder
+from avcil_dist.models.encoders.build import build_audio_encoder, build_visual_encoder
 from avcil_dist.seeds import derive_seed
 from data_shards.build_plan import (
     FORMAT,

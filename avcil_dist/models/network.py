@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from avcil_dist.config.schema import ClipConfig, ModelConfig, Precision
 from avcil_dist.errors import ArtifactError, ConfigError
 from avcil_dist.models.attention.module import AudioGuidedAttention, TeacherView
-from avcil_dist.models.encoders.base import Encoder, build_audio_encoder, build_visual_encoder
+from avcil_dist.models.encoders.base import Encoder
+from avcil_dist.models.encoders.build import build_audio_encoder, build_visual_encoder
 from avcil_dist.models.heads import Head, LinearHead, ProxyHead, grow_linear, grow_proxies
 from avcil_dist.models.network_spec import DEFAULT_SPEC, NetworkSpec
 from avcil_dist.models.outputs import Divergence, Output, sum_present

@@ -9,7 +9,7 @@ import yaml
 from safetensors.torch import save_file
 
 from avcil_dist.config.schema import AudioMAEConfig, ClipConfig
-from avcil_dist.models.encoders.base import build_audio_encoder
+from avcil_dist.models.encoders.build import build_audio_encoder
 from avcil_dist.streams.artifact import load_artifact
 from tests.helpers.rendered import tiny_manifest
 from tests.helpers.streams import avcil, train

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from avcil_dist.config.schema import AudioMAEConfig, ClipConfig, VideoMAEConfig
-from avcil_dist.models.encoders.base import Encoder, build_audio_encoder, build_visual_encoder
+from avcil_dist.models.encoders.base import Encoder
+from avcil_dist.models.encoders.build import build_audio_encoder, build_visual_encoder
 
 CLIP = ClipConfig(frames=4, size=32, mel_frames=64, mel_bins=32)
 TINY = {"weights": "random", "dim": 96, "depth": 8, "heads": 2, "train": "full"}

@@ -1,5 +1,7 @@
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,14 +19,10 @@ from avcil_dist.config.schema import (
     VideoMAEConfig,
 )
 from avcil_dist.errors import ConfigError
-from avcil_dist.models.encoders.base import (
-    AudioMAE,
-    SmallAudio,
-    SmallVisual,
-    VideoMAE,
-    build_audio_encoder,
-    build_visual_encoder,
-)
+from avcil_dist.models.encoders.audiomae import AudioMAE
+from avcil_dist.models.encoders.build import build_audio_encoder, build_visual_encoder
+from avcil_dist.models.encoders.small import SmallAudio, SmallVisual
+from avcil_dist.models.encoders.videomae import VideoMAE
 from avcil_dist.models.network import build_network
 
 CLIP = ClipConfig(frames=4, size=32, mel_frames=64, mel_bins=32)
@@ -390,3 +388,9 @@ def test_a_network_whose_state_is_put_in_reads_no_weights(tmp_path: Path) -> Non
     assert torch.equal(second(*batch).logits, first(*batch).logits)
     with pytest.raises(ConfigError, match="no such file"):
         build_network(config, CLIP, {}, num_classes=3)
+
+
+def test_libraries_of_transformers_are_imported_only_for_a_configuration_that_names_them() -> None:
+    code = "import sys, avcil_dist.models.network; print(*{'transformers', 'timm', 'huggingface_hub'} & {*sys.modules})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == []

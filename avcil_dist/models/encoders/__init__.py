@@ -1,1 +1,1 @@
-"""Encoders of pictures and sound, each with its weights."""
+"""Encoders of pictures and sound, and their pre-trained weights."""

@@ -81,6 +81,12 @@ def local_worlds(processes: int) -> tuple[World, ...]:
     )
 
 
+def current_world() -> World:
+    """The world of the launcher around this process, or a world of this process alone."""
+    world = world_from_environment(os.environ)
+    return world if world.launcher != "none" else replace(local_worlds(1)[0], launcher="none")
+
+
 def _rank_of(place: World, step: int) -> World:
     """The launcher's rank, with a port of its own for each step: the launcher itself uses the first."""
     return replace(place, master_port=place.master_port + 1 + step)

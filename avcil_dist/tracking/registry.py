@@ -29,19 +29,16 @@ from torch import Tensor
 
 import avcil_dist
 from avcil_dist import storage
-from avcil_dist.data.decode import decode_clip
 from avcil_dist.data.manifest import Manifest, load_manifest
-from avcil_dist.data.transforms import ClipTransform
 from avcil_dist.errors import ArtifactError, ConfigError, DataError
-from avcil_dist.streams.artifact import StepArtifact, load_artifact, load_origin, step_url
+from avcil_dist.inference import Predictor
+from avcil_dist.streams.artifact import load_artifact, load_origin, step_url
 from avcil_dist.streams.commit import COMMITTED
 from avcil_dist.streams.stream import scenario_of
 from avcil_dist.tracking.client import STREAM_TAG
-from avcil_dist.training.build import restored
 
 ABOUT = "about.json"
 PLACE = "model"  # of the run's artifacts
-CLIPS_AT_A_TIME = 8
 EXAMPLE_DECIMALS = 2  # an example is for people to see; a feature's digits would be tens of MB of text
 # What predicting needs, beside this package; the versions are those that the weights were trained with.
 NEEDED = ("mlflow", "torch", "torchvision", "torchaudio", "transformers", "timm", "safetensors", "av", "numpy")
@@ -149,7 +146,7 @@ def _requirements() -> list[str]:
     return found
 
 
-def _load_pyfunc(path: str) -> "Predictor":
+def _load_pyfunc(path: str) -> "RegisteredModel":
     """What MLflow calls with the model's data folder. Raises ArtifactError for files that are missing or damaged."""
     about = storage.read_json(str(Path(path, ABOUT)))
     folder = step_url(path, about["step"]) if about["uri"] is None else str(about["uri"])
@@ -159,68 +156,46 @@ def _load_pyfunc(path: str) -> "Predictor":
         raise ArtifactError(f"{error}; the model is kept by reference and needs that place") from None
     if digest != about["committed"]:
         raise ArtifactError(f"{folder}/{COMMITTED}: damaged, its digest is not the one registered")
-    return Predictor(load_artifact(storage.parent(folder), about["step"]), about["shape"], folder)
+    return RegisteredModel(Predictor(load_artifact(storage.parent(folder), about["step"]), about["shape"], folder))
 
 
-class Predictor:
-    """A committed step that predicts classes of clips."""
+class RegisteredModel:
+    """A predictor behind MLflow's interface: tables or arrays in, a table out."""
 
-    def __init__(self, artifact: StepArtifact, feature_shape: Mapping[str, int], source: str) -> None:
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        network, self.method = restored(artifact, feature_shape, source)
-        self.network = network.to(self.device).eval()
-        self.clip = artifact.config.data.clip
-        self.takes_features = artifact.config.model.visual.kind == "precomputed"
-        self.classes = list(artifact.scenario.seen(artifact.step))
+    def __init__(self, predictor: Predictor) -> None:
+        self.predictor = predictor
 
     def predict(self, data: Any, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """The class, its score and all scores of each clip; the module says what `data` is.
+        """Return the class, its score and all scores of each clip; the module describes `data`.
 
         Raises DataError for a clip that is missing or damaged, ConfigError for input of another form.
         """
-        batches = self._features(data) if self.takes_features else self._clips(data)
-        scores = [self._scores(visual, audio) for visual, audio in batches]
-        rows = torch.cat(scores).double().cpu().numpy() if scores else np.zeros((0, len(self.classes)))
+        predictor = self.predictor
+        if predictor.takes_features:
+            scores = predictor.score_features(*_features(data))
+        else:
+            scores = predictor.score_clips(_clips(data))
+        rows = scores.double().numpy()
         best = rows.argmax(axis=1)
         return pd.DataFrame(
             {
-                "class": [self.classes[number] for number in best],
+                "class": [predictor.classes[number] for number in best],
                 "score": rows[np.arange(len(rows)), best],
                 "scores": rows.tolist(),
             }
         )
 
-    @torch.inference_mode()
-    def _scores(self, visual: Tensor, audio: Tensor) -> Tensor:
-        return self.method.scores(self.network(visual.to(self.device), audio.to(self.device)))
 
-    def _features(self, data: Any) -> Iterator[tuple[Tensor, Tensor]]:
-        if not isinstance(data, Mapping) or not {"visual", "audio"} <= set(data):
-            raise ConfigError("predict: give {'visual': (clips, frames, positions, dim), 'audio': (clips, dim)}")
-        visual, audio = (torch.as_tensor(np.asarray(data[name], dtype=np.float32)) for name in ("visual", "audio"))
-        yield from zip(visual.split(CLIPS_AT_A_TIME), audio.split(CLIPS_AT_A_TIME), strict=True)
-
-    def _clips(self, data: Any) -> Iterator[tuple[Tensor, Tensor]]:
-        transform = ClipTransform(self.clip)
-        inputs = list(_raw_clips(data))
-        for first in range(0, len(inputs), CLIPS_AT_A_TIME):
-            pairs = [
-                transform(
-                    decode_clip(
-                        raw,
-                        num_frames=self.clip.frames,
-                        sample_rate=self.clip.sample_rate,
-                        silent=self.clip.silent,
-                        where=where,
-                    )
-                )
-                for where, raw in inputs[first : first + CLIPS_AT_A_TIME]
-            ]
-            yield torch.stack([visual for visual, _ in pairs]), torch.stack([audio for _, audio in pairs])
+def _features(data: Any) -> tuple[Tensor, Tensor]:
+    """The visual and the audio features in `data`, float32."""
+    if not isinstance(data, Mapping) or not {"visual", "audio"} <= set(data):
+        raise ConfigError("predict: give {'visual': (clips, frames, positions, dim), 'audio': (clips, dim)}")
+    visual, audio = (torch.as_tensor(np.asarray(data[name], dtype=np.float32)) for name in ("visual", "audio"))
+    return visual, audio
 
 
-def _raw_clips(data: Any) -> Iterator[tuple[str, bytes]]:
-    """Each clip's name in errors, and its bytes."""
+def _clips(data: Any) -> Iterator[tuple[str, bytes]]:
+    """The name in errors and the bytes of each clip in `data`."""
     if not isinstance(data, pd.DataFrame) or not {"clip", "path"} & set(data.columns):
         raise ConfigError("predict: give a table with a column `clip` (bytes of a video) or `path` (a path or url)")
     for row, values in enumerate(data.to_dict("records")):

@@ -9,7 +9,6 @@ from torch import Tensor
 from avcil_dist.config.schema import Config
 from avcil_dist.data.manifest import Manifest
 from avcil_dist.errors import DataError
-from avcil_dist.methods import make_method
 from avcil_dist.methods.base import Method, StepContext
 from avcil_dist.models.encoders.base import Encoder
 from avcil_dist.models.heads import ProxyHead
@@ -50,21 +49,6 @@ def network_after(
     if isinstance(network, AudioVisualNetwork):
         network.attention.choice = config.engine.attention
     return network
-
-
-def restored(artifact: StepArtifact, feature_shape: Mapping[str, int], source: str) -> tuple[Network, Method]:
-    """The network and the method of a committed step, from the artifact alone: encoders fetch no weights for it.
-
-    `feature_shape` is as for `network_after`. Raises ArtifactError, naming `source`, for weights that do not fit.
-    """
-    method = make_method(artifact.config.method)
-    method.begin_step(StepContext(artifact.scenario, artifact.step))
-    method.load_state_dict(artifact.method)
-    network = network_after(
-        artifact.config, feature_shape, artifact.scenario, method, artifact.step, artifact.model.keys()
-    )
-    load_whole_state(network, artifact.model, source)
-    return network, method
 
 
 @dataclass(frozen=True)

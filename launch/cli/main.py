@@ -1,7 +1,7 @@
 """The `avcil` command. Thin: words in, calls out, an AvcilError as one line and exit code 2."""
 
 import sys
-from typing import Any
+from typing import Any, cast
 
 import click
 
@@ -99,9 +99,12 @@ def evaluate(stream: str, step: int | None, split: str, manifest: str | None) ->
     """
     import json
 
-    from launch.evaluate import evaluate_stream
+    from avcil_dist.data.manifest import Split
+    from avcil_dist.inference import evaluate_step
+    from launch.local import current_world
 
-    click.echo(json.dumps(evaluate_stream(stream, step, split, manifest), indent=1))
+    world = current_world()
+    click.echo(json.dumps(evaluate_step(stream, step, cast(Split, split), manifest, world=world), indent=1))
 
 
 @cli.command()

@@ -1,0 +1,144 @@
+"""Inference from a committed step: its network and method, class scores of new clips, accuracies on a data set."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from avcil_dist import storage
+from avcil_dist.data.decode import decode_clip
+from avcil_dist.data.manifest import Split, check_shards, load_manifest
+from avcil_dist.data.transforms import ClipTransform
+from avcil_dist.errors import ArtifactError
+from avcil_dist.methods import make_method
+from avcil_dist.methods.base import Method, StepContext
+from avcil_dist.models.network import Network, load_whole_state
+from avcil_dist.streams.artifact import StepArtifact, committed_steps, load_artifact, step_url
+from avcil_dist.streams.metrics import accuracy_row, per_class_accuracy, seen_accuracy
+from avcil_dist.training.build import network_after
+from avcil_dist.training.collectives import local_device, process_group
+from avcil_dist.training.engine import set_threads
+from avcil_dist.training.evaluation import Evaluator
+from avcil_dist.training.inference_pass import InferencePass
+from avcil_dist.world import World
+
+CLIPS_PER_BATCH = 8
+
+
+def restore_step(artifact: StepArtifact, feature_shape: Mapping[str, int], source: str) -> tuple[Network, Method]:
+    """Return the network and the method of a step, from its artifact alone: no encoder downloads weights.
+
+    `feature_shape` is as for `network_after`. Raises ArtifactError, naming `source`, for weights that do not fit.
+    """
+    method = make_method(artifact.config.method)
+    method.begin_step(StepContext(artifact.scenario, artifact.step))
+    method.load_state_dict(artifact.method)
+    network = network_after(
+        artifact.config, feature_shape, artifact.scenario, method, artifact.step, artifact.model.keys()
+    )
+    load_whole_state(network, artifact.model, source)
+    return network, method
+
+
+class Predictor:
+    """Class scores of clips by the weights of a committed step, on a GPU where there is one.
+
+    `classes` are the seen classes, in the order of the scores' columns. `takes_features` says which of the two
+    methods applies: a step trained on features scores features, a step trained on clips scores clips.
+    """
+
+    def __init__(self, artifact: StepArtifact, feature_shape: Mapping[str, int], source: str) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        network, self.method = restore_step(artifact, feature_shape, source)
+        self.network = network.to(self.device).eval()
+        self.clip = artifact.config.data.clip
+        self.takes_features = artifact.config.model.visual.kind == "precomputed"
+        self.classes = list(artifact.scenario.seen(artifact.step))
+
+    def score_features(self, visual: Tensor, audio: Tensor) -> Tensor:
+        """Scores (clips, classes) of features: `visual` (clips, frames, positions, dim), `audio` (clips, dim)."""
+        pairs = zip(visual.split(CLIPS_PER_BATCH), audio.split(CLIPS_PER_BATCH), strict=True)
+        return self._joined(self._scores(*pair) for pair in pairs)
+
+    def score_clips(self, clips: Iterable[tuple[str, bytes]]) -> Tensor:
+        """Scores (clips, classes) of video files, each given as its name in errors and its bytes.
+
+        Raises DataError for a clip that cannot be decoded.
+        """
+        return self._joined(self._scores(*self._decoded(batch)) for batch in _batches(clips))
+
+    @torch.inference_mode()
+    def _scores(self, visual: Tensor, audio: Tensor) -> Tensor:
+        return self.method.scores(self.network(visual.to(self.device), audio.to(self.device)))
+
+    def _joined(self, scores: Iterable[Tensor]) -> Tensor:
+        rows = [batch.cpu() for batch in scores]
+        return torch.cat(rows) if rows else torch.zeros(0, len(self.classes))
+
+    def _decoded(self, clips: list[tuple[str, bytes]]) -> tuple[Tensor, Tensor]:
+        settings, transform = self.clip, ClipTransform(self.clip)
+        pairs = [
+            transform(
+                decode_clip(
+                    data,
+                    num_frames=settings.frames,
+                    sample_rate=settings.sample_rate,
+                    silent=settings.silent,
+                    where=name,
+                )
+            )
+            for name, data in clips
+        ]
+        return torch.stack([visual for visual, _ in pairs]), torch.stack([audio for _, audio in pairs])
+
+
+def evaluate_step(
+    stream: str, step: int | None, split: Split, manifest_url: str | None, *, world: World
+) -> dict[str, Any]:
+    """Predict every clip of a split with the weights of a committed step; return accuracies over its seen classes.
+
+    `step` is the last committed one by default, `manifest_url` the manifest that the step was trained on. All
+    ranks of `world` call it. Raises ArtifactError when the stream has no such step, DataError for missing shards.
+    """
+    artifact = load_artifact(stream, _last_step(stream) if step is None else step)
+    config, scenario = artifact.config, artifact.scenario
+    manifest = load_manifest(manifest_url or config.data.manifest)
+    seen = scenario.seen(artifact.step)
+    check_shards(manifest, manifest.shard_numbers(seen, split))
+    device = local_device(world)
+    set_threads(world)
+    with process_group(world, device, config.engine.timeout_minutes):
+        network, method = restore_step(artifact, manifest.shape, step_url(stream, artifact.step))
+        network.to(device)
+        inference = InferencePass(manifest, scenario, config.data, world, device)
+        evaluator = Evaluator(inference, config.optim.global_eval_batch)
+        predicted = evaluator(network, method, split, artifact.step, on_batch=lambda: None)
+    labels, predictions = predicted.labels, predicted.predictions
+    return {
+        "stream": stream,
+        "step": artifact.step,
+        "split": split,
+        "num_clips": len(labels),
+        "seen_accuracy": seen_accuracy(labels, predictions),
+        "task_accuracy": accuracy_row(labels, predictions, scenario.head_slices(artifact.step)),
+        "per_class": per_class_accuracy(labels, predictions, seen),
+    }
+
+
+def _last_step(stream: str) -> int:
+    steps = committed_steps(stream)
+    if not steps:
+        raise ArtifactError(f"{storage.join(stream, 'step_000')}: no committed step artifact; train the stream first")
+    return steps[-1]
+
+
+def _batches(clips: Iterable[tuple[str, bytes]]) -> Iterable[list[tuple[str, bytes]]]:
+    batch: list[tuple[str, bytes]] = []
+    for clip in clips:
+        batch.append(clip)
+        if len(batch) == CLIPS_PER_BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -46,6 +46,14 @@ def test_configurations_of_one_method_are_told_apart_by_what_differs() -> None:
     assert [row.variant for row in rows] == ["attention=true", "attention=false", ""]
 
 
+@pytest.mark.parametrize("setting", ["engine.precision=bf16", "engine.max_grad_norm=1.0"])
+def test_settings_of_the_engine_that_change_the_results_make_another_row(setting: str) -> None:
+    rows = compare([stream(0.5, "seed=1"), stream(0.7, setting, "seed=2")])
+    assert [[s.config.seed for s in row.streams] for row in rows] == [[1], [2]]
+    assert rows[1].variant == setting
+    assert len(compare([stream(0.5, "seed=1"), stream(0.7, "engine.zero_stage=2", "seed=2")])) == 1
+
+
 def test_columns_without_values_are_left_out() -> None:
     assert "source-disjoint" not in printed([stream(0.5)])
     assert "forgetting" not in printed([stream(0.5)])

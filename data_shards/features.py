@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from avcil_dist import storage
-from avcil_dist.config.schema import Config, TransformerConfig
+from avcil_dist.config.encoders import TransformerConfig
+from avcil_dist.config.schema import Config
 from avcil_dist.data.loader import Batch, FixedSource, load_batches
 from avcil_dist.data.manifest import Manifest, Shard, load_manifest
 from avcil_dist.data.plan import PADDING

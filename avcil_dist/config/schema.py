@@ -1,94 +1,126 @@
-"""The settings of a run, as typed sections. What a file may say is written here and nowhere else.
+"""Schema of the configuration: every setting with its type, default, description and class of change.
 
-How files are found, extended and overridden is `compose.py`.
+The encoders' settings are in `encoders.py`, the classes of change in `section.py`. `loader.py` reads files and
+overrides.
 """
 
 import re
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from avcil_dist.config.encoders import ModelConfig, TransformerConfig
+from avcil_dist.config.section import Fork, Incomparable, Operational, Section
 
 Precision = Literal["float32", "bf16", "fp16"]
 
 
-class Section(BaseModel):
-    """A part of the configuration: unknown keys are errors, values do not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
 class ClipConfig(Section):
-    """How a raw clip becomes tensors. The defaults are those of VideoMAE and AudioMAE."""
+    """Conversion of a raw clip to tensors. The defaults are those of VideoMAE and AudioMAE."""
 
-    frames: PositiveInt = Field(16, description="frames taken evenly over the clip")
-    size: PositiveInt = Field(224, description="side of the square picture, pixels")
-    sample_rate: PositiveInt = Field(16_000, description="sound is resampled to this, Hz")
-    mel_bins: PositiveInt = Field(128, description="bins of the log-mel filterbank")
-    mel_frames: PositiveInt = Field(1024, description="filterbank frames of 10 ms; longer sound is cut, shorter padded")
-    mel_mean: float = Field(-4.2677393, description="normalisation is (x - mean) / (2 std)")
-    mel_std: PositiveFloat = 4.5689974
-    silent: Literal["error", "silence"] = Field(
-        "error", description="a clip without an audio track: an error, or silence"
+    frames: Incomparable[PositiveInt] = Field(16, description="Number of frames, sampled evenly over the clip.")
+    size: Incomparable[PositiveInt] = Field(224, description="Height and width of a frame, in pixels.")
+    sample_rate: Incomparable[PositiveInt] = Field(16_000, description="Rate that audio is resampled to, in Hz.")
+    mel_bins: Incomparable[PositiveInt] = Field(128, description="Number of bins of the log-mel filterbank.")
+    mel_frames: Incomparable[PositiveInt] = Field(
+        1024, description="Number of filterbank frames of 10 ms. Longer audio is cut, shorter audio is padded."
+    )
+    mel_mean: Incomparable[float] = Field(
+        -4.2677393, description="Mean of the filterbank. The normalised value is (x - mel_mean) / (2 * mel_std)."
+    )
+    mel_std: Incomparable[PositiveFloat] = Field(
+        4.5689974, description="Standard deviation of the filterbank; see mel_mean."
+    )
+    silent: Incomparable[Literal["error", "silence"]] = Field(
+        "error",
+        description="Treatment of a clip without an audio track: `error` (a damaged clip) or `silence` (zeros).",
     )
 
 
 class AugmentConfig(Section):
-    """Random variations of training clips, the same for all frames of a clip; none by default."""
+    """Random augmentation of training clips, equal for all frames of a clip. The defaults switch it off."""
 
-    crop: float = Field(
-        1.0, gt=0, le=1, description="smallest share of the picture that a random resized crop keeps; 1.0: no crop"
+    crop: Fork[float] = Field(
+        1.0, gt=0, le=1, description="Minimum area of a random resized crop, as a fraction of the frame. 1.0: no crop."
     )
-    flip: float = Field(0.0, ge=0, le=1, description="probability of a mirrored picture")
-    brightness: float = Field(0.0, ge=0, le=1, description="colour jitter: most that a picture's is changed by")
-    contrast: float = Field(0.0, ge=0, le=1)
-    saturation: float = Field(0.0, ge=0, le=1)
-    hue: float = Field(0.0, ge=0, le=0.5, description="as a share of the circle of colours")
-    time_mask: int = Field(0, ge=0, description="a stretch of fewer filterbank frames than this is masked")
-    mel_mask: int = Field(0, ge=0, description="a band of fewer filterbank bins than this is masked")
+    flip: Fork[float] = Field(0.0, ge=0, le=1, description="Probability of a horizontal flip.")
+    brightness: Fork[float] = Field(
+        0.0, ge=0, le=1, description="Maximum relative change of brightness (torchvision ColorJitter). 0: none."
+    )
+    contrast: Fork[float] = Field(0.0, ge=0, le=1, description="Maximum relative change of contrast. 0: none.")
+    saturation: Fork[float] = Field(0.0, ge=0, le=1, description="Maximum relative change of saturation. 0: none.")
+    hue: Fork[float] = Field(
+        0.0, ge=0, le=0.5, description="Maximum shift of hue, as a fraction of the colour circle. 0: none."
+    )
+    time_mask: Fork[int] = Field(
+        0, ge=0, description="Upper bound (exclusive) of the random number of masked filterbank frames (SpecAugment)."
+    )
+    mel_mask: Fork[int] = Field(
+        0, ge=0, description="Upper bound (exclusive) of the random number of masked filterbank bins (SpecAugment)."
+    )
 
     @property
     def is_on(self) -> bool:
-        """Whether anything is varied."""
+        """Whether any augmentation is applied."""
         return self != AugmentConfig()
 
 
 class DataConfig(Section):
-    """Which clips, and how they are read."""
+    """Clips and how they are read."""
 
-    manifest: str = Field(description="path or url of manifest.json")
-    shuffle_window: PositiveInt = Field(16, description="shards that the shuffle mixes at a time")
-    canonical_nodes: PositiveInt = Field(
-        1, description="ranges of the plan; fixes the global batches, whatever the machines"
+    manifest: Operational[str] = Field(
+        description="Path or url of manifest.json. Its content hash identifies the data set; its location may change."
     )
-    decode_workers: int = Field(0, ge=0, description="decoding processes a rank; 0 decodes in the rank's own process")
-    read_threads: PositiveInt = Field(8, description="reads at a time, a rank or decoding process")
-    shard_cache: str = Field(
+    shuffle_window: Fork[PositiveInt] = Field(
+        16,
+        description="Number of shards whose clips are shuffled together, per range (see canonical_nodes). Only these "
+        "shards must be on the local disk.",
+    )
+    canonical_nodes: Fork[PositiveInt] = Field(
+        1,
+        description="Number of ranges that the training clips are divided into. Every global batch takes an equal "
+        "share of each range, on any number of machines. A multiple of the number of machines lets each machine read "
+        "only its own ranges; optim.global_batch must be a multiple of this number.",
+    )
+    decode_workers: Operational[int] = Field(
+        0, ge=0, description="Number of decoding processes per rank. 0: the process of the rank decodes."
+    )
+    read_threads: Operational[PositiveInt] = Field(
+        8, description="Number of concurrent reads per rank or decoding process."
+    )
+    shard_cache: Operational[str] = Field(
         "auto",
-        description="folder on the local disk for whole shards, shared by the processes of a node; `none`: ranged "
-        "reads; `auto`: a folder below TMPDIR for remote shards, local ones are read where they are",
+        description="Folder on the local disk that caches whole shards, shared by the processes of a node. `auto`: a "
+        "folder below TMPDIR for remote shards, no cache for local ones. `none`: range requests, no cache.",
     )
-    shard_cache_gigabytes: PositiveFloat = Field(
-        50.0, description="most that the cache holds; shards for which there is no room are read by ranges"
+    shard_cache_gigabytes: Operational[PositiveFloat] = Field(
+        50.0, description="Maximum size of the shard cache, in GB. Shards that do not fit are read by range requests."
     )
-    clip_cache: Literal["auto", "device", "host", "none"] = Field(
+    clip_cache: Operational[Literal["auto", "device", "host", "none"]] = Field(
         "auto",
-        description="where clips stay for the epochs after the one that read them: device memory, host memory shared "
-        "by the processes of a node, or nowhere; `auto`: the fastest that has room for the step's clips",
+        description="Location of the cache of decoded clips or features, which serves all epochs after the first: "
+        "`device` (GPU memory), `host` (memory shared by the processes of a node) or `none`. `auto`: the fastest one "
+        "that has room for the clips of the step.",
     )
-    prefetch_shards: PositiveInt = Field(2, description="shards fetched into the cache ahead of their first use")
-    retry_seconds: PositiveFloat = Field(300.0, description="a remote read is tried again for so long")
-    max_bad_fraction: float = Field(
-        0.01, ge=0, le=1, description="damaged clips that an epoch may skip before the step stops"
+    prefetch_shards: Operational[PositiveInt] = Field(
+        2, description="Number of shards that are fetched into the shard cache before their first use."
     )
-    source_disjoint: bool = Field(
+    retry_seconds: Operational[PositiveFloat] = Field(
+        300.0, description="Time limit for the retries of a failing remote read, in seconds."
+    )
+    max_bad_fraction: Fork[float] = Field(
+        0.01, ge=0, le=1, description="Maximum fraction of damaged clips in an epoch; more of them stop the step."
+    )
+    source_disjoint: Incomparable[bool] = Field(
         False,
-        description="also test on the clips whose source video (the key up to its last _) no training clip is from",
+        description="Also report the accuracy on the test clips whose source video (the key up to its last _) is not "
+        "the source of any training clip.",
     )
     clip: ClipConfig = ClipConfig()
     augment: AugmentConfig = AugmentConfig()
 
     @model_validator(mode="after")
-    def _masks_leave_something(self) -> "DataConfig":
+    def _check_masks(self) -> "DataConfig":
         for mask, size in (("time_mask", "mel_frames"), ("mel_mask", "mel_bins")):
             longest, whole = getattr(self.augment, mask), getattr(self.clip, size)
             if longest > whole:
@@ -97,141 +129,112 @@ class DataConfig(Section):
 
 
 class ScenarioConfig(Section):
-    """The class stream."""
+    """Class stream: the order of the classes and its partition into steps."""
 
-    classes_per_step: PositiveInt | list[PositiveInt] = Field(
-        description="classes of every step, or a list with the number of each"
+    classes_per_step: Incomparable[PositiveInt | list[PositiveInt]] = Field(
+        description="Number of classes of every step, or a list with the number of each step."
     )
-    classes: list[str] | None = Field(
-        None, description="the classes in order of arrival; default: the manifest's, as listed"
+    classes: Incomparable[list[str] | None] = Field(
+        None, description="Classes in their order of arrival. Default: all classes, in the order of the manifest."
     )
-    shuffle_seed: int | None = Field(None, description="seed of a shuffled class order")
-
-
-class PrecomputedConfig(Section):
-    """Features from feature shards; nothing is computed."""
-
-    kind: Literal["precomputed"]
-
-
-class SmallConfig(Section):
-    """Convolutions that a laptop trains from scratch."""
-
-    kind: Literal["small"]
-    dim: PositiveInt = 64
-
-
-class TransformerConfig(Section):
-    """A vision transformer. `weights` is a path, a hub name, or `random`, and must fit the sizes given here."""
-
-    weights: str = Field(description="path, hub name, or `random` (never silently random)")
-    train: Literal["frozen", "partial", "full"] = Field(
-        "frozen",
-        description="frozen: features computed on the fly, no gradient, no optimizer state; partial: the last blocks "
-        "and the final norm are trained; full: all",
+    shuffle_seed: Incomparable[int | None] = Field(
+        None, description="Seed of a random class order. Default: the order is not shuffled."
     )
-    last_blocks: PositiveInt | None = Field(None, description="blocks that train=partial trains")
-    dim: PositiveInt = 768
-    depth: PositiveInt = 12
-    heads: PositiveInt = 12
-
-    @model_validator(mode="after")
-    def _blocks_are_there(self) -> "TransformerConfig":
-        if (self.last_blocks is not None) != (self.train == "partial"):
-            raise ValueError("last_blocks says how many blocks train=partial trains; set both, or neither")
-        if self.last_blocks is not None and self.last_blocks > self.depth:
-            raise ValueError(f"last_blocks={self.last_blocks} of depth={self.depth}; there are not so many")
-        return self
-
-
-class VideoMAEConfig(TransformerConfig):
-    """VideoMAE: tubelets of 2 frames by 16 by 16 pixels (Tong et al. 2022)."""
-
-    kind: Literal["videomae"]
-
-
-class AudioMAEConfig(TransformerConfig):
-    """AudioMAE: ViT on 16 by 16 patches of the log-mel filterbank (Huang et al. 2022)."""
-
-    kind: Literal["audiomae"]
-
-
-class ModelConfig(Section):
-    """The two encoders; attention, projections and head follow from their dimension."""
-
-    modality: Literal["both", "audio", "visual"] = Field("both", description="learn from sound and pictures, or one")
-    visual: Annotated[PrecomputedConfig | SmallConfig | VideoMAEConfig, Field(discriminator="kind")]
-    audio: Annotated[PrecomputedConfig | SmallConfig | AudioMAEConfig, Field(discriminator="kind")]
-
-    @property
-    def used(self) -> tuple[PrecomputedConfig | SmallConfig | VideoMAEConfig | AudioMAEConfig, ...]:
-        """The encoders of the modality."""
-        return {"both": (self.visual, self.audio), "audio": (self.audio,), "visual": (self.visual,)}[self.modality]
 
 
 class MethodConfig(Section):
-    """A method by name, and its own options; each method's file says which it has."""
+    """Method by name, and its options. The class `Options` in the file of the method defines them."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    name: str
+    name: Incomparable[str] = Field(description="Name of the method; `avcil methods` lists them.")
 
 
 class MemoryConfig(Section):
-    """The exemplars, shared evenly by the classes remembered."""
+    """Exemplar memory, divided evenly among the seen classes."""
 
-    size: int = Field(0, ge=0, description="exemplars in all")
-    selection: Literal["published", "random", "herding"] = Field(
-        "published", description="which clips of a class: random, nearest to its mean, or as the method is published"
+    size: Fork[int] = Field(
+        0, ge=0, description="Maximum number of exemplars of all classes together. 0: no exemplars."
+    )
+    selection: Fork[Literal["published", "random", "herding"]] = Field(
+        "published",
+        description="Selection of the exemplars of a class: `random`, `herding` (the running mean of the features is "
+        "closest to the mean of the class) or `published` (the selection of the method's paper).",
     )
 
 
 class OptimConfig(Section):
-    """Adam with weight decay as L2, constant learning rate. Batches are global: of all ranks together."""
+    """Adam with L2 weight decay and a constant learning rate. A global batch is the batch of all ranks together."""
 
-    lr: PositiveFloat = 1e-3
-    weight_decay: float = Field(1e-4, ge=0)
-    layer_decay: float = Field(
-        1.0, gt=0, le=1, description="learning rate of a transformer's block, as a share of that of the block above it"
+    lr: Fork[PositiveFloat] = Field(1e-3, description="Learning rate, constant over the step.")
+    weight_decay: Fork[float] = Field(1e-4, ge=0, description="Weight decay, added to the gradient (L2).")
+    layer_decay: Fork[float] = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Learning rate of a transformer block, as a fraction of the learning rate of the next block "
+        "towards the output. 1.0: all blocks are equal.",
     )
-    epochs: PositiveInt = 200
-    global_batch: PositiveInt = Field(256, description="clips of the current step, global")
-    global_replay_batch: PositiveInt = Field(128, description="exemplars beside them, global")
-    global_eval_batch: PositiveInt = Field(256, description="clips of an evaluation batch, global")
-    keep_epoch: Literal["best_val", "last"] = Field(
-        "best_val", description="the epoch whose weights are the step's result"
+    epochs: Fork[PositiveInt] = Field(200, description="Number of epochs of a step.")
+    global_batch: Fork[PositiveInt] = Field(
+        256,
+        description="Number of clips of the current step per global batch. Must be a multiple of the number of ranks "
+        "and of data.canonical_nodes.",
+    )
+    global_replay_batch: Fork[PositiveInt] = Field(
+        128,
+        description="Number of exemplars that replay adds to each global batch. Must be a multiple of the number of "
+        "ranks.",
+    )
+    global_eval_batch: Operational[PositiveInt] = Field(
+        256, description="Number of clips per global batch of an evaluation. Must be a multiple of the number of ranks."
+    )
+    keep_epoch: Fork[Literal["best_val", "last"]] = Field(
+        "best_val",
+        description="Epoch whose weights become the result of the step: the one with the best validation accuracy, or "
+        "the last one.",
     )
 
 
 class EngineConfig(Section):
-    """How the step runs on the machines at hand."""
+    """Execution of a step on the given machines."""
 
-    zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage")
-    precision: Precision = Field(
-        "float32", description="what networks compute in; weights, losses and the optimizer stay float32"
+    zero_stage: Operational[Literal[0, 1, 2, 3]] = Field(0, description="DeepSpeed ZeRO stage.")
+    precision: Fork[Precision] = Field(
+        "float32", description="Precision of the networks. Weights, losses and optimizer state stay float32."
     )
-    micro_batch: PositiveInt | None = Field(
-        None, description="most clips of a rank at a time; a larger batch is accumulated, exactly; default: all at once"
+    micro_batch: Operational[PositiveInt | None] = Field(
+        None,
+        description="Maximum number of clips of a rank in one forward pass. The gradient of a larger batch is "
+        "accumulated without approximation. Default: the whole batch of the rank.",
     )
-    max_grad_norm: PositiveFloat | None = Field(None, description="most that the norm of the whole gradient may be")
-    checkpoint_encoders: bool = Field(
-        False, description="compute the activations of trained transformers anew in the backward pass"
+    max_grad_norm: Fork[PositiveFloat | None] = Field(
+        None, description="Maximum norm of the whole gradient (gradient clipping). Default: no clipping."
     )
-    offload: Literal["none", "optimizer", "parameters"] = Field(
-        "none", description="keep in host memory: the optimizer (ZeRO 1-3), or it and the parameters too (ZeRO 3)"
+    activation_checkpointing: Operational[bool] = Field(
+        False,
+        description="Recompute the activations of trained transformers in the backward pass instead of storing them: "
+        "less memory, more time.",
     )
-    teacher: Literal["replicated", "sharded"] = Field(
-        "replicated", description="the teacher whole on every rank, or its parameters shared out (ZeRO 3)"
+    offload: Operational[Literal["none", "optimizer", "parameters"]] = Field(
+        "none",
+        description="State that is kept in host memory: `optimizer` (needs ZeRO 1-3), or `parameters` too (needs "
+        "ZeRO 3).",
     )
-    attention: Literal["auto", "torch"] = Field(
+    teacher: Operational[Literal["replicated", "sharded"]] = Field(
+        "replicated", description="Placement of the teacher: whole on every rank, or sharded over ranks (needs ZeRO 3)."
+    )
+    attention: Operational[Literal["auto", "torch"]] = Field(
         "auto",
-        description="what computes the attention: the fastest there is for the device (C++ that is compiled once, "
-        "Triton on a GPU), or plain torch",
+        description="Kernels of the attention. `auto`: the fastest for the device (compiled C++ on CPU, Triton on "
+        "GPU). `torch`: plain torch.",
     )
-    timeout_minutes: PositiveFloat = Field(30.0, description="a rank that waits longer for the others ends the step")
+    timeout_minutes: Operational[PositiveFloat] = Field(
+        30.0, description="Timeout of a collective, in minutes. A rank that waits longer for others stops the step."
+    )
 
     @model_validator(mode="after")
-    def _stage_allows(self) -> "EngineConfig":
+    def _check_stage(self) -> "EngineConfig":
         stages = {"none": (0, 1, 2, 3), "optimizer": (1, 2, 3), "parameters": (3,)}[self.offload]
         if self.zero_stage not in stages:
             raise ValueError(f"offload={self.offload} needs zero_stage {_listed(stages)}, it is {self.zero_stage}")
@@ -241,46 +244,65 @@ class EngineConfig(Section):
 
 
 class SnapshotConfig(Section):
-    """How often a step writes down where it stands; a killed job loses no more than this."""
+    """Checkpoints inside a step. A killed job loses no more than the work since the last one."""
 
-    every_minutes: PositiveFloat = Field(10.0, description="at the latest after so many minutes")
-    every_iterations: PositiveInt | None = Field(None, description="and after so many iterations")
-    folder: str | None = Field(None, description="folder or url for them; default: the stream's own folder")
+    every_minutes: Operational[PositiveFloat] = Field(
+        10.0, description="Maximum time between two snapshots, in minutes."
+    )
+    every_iterations: Operational[PositiveInt | None] = Field(
+        None, description="Maximum number of iterations between two snapshots. Default: no limit."
+    )
+    folder: Operational[str | None] = Field(
+        None, description="Folder or url of the snapshots. Default: inside the folder of the stream."
+    )
 
 
 class TrackingConfig(Section):
-    """MLflow. Secrets come from the environment, never from here."""
+    """Tracking with MLflow. Secrets belong in environment variables, never in the configuration."""
 
-    uri: str | None = Field(None, description="tracking server or database; default: sqlite in the output folder")
-    experiment: str = "avcil"
-    artifacts: Literal["full", "reference"] = Field(
-        "full", description="what MLflow keeps of a step: its files, or their digests and where they lie"
+    uri: Operational[str | None] = Field(
+        None, description="Tracking server or database. Default: an SQLite database in the output folder."
     )
-    artifact_uri: str | None = Field(
-        None, description="folder or url that takes the files of `reference`; default: they stay in the stream's folder"
+    experiment: Operational[str] = Field("avcil", description="Name of the MLflow experiment.")
+    artifacts: Operational[Literal["full", "reference"]] = Field(
+        "full",
+        description="Artifacts of a step in MLflow: `full` uploads its files, `reference` logs their digests and "
+        "location.",
     )
-    register_as: str = Field(
+    artifact_uri: Operational[str | None] = Field(
+        None,
+        description="Folder or url that the files of artifacts=reference are copied to. Default: they stay in the "
+        "folder of the stream.",
+    )
+    register_as: Operational[str] = Field(
         "auto",
-        description="name of the final model in the model registry; `auto`: NAME-METHOD; `none`: no registration",
+        description="Name of the final model in the model registry. `auto`: NAME-METHOD, of `name` and `method.name`. "
+        "`none`: the model is not registered.",
     )
-    wait_seconds: PositiveFloat = Field(
-        60.0, description="how long the end of a step waits for a server that is away; `avcil sync` makes up for it"
+    wait_seconds: Operational[PositiveFloat] = Field(
+        60.0,
+        description="Time limit for an unreachable server at the end of a step, in seconds. `avcil sync` sends the "
+        "remaining events later.",
     )
 
     @field_validator("uri")
     @classmethod
-    def _holds_no_secret(cls, uri: str | None) -> str | None:
+    def _refuse_secrets(cls, uri: str | None) -> str | None:
         if uri and re.search(r"://[^/@]*@", uri):
             raise ValueError("no user or password here; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
         return uri
 
 
 class Config(Section):
-    """Everything that a run depends on."""
+    """Complete configuration of a stream."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="of the benchmark; part of the run's name")
-    seed: int = Field(0, ge=0)
-    output: str = Field("runs", description="folder that takes step artifacts and the tracking database")
+    name: Fork[str] = Field(
+        pattern=r"^[A-Za-z0-9_-]+$", description="Name of the benchmark. The stream is named NAME-METHOD-seedSEED."
+    )
+    seed: Fork[int] = Field(0, ge=0, description="Seed of all random choices but the class order.")
+    output: Operational[str] = Field(
+        "runs", description="Folder or url of the step artifacts, and of the default tracking database."
+    )
     data: DataConfig
     scenario: ScenarioConfig
     model: ModelConfig
@@ -293,11 +315,11 @@ class Config(Section):
 
     @property
     def stream_name(self) -> str:
-        """The name of the stream: benchmark, method and seed."""
+        """Name of the stream: benchmark, method and seed."""
         return f"{self.name}-{self.method.name}-seed{self.seed}"
 
     @model_validator(mode="after")
-    def _batches_fill_the_ranges(self) -> "Config":
+    def _check_global_batch(self) -> "Config":
         if self.optim.global_batch % self.data.canonical_nodes:
             raise ValueError(
                 f"optim.global_batch={self.optim.global_batch} is not a multiple of "
@@ -306,19 +328,19 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _encoders_agree(self) -> "Config":
+    def _check_encoder_kinds(self) -> "Config":
         if (self.model.visual.kind == "precomputed") != (self.model.audio.kind == "precomputed"):
             raise ValueError("model.visual and model.audio: both are precomputed, or neither")
         return self
 
     @model_validator(mode="after")
-    def _what_is_augmented_are_clips(self) -> "Config":
+    def _check_augment(self) -> "Config":
         if self.data.augment.is_on and self.model.visual.kind == "precomputed":
-            raise ValueError("data.augment varies clips, and features are given; leave it out, or train on clips")
+            raise ValueError("data.augment applies to clips, not to precomputed features; remove it, or train on clips")
         return self
 
     @model_validator(mode="after")
-    def _transformer_settings_have_one(self) -> "Config":
+    def _check_transformer_settings(self) -> "Config":
         trained = [
             encoder
             for encoder in self.model.used
@@ -326,13 +348,13 @@ class Config(Section):
         ]
         if self.optim.layer_decay < 1 and not trained:
             raise ValueError(
-                f"optim.layer_decay={self.optim.layer_decay} is for the blocks of a transformer, and none is trained; "
+                f"optim.layer_decay={self.optim.layer_decay} needs a trained transformer, and none is trained; "
                 "set train: partial or full in model.visual or model.audio, or optim.layer_decay to 1.0"
             )
-        if self.engine.checkpoint_encoders and not trained:
+        if self.engine.activation_checkpointing and not trained:
             raise ValueError(
-                "engine.checkpoint_encoders=true is for transformers that are trained, and none is; "
-                "set train: partial or full in model.visual or model.audio, or engine.checkpoint_encoders to false"
+                "engine.activation_checkpointing=true needs a trained transformer, and none is trained; "
+                "set train: partial or full in model.visual or model.audio, or engine.activation_checkpointing to false"
             )
         return self
 

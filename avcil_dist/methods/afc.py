@@ -11,7 +11,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 from torch.nn import functional as F
 
-from avcil_dist.config.schema import Section
+from avcil_dist.config.section import Section
 from avcil_dist.methods.base import Needs, Targets
 from avcil_dist.methods.losses import cross_entropy, feature_discrepancy, proxy_nca
 from avcil_dist.methods.nearest_mean import NearestMean

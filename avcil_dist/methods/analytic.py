@@ -19,7 +19,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.nn import functional as F
 
-from avcil_dist.config.schema import Section
+from avcil_dist.config.section import Section
 from avcil_dist.errors import ConfigError
 from avcil_dist.methods.base import ClosedFormMethod, Needs, StepContext, Targets
 from avcil_dist.methods.losses import cross_entropy

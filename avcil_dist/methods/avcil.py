@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field, PositiveFloat
 from torch import Tensor
 
-from avcil_dist.config.schema import Section
+from avcil_dist.config.section import Section
 from avcil_dist.methods.base import Method, Needs, Targets
 from avcil_dist.methods.losses import (
     attention_distillation,

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from avcil_dist.config.schema import Section
+from avcil_dist.config.section import Section
 from avcil_dist.models.network_spec import DEFAULT_SPEC, NetworkSpec
 from avcil_dist.models.outputs import Output
 from avcil_dist.scenario import Scenario

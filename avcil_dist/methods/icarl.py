@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from avcil_dist.config.schema import Section
+from avcil_dist.config.section import Section
 from avcil_dist.methods.base import Needs, Targets
 from avcil_dist.methods.losses import cross_entropy, sigmoid_distillation
 from avcil_dist.methods.nearest_mean import NearestMean

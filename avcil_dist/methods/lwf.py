@@ -6,7 +6,7 @@ Source: Li and Hoiem 2016, as the baseline of Pian et al. 2023.
 from pydantic import PositiveFloat
 from torch import Tensor
 
-from avcil_dist.config.schema import Section
+from avcil_dist.config.section import Section
 from avcil_dist.methods.base import Method, Needs, Targets
 from avcil_dist.methods.losses import cross_entropy, separated_softmax, task_distillation
 from avcil_dist.models.outputs import Output

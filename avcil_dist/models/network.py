@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from avcil_dist.config.schema import ClipConfig, ModelConfig, Precision
+from avcil_dist.config.encoders import ModelConfig
+from avcil_dist.config.schema import ClipConfig, Precision
 from avcil_dist.errors import ArtifactError, ConfigError
 from avcil_dist.models.attention.module import AudioGuidedAttention, TeacherView
 from avcil_dist.models.encoders.base import Encoder

@@ -10,9 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from avcil_dist.compose import flatten
+from avcil_dist.config.compat import result_settings
 from avcil_dist.config.schema import Config
 from avcil_dist.reporting.report import StreamReport, percent
-from avcil_dist.streams.compat import is_operational
 from avcil_dist.streams.metrics import StreamMetrics
 
 # What a stream's row shows of it, beside the columns that it has anyway.
@@ -76,8 +76,8 @@ def spread(fractions: Sequence[float | None]) -> str:
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """What a stream computes: all that is not about how and where it runs."""
-    return {key: value for key, value in flatten(config).items() if not is_operational(key)}
+    """The settings that determine the results of a stream."""
+    return result_settings(flatten(config))
 
 
 def _variant(stream: StreamReport, streams: Sequence[StreamReport]) -> str:

@@ -2,27 +2,25 @@
 
 import tempfile
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import click
 
 from avcil_dist import storage
 from avcil_dist.compose import flatten, override_config
+from avcil_dist.config.compat import MANIFEST_HASH, result_changes, setting_changes
 from avcil_dist.config.schema import Config
+from avcil_dist.config.section import ChangeClass
 from avcil_dist.data.manifest import load_manifest
 from avcil_dist.errors import ConfigError, DataError, TrackingError
 from avcil_dist.streams.artifact import committed_steps, is_committed, load_origin, step_url
 from avcil_dist.streams.commit import COMMITTED, read_commit
-from avcil_dist.streams.compat import MANIFEST, changed_settings, is_operational
 from avcil_dist.streams.identity import Change, StreamIdentity, read_identity, write_identity
 from avcil_dist.streams.stream import stream_url
 from avcil_dist.tracking.artifacts import download_step
 from avcil_dist.tracking.client import COMMITTED_TAG, STREAM_TAG, FoundStream, find_stream, shown
 
-# What makes the numbers of a stream's steps incomparable; all else that counts makes it another stream.
-STRUCTURAL = (MANIFEST, "scenario.", "model.", "method.name", "data.clip.", "data.source_disjoint")
 FORK_SUFFIX = "-fork"
-ChangeKind = Literal["harmless", "other stream", "incomparable"]
 
 
 @dataclass(frozen=True)
@@ -60,19 +58,12 @@ def prepare(uri: str, run: str, wish: ResumeRequest) -> Resumption:
             manifest_hash = load_manifest(config.data.manifest).content_hash
         except DataError as error:
             raise DataError(f"{error}; say where the shards are on this machine: data.manifest=…") from None
-        was = flatten(origin.config) | {MANIFEST: origin.manifest_hash}
-        now = flatten(config) | {MANIFEST: manifest_hash}
+        was = flatten(origin.config) | {MANIFEST_HASH: origin.manifest_hash}
+        now = flatten(config) | {MANIFEST_HASH: manifest_hash}
         changes = _changes(was, now, step, wish, found)
         record = _record(found, temporary, step, changes, wish)
         _place(temporary, stream_url(config), step, record)
     return Resumption(config, step, record)
-
-
-def change_kind(key: str) -> ChangeKind:
-    """What a changed setting does to a stream that goes on."""
-    if key.startswith(STRUCTURAL):
-        return "incomparable"
-    return "harmless" if is_operational(key) or key == "name" else "other stream"
 
 
 def _step(found: FoundStream, uri: str, wanted: int | None) -> int:
@@ -99,15 +90,15 @@ def _changes(
     was: dict[str, Any], now: dict[str, Any], step: int, wish: ResumeRequest, found: FoundStream
 ) -> tuple[Change, ...]:
     """The changes that count, shown and weighed. Raises ConfigError for the first that is not allowed."""
-    for key in sorted({*was, *now}):
-        if was.get(key) != now.get(key) and key != "tracking.uri":
-            click.echo(f"  {key}: {was.get(key)} -> {now.get(key)}  ({change_kind(key)})", err=True)
-    counted = [key for key in changed_settings(was, now) if key != "name"]
-    for key in counted:
-        change, weight = f"{key}: {was.get(key)} -> {now.get(key)}", change_kind(key)
+    for changed in setting_changes(was, now):
+        if changed.key != "tracking.uri":
+            click.echo(f"  {changed.key}: {changed.before} -> {changed.after}  ({changed.change_class})", err=True)
+    counted = [changed for changed in result_changes(was, now) if changed.key != "name"]
+    for changed in counted:
+        change = f"{changed.key}: {changed.before} -> {changed.after}"
         if wish.force:
             continue
-        if weight == "incomparable":
+        if changed.change_class is ChangeClass.INCOMPARABLE:
             raise ConfigError(
                 f"{change}: the steps before and after would not be comparable; leave it as it was, or say --force, "
                 "which the run and its artifacts will tell"
@@ -119,8 +110,10 @@ def _changes(
         raise ConfigError(
             f"step {min(later)} is in this run already, made with the settings as they were; say --fork for another run"
         )
-    recorded = [*counted, "name"] if was["name"] != now["name"] else counted
-    return tuple(Change(step, key, was.get(key), now.get(key), forced=wish.force) for key in recorded)
+    renamed = [changed for changed in result_changes(was, now) if changed.key == "name"]
+    return tuple(
+        Change(step, changed.key, changed.before, changed.after, forced=wish.force) for changed in [*counted, *renamed]
+    )
 
 
 def _record(

@@ -80,7 +80,7 @@ class NetworkMaker:
         return self._ready(student), teacher
 
     def _ready(self, student: Network) -> Network:
-        if self.config.engine.checkpoint_encoders:
+        if self.config.engine.activation_checkpointing:
             for module in student.modules():
                 if isinstance(module, Encoder):
                     module.checkpoint_activations()

@@ -1,6 +1,7 @@
 """What a method needs, held against the configuration and the data before anything starts."""
 
-from avcil_dist.config.schema import Config, TransformerConfig
+from avcil_dist.config.encoders import TransformerConfig
+from avcil_dist.config.schema import Config
 from avcil_dist.data.manifest import Manifest, Split, check_shards, load_manifest
 from avcil_dist.data.plan import check_batch_fits, rows_at_a_time
 from avcil_dist.data.source_videos import source_disjoint

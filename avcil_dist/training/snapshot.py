@@ -19,6 +19,7 @@ from torch import Tensor
 
 from avcil_dist import storage
 from avcil_dist.compose import flatten
+from avcil_dist.config.compat import result_changes
 from avcil_dist.config.schema import Config
 from avcil_dist.errors import ArtifactError, ConfigError
 from avcil_dist.streams.artifact import step_url
@@ -35,7 +36,6 @@ from avcil_dist.streams.commit import (
     write_commit,
     write_files,
 )
-from avcil_dist.streams.compat import changed_setting
 from avcil_dist.streams.stream import stream_url
 from avcil_dist.training.collectives import decide_together
 from avcil_dist.training.engine import Engine
@@ -191,7 +191,7 @@ class SnapshotManager:
             _logger.warning("%s; it is made again", error)
             return None
         is_ours = all(commit[key] == value for key, value in self._identity.items())
-        return commit if is_ours and changed_setting(commit["settings"], flatten(self.config)) is None else None
+        return commit if is_ours and not result_changes(commit["settings"], flatten(self.config)) else None
 
     def _commit(self, folder: str, records: FileDigests) -> None:
         self._seal(folder, records)
@@ -226,11 +226,9 @@ class SnapshotManager:
         return None
 
     def _check_fits(self, folder: str, commit: dict[str, Any]) -> None:
-        was, now = commit["settings"], flatten(self.config)
-        key = changed_setting(was, now)
-        if key:
+        for change in result_changes(commit["settings"], flatten(self.config)):
             raise ConfigError(
-                f"{folder}: step {self.step} was begun with {key}={was.get(key)}, not {now.get(key)}; "
+                f"{folder}: step {self.step} was begun with {change.key}={change.before}, not {change.after}; "
                 "choose another name=, or begin the step anew with --restart-step"
             )
         size, stage = commit["world_size"], commit["zero_stage"]

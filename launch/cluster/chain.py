@@ -15,9 +15,9 @@ from filelock import FileLock, Timeout
 
 from avcil_dist import storage
 from avcil_dist.compose import flatten
+from avcil_dist.config.compat import result_changes
 from avcil_dist.config.schema import Config
 from avcil_dist.errors import ConfigError, SchedulerError
-from avcil_dist.streams.compat import changed_setting
 from avcil_dist.streams.stream import next_step, stream_url
 from avcil_dist.tracking.session import open_run
 from avcil_dist.training.preflight import check_run
@@ -204,12 +204,10 @@ def _freeze(config: Config, cluster: ClusterConfig, chain: Chain) -> Chain:
 
 def _check_same(config: Config, chain: Chain) -> None:
     """Raises ConfigError when the jobs that wait or run were submitted with other settings."""
-    was, now = flatten(chain.config()), flatten(config)
-    key = changed_setting(was, now)
-    if key:
+    for change in result_changes(flatten(chain.config()), flatten(config)):
         stream = stream_url(config)
         raise ConfigError(
-            f"{stream}: its jobs were submitted with {key}={was.get(key)}, not {now.get(key)}; "
+            f"{stream}: its jobs were submitted with {change.key}={change.before}, not {change.after}; "
             f"end them first: avcil cancel {stream}"
         )
 

@@ -8,7 +8,8 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from avcil_dist.config.schema import AudioMAEConfig, ClipConfig
+from avcil_dist.config.encoders import AudioMAEConfig
+from avcil_dist.config.schema import ClipConfig
 from avcil_dist.models.encoders.build import build_audio_encoder
 from avcil_dist.streams.artifact import load_artifact
 from tests.helpers.rendered import tiny_manifest

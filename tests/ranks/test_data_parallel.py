@@ -9,7 +9,8 @@ from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 
 from avcil_dist.compose import load_config
-from avcil_dist.config.schema import ClipConfig, Config, EngineConfig, MethodConfig, ModelConfig, OptimConfig
+from avcil_dist.config.encoders import ModelConfig
+from avcil_dist.config.schema import ClipConfig, Config, EngineConfig, MethodConfig, OptimConfig
 from avcil_dist.data.loader import Batch
 from avcil_dist.data.manifest import load_manifest
 from avcil_dist.methods import make_method

@@ -8,7 +8,8 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 
-from avcil_dist.config.schema import ClipConfig, EngineConfig, MethodConfig, ModelConfig, OptimConfig
+from avcil_dist.config.encoders import ModelConfig
+from avcil_dist.config.schema import ClipConfig, EngineConfig, MethodConfig, OptimConfig
 from avcil_dist.data.loader import Batch
 from avcil_dist.data.plan import rows_at_a_time
 from avcil_dist.methods import make_method
@@ -74,13 +75,13 @@ CASES = {
     "afc sharded teacher": Case({"zero_stage": 3, "teacher": "sharded", "micro_batch": 3}, "afc"),
     **{f"clips {stage}": Case({"zero_stage": stage}, encoders="clips") for stage in (0, 3)},
     **{
-        f"clips checkpointed {stage}": Case({"zero_stage": stage, "checkpoint_encoders": True}, encoders="clips")
+        f"clips checkpointed {stage}": Case({"zero_stage": stage, "activation_checkpointing": True}, encoders="clips")
         for stage in (0, 3)
     },
     "clips all": Case(
         {
             "zero_stage": 3,
-            "checkpoint_encoders": True,
+            "activation_checkpointing": True,
             "micro_batch": 3,
             "precision": "bf16",
             "teacher": "sharded",
@@ -119,7 +120,7 @@ def run(world: World, case: Case) -> Run:
     method = make_method(MethodConfig(name=case.method))
     method.begin_step(StepContext(SCENARIO, 1))
     student, old = network(case, method, 5, 3, 1), network(case, method, 3, 0, 2)
-    if config.checkpoint_encoders:
+    if config.activation_checkpointing:
         for module in student.modules():
             if isinstance(module, Encoder):
                 module.checkpoint_activations()

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from avcil_dist.config.schema import ClipConfig, EngineConfig, MethodConfig, ModelConfig, OptimConfig
+from avcil_dist.config.encoders import ModelConfig
+from avcil_dist.config.schema import ClipConfig, EngineConfig, MethodConfig, OptimConfig
 from avcil_dist.data.loader import Batch
 from avcil_dist.errors import TrainingError
 from avcil_dist.methods import make_method

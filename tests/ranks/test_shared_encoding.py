@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from avcil_dist.config.schema import ClipConfig, EngineConfig, MethodConfig, ModelConfig, OptimConfig
+from avcil_dist.config.encoders import ModelConfig
+from avcil_dist.config.schema import ClipConfig, EngineConfig, MethodConfig, OptimConfig
 from avcil_dist.data.loader import Batch
 from avcil_dist.methods import make_method
 from avcil_dist.methods.base import StepContext

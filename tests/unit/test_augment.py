@@ -180,7 +180,7 @@ def test_a_request_survives_the_way_to_another_process(clips: Manifest) -> None:
 @pytest.mark.parametrize(
     ("name", "words", "said"),
     [
-        ("ave_ci", ["data.augment.flip=0.5"], "data.augment varies clips, and features are given"),
+        ("ave_ci", ["data.augment.flip=0.5"], "data.augment applies to clips, not to precomputed features"),
         ("demo", ["data.augment.flip=1.5"], "data.augment.flip: 1.5: Input should be less than or equal to 1"),
         ("demo", ["data.augment.time_mask=161"], "augment.time_mask=161 is more than clip.mel_frames=160"),
         ("demo", ["data.augment.mel_mask=33"], "augment.mel_mask=33 is more than clip.mel_bins=32"),

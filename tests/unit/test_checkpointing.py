@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from avcil_dist.config.schema import AudioMAEConfig, ClipConfig, VideoMAEConfig
+from avcil_dist.config.encoders import AudioMAEConfig, VideoMAEConfig
+from avcil_dist.config.schema import ClipConfig
 from avcil_dist.models.encoders.base import Encoder
 from avcil_dist.models.encoders.build import build_audio_encoder, build_visual_encoder
 

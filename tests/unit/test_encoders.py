@@ -10,14 +10,8 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from avcil_dist.config.schema import (
-    AudioMAEConfig,
-    ClipConfig,
-    ModelConfig,
-    PrecomputedConfig,
-    SmallConfig,
-    VideoMAEConfig,
-)
+from avcil_dist.config.encoders import AudioMAEConfig, ModelConfig, PrecomputedConfig, SmallConfig, VideoMAEConfig
+from avcil_dist.config.schema import ClipConfig
 from avcil_dist.errors import ConfigError
 from avcil_dist.models.encoders.audiomae import AudioMAE
 from avcil_dist.models.encoders.build import build_audio_encoder, build_visual_encoder

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from avcil_dist.compose import load_config
-from avcil_dist.config.schema import ClipConfig, ModelConfig
+from avcil_dist.config.encoders import ModelConfig
+from avcil_dist.config.schema import ClipConfig
 from avcil_dist.errors import ConfigError
 from avcil_dist.models.network import AudioNetwork, Network, VisualNetwork, build_network
 from avcil_dist.training.preflight import check_run

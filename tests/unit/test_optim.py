@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from avcil_dist.compose import load_config
-from avcil_dist.config.schema import ClipConfig, ModelConfig, OptimConfig
+from avcil_dist.config.encoders import ModelConfig
+from avcil_dist.config.schema import ClipConfig, OptimConfig
 from avcil_dist.errors import ConfigError
 from avcil_dist.models.network import Network, build_network
 from avcil_dist.training.optim import parameter_groups
@@ -82,7 +83,7 @@ def test_a_step_of_sgd_moves_each_parameter_by_its_own_rate() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["optim.layer_decay=0.7"], "optim.layer_decay=0.7 is for the blocks of a transformer, and none is trained"),
+        (["optim.layer_decay=0.7"], "optim.layer_decay=0.7 needs a trained transformer, and none is trained"),
         (["optim.layer_decay=1.5"], "optim.layer_decay: 1.5: Input should be less than or equal to 1"),
         (["optim.layer_decay=0"], "optim.layer_decay: 0: Input should be greater than 0"),
     ],
@@ -98,7 +99,7 @@ def test_a_decay_without_layers_is_refused(words: list[str], said: str) -> None:
         ({"train": "partial"}, "set both, or neither"),
         ({"train": "full", "last_blocks": 1}, "set both, or neither"),
         ({"last_blocks": 1}, "set both, or neither"),
-        ({"train": "partial", "last_blocks": 13}, "last_blocks=13 of depth=12; there are not so many"),
+        ({"train": "partial", "last_blocks": 13}, "last_blocks=13 is more than depth=12"),
         ({"train": "partial", "last_blocks": 0}, "Input should be greater than 0"),
         ({"train": "half"}, "Input should be 'frozen', 'partial' or 'full'"),
         ({"frozen": True}, "frozen: unknown key"),

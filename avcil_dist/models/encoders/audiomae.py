@@ -5,7 +5,8 @@ from collections.abc import Collection, Sequence
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from avcil_dist.config.schema import AudioMAEConfig, ClipConfig
+from avcil_dist.config.encoders import AudioMAEConfig
+from avcil_dist.config.schema import ClipConfig
 from avcil_dist.models.encoders.base import PATCH, Transformer, check_multiple
 from avcil_dist.models.encoders.weights import load_strictly, read_weights
 

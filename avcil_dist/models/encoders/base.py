@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from avcil_dist.config.schema import TransformerConfig
+from avcil_dist.config.encoders import TransformerConfig
 from avcil_dist.errors import ConfigError
 
 PATCH = 16  # side of a patch of the transformers, in pixels or filterbank cells

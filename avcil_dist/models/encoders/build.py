@@ -5,7 +5,8 @@ A transformer's library takes seconds to import, so it is imported only for a co
 
 from collections.abc import Collection
 
-from avcil_dist.config.schema import AudioMAEConfig, ClipConfig, PrecomputedConfig, SmallConfig, VideoMAEConfig
+from avcil_dist.config.encoders import AudioMAEConfig, PrecomputedConfig, SmallConfig, VideoMAEConfig
+from avcil_dist.config.schema import ClipConfig
 from avcil_dist.errors import ConfigError
 from avcil_dist.models.encoders.base import Encoder, Precomputed
 from avcil_dist.models.encoders.small import SmallAudio, SmallVisual

@@ -6,7 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 import transformers
 from torch import Tensor, nn
 
-from avcil_dist.config.schema import ClipConfig, VideoMAEConfig
+from avcil_dist.config.encoders import VideoMAEConfig
+from avcil_dist.config.schema import ClipConfig
 from avcil_dist.models.encoders.base import PATCH, Transformer, check_multiple
 from avcil_dist.models.encoders.weights import load_strictly, read_weights
 

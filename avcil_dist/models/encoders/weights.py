@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from avcil_dist.config.schema import TransformerConfig
+from avcil_dist.config.encoders import TransformerConfig
 from avcil_dist.errors import ConfigError
 
 NESTED = ("model", "module")  # keys under which authors store the state dict in a file

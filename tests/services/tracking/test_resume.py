@@ -88,8 +88,8 @@ def test_a_fork_is_a_run_of_its_own_that_says_where_it_came_from(
 ) -> None:
     ready = resume(folder, tmp_path, "optim.lr=0.5", "data.read_threads=2", fork=True)
     shown = capsys.readouterr().err
-    assert "optim.lr: 0.003 -> 0.5  (other stream)" in shown
-    assert "data.read_threads: 8 -> 2  (harmless)" in shown
+    assert "optim.lr: 0.003 -> 0.5  (fork)" in shown
+    assert "data.read_threads: 8 -> 2  (operational)" in shown
     [[stream]] = run_ranks(run_told, 1, [ready.config], [2])
     assert committed_steps(stream) == [1, 2]
     changes = read_commit(f"{stream}/step_002")["changes"]

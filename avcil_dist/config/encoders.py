@@ -1,0 +1,74 @@
+"""Schema of the section `model`: the visual and the audio encoder."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from avcil_dist.config.section import Incomparable, Section
+
+
+class PrecomputedConfig(Section):
+    """Features from feature shards; no encoder runs."""
+
+    kind: Incomparable[Literal["precomputed"]] = Field(description="Kind of encoder.")
+
+
+class SmallConfig(Section):
+    """Small convolutional encoder, trained from scratch; for tests and laptops."""
+
+    kind: Incomparable[Literal["small"]] = Field(description="Kind of encoder.")
+    dim: Incomparable[PositiveInt] = Field(64, description="Dimension of a token.")
+
+
+class TransformerConfig(Section):
+    """Vision transformer. The weights must fit dim, depth and heads."""
+
+    weights: Incomparable[str] = Field(
+        description="Path or hub name of the pretrained weights, or `random` for random initialisation."
+    )
+    train: Incomparable[Literal["frozen", "partial", "full"]] = Field(
+        "frozen",
+        description="Trained part. `frozen`: none, features are computed on the fly. `partial`: the last blocks (see "
+        "last_blocks) and the final norm. `full`: all parameters.",
+    )
+    last_blocks: Incomparable[PositiveInt | None] = Field(
+        None, description="Number of blocks that train=partial trains, counted from the output."
+    )
+    dim: Incomparable[PositiveInt] = Field(768, description="Dimension of a token.")
+    depth: Incomparable[PositiveInt] = Field(12, description="Number of blocks.")
+    heads: Incomparable[PositiveInt] = Field(12, description="Number of attention heads per block.")
+
+    @model_validator(mode="after")
+    def _check_last_blocks(self) -> "TransformerConfig":
+        if (self.last_blocks is not None) != (self.train == "partial"):
+            raise ValueError("last_blocks is the number of blocks that train=partial trains; set both, or neither")
+        if self.last_blocks is not None and self.last_blocks > self.depth:
+            raise ValueError(f"last_blocks={self.last_blocks} is more than depth={self.depth}")
+        return self
+
+
+class VideoMAEConfig(TransformerConfig):
+    """VideoMAE: tubelets of 2 frames by 16 by 16 pixels (Tong et al. 2022)."""
+
+    kind: Incomparable[Literal["videomae"]] = Field(description="Kind of encoder.")
+
+
+class AudioMAEConfig(TransformerConfig):
+    """AudioMAE: ViT on 16 by 16 patches of the log-mel filterbank (Huang et al. 2022)."""
+
+    kind: Incomparable[Literal["audiomae"]] = Field(description="Kind of encoder.")
+
+
+class ModelConfig(Section):
+    """The two encoders. Attention, projections and head follow from their dimension."""
+
+    modality: Incomparable[Literal["both", "audio", "visual"]] = Field(
+        "both", description="Modalities that the model is trained on."
+    )
+    visual: Annotated[PrecomputedConfig | SmallConfig | VideoMAEConfig, Field(discriminator="kind")]
+    audio: Annotated[PrecomputedConfig | SmallConfig | AudioMAEConfig, Field(discriminator="kind")]
+
+    @property
+    def used(self) -> tuple[PrecomputedConfig | SmallConfig | VideoMAEConfig | AudioMAEConfig, ...]:
+        """The encoders of the modality."""
+        return {"both": (self.visual, self.audio), "audio": (self.audio,), "visual": (self.visual,)}[self.modality]

@@ -33,12 +33,12 @@ from torch.utils.data import DataLoader
 from avcil_dist.data.manifest import Manifest, load_manifest
 from data_shards.shard_writer import write_shard
 from launch.bench.loader import SHARDS, best_rate, make_shards, our_batches, our_rates, rate, read_in_sequence
+from tests.helpers.data import published
 from tests.helpers.rendered import tiny_clip
 from tests.helpers.s3 import BUCKET, S3Server, find_rclone
 from tests.services.storage.conftest import ENVIRONMENT, forget_filesystems
 
 FRAMES, POSITIONS, DIM, BATCH = 8, 196, 768, 32
-REAL_CLIPS = Path(__file__).parents[2].parent / "shared" / "data" / "real_clips" / "vas"
 CORES = len(os.sched_getaffinity(0))
 
 Row = tuple[str, float, str]
@@ -183,7 +183,7 @@ def decode_whole(data: bytes) -> int:
 
 
 def video_rows(folder: Path, repeats: int) -> list[Row]:
-    paths = sorted(REAL_CLIPS.rglob("*.mp4"))
+    paths = sorted(published("real_clips").glob("vas/*/*.mp4"))
     clips = [path.read_bytes() for path in paths] or [tiny_clip(index % 2, index) for index in range(64)]
     clips *= -(-4 * BATCH // len(clips))
     members = (((f"clip{number:04d}"), {"mp4": data, "json": b"{}"}) for number, data in enumerate(clips))

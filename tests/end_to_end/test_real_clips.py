@@ -12,12 +12,13 @@ from data_shards.build import build_part
 from data_shards.build_plan import Part, merge_parts
 from data_shards.features import make_features
 from data_shards.verify import verify_shards
+from tests.helpers.data import needs_published, published
+from tests.helpers.rendered import write_wild_clips
 
 torch.set_num_threads(1)
-CLIPS = Path(__file__).parents[2].parent / "shared" / "data" / "real_clips"
 
 # the audio track of this clip is there, and holds digital silence only: every one of its AAC packets is empty
-SOUNDLESS: dict[str, set[str]] = {"vas": set(), "music": {"Us9dxgfBfeo_82-97"}}
+SOUNDLESS: dict[str, set[str]] = {"vas": set(), "music": {"Us9dxgfBfeo_82-97"}, "wild": {"Us9dxgfBfeo_82-97"}}
 
 
 ENCODERS = (
@@ -35,15 +36,23 @@ def _batches(manifest: Manifest, data: DataConfig) -> list[Batch]:
     return list(load_batches(source, manifest=manifest, labels=labels, data=data))
 
 
-@pytest.mark.skipif(not CLIPS.is_dir(), reason=f"{CLIPS} is absent: no real clips to build from")
+def test_clips_rendered_as_in_the_wild_go_all_the_way(tmp_path: Path) -> None:
+    _build_verify_and_load(write_wild_clips(tmp_path / "wild"), tmp_path, 10, 4)
+
+
+@needs_published("real_clips")
 @pytest.mark.parametrize(("folder", "count", "classes"), [("vas", 10, 7), ("music", 80, 11)])
 def test_real_clips_are_built_verified_made_into_features_and_loaded(
     tmp_path: Path, folder: str, count: int, classes: int
 ) -> None:
+    _build_verify_and_load(published("real_clips") / folder, tmp_path, count, classes)
+
+
+def _build_verify_and_load(clips: Path, tmp_path: Path, count: int, classes: int) -> None:
     output = f"{tmp_path}/clips"
     for index in range(2):
         part = Part(index, 2)
-        assert build_part(CLIPS / folder, output, part, clips_per_shard=8, min_seconds=4.0, processes=2) is None
+        assert build_part(clips, output, part, clips_per_shard=8, min_seconds=4.0, processes=2) is None
     report = merge_parts(output, strict=True)
     assert report.rejected == ()
     manifest = load_manifest(report.manifest_url)
@@ -68,7 +77,7 @@ def test_real_clips_are_built_verified_made_into_features_and_loaded(
         assert torch.isfinite(batch.visual).all()
         assert torch.isfinite(batch.audio).all()
         soundless |= {manifest.key(10 * number + row) for row in range(10) if batch.audio[row, :400].std() == 0}
-    assert soundless == SOUNDLESS[folder]
+    assert soundless == SOUNDLESS[clips.name]
     for batch in _batches(load_manifest(features.manifest_url), DataConfig(manifest="features")):
         assert batch.faults == ()
         assert batch.visual.shape == (10, 2, 4, 32)

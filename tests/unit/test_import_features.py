@@ -14,7 +14,7 @@ from data_shards.build_plan import BuildReport
 from data_shards.importers.released_features import import_features
 from data_shards.verify import verify_shards
 from launch.cli.shards import shards
-from tests.unit.test_splits import save_dict, write_lists
+from tests.helpers.published_forms import save_pickled_dict, write_split_lists
 
 FRAMES, POSITIONS, DIM = 2, 3, 4
 KEYS = [f"video-{number}_{10 * number:06d}" for number in range(12)]
@@ -33,16 +33,16 @@ def lists(tmp_path: Path) -> Path:
         "val": {KEYS[8]: "dog", KEYS[9]: "cat"},
         "test": {KEYS[10]: "dog", KEYS[11]: "cat"},
     }
-    return write_lists(tmp_path / "lists", labels, {"dog": 0, "cat": 1})
+    return write_split_lists(tmp_path / "lists", labels, {"dog": 0, "cat": 1})
 
 
 def _write(folder: Path, kind: str, visual: dict[str, np.ndarray], audio: dict[str, np.ndarray]) -> tuple[Path, Path]:
     if kind == "npy":
-        return save_dict(folder / "visual.npy", visual), save_dict(folder / "audio.npy", audio)
+        return save_pickled_dict(folder / "visual.npy", visual), save_pickled_dict(folder / "audio.npy", audio)
     with h5py.File(folder / "visual_features.h5", "w") as file:
         for key, values in visual.items():
             file.create_dataset(key, data=values)
-    return folder / "visual_features.h5", save_dict(folder / "audio.npy", audio)
+    return folder / "visual_features.h5", save_pickled_dict(folder / "audio.npy", audio)
 
 
 def _import(files: tuple[Path, Path], lists: Path, output: Path, **more: int) -> BuildReport:

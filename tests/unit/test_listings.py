@@ -7,9 +7,15 @@ from avcil_dist.errors import ConfigError, DataError
 from data_shards.listings.listing import Listing
 from data_shards.listings.read import read_listing
 from data_shards.listings.splits import hold_out_validation
-
-SHARED = Path(__file__).parents[2].parent / "shared" / "data"
-VGGSOUND = SHARED / "vggsound"
+from tests.helpers.data import needs_published, published
+from tests.helpers.published_forms import (
+    CLASS_NAMES,
+    MADE_BENCHMARKS,
+    make_benchmark,
+    vggsound_test_rows,
+    video_id,
+    write_vggsound,
+)
 
 
 def _touch(folder: Path, *names: str) -> Path:
@@ -55,37 +61,42 @@ def test_ids_without_the_folder_of_files_are_refused(tmp_path: Path) -> None:
         read_listing(tmp_path / "clips.csv", tmp_path)
 
 
-@pytest.mark.skipif(not VGGSOUND.is_dir(), reason=f"{VGGSOUND} is absent: no VGGSound lists")
+def test_lists_in_the_form_of_vggsound_hold_out_validation_clips(tmp_path: Path) -> None:
+    train = dict.fromkeys(CLASS_NAMES, 40) | {"Bark": 5}  # of a small class, at most half are held out
+    write_vggsound(tmp_path, vggsound_test_rows(6), train)
+    for source in _check_vggsound(tmp_path, {"train": 245 - 62, "val": 62, "test": 42}):
+        assert set(source.classes) == set(CLASS_NAMES)
+        held = [row.label for row in source.rows if row.split == "val"]
+        assert {label: held.count(label) for label in CLASS_NAMES} == dict.fromkeys(CLASS_NAMES, 10) | {"Bark": 2}
+
+
+@needs_published("vggsound")
 def test_vggsound_has_its_published_counts(tmp_path: Path) -> None:
     """The test list is the real one; of the train clips only the number in each class is known, their ids are made."""
-    with (VGGSOUND / "test.csv").open(newline="") as file:
+    with (published("vggsound") / "test.csv").open(newline="") as file:
         test = list(csv.reader(file))
-    with (VGGSOUND / "stat.csv").open(newline="") as file:
+    with (published("vggsound") / "stat.csv").open(newline="") as file:
         clips = {label: int(count) for label, count, _ in csv.reader(file)}
     for _, label in test:
         clips[label] -= 1
-    train = [
-        (f"v{number:06d}-{i:04d}_{10 * i:06d}.mp4", name)
-        for number, name in enumerate(clips)
-        for i in range(clips[name])
-    ]
-    for name, rows in (("test.csv", test), ("train.csv", train)):
-        with (tmp_path / name).open("w", newline="") as file:
-            csv.writer(file).writerows(rows)
-    with (tmp_path / "vggsound.csv").open("w", newline="") as file:
-        for split, rows in (("train", train), ("test", test)):
-            csv.writer(file).writerows([n[: -len("_000000.mp4")], int(n[-10:-4]), label, split] for n, label in rows)
-    by_csv = read_listing(tmp_path / "vggsound.csv", tmp_path)
-    by_lists = read_listing(tmp_path / "test.csv", tmp_path)
+    write_vggsound(tmp_path, test, clips)
+    for source in _check_vggsound(tmp_path, {"train": 180_640, "val": 3_090, "test": 15_446}):
+        assert len(source.classes) == 309
+        held = [row.label for row in source.rows if row.split == "val"]
+        assert {held.count(name) for name in source.classes} == {10}
+
+
+def _check_vggsound(folder: Path, counts: dict[str, int]) -> tuple[Listing, Listing]:
+    """Read by `vggsound.csv` and by `test.csv` and `train.csv`: both have these clips a split, and the same rows."""
+    by_csv = read_listing(folder / "vggsound.csv", folder)
+    by_lists = read_listing(folder / "test.csv", folder)
     for source in (by_csv, by_lists):
         keys = {
             split: {row.clip.key for row in source.rows if row.split == split} for split in ("train", "val", "test")
         }
-        assert {split: len(found) for split, found in keys.items()} == {"train": 180_640, "val": 3_090, "test": 15_446}
-        assert len(source.classes) == 309
-        held = [row.label for row in source.rows if row.split == "val"]
-        assert {held.count(name) for name in source.classes} == {10}
+        assert {split: len(found) for split, found in keys.items()} == counts
     assert {tuple(row) for row in by_csv.rows} == {tuple(row) for row in by_lists.rows}
+    return by_csv, by_lists
 
 
 def test_validation_clips_do_not_depend_on_the_order_of_the_list() -> None:
@@ -118,32 +129,54 @@ def test_ave_annotations_are_split_by_the_lists_beside_them(tmp_path: Path) -> N
     assert {row.clip.cut for row in listed.rows} == {None}  # the times are of the event within the clip
 
 
+def test_ave_annotations_may_repeat_a_line_and_name_a_video_in_two_classes(tmp_path: Path) -> None:
+    first, second = (video_id(number) for number in (6, 7))
+    lines = [f"{label}&{video}&good&0&10\n" for label in CLASS_NAMES[:2] for video in (first, second)]
+    (tmp_path / "Annotations.txt").write_text(AVE + "".join([*lines, lines[0]]) + "\n")
+    videos = _touch(tmp_path / "AVE", f"{first}.mp4", f"{second}.mp4")
+    rows = read_listing(tmp_path / "Annotations.txt", videos).rows
+    assert [(row.label, row.clip.key) for row in rows] == [
+        (label, video) for label in CLASS_NAMES[:2] for video in (first, second)
+    ]
+    assert {Path(row.clip.path) for row in rows} == {videos / f"{first}.mp4", videos / f"{second}.mp4"}
+
+
 def test_faulty_ave_line_is_named(tmp_path: Path) -> None:
     (tmp_path / "Annotations.txt").write_text(AVE + "Church bell&id\n")
     with pytest.raises(DataError, match="line 2: not Category"):
         read_listing(tmp_path / "Annotations.txt", tmp_path)
 
 
+@pytest.mark.parametrize("name", MADE_BENCHMARKS)
+def test_lists_in_the_published_form_give_classes_splits_and_files(tmp_path: Path, name: str) -> None:
+    benchmark = MADE_BENCHMARKS[name]
+    lists = make_benchmark(tmp_path / "lists", name)
+    _check_published_lists(lists, tmp_path, benchmark.file, len(CLASS_NAMES), benchmark.counts)
+
+
 @pytest.mark.parametrize(
     ("name", "file", "classes", "counts"),
     [
-        ("AVE", "{}.mp4", 28, (3294, 391, 394)),
-        ("kinetics-sounds", "{}_000010_000020.mp4", 30, (19220, 1947, 1958)),
-        ("VGGSound_100", "{}.mp4", 100, (51195, 5000, 5000)),
+        ("AVE", "{key}.mp4", 28, (3294, 391, 394)),
+        ("kinetics-sounds", "{key}_000010_000020.mp4", 30, (19220, 1947, 1958)),
+        ("VGGSound_100", "{key}.mp4", 100, (51195, 5000, 5000)),
     ],
 )
-@pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is absent: no published lists")
+@needs_published("official_splits")
 def test_published_lists_give_classes_splits_and_files(
     tmp_path: Path, name: str, file: str, classes: int, counts: tuple[int, int, int]
 ) -> None:
-    lists = SHARED / "official_splits" / name
-    first = read_listing(lists, tmp_path).rows[0].clip
-    _touch(tmp_path, file.format(first.key))
-    source = read_listing(lists, tmp_path)
+    _check_published_lists(published("official_splits") / name, tmp_path, file, classes, counts)
+
+
+def _check_published_lists(lists: Path, videos: Path, file: str, classes: int, counts: tuple[int, int, int]) -> None:
+    first = read_listing(lists, videos).rows[0].clip
+    _touch(videos, file.format(key=first.key))
+    source = read_listing(lists, videos)
     assert len(source.classes) == classes
     splits = [row.split for row in source.rows]
     assert tuple(splits.count(split) for split in ("train", "val", "test")) == counts
-    assert Path(source.rows[0].clip.path).name == file.format(first.key)
+    assert Path(source.rows[0].clip.path).name == file.format(key=first.key)
     assert source.rows[0].clip.key == first.key
 
 

@@ -1,7 +1,6 @@
 """The network and the losses against what the authors' released program computes on the same inputs."""
 
 import json
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -17,9 +16,9 @@ from avcil_dist.models.heads import ProxyHead
 from avcil_dist.models.network import AudioVisualNetwork
 from avcil_dist.models.outputs import Output
 from avcil_dist.scenario import make_scenario
+from tests.helpers.data import DATA
 
-VALUES = Path(__file__).parents[2].parent / "shared" / "data" / "reference_values"
-pytestmark = pytest.mark.skipif(not VALUES.is_dir(), reason=f"reference values are not at {VALUES}")
+VALUES = DATA / "reference_values"
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 

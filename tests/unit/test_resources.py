@@ -12,8 +12,9 @@ from launch.cli.jobs import split_words
 from launch.cluster.code_snapshot import snapshot_code, snapshot_place, source_folder
 from launch.cluster.resources import ClusterConfig, load_cluster, sbatch_parameters, sbatch_text
 from launch.cluster.schedulers.slurm import require_slurm
+from tests.helpers.data import DATA
 
-GOLDEN = Path(__file__).with_name("golden")
+GOLDEN = DATA / "sbatch"
 JOBS, PYTHON = "/shared/runs/vs100-avcil-seed0/jobs", "/shared/venv/bin/python"
 
 SMALL = ClusterConfig(kind="slurm")

@@ -8,40 +8,28 @@ import pytest
 
 from avcil_dist.errors import DataError
 from data_shards.listings.pickled_dict import read_pickled_dict
-from data_shards.listings.published_lists import PUBLISHED_FILES, matches, read_published_lists
-
-OFFICIAL = Path(__file__).parents[2].parent / "shared" / "data" / "official_splits"
-
-
-def save_dict(path: Path, content: Any) -> Path:
-    """Save as the published files were: a pickled object array of no dimension."""
-    np.save(path, np.array(content, dtype=object), allow_pickle=True)
-    return path
-
-
-def write_lists(folder: Path, labels: dict[str, dict[str, str]], numbers: dict[str, int]) -> Path:
-    """Split lists of a made-up benchmark."""
-    folder.mkdir(parents=True, exist_ok=True)
-    clips: dict[str, dict[int, list[str]]] = {split: {} for split in labels}
-    for split, found in labels.items():
-        for key, label in found.items():
-            clips[split].setdefault(numbers[label], []).append(key)
-    for name, content in zip(PUBLISHED_FILES, (clips, labels, numbers), strict=True):
-        save_dict(folder / name, content)
-    return folder
-
+from data_shards.listings.published_lists import matches, read_published_lists
+from tests.helpers.data import needs_published, published
+from tests.helpers.published_forms import MADE_BENCHMARKS, make_benchmark, save_pickled_dict, write_split_lists
 
 LABELS = {"train": {"a": "dog", "b": "cat"}, "val": {"c": "cat"}, "test": {"d": "dog"}}
 
 
 def test_lists_are_read_in_the_order_of_the_class_numbers(tmp_path: Path) -> None:
-    lists = read_published_lists(write_lists(tmp_path, LABELS, {"dog": 1, "cat": 0}))
+    lists = read_published_lists(write_split_lists(tmp_path, LABELS, {"dog": 1, "cat": 0}))
     assert matches(tmp_path)
     assert lists.classes == ("cat", "dog")
     assert lists.labels == LABELS
 
 
-@pytest.mark.skipif(not OFFICIAL.is_dir(), reason=f"{OFFICIAL} is absent: no published lists")
+@pytest.mark.parametrize("name", MADE_BENCHMARKS)
+def test_lists_in_the_published_form_are_read(tmp_path: Path, name: str) -> None:
+    lists = read_published_lists(make_benchmark(tmp_path, name))
+    assert lists.classes[0] == "Male speech, man speaking"
+    assert tuple(len(labels) for labels in lists.labels.values()) == MADE_BENCHMARKS[name].counts
+
+
+@needs_published("official_splits")
 @pytest.mark.parametrize(
     ("name", "first", "counts"),
     [
@@ -51,7 +39,7 @@ def test_lists_are_read_in_the_order_of_the_class_numbers(tmp_path: Path) -> Non
     ],
 )
 def test_published_lists_have_their_published_counts(name: str, first: str, counts: tuple[int, ...]) -> None:
-    lists = read_published_lists(OFFICIAL / name)
+    lists = read_published_lists(published("official_splits") / name)
     assert lists.classes[0] == first
     assert tuple(len(found) for found in lists.labels.values()) == counts
     if name == "VGGSound_100":
@@ -61,11 +49,11 @@ def test_published_lists_have_their_published_counts(name: str, first: str, coun
 
 
 def test_lists_that_do_not_agree_are_refused(tmp_path: Path) -> None:
-    write_lists(tmp_path, LABELS, {"dog": 1, "cat": 0})
-    save_dict(tmp_path / "all_id_category_dict.npy", LABELS | {"val": {"c": "dog"}})
+    write_split_lists(tmp_path, LABELS, {"dog": 1, "cat": 0})
+    save_pickled_dict(tmp_path / "all_id_category_dict.npy", LABELS | {"val": {"c": "dog"}})
     with pytest.raises(DataError, match="do not agree on the val clips"):
         read_published_lists(tmp_path)
-    save_dict(tmp_path / "category_encode_dict.npy", {"dog": 3, "cat": 0})
+    save_pickled_dict(tmp_path / "category_encode_dict.npy", {"dog": 3, "cat": 0})
     with pytest.raises(DataError, match="not numbered"):
         read_published_lists(tmp_path)
 
@@ -101,7 +89,7 @@ class _LoadsNumpy:
 
 def test_malicious_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
     target = tmp_path / "ran"
-    path = save_dict(tmp_path / "evil.npy", {"train": _RunsAShell(target)})
+    path = save_pickled_dict(tmp_path / "evil.npy", {"train": _RunsAShell(target)})
     with pytest.raises(
         DataError, match=r"evil\.npy: cannot be read .* names (posix|nt)\.system, which is not admitted"
     ):
@@ -114,7 +102,7 @@ def test_malicious_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("evil", [_Evaluates(), _LoadsNumpy(), Path("x"), np.dtype("datetime64[s]"), np.zeros(3)])
 def test_what_is_not_admitted_is_refused(tmp_path: Path, evil: Any) -> None:
     with pytest.raises(DataError, match="admitted"):
-        read_pickled_dict(save_dict(tmp_path / "evil.npy", {"x": evil}))
+        read_pickled_dict(save_pickled_dict(tmp_path / "evil.npy", {"x": evil}))
 
 
 def test_a_pickle_cannot_change_what_it_names(tmp_path: Path) -> None:
@@ -129,7 +117,7 @@ def test_a_pickle_cannot_change_what_it_names(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fault", ["cut", "no npy", "numbers", "list", "missing"])
 def test_broken_file_is_one_clear_error(tmp_path: Path, fault: str) -> None:
-    path = save_dict(tmp_path / "d.npy", {"a": "b" * 1000})
+    path = save_pickled_dict(tmp_path / "d.npy", {"a": "b" * 1000})
     if fault == "cut":
         path.write_bytes(path.read_bytes()[:-100])
     elif fault == "no npy":
@@ -137,7 +125,7 @@ def test_broken_file_is_one_clear_error(tmp_path: Path, fault: str) -> None:
     elif fault == "numbers":
         np.save(path, np.zeros(3))
     elif fault == "list":
-        save_dict(path, ["a", "b"])
+        save_pickled_dict(path, ["a", "b"])
     else:
         path.unlink()
     with pytest.raises(DataError, match=r"d\.npy: ") as raised:

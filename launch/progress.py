@@ -1,4 +1,4 @@
-"""What a person sees of a running step: a bar on a terminal, a line in a log, a file for `avcil status`."""
+"""Progress of a running step: a bar on a terminal or lines in a log, and a file that `avcil status` reads."""
 
 import math
 import time
@@ -10,34 +10,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from avcil_dist import storage
-from avcil_dist.tracking.events import StepTracker
+from avcil_dist.training.observer import Observer
 
 LOG_LINES = 5
-NOTE_SECONDS = 2.0
+SECONDS_BETWEEN_WRITES = 2.0
 
 
-class SilentProgress:
-    """Watches a step for the ranks that do not speak."""
+class ProgressBar(Observer):
+    """Progress of a step on standard error: a bar on a terminal, else about five lines a step."""
 
-    def begin(self, step: int, num_epochs: int, num_batches: int, num_done: int) -> None:
-        """Show nothing."""
-
-    def advance(self) -> None:
-        """Show nothing."""
-
-    def note(self, text: str) -> None:
-        """Show nothing."""
-
-    def epoch(self, epoch: int, values: Mapping[str, float]) -> None:
-        """Show nothing."""
-
-
-class StepProgress:
-    """Watches a step for rank 0: shows it, and hands each epoch's values to the tracker."""
-
-    def __init__(self, name: str, num_steps: int, tracker: StepTracker, note_url: str | None = None) -> None:
-        self.name, self.num_steps, self.tracker, self.note_url = name, num_steps, tracker, note_url
-        self.noted_at = -math.inf
+    def __init__(self, stream_name: str, num_steps: int) -> None:
+        self.stream_name, self.num_steps = stream_name, num_steps
         self.console = Console(stderr=True)
         self.bar = Progress(
             TextColumn("{task.description}"),
@@ -59,40 +42,63 @@ class StepProgress:
     ) -> None:
         self.bar.stop()
 
-    def note(self, text: str) -> None:
-        """Show a line."""
-        self.console.print(f"{self.name}  {text}", highlight=False)
+    def message(self, text: str) -> None:
+        """Print a line."""
+        self.console.print(f"{self.stream_name}  {text}", highlight=False)
 
     def begin(self, step: int, num_epochs: int, num_batches: int, num_done: int) -> None:
-        """Show the step, and where a snapshot lets it go on."""
-        self.title, self.num_epochs = f"{self.name}  step {step + 1}/{self.num_steps}", num_epochs
+        """Show the bar; print the iteration that a snapshot continues from."""
+        self.title, self.num_epochs = f"{self.stream_name}  step {step + 1}/{self.num_steps}", num_epochs
         self.task = self.bar.add_task(self.title, total=num_batches, completed=num_done, values="")
         if num_done:
-            self.console.print(f"{self.title}  goes on from iteration {num_done} of {num_batches}", highlight=False)
+            self.console.print(f"{self.title}  continues from iteration {num_done} of {num_batches}", highlight=False)
 
     def advance(self) -> None:
-        """One batch further."""
+        """Move the bar by one batch."""
         self.bar.advance(self.task)
-        self._write_note()
 
     def epoch(self, epoch: int, values: Mapping[str, float]) -> None:
-        """Show and track an epoch's values."""
-        self.tracker.metrics(values, position=epoch)
-        shown = f"epoch {epoch + 1}/{self.num_epochs}  loss {values['loss']:.3f}"
-        if "val_accuracy" in values:
-            shown += f"  val {values['val_accuracy']:.1%}"
-        self.bar.update(self.task, values=shown)
-        self._write_note()
+        """Show the epoch's loss and accuracy."""
+        line = epoch_line(epoch, self.num_epochs, values)
+        self.bar.update(self.task, values=line)
         is_due = (epoch + 1) % max(1, self.num_epochs // LOG_LINES) == 0 or epoch + 1 == self.num_epochs
         if is_due and not self.console.is_terminal:
-            self.console.print(f"{self.title}  {shown}", highlight=False)
+            self.console.print(f"{self.title}  {line}", highlight=False)
 
-    def _write_note(self) -> None:
-        """Where the step is, in a file, now and then."""
+
+class ProgressFile(Observer):
+    """Progress of a step in a JSON file, written at most every two seconds."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._written_at = -math.inf
+        self._num_batches = self._num_done = self._num_epochs = 0
+        self._line = ""
+
+    def begin(self, step: int, num_epochs: int, num_batches: int, num_done: int) -> None:
+        """Start the count."""
+        self._num_epochs, self._num_batches, self._num_done = num_epochs, num_batches, num_done
+
+    def advance(self) -> None:
+        """Count one batch."""
+        self._num_done += 1
+        self._write()
+
+    def epoch(self, epoch: int, values: Mapping[str, float]) -> None:
+        """Add the epoch's loss and accuracy."""
+        self._line = epoch_line(epoch, self._num_epochs, values)
+        self._write()
+
+    def _write(self) -> None:
         now = time.monotonic()
-        if self.note_url is None or now - self.noted_at < NOTE_SECONDS:
+        if now - self._written_at < SECONDS_BETWEEN_WRITES:
             return
-        self.noted_at = now
-        task = self.bar.tasks[self.task]
-        note = {"done": int(task.completed), "total": int(task.total or 0), "values": task.fields["values"]}
-        storage.write_json(self.note_url, note | {"time": time.time()})
+        self._written_at = now
+        progress = {"done": self._num_done, "total": self._num_batches, "values": self._line, "time": time.time()}
+        storage.write_json(self.url, progress)
+
+
+def epoch_line(epoch: int, num_epochs: int, values: Mapping[str, float]) -> str:
+    """One line with an epoch's number, loss and validation accuracy."""
+    line = f"epoch {epoch + 1}/{num_epochs}  loss {values['loss/total']:.3f}"
+    return line + (f"  val {values['val/accuracy']:.1%}" if "val/accuracy" in values else "")

@@ -1,24 +1,36 @@
-"""One rank's part of a step as a job: what is run on a laptop, under torchrun and on a cluster alike."""
+"""The run of one step on one rank: the same object on a laptop, under torchrun and on a cluster."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 
 from avcil_dist.config.schema import Config
 from avcil_dist.errors import AvcilError
-from avcil_dist.signals import listening
+from avcil_dist.signals import StopRequest, listening
+from avcil_dist.tracking.events import StepTracker
 from avcil_dist.tracking.session import publish_step, track_step
+from avcil_dist.training.observer import Observer
 from avcil_dist.world import World
-from launch.progress import SilentProgress, StepProgress
+from launch.progress import ProgressBar, ProgressFile
+
+
+class MetricsObserver(Observer):
+    """Each epoch's metrics in the event queue of the step's MLflow run."""
+
+    def __init__(self, tracker: StepTracker) -> None:
+        self.tracker = tracker
+
+    def epoch(self, epoch: int, values: Mapping[str, float]) -> None:
+        """Queue the values at MLflow's step `epoch`."""
+        self.tracker.metrics(values, position=epoch)
 
 
 @dataclass(frozen=True)
 class StepRun:
-    """All that a rank needs to run its part of a step. Picklable, without state.
+    """Arguments of a step's run, the same for all ranks. Picklable, without state.
 
-    `run_id` is the stream's, as `open_run` gives it; only rank 0 tells of the step, and nobody where it is None.
-    `reset_optimizer` lets the step go on from a snapshot with a fresh optimizer. `note` is a file that rank 0
-    keeps, of how far it is.
+    `run_id` is the stream's id, as `open_run` returns it; None turns tracking and progress off.
+    `reset_optimizer` is as in `run_step`. Rank 0 writes its progress to `progress_file`.
     """
 
     config: Config
@@ -26,33 +38,36 @@ class StepRun:
     num_steps: int
     run_id: str | None
     reset_optimizer: bool = False
-    note: str | None = None
+    progress_file: str | None = None
 
     def run(self, world: World, report: Callable[[AvcilError], None]) -> None:
-        """Run the part of the rank that `world` names; rank 0 also shows and tracks it.
+        """Run the step on the rank that `world` names; rank 0 also shows its progress and tracks it.
 
-        SIGTERM and SIGUSR2 stop the step once a snapshot is committed. Raises StepStopped then, or the step's
-        AvcilError; where another rank's error cannot be raised, it is reported and the process ends.
+        On SIGTERM and SIGUSR2 the step commits a snapshot and raises StepStopped. Raises the step's AvcilError.
+        An error of another rank that this rank cannot raise is passed to `report`, and the process ends.
         """
+        with listening() as stop:
+            if not world.is_main or self.run_id is None:
+                self._run_step(world, stop, report, ())
+                return
+            with ExitStack() as stack:
+                tracker = stack.enter_context(track_step(self.config, self.step))
+                bar = stack.enter_context(ProgressBar(self.config.stream_name, self.num_steps))
+                files = (ProgressFile(self.progress_file),) if self.progress_file else ()
+                self._run_step(world, stop, report, (bar, *files, MetricsObserver(tracker)))
+                publish_step(self.config, tracker, self.num_steps)
+
+    def _run_step(
+        self, world: World, stop: StopRequest, report: Callable[[AvcilError], None], observers: tuple[Observer, ...]
+    ) -> None:
         from avcil_dist.training.step import run_step  # seconds of imports, which a supervisor does not need
 
-        config = self.config
-        with listening() as stop:
-            part = partial(
-                run_step,
-                config,
-                self.step,
-                world=world,
-                stop=stop,
-                report=report,
-                reset_optimizer=self.reset_optimizer,
-            )
-            if not world.is_main or self.run_id is None:
-                part(observer=SilentProgress())
-                return
-            with (
-                track_step(config, self.step) as tracker,
-                StepProgress(config.stream_name, self.num_steps, tracker, self.note) as progress,
-            ):
-                part(observer=progress)
-                publish_step(config, tracker, self.num_steps)
+        run_step(
+            self.config,
+            self.step,
+            world=world,
+            observers=observers,
+            stop=stop,
+            report=report,
+            reset_optimizer=self.reset_optimizer,
+        )

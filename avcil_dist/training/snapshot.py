@@ -131,7 +131,7 @@ class SnapshotManager:
         return Snapshot(
             safetensors.torch.load(read_committed_file(found, "model.safetensors", commit)),
             None if self.reset_optimizer else self._read_optimizer(found, commit),
-            TrainingState(training["iteration"], best, totals),
+            TrainingState(training["iteration"], best, totals, set(training["counters"])),
         )
 
     def keep(self, name: str, state: dict[str, Any]) -> None:
@@ -244,7 +244,7 @@ class SnapshotManager:
 def _encode(model: dict[str, Tensor], state: TrainingState, totals: dict[str, Any]) -> dict[str, bytes]:
     best = state.best
     selected = None if best is None else {"epoch": best.epoch, "val_accuracy": best.val_accuracy}
-    training = {"iteration": state.iteration, "best": selected, "totals": totals}
+    training = {"iteration": state.iteration, "best": selected, "totals": totals, "counters": sorted(state.counters)}
     files = {
         "model.safetensors": safetensors.torch.save(model),
         "training.json": encode_json(training),

@@ -55,8 +55,13 @@ class EpochTotals:
 
 @dataclass
 class TrainingState:
-    """`iteration` iterations of the step are done; `best` is the best epoch so far."""
+    """`iteration` iterations of the step are done; `best` is the best epoch so far.
+
+    `counters` are the names of the counters of reading that were not zero in some epoch so far: only these are
+    reported.
+    """
 
     iteration: int = 0
     best: BestEpoch | None = None
     epoch: EpochTotals = field(default_factory=EpochTotals)
+    counters: set[str] = field(default_factory=set)

@@ -4,6 +4,7 @@ The same code runs in one process on a laptop, under torchrun and in a SLURM job
 loop itself is `trainer.py`.
 """
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -34,9 +35,10 @@ from avcil_dist.training.evaluation import Evaluator, Predictions
 from avcil_dist.training.exemplars import exemplar_clips, exemplar_features, update_memory
 from avcil_dist.training.failure_sync import Report, print_fault, propagate_failures
 from avcil_dist.training.inference_pass import InferencePass
+from avcil_dist.training.observer import Observer, ObserverList
 from avcil_dist.training.snapshot import SnapshotManager
 from avcil_dist.training.state import BestEpoch
-from avcil_dist.training.trainer import Observer, Trainer
+from avcil_dist.training.trainer import Trainer
 from avcil_dist.world import World
 
 
@@ -45,7 +47,7 @@ def run_step(
     step: int,
     *,
     world: World,
-    observer: Observer,
+    observers: Sequence[Observer],
     stop: StopRequest,
     report: Report = print_fault,
     reset_optimizer: bool = False,
@@ -64,7 +66,7 @@ def run_step(
         propagate_failures(store, world, report),
     ):
         return step_in_group(
-            config, step, world=world, observer=observer, device=device, stop=stop, reset_optimizer=reset_optimizer
+            config, step, world=world, observers=observers, device=device, stop=stop, reset_optimizer=reset_optimizer
         )
 
 
@@ -73,12 +75,13 @@ def step_in_group(
     step: int,
     *,
     world: World,
-    observer: Observer,
+    observers: Sequence[Observer],
     device: torch.device,
     stop: StopRequest,
     reset_optimizer: bool = False,
 ) -> StepArtifact:
     """`run_step` within a process group that is there."""
+    observer = ObserverList(observers)
     manifest = load_manifest(config.data.manifest)
     scenario = scenario_of(config, manifest)
     previous = load_previous(config, manifest, step)
@@ -134,7 +137,7 @@ def _store(
     if source.optim.keep_epoch == "best_val" or method.needs.validation:
         clips = np.union1d(clips, source.manifest.clips(context.scenario.seen(context.step), "val"))
     store, said = place_clip_cache(source.manifest, source.data, clips, source.world, device)
-    observer.note(said)
+    observer.message(said)
     return store
 
 

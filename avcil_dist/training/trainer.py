@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from avcil_dist.training.engine import Engine
 from avcil_dist.training.evaluation import Evaluator
 from avcil_dist.training.exemplar_copies import local_exemplars
 from avcil_dist.training.inference_pass import InferencePass
+from avcil_dist.training.observer import Observer
 from avcil_dist.training.optim import build_optimizer
 from avcil_dist.training.snapshot import SnapshotManager
 from avcil_dist.training.state import BestEpoch, EpochTotals, TrainingState
@@ -32,22 +32,6 @@ from avcil_dist.training.teacher_cache import TeacherCache, build_teacher_cache
 from avcil_dist.training.train_step import train_step
 
 LOSSES_AT_A_TIME = 16  # reading a loss waits for the device, so it is not done in each iteration
-
-
-class Observer(Protocol):
-    """Who watches a step: a progress bar, a tracker, nobody."""
-
-    def begin(self, step: int, num_epochs: int, num_batches: int, num_done: int) -> None:
-        """The step starts: so many epochs, so many batches in all, of which a snapshot has done some."""
-
-    def advance(self) -> None:
-        """A batch, of training or of evaluation, is done."""
-
-    def note(self, text: str) -> None:
-        """Something that a reader of the log wants to know."""
-
-    def epoch(self, epoch: int, values: Mapping[str, float]) -> None:
-        """An epoch is done; `values` are its mean losses, accuracy, speed, and what reading took, of all ranks."""
 
 
 @dataclass
@@ -141,7 +125,7 @@ class Trainer:
         kept = self.snapshots.kept("teacher")
         answers = TeacherCache.from_state(kept, clips, manifest) if kept else None
         if answers is None:
-            self.observer.note(f"the teacher is asked about {len(clips):,} clips, once")
+            self.observer.message(f"the teacher is asked about {len(clips):,} clips, once")
             said = partial(teacher.output, method=self.method)
             answers = build_teacher_cache(said, self.features, clips, between=self._stop_early)
             self.snapshots.keep("teacher", answers.to_state(manifest))
@@ -193,10 +177,14 @@ class Trainer:
     def _end_epoch(self, engine: Engine, state: TrainingState) -> None:
         """Select, tell the observer, begin the next."""
         epoch, totals = state.iteration // self.per_epoch - 1, state.epoch
-        values = {name: value.item() / self.per_epoch for name, value in totals.losses.items()}
-        values |= {"damaged_clips": float(totals.num_bad)} if totals.num_bad else {}
-        values |= self._of_all_ranks(totals.reading)
-        values["clips_per_second"] = self.per_epoch * self.config.optim.global_batch / totals.seconds
+        values = {
+            f"loss/{'total' if name == 'loss' else name}": value.item() / self.per_epoch
+            for name, value in totals.losses.items()
+        }
+        counts = self._of_all_ranks(totals.reading) | {"damaged_clips": float(totals.num_bad)}
+        state.counters.update(name for name, count in counts.items() if count)
+        values |= {f"data/{name}": count for name, count in counts.items() if name in state.counters}
+        values["speed/clips_per_second"] = self.per_epoch * self.config.optim.global_batch / totals.seconds
         state.best = self._select(engine, epoch, state.best, values)
         state.epoch = EpochTotals()
         self.observer.epoch(epoch, values)
@@ -229,7 +217,7 @@ class Trainer:
             return BestEpoch(engine.state(), epoch, None) if is_last else None
         step = self.source.step
         predicted = self.evaluator(engine.network, self.method, "val", step, on_batch=lambda: None)
-        values["val_accuracy"] = predicted.accuracy
+        values["val/accuracy"] = predicted.accuracy
         if best is None or best.val_accuracy is None or predicted.accuracy > best.val_accuracy:
             return BestEpoch(engine.state(), epoch, predicted.accuracy)
         return best

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
@@ -18,6 +17,7 @@ from avcil_dist.config.schema import Config
 from avcil_dist.errors import ConfigError
 from avcil_dist.signals import StopRequest
 from avcil_dist.training.engine import name_accelerator
+from avcil_dist.training.observer import Observer
 from avcil_dist.training.step import run_step
 from data_shards.random_features import make_feature_shards
 from launch.bench.contenders import local_world
@@ -27,25 +27,19 @@ CLASSES = 4  # of each of the two steps
 STEPS, EPOCHS, TRAIN, VAL = 10, 200, 5_119, 500 * sum(range(1, 11))
 
 
-@dataclass
-class _Watch:
-    """Keeps what the trainer tells of each epoch, and when."""
+class _EpochTimes(Observer):
+    """The values of each epoch and the time of its end."""
 
-    epochs: list[tuple[float, dict[str, float]]] = field(default_factory=list)
-    started: float = 0.0
-
-    def note(self, text: str) -> None:
-        """Nothing to show."""
+    def __init__(self) -> None:
+        self.epochs: list[tuple[float, dict[str, float]]] = []
+        self.started = 0.0
 
     def begin(self, step: int, num_epochs: int, num_batches: int, num_done: int) -> None:
-        """The step starts."""
+        """Start the clock."""
         self.started, self.epochs = time.monotonic(), []
 
-    def advance(self) -> None:
-        """A batch is done."""
-
     def epoch(self, epoch: int, values: Mapping[str, float]) -> None:
-        """An epoch is done."""
+        """Add an epoch."""
         self.epochs.append((time.monotonic(), dict(values)))
 
 
@@ -81,15 +75,15 @@ def measure_stream(
     return _found(config, watch, per_epoch, CLASSES * 2 * val)
 
 
-def _run(config: Config, step: int) -> _Watch:
-    watch = _Watch()
-    run_step(config, step, world=local_world(), observer=watch, stop=StopRequest())
+def _run(config: Config, step: int) -> _EpochTimes:
+    watch = _EpochTimes()
+    run_step(config, step, world=local_world(), observers=(watch,), stop=StopRequest())
     return watch
 
 
-def _found(config: Config, watch: _Watch, per_epoch: int, val_clips: int) -> dict[str, Any]:
-    trained = [per_epoch * config.optim.global_batch / values["clips_per_second"] for _, values in watch.epochs]
-    stalled = [values["stall_seconds"] for _, values in watch.epochs]
+def _found(config: Config, watch: _EpochTimes, per_epoch: int, val_clips: int) -> dict[str, Any]:
+    trained = [per_epoch * config.optim.global_batch / values["speed/clips_per_second"] for _, values in watch.epochs]
+    stalled = [values["data/stall_seconds"] for _, values in watch.epochs]
     ends = [watch.started, *(end for end, _ in watch.epochs)]
     between = [later - earlier for earlier, later in pairwise(ends)]
     validating = max(0.0, sum(between[1:]) - sum(trained[1:]))  # the first holds the engine's start

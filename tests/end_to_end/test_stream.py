@@ -102,7 +102,10 @@ def test_mlflow_holds_a_stream_run_and_a_run_for_each_step(tmp_path: Path) -> No
     assert parent.data.params["optim.lr"] == "0.003"
     seen = client.get_metric_history(parent.info.run_id, "seen_accuracy")
     assert [point.value for point in seen] == pytest.approx(artifact.metrics.seen_accuracy)
-    assert len(client.get_metric_history(children["2"].info.run_id, "loss")) == 12
+    assert len(client.get_metric_history(children["2"].info.run_id, "loss/total")) == 12
+    of_training = {name.split("/")[0] for name in children["2"].data.metrics if "/" in name}
+    assert {"loss", "val", "data", "speed"} <= of_training
+    assert "data/retries" not in children["2"].data.metrics  # always zero
     files = {item.path for item in client.list_artifacts(children["2"].info.run_id, "step_002")}
     assert {"step_002/model.safetensors", "step_002/COMMITTED.json"} <= files
 

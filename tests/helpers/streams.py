@@ -13,11 +13,12 @@ from avcil_dist.signals import StopRequest
 from avcil_dist.streams.artifact import StepArtifact, load_artifact
 from avcil_dist.streams.stream import stream_url
 from avcil_dist.tracking.session import publish_step, stream_run, track_step
+from avcil_dist.training.observer import Observer
 from avcil_dist.training.step import step_in_group
-from avcil_dist.training.trainer import Observer
 from avcil_dist.world import World
 from launch.cli.main import cli
-from launch.progress import SilentProgress, StepProgress
+from launch.progress import ProgressBar
+from launch.step_run import MetricsObserver
 from tests.helpers.features import make_feature_shards
 
 CLASSES, STEPS = 6, [3, 2, 1]
@@ -68,7 +69,7 @@ def weights_digest(stream: str, step: int = len(STEPS) - 1) -> str:
 def run_steps(world: World, config: Config, steps: Iterable[int]) -> str:
     """Run steps of a stream within the process group that is there; the stream's folder."""
     for step in steps:
-        _run_step(world, config, step, SilentProgress())
+        _run_step(world, config, step)
     return stream_url(config)
 
 
@@ -82,11 +83,11 @@ def run_told(world: World, configs: Sequence[Config], steps: Sequence[int] = ran
     for config in configs:
         with stream_run(config, is_main=True):
             for step in steps:
-                with track_step(config, step) as tracker, StepProgress(config.stream_name, len(STEPS), tracker) as seen:
-                    _run_step(world, config, step, seen)
+                with track_step(config, step) as tracker, ProgressBar(config.stream_name, len(STEPS)) as bar:
+                    _run_step(world, config, step, bar, MetricsObserver(tracker))
                     publish_step(config, tracker, len(STEPS))
     return [stream_url(config) for config in configs]
 
 
-def _run_step(world: World, config: Config, step: int, observer: Observer) -> None:
-    step_in_group(config, step, world=world, observer=observer, device=torch.device("cpu"), stop=StopRequest())
+def _run_step(world: World, config: Config, step: int, *observers: Observer) -> None:
+    step_in_group(config, step, world=world, observers=observers, device=torch.device("cpu"), stop=StopRequest())

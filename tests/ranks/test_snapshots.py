@@ -14,10 +14,10 @@ from avcil_dist.errors import ConfigError, StepStopped
 from avcil_dist.signals import StopRequest
 from avcil_dist.streams.artifact import load_artifact
 from avcil_dist.streams.stream import stream_url
+from avcil_dist.training.observer import Observer
 from avcil_dist.training.snapshot import snapshots_url
 from avcil_dist.training.step import step_in_group
 from avcil_dist.world import World
-from launch.progress import SilentProgress
 from tests.helpers.ranks import CPU, run_ranks
 from tests.helpers.streams import run_steps, weights_digest, write_config
 
@@ -26,7 +26,7 @@ STEP = 1
 EVERY = {"snapshot": {"every_iterations": 4}}
 
 
-class StopsAt(SilentProgress):
+class StopsAt(Observer):
     """Asks for a stop after so many batches, on one rank alone; the ranks' vote does the rest."""
 
     def __init__(self, stop: StopRequest, count: int) -> None:
@@ -34,7 +34,7 @@ class StopsAt(SilentProgress):
         self.started_from = 0
         self.notes: list[str] = []
 
-    def note(self, text: str) -> None:
+    def message(self, text: str) -> None:
         self.notes.append(text)
 
     def begin(self, step: int, num_epochs: int, num_batches: int, num_done: int) -> None:
@@ -51,7 +51,7 @@ def stopped_step(world: World, config: Config, count: int) -> str:
     stop = StopRequest()
     observer = StopsAt(stop, count if world.rank == world.size - 1 else 0)
     with pytest.raises(StepStopped) as stopped:
-        step_in_group(config, STEP, world=world, observer=observer, device=CPU, stop=stop)
+        step_in_group(config, STEP, world=world, observers=[observer], device=CPU, stop=stop)
     return str(stopped.value)
 
 
@@ -59,7 +59,7 @@ def resumed_step(world: World, config: Config, *, reset_optimizer: bool = False)
     """Run the step to its end; from which iteration. What the teacher said is at hand: it is not asked again."""
     observer = StopsAt(StopRequest(), 0)
     step_in_group(
-        config, STEP, world=world, observer=observer, device=CPU, stop=observer.stop, reset_optimizer=reset_optimizer
+        config, STEP, world=world, observers=[observer], device=CPU, stop=observer.stop, reset_optimizer=reset_optimizer
     )
     assert not [note for note in observer.notes if "teacher" in note]
     return observer.started_from
@@ -168,7 +168,7 @@ def snapshot_alone_tells(world: World, config: Config, other: Config) -> str:
     """The same at step 0, which has no step before it that could tell."""
     stop = StopRequest()
     with pytest.raises(StepStopped):
-        step_in_group(config, 0, world=world, observer=StopsAt(stop, 3), device=CPU, stop=stop)
+        step_in_group(config, 0, world=world, observers=[StopsAt(stop, 3)], device=CPU, stop=stop)
     with pytest.raises(ConfigError) as refused:
-        step_in_group(other, 0, world=world, observer=SilentProgress(), device=CPU, stop=StopRequest())
+        step_in_group(other, 0, world=world, observers=(), device=CPU, stop=StopRequest())
     return str(refused.value)

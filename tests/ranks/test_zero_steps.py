@@ -18,9 +18,9 @@ from avcil_dist.streams.artifact import load_artifact
 from avcil_dist.streams.stream import scenario_of, stream_url
 from avcil_dist.training.build import network_after
 from avcil_dist.training.engine import whole_state
+from avcil_dist.training.observer import Observer
 from avcil_dist.training.step import step_in_group
 from avcil_dist.world import World
-from launch.progress import SilentProgress
 from tests.helpers.ranks import CPU, run_ranks
 from tests.helpers.streams import write_config
 
@@ -29,14 +29,14 @@ LR = 3e-4
 Key = tuple[int, str]
 
 
-class Curve(SilentProgress):
+class Curve(Observer):
     """Keeps the mean loss of each epoch."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
 
     def epoch(self, epoch: int, values: Mapping[str, float]) -> None:
-        self.losses.append(values["loss"])
+        self.losses.append(values["loss/total"])
 
 
 class Streams(NamedTuple):
@@ -52,7 +52,7 @@ def losses(world: World, configs: Mapping[Key, Config], steps: range) -> dict[Ke
     for key, config in configs.items():
         curve = Curve()
         for step in steps:
-            step_in_group(config, step, world=world, observer=curve, device=CPU, stop=StopRequest())
+            step_in_group(config, step, world=world, observers=[curve], device=CPU, stop=StopRequest())
         found[key] = curve.losses
     return found
 

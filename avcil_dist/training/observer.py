@@ -1,0 +1,46 @@
+"""Observers of a step: progress bars, progress files, trackers, measurements. They change nothing in it."""
+
+from collections.abc import Mapping, Sequence
+
+
+class Observer:
+    """Observer of one step on one rank. All methods do nothing; a subclass overrides those it needs."""
+
+    def begin(self, step: int, num_epochs: int, num_batches: int, num_done: int) -> None:
+        """Training begins: `num_batches` batches in all epochs, `num_done` of them already done in a snapshot."""
+
+    def advance(self) -> None:
+        """A batch of training or of the test is done."""
+
+    def message(self, text: str) -> None:
+        """A line for the log."""
+
+    def epoch(self, epoch: int, values: Mapping[str, float]) -> None:
+        """An epoch is done. `values` are its metrics by name, such as `loss/total`, of all ranks together."""
+
+
+class ObserverList(Observer):
+    """Several observers as one, called in their order."""
+
+    def __init__(self, observers: Sequence[Observer]) -> None:
+        self.observers = tuple(observers)
+
+    def begin(self, step: int, num_epochs: int, num_batches: int, num_done: int) -> None:
+        """Call `begin` of each."""
+        for observer in self.observers:
+            observer.begin(step, num_epochs, num_batches, num_done)
+
+    def advance(self) -> None:
+        """Call `advance` of each."""
+        for observer in self.observers:
+            observer.advance()
+
+    def message(self, text: str) -> None:
+        """Call `message` of each."""
+        for observer in self.observers:
+            observer.message(text)
+
+    def epoch(self, epoch: int, values: Mapping[str, float]) -> None:
+        """Call `epoch` of each."""
+        for observer in self.observers:
+            observer.epoch(epoch, values)

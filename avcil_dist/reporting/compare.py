@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from avcil_dist.compose import flatten
 from avcil_dist.config.compat import result_settings
 from avcil_dist.config.schema import Config
+from avcil_dist.config.serialization import flatten
 from avcil_dist.reporting.report import StreamReport, percent
 from avcil_dist.streams.metrics import StreamMetrics
 

@@ -19,8 +19,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from avcil_dist import storage
-from avcil_dist.compose import config_from_yaml, config_to_yaml
 from avcil_dist.config.schema import Config
+from avcil_dist.config.serialization import config_from_yaml, config_to_yaml
 from avcil_dist.errors import ArtifactError, AvcilError
 from avcil_dist.scenario import Scenario
 from avcil_dist.streams.artifact import committed_steps, step_url

@@ -15,8 +15,8 @@ from torch import Tensor
 
 import avcil_dist
 from avcil_dist import storage
-from avcil_dist.compose import config_from_yaml, config_to_yaml
 from avcil_dist.config.schema import Config
+from avcil_dist.config.serialization import config_from_yaml, config_to_yaml
 from avcil_dist.data.exemplar_memory import ExemplarMemory
 from avcil_dist.errors import ArtifactError
 from avcil_dist.scenario import Scenario

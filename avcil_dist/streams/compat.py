@@ -1,8 +1,8 @@
 """Compatibility of a stream with the settings and the data that continue it."""
 
-from avcil_dist.compose import flatten
 from avcil_dist.config.compat import MANIFEST_HASH, result_changes
 from avcil_dist.config.schema import Config
+from avcil_dist.config.serialization import flatten
 from avcil_dist.data.manifest import Manifest
 from avcil_dist.errors import ConfigError
 from avcil_dist.streams.artifact import StepArtifact, load_artifact, load_origin

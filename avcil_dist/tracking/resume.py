@@ -7,10 +7,11 @@ from typing import Any
 import click
 
 from avcil_dist import storage
-from avcil_dist.compose import flatten, override_config
+from avcil_dist.compose import override_config
 from avcil_dist.config.compat import MANIFEST_HASH, result_changes, setting_changes
 from avcil_dist.config.schema import Config
 from avcil_dist.config.section import ChangeClass
+from avcil_dist.config.serialization import flatten
 from avcil_dist.data.manifest import load_manifest
 from avcil_dist.errors import ConfigError, DataError, TrackingError
 from avcil_dist.streams.artifact import committed_steps, is_committed, load_origin, step_url

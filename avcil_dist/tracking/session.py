@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import click
 
-from avcil_dist.compose import flatten
 from avcil_dist.config.schema import Config, TrackingConfig
+from avcil_dist.config.serialization import flatten
 from avcil_dist.errors import TrackingError
 from avcil_dist.streams.artifact import committed_steps
 from avcil_dist.streams.identity import StreamIdentity, new_identity, read_identity, write_identity

@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from avcil_dist import storage
-from avcil_dist.compose import flatten
 from avcil_dist.config.compat import result_changes
 from avcil_dist.config.schema import Config
+from avcil_dist.config.serialization import flatten
 from avcil_dist.errors import ArtifactError, ConfigError
 from avcil_dist.streams.artifact import step_url
 from avcil_dist.streams.commit import (

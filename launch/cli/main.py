@@ -136,6 +136,7 @@ def config() -> None:
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 def show(name: str, overrides: tuple[str, ...]) -> None:
     """Print the configuration that NAME and the overrides resolve to."""
-    from avcil_dist.compose import config_to_yaml, load_config
+    from avcil_dist.compose import load_config
+    from avcil_dist.config.serialization import config_to_yaml
 
     click.echo(config_to_yaml(load_config(name, overrides)), nl=False)

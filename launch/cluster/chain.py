@@ -14,9 +14,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from avcil_dist import storage
-from avcil_dist.compose import flatten
 from avcil_dist.config.compat import result_changes
 from avcil_dist.config.schema import Config
+from avcil_dist.config.serialization import flatten
 from avcil_dist.errors import ConfigError, SchedulerError
 from avcil_dist.streams.stream import next_step, stream_url
 from avcil_dist.tracking.session import open_run

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from avcil_dist import storage
-from avcil_dist.compose import config_from_yaml, config_to_yaml
 from avcil_dist.config.schema import Config
+from avcil_dist.config.serialization import config_from_yaml, config_to_yaml
 from avcil_dist.errors import ConfigError
 from launch.cluster.resources import ClusterConfig
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from avcil_dist.compose import load_settings, shipped_configs
+from avcil_dist.config.loader import load_settings, shipped_configs
 from avcil_dist.config.section import Section
 from avcil_dist.errors import ConfigError
 from avcil_dist.exit_codes import USER_ERROR

@@ -2,7 +2,7 @@
 
 import pytest
 
-from avcil_dist.compose import flatten, load_config, shipped_configs
+from avcil_dist.compose import load_config
 from avcil_dist.config.compat import (
     MANIFEST_HASH,
     change_class,
@@ -11,7 +11,9 @@ from avcil_dist.config.compat import (
     setting_changes,
 )
 from avcil_dist.config.fields import schema_fields
+from avcil_dist.config.loader import shipped_configs
 from avcil_dist.config.section import ChangeClass
+from avcil_dist.config.serialization import flatten
 
 KEYS = {field.key for field in schema_fields()}
 OPERATIONAL = {

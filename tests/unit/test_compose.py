@@ -3,15 +3,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from avcil_dist.compose import (
-    config_from_yaml,
-    config_to_yaml,
-    find_config,
-    flatten,
-    load_config,
-    shipped_configs,
-)
+from avcil_dist.compose import load_config
+from avcil_dist.config.loader import find_config, shipped_configs
 from avcil_dist.config.schema import Config
+from avcil_dist.config.serialization import config_from_yaml, config_to_yaml, flatten
 from avcil_dist.errors import ConfigError
 
 SHIPPED = shipped_configs()
@@ -155,7 +150,7 @@ def test_later_words_win() -> None:
         ("engine.zero_stage=4", "engine.zero_stage: 4: Input should be 0, 1, 2 or 3"),
         ("name=a/b", "name: 'a/b': String should match pattern"),
         ("model.visual.kind=resnet", "model.visual.kind: 'resnet' is none of 'precomputed', 'small', 'videomae'"),
-        ("model.visual={}", "model.visual: missing; say it in the file or on the command line"),
+        ("model.visual={}", "model.visual: missing; set it in the file or on the command line"),
         ("method=icarl9", "method: 'icarl9' is none of "),
         ("method.name=icarl9", "method.name: 'icarl9' is none of "),
         ("engine=zero9", "engine: 'zero9' is none of zero0, zero0_bf16, zero1, "),
@@ -205,7 +200,7 @@ def test_the_file_that_said_a_value_is_named_not_the_one_that_extends_it(tmp_pat
 
 def test_a_missing_required_key_is_named(tmp_path: Path) -> None:
     path = write(tmp_path, "extends: base\nname: x\ndata: {window: 3}\n")
-    assert refusal(path) == "mine.yaml: data.manifest: missing; say it in the file or on the command line"
+    assert refusal(path) == "mine.yaml: data.manifest: missing; set it in the file or on the command line"
 
 
 @pytest.mark.parametrize(

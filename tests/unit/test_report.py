@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from avcil_dist.compose import config_to_yaml
 from avcil_dist.config.schema import Config
+from avcil_dist.config.serialization import config_to_yaml
 from avcil_dist.errors import ArtifactError
 from avcil_dist.reporting.report import StreamReport, load_streams, percent, print_report, write_page
 from avcil_dist.streams.metrics import StreamMetrics

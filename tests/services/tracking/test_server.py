@@ -14,8 +14,9 @@ import torch
 from mlflow import MlflowClient
 
 from avcil_dist import storage
-from avcil_dist.compose import config_to_yaml, load_config
+from avcil_dist.compose import load_config
 from avcil_dist.config.schema import Config, TrackingConfig
+from avcil_dist.config.serialization import config_to_yaml
 from avcil_dist.errors import ArtifactError
 from avcil_dist.streams.artifact import committed_steps, step_url
 from avcil_dist.streams.commit import write_commit, write_files

@@ -53,6 +53,12 @@ def sections_in(annotation: Any) -> list[type[BaseModel]]:
     return [model for part in get_args(annotation) for model in sections_in(part)]
 
 
+def kind_of(section: type[BaseModel]) -> str:
+    """Return the kind that selects this section among its alternatives."""
+    (kind,) = get_args(section.model_fields["kind"].annotation)
+    return str(kind)
+
+
 def type_text(field: FieldInfo) -> str:
     """Return the type of a field in words, with its bounds."""
     return _type_text(field.annotation, field.metadata)
@@ -70,7 +76,7 @@ def _fields_of(model: type[BaseModel], prefix: str, kind: str | None = None) -> 
     for name, field in model.model_fields.items():
         sections = sections_in(field.annotation)
         for section in sections:
-            yield from _fields_of(section, f"{prefix}{name}.", _kind_of(section) if len(sections) > 1 else kind)
+            yield from _fields_of(section, f"{prefix}{name}.", kind_of(section) if len(sections) > 1 else kind)
         if not sections:
             yield SettingField(
                 f"{prefix}{name}",
@@ -80,11 +86,6 @@ def _fields_of(model: type[BaseModel], prefix: str, kind: str | None = None) -> 
                 field.description or "",
                 _change_of(f"{prefix}{name}", field),
             )
-
-
-def _kind_of(section: type[BaseModel]) -> str:
-    (kind,) = get_args(section.model_fields["kind"].annotation)
-    return str(kind)
 
 
 def _change_of(key: str, field: FieldInfo) -> ChangeClass:

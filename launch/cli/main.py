@@ -140,3 +140,13 @@ def show(name: str, overrides: tuple[str, ...]) -> None:
     from avcil_dist.config.serialization import config_to_yaml
 
     click.echo(config_to_yaml(load_config(name, overrides)), nl=False)
+
+
+@config.command()
+@click.option("--markdown", is_flag=True, help="Print the page docs/configuration.md.")
+def keys(markdown: bool) -> None:
+    """Print all settings: key, type, default, class of change and description."""
+    from avcil_dist.compose import method_options
+    from avcil_dist.config.reference import markdown_reference, text_reference
+
+    click.echo((markdown_reference if markdown else text_reference)(method_options()), nl=False)

@@ -1,7 +1,8 @@
-"""From raw clips to clip shards and their manifest.
+"""Build of clip shards and their manifest from the clips of a listing.
 
-The clips of one split of one class, in source order, are cut into chunks; a chunk becomes one shard, whatever
-else is built where. Every clip is decoded once before it is taken. A clip that is a file is packed as it is.
+The clips of one split of one class, in the order of the listing, are divided into chunks. A chunk becomes one shard,
+whatever else is built on which machine. Every clip is decoded once before it is taken. The bytes of a clip that is a
+whole file are not changed.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,15 +34,15 @@ from data_shards.listings.listing import ListedClip, Listing
 from data_shards.listings.read import read_listing
 from data_shards.rejections import ClipRejectedError, Rejection
 from data_shards.shard_writer import clip_members, shard_url
-from data_shards.workers import Begin, Progress, map_in_workers
+from data_shards.workers import MarkStart, Progress, map_in_workers
 
 STAT_THREADS = 16
-Stamp = tuple[int, int] | None  # bytes, and nanoseconds of the last change; None where there is no file
+FileStamp = tuple[int, int]  # size in bytes, and time of the last change in ns
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """The clips of one shard, before they are looked at."""
+    """The clips of one shard, before any is opened."""
 
     job: ShardJob
     class_name: str
@@ -51,13 +52,13 @@ class Chunk:
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """How clips become shards: clips in a full shard, and seconds that a clip must have."""
+    """Number of clips in a full shard, and minimum length of a clip in seconds."""
 
     clips_per_shard: int
     min_seconds: float
 
     def digest(self, content: Any) -> str:
-        """Equal for equal inputs and settings; the place of the output is no part of it."""
+        """Digest of these settings and `content`. The url of the output is no part of it."""
         return storage.sha256(dumps([FORMAT, self.clips_per_shard, self.min_seconds, content]).encode())
 
 
@@ -72,14 +73,14 @@ def build_shards(
     strict: bool = False,
     progress: Progress | None = None,
 ) -> BuildReport:
-    """Build the shards of `source` (see `read_listing`) into the folder or url `output`.
+    """Build the shards of the listing `source` (see `read_listing`) into the folder or url `output`.
 
-    Clips that are missing, unreadable, silent, shorter than `min_seconds`, no mp4, or come twice are left out and
+    Clips that are missing, unreadable, silent, shorter than `min_seconds`, no mp4, or duplicate are left out and
     listed in `rejected.csv`; with `strict` any such clip is an error and no manifest is written. With `processes`
-    a clip that kills its decoder is left out too; 0 decodes in this process. `progress` is called with the clips
-    done and the clips in all. What a broken run had finished is not done again, and an output that these inputs
-    and settings made is left as it is. Raises ConfigError for an output that others made, DataError for a source
-    that cannot be read or has no good clip.
+    a clip that crashes its decoder is left out too; 0 decodes in this process. `progress` is called with the number
+    of clips done and their total. Shards that an interrupted run finished are not built again, and a data set of the
+    same inputs and settings is not changed. Raises ConfigError for an output of other inputs or settings, DataError
+    for a listing that cannot be read or has no good clip.
     """
     is_new = not storage.exists(output)
     unchanged = build_part(
@@ -98,7 +99,7 @@ def build_shards(
         return merge_parts(output, strict=strict)
     except DataError:
         if is_new and not storage.exists(storage.join(output, "parts")):
-            storage.remove_tree(output)  # no clip could be taken: nothing of this is worth keeping
+            storage.remove_tree(output)  # no clip could be taken: the output is empty
         raise
 
 
@@ -113,10 +114,10 @@ def build_part(
     processes: int = 0,
     progress: Progress | None = None,
 ) -> BuildReport | None:
-    """Build the shards of one part of `source`, as `build_shards` does; `merge_parts` makes them a data set.
+    """Build the shards of one part of `source`, as `build_shards` does; `merge_parts` writes their manifest.
 
-    The merged manifest equals that of a single build. Returns None, or the report of a data set that is
-    there already. Raises ConfigError when other parts were given other clips or settings.
+    The merged manifest equals that of a single build. Returns None, or the report of a data set that exists
+    already. Raises ConfigError when other parts have other clips or settings.
     """
     if clips_per_shard < 1:
         raise ConfigError(f"clips_per_shard: {clips_per_shard}; a shard needs at least one clip")
@@ -128,25 +129,25 @@ def build_part(
     numbers = start_part(output, plan, part)
     done, total = plan.clips_done(part, numbers)
 
-    def begun(count: int) -> None:
+    def on_start(count: int) -> None:  # of `count` clips started, one less is done
         if progress:
             progress(min(done + count - 1, total), total)
 
     work = partial(build_chunk, output, settings)
-    map_in_workers(work, [chunks[number] for number in numbers], processes=processes, begun=begun)
+    map_in_workers(work, [chunks[number] for number in numbers], processes=processes, on_start=on_start)
     if progress:
         progress(total, total)
     return None
 
 
 def plan_build(listing: Listing, settings: BuildSettings) -> tuple[Plan, list[Chunk]]:
-    """The chunks of a source, by class and split, and the plan of their shards.
+    """The plan of the shards of a listing, and the chunks of its jobs, by class and split.
 
-    Files that are not there and keys that come twice are left out here: shards stay full though many are missing.
+    Missing files and duplicate keys are left out here, so that shards are full though many files are missing.
     """
     with ThreadPoolExecutor(STAT_THREADS) as pool:
         stamps = list(pool.map(_stamp, [row.clip.path for row in listing.rows]))
-    groups: dict[tuple[str, Split], dict[str, tuple[ListedClip, tuple[int, int]]]]
+    groups: dict[tuple[str, Split], dict[str, tuple[ListedClip, FileStamp]]]
     groups = {(name, split): {} for name in listing.classes for split in SPLITS}
     rejected = []
     for (label, split, clip), stamp in zip(listing.rows, stamps, strict=True):
@@ -158,13 +159,13 @@ def plan_build(listing: Listing, settings: BuildSettings) -> tuple[Plan, list[Ch
             rejected.append(Rejection(clip.path, label, split, "duplicate", reason))
         else:
             group[clip.key] = clip, stamp
-    numbers = {name: number for number, name in enumerate(listing.classes)}
+    class_numbers = {name: number for number, name in enumerate(listing.classes)}
     chunks, contents = [], []
     for (label, split), group in groups.items():
         clips = list(group.values())
         for first in range(0, len(clips), settings.clips_per_shard):
             taken = clips[first : first + settings.clips_per_shard]
-            url = shard_url(split, numbers[label], label, first // settings.clips_per_shard)
+            url = shard_url(split, class_numbers[label], label, first // settings.clips_per_shard)
             digest = settings.digest(
                 [label, split, [[clip.key, clip.source, clip.cut, *stamp] for clip, stamp in taken]]
             )
@@ -182,21 +183,27 @@ def plan_build(listing: Listing, settings: BuildSettings) -> tuple[Plan, list[Ch
     return plan, chunks
 
 
-def build_chunk(output: str, settings: BuildSettings, chunk: Chunk, lethal: frozenset[int], begin: Begin) -> None:
-    """Build one shard, leaving out `lethal` clips, and write down that it is done."""
+def build_chunk(
+    output: str, settings: BuildSettings, chunk: Chunk, crashed: frozenset[int], mark_start: MarkStart
+) -> None:
+    """Build one shard without its `crashed` clips, and save the result of the job."""
     rejected: list[Rejection] = []
-    good = _good_clips(chunk, settings.min_seconds, lethal, begin, rejected.append)
+    good = _good_clips(chunk, settings.min_seconds, crashed, mark_start, rejected.append)
     run_shard_job(output, chunk.job, chunk.class_name, chunk.split, good, rejected)
 
 
 def _good_clips(
-    chunk: Chunk, min_seconds: float, lethal: frozenset[int], begin: Begin, reject: Callable[[Rejection], None]
+    chunk: Chunk,
+    min_seconds: float,
+    crashed: frozenset[int],
+    mark_start: MarkStart,
+    reject: Callable[[Rejection], None],
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """The members of each clip that can be taken."""
-    for place, clip in enumerate(chunk.clips):
-        begin(place)
+    """Key and members of each clip that can be taken; the others are passed to `reject`."""
+    for position, clip in enumerate(chunk.clips):
+        mark_start(position)
         try:
-            if place in lethal:
+            if position in crashed:
                 raise ClipRejectedError("crash", "its decoder crashed")
             members = _members(clip, chunk.class_name, chunk.split, min_seconds)
         except DataError as error:
@@ -208,7 +215,7 @@ def _good_clips(
 
 
 def _members(clip: ListedClip, label: str, split: Split, min_seconds: float) -> dict[str, bytes]:
-    """The clip's bytes and its record. Raises DataError for a clip that training could not use."""
+    """The clip's mp4 and metadata members. Raises DataError for a clip that training could not use."""
     try:
         data = cut_clip(clip.path, *clip.cut) if clip.cut else Path(clip.path).read_bytes()
     except OSError as error:
@@ -220,8 +227,8 @@ def _members(clip: ListedClip, label: str, split: Split, min_seconds: float) -> 
     except SilentClipError:
         raise ClipRejectedError("silent", "no sound in its audio track") from None
     duration = round(info.duration, 6)
-    record = {"label": label, "split": split, "source": clip.source, "start": clip.start, "duration": duration}
-    return clip_members(data, record)
+    metadata = {"label": label, "split": split, "source": clip.source, "start": clip.start, "duration": duration}
+    return clip_members(data, metadata)
 
 
 def _check(clip: ListedClip, info: ClipInfo, min_seconds: float) -> None:
@@ -233,7 +240,8 @@ def _check(clip: ListedClip, info: ClipInfo, min_seconds: float) -> None:
         raise ClipRejectedError("short", f"shorter than {min_seconds:g} s ({info.duration:.2f} s)")
 
 
-def _stamp(path: str) -> Stamp:
+def _stamp(path: str) -> FileStamp | None:
+    """Size and time of a file; None where there is none."""
     try:
         status = Path(path).stat()
     except OSError:

@@ -1,8 +1,8 @@
-"""A data set in the making: a plan of jobs, one record per finished job, and the merge into a manifest.
+"""Resumable builds: a plan of jobs, one result file per finished job, and the merge of the results into a manifest.
 
-A job makes one shard. Jobs do not depend on each other, so a part of them can be done on any machine, in any
-order, and what is done is not done again. `OUTPUT/parts/` holds the plan and the records until the manifest is
-written, which is last: without it there is no data set.
+A job writes one shard. Jobs are independent: a part of them runs on any machine, in any order, and a finished job
+is not repeated. `OUTPUT/parts/` holds the plan and the results until the merge. The manifest is written last: without
+it there is no data set.
 """
 
 import re
@@ -19,29 +19,29 @@ from avcil_dist.errors import ConfigError, DataError
 from data_shards.rejections import Rejection, read_rejections, write_rejections
 from data_shards.shard_writer import write_shard
 
-FORMAT = 2
-PARTS, MANIFEST, REJECTED, RECORD, PLAN = "parts", "manifest.json", "rejected.csv", "build.json", "plan.json"
+FORMAT = 3
+PARTS, MANIFEST, REJECTED, BUILD_INFO, PLAN = "parts", "manifest.json", "rejected.csv", "build.json", "plan.json"
 OUR_TARS = re.compile(r"(c\d{3,}-.*\.tar)|(\.c\d{3,}-.*\.tar\.[0-9a-f]{32})")
-READERS = 16  # records are small files: what takes time is asking for them
+READERS = 16  # result files are small: latency dominates
 
 
 @dataclass(frozen=True)
 class Part:
-    """Which of `count` equal parts of the work: `index` counts from 0."""
+    """One of `count` equal parts of the work; `index` counts from 0."""
 
     index: int = 0
     count: int = 1
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """`3/8` is the third of eight parts. Raises ConfigError for anything else."""
-        found = re.fullmatch(r"(\d+)/(\d+)", text)
-        if not found or not 1 <= int(found[1]) <= int(found[2]):
+        """Part of a text such as `3/8`, the third of eight parts. Raises ConfigError for any other form."""
+        match = re.fullmatch(r"(\d+)/(\d+)", text)
+        if not match or not 1 <= int(match[1]) <= int(match[2]):
             raise ConfigError(f"--part {text}: give i/n, i from 1 to n, such as 3/8")
-        return cls(int(found[1]) - 1, int(found[2]))
+        return cls(int(match[1]) - 1, int(match[2]))
 
     def of_rank(self, rank: int, size: int) -> "Part":
-        """The share of one of `size` ranks that do this part together."""
+        """The share of one of `size` ranks that work on this part together."""
         return Part(self.index * size + rank, self.count * size)
 
     @property
@@ -55,7 +55,7 @@ WHOLE = Part()
 
 @dataclass(frozen=True)
 class ShardJob:
-    """What makes one shard: its url without the ending, a digest of its inputs, the number of its clips."""
+    """The work for one shard: the shard's url without the ending, a digest of the inputs, the number of clips."""
 
     name: str
     digest: str
@@ -63,21 +63,44 @@ class ShardJob:
 
     @property
     def url(self) -> str:
-        """The shard, below the output."""
+        """The url of the shard, relative to the output."""
         return f"{self.name}.tar"
 
     @property
-    def record(self) -> str:
-        """The job's record, below the output."""
+    def result_url(self) -> str:
+        """The url of the job's result, relative to the output."""
         return f"{PARTS}/{self.name}.json"
 
 
 @dataclass(frozen=True)
-class Plan:
-    """All jobs, in the manifest's order, and what is known of the data set before any is done.
+class JobResult:
+    """Result of a finished job: the digest of its inputs, its shard (None without a good clip), its rejections."""
 
-    `digest` says of which inputs and settings; it must not depend on the machine, nor on the time.
-    `rejected` are the clips that are in no job.
+    digest: str
+    shard: Shard | None
+    rejected: tuple[Rejection, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {
+            "digest": self.digest,
+            "shard": self.shard.to_dict() if self.shard else None,
+            "rejected": [asdict(rejection) for rejection in self.rejected],
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The inverse of `to_dict`."""
+        shard = Shard.from_dict(values["shard"]) if values["shard"] else None
+        return cls(values["digest"], shard, tuple(Rejection(**row) for row in values["rejected"]))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All jobs, in the order of the manifest, and the properties of the data set that are known before any is run.
+
+    `digest` covers inputs and settings. It must not depend on the machine, nor on the time. `rejected` are the
+    clips that are in no job.
     """
 
     kind: Literal["clip", "feature"]
@@ -89,21 +112,21 @@ class Plan:
 
     @cached_property
     def clips(self) -> int:
-        """Clips of all jobs."""
+        """Number of clips of all jobs."""
         return sum(job.clips for job in self.jobs)
 
     def share(self, part: Part) -> list[int]:
-        """The numbers of a part's jobs, large ones first, so that parts and processes end at about the same time."""
+        """The numbers of a part's jobs, large ones first, so that parts and processes finish at about the same time."""
         by_size = sorted(range(len(self.jobs)), key=lambda number: (-self.jobs[number].clips, number))
         return by_size[part.index :: part.count]
 
     def clips_done(self, part: Part, open_numbers: Sequence[int]) -> tuple[int, int]:
-        """The clips of a part's jobs that an earlier run finished, given those still open, and its clips in all."""
+        """Numbers of a part's clips: those that an earlier run finished, given the open jobs, and all."""
         total = sum(self.jobs[number].clips for number in self.share(part))
         return total - sum(self.jobs[number].clips for number in open_numbers), total
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values. A job's own digest may differ from machine to machine, so it is left out."""
+        """As plain JSON values, without the digests of the jobs: they may differ from machine to machine."""
         return {
             "format": FORMAT,
             "kind": self.kind,
@@ -115,23 +138,23 @@ class Plan:
         }
 
     @classmethod
-    def from_dict(cls, record: dict[str, Any], where: str) -> "Plan":
-        """The inverse of `to_dict`, but for the jobs' digests. Raises DataError for another format."""
-        if record.get("format") != FORMAT:
+    def from_dict(cls, values: dict[str, Any], where: str) -> "Plan":
+        """The inverse of `to_dict`, except for the jobs' digests. Raises DataError for another format."""
+        if values.get("format") != FORMAT:
             raise DataError(f"{where}: not a plan of format {FORMAT}; remove the folder {PARTS} and build again")
         return cls(
-            kind=record["kind"],
-            classes=tuple(record["classes"]),
-            shape=record["shape"],
-            digest=record["digest"],
-            jobs=tuple(ShardJob(name, "", clips) for name, clips in record["jobs"]),
-            rejected=tuple(Rejection(**rejection) for rejection in record["rejected"]),
+            kind=values["kind"],
+            classes=tuple(values["classes"]),
+            shape=values["shape"],
+            digest=values["digest"],
+            jobs=tuple(ShardJob(name, "", clips) for name, clips in values["jobs"]),
+            rejected=tuple(Rejection(**rejection) for rejection in values["rejected"]),
         )
 
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What a build made. `unchanged` when the output was there already, of the same inputs and settings."""
+    """The data set of a build. `unchanged`: it existed already, built from the same inputs with the same settings."""
 
     manifest_url: str
     manifest: Manifest
@@ -140,28 +163,28 @@ class BuildReport:
 
 
 def load_finished(output: str, digest: str) -> BuildReport | None:
-    """The data set in `output` where there is one, made of this plan; None where there is none.
+    """Load the data set in `output` if it was built by the plan with this digest; None where there is none.
 
-    Raises ConfigError where it was made of other inputs or with other settings: it is never overwritten.
+    Raises ConfigError for a data set of other inputs or settings: it is never overwritten.
     """
     manifest_url = storage.join(output, MANIFEST)
     if not storage.exists(manifest_url):
         return None
     manifest = load_manifest(manifest_url)
-    record_url = storage.join(output, RECORD)
-    record = storage.read_json(record_url) if storage.exists(record_url) else {}
-    if record != {"digest": digest, "content_hash": manifest.content_hash}:
+    info_url = storage.join(output, BUILD_INFO)
+    info = storage.read_json(info_url) if storage.exists(info_url) else {}
+    if info != {"digest": digest, "content_hash": manifest.content_hash}:
         raise ConfigError(
             f"{manifest_url}: made from other clips or with other settings; give another output, or remove this one"
         )
-    storage.remove_tree(storage.join(output, PARTS))  # a run may have been killed just before it did
+    storage.remove_tree(storage.join(output, PARTS))  # left behind by a run killed just before its removal
     return BuildReport(manifest_url, manifest, read_rejections(storage.join(output, REJECTED)), unchanged=True)
 
 
 def start_part(output: str, plan: Plan, part: Part) -> list[int]:
-    """Write the plan down; the numbers of the part's jobs that are still to do.
+    """Save the plan; return the numbers of the part's jobs that are not finished.
 
-    Raises ConfigError when another part works on another plan: its clips or settings differ.
+    Raises ConfigError when another part was started with another plan: its clips or settings differ.
     """
     url = storage.join(output, PARTS, PLAN)
     if not part.is_whole and storage.exists(url):
@@ -174,8 +197,8 @@ def start_part(output: str, plan: Plan, part: Part) -> list[int]:
     storage.write_json(url, plan.to_dict())
     numbers = plan.share(part)
     with ThreadPoolExecutor(READERS) as pool:
-        done = pool.map(partial(_is_done, output), [plan.jobs[number] for number in numbers])
-        return [number for number, is_done in zip(numbers, done, strict=True) if not is_done]
+        finished = pool.map(partial(_is_finished, output), [plan.jobs[number] for number in numbers])
+        return [number for number, is_finished in zip(numbers, finished, strict=True) if not is_finished]
 
 
 def run_shard_job(
@@ -186,43 +209,39 @@ def run_shard_job(
     clips: Iterator[tuple[str, dict[str, bytes]]],
     rejected: list[Rejection],
 ) -> None:
-    """Do a job: write `clips` as its shard, none where there are none, and last write down that it is done.
+    """Write `clips` as the job's shard (none without clips), then the job's result.
 
-    `rejected` takes, while `clips` is read, those that are left out.
+    `rejected` is filled by the caller while `clips` is read.
     """
     first, shard = next(clips, None), None
     if first is not None:
         shard = write_shard(job.url, root=output, class_name=class_name, split=split, clips=chain([first], clips))
-    record = {
-        "digest": job.digest,
-        "shards": [shard.to_dict()] if shard else [],
-        "rejected": [asdict(rejection) for rejection in rejected],
-    }
-    storage.write_json(storage.join(output, job.record), record)
+    result = JobResult(job.digest, shard, tuple(rejected))
+    storage.write_json(storage.join(output, job.result_url), result.to_dict())
 
 
 def merge_parts(output: str, *, strict: bool = False) -> BuildReport:
-    """Write the manifest of the shards that all parts have made.
+    """Write the manifest of the shards of all parts.
 
-    With `strict`, a rejected clip is an error. Raises DataError while jobs are missing, or when no clip was taken.
+    With `strict`, a rejected clip is an error. Raises DataError while jobs are not finished, or when no clip was taken.
     """
     url = storage.join(output, PARTS, PLAN)
     if not storage.exists(url):
         manifest_url = storage.join(output, MANIFEST)
         if not storage.exists(manifest_url):
-            raise DataError(f"{output}: no parts of a build in it; make them with --part")
+            raise DataError(f"{output}: no parts of a build in it; build them with --part")
         rejected = read_rejections(storage.join(output, REJECTED))
         return BuildReport(manifest_url, load_manifest(manifest_url), rejected, unchanged=True)
     plan = Plan.from_dict(storage.read_json(url), url)
-    records = _records(output, plan)
-    shards = tuple(Shard.from_dict(shard) for record in records for shard in record["shards"])
-    rejected = tuple(Rejection(**row) for record in records for row in record["rejected"]) + plan.rejected
+    results = _load_results(output, plan)
+    shards = tuple(result.shard for result in results if result.shard)
+    rejected = tuple(rejection for result in results for rejection in result.rejected) + plan.rejected
     if not shards:
         storage.remove_tree(storage.join(output, PARTS))
-        raise DataError(f"{output}: no clip could be taken; {_first(rejected)}")
+        raise DataError(f"{output}: no clip could be taken; {_first_reason(rejected)}")
     if strict and rejected:
         raise DataError(
-            f"{output}: {len(rejected)} clips rejected; {_first(rejected)}; mend them, or do without strict"
+            f"{output}: {len(rejected)} clips rejected; {_first_reason(rejected)}; fix them, or build without strict"
         )
     present = {shard.class_name for shard in shards}
     manifest = Manifest(
@@ -232,45 +251,47 @@ def merge_parts(output: str, *, strict: bool = False) -> BuildReport:
         shape=plan.shape,
         root=output.rstrip("/"),
     )
-    _sweep(output, {shard.url for shard in shards})
+    _remove_unlisted_tars(output, {shard.url for shard in shards})
     write_rejections(storage.join(output, REJECTED), rejected)
-    storage.write_json(storage.join(output, RECORD), {"digest": plan.digest, "content_hash": manifest.content_hash})
+    storage.write_json(storage.join(output, BUILD_INFO), {"digest": plan.digest, "content_hash": manifest.content_hash})
     manifest.save(storage.join(output, MANIFEST))
     storage.remove_tree(storage.join(output, PARTS))
     return BuildReport(storage.join(output, MANIFEST), manifest, rejected, unchanged=False)
 
 
-def _is_done(output: str, job: ShardJob) -> bool:
-    url = storage.join(output, job.record)
+def _is_finished(output: str, job: ShardJob) -> bool:
+    url = storage.join(output, job.result_url)
     if not storage.exists(url):
         return False
-    record = storage.read_json(url)
-    shards = [(storage.join(output, shard["url"]), shard["bytes"]) for shard in record["shards"]]
-    return record["digest"] == job.digest and all(
-        storage.exists(url) and storage.size(url) == size for url, size in shards
-    )
+    result = JobResult.from_dict(storage.read_json(url))
+    if result.digest != job.digest:
+        return False
+    if result.shard is None:
+        return True
+    shard_url = storage.join(output, result.shard.url)
+    return storage.exists(shard_url) and storage.size(shard_url) == result.shard.bytes
 
 
-def _records(output: str, plan: Plan) -> list[dict[str, Any]]:
-    """The record of each job. Raises DataError, naming the first, when some are missing."""
+def _load_results(output: str, plan: Plan) -> list[JobResult]:
+    """The result of each job. Raises DataError, naming the first, when some are missing."""
 
-    def read(job: ShardJob) -> dict[str, Any] | None:
-        url = storage.join(output, job.record)
-        return storage.read_json(url) if storage.exists(url) else None
+    def load(job: ShardJob) -> JobResult | None:
+        url = storage.join(output, job.result_url)
+        return JobResult.from_dict(storage.read_json(url)) if storage.exists(url) else None
 
     with ThreadPoolExecutor(READERS) as pool:
-        records = list(pool.map(read, plan.jobs))
-    missing = [job.name for job, record in zip(plan.jobs, records, strict=True) if record is None]
+        results = list(pool.map(load, plan.jobs))
+    missing = [job.name for job, result in zip(plan.jobs, results, strict=True) if result is None]
     if missing:
         raise DataError(
             f"{output}: {len(missing)} of {len(plan.jobs)} shards are not done, the first is {missing[0]}; "
-            "run the parts that are missing or were broken off, then merge"
+            "run the parts that are missing or were interrupted, then merge"
         )
-    return [record for record in records if record is not None]
+    return [result for result in results if result is not None]
 
 
-def _sweep(output: str, listed: set[str]) -> None:
-    """Remove what broken runs, or runs with other settings, left: no tar shall lie beside the manifest unlisted."""
+def _remove_unlisted_tars(output: str, listed: set[str]) -> None:
+    """Remove the shards, and temporary files of shards, of interrupted runs and of runs with other settings."""
     for split in SPLITS:
         filesystem, path = storage.open_filesystem(storage.join(output, split))
         filesystem.invalidate_cache()
@@ -280,5 +301,5 @@ def _sweep(output: str, listed: set[str]) -> None:
                 filesystem.rm(entry)
 
 
-def _first(rejected: Sequence[Rejection]) -> str:
+def _first_reason(rejected: Sequence[Rejection]) -> str:
     return f"the first is {rejected[0].path}: {rejected[0].reason}"

@@ -1,7 +1,7 @@
-"""From clip shards to feature shards: what frozen encoders make of each clip, in float16.
+"""Feature shards of clip shards: the outputs of frozen encoders for each clip, in float16.
 
-A feature shard holds the clips of one clip shard, and a batch never holds clips of two: so a shard's bytes do
-not depend on which rank makes it, nor on what was made before. Ranks share no more than the output folder.
+A feature shard holds the clips of one clip shard, and a batch never holds clips of two shards. So the bytes of a
+shard depend neither on the rank that encodes it, nor on the shards before it. Ranks share the output folder only.
 """
 
 import json
@@ -41,12 +41,12 @@ from data_shards.shard_writer import feature_members
 from data_shards.workers import Progress
 
 Members = tuple[str, dict[str, bytes]]
-_NOTHING = np.empty((0, 0, 0)), np.empty((0, 0))  # encoders do not take batches without clips
+_NO_FEATURES = np.empty((0, 0, 0)), np.empty((0, 0))  # encoders do not accept batches without clips
 
 
 @dataclass(frozen=True)
 class _Encoders:
-    """The two frozen encoders on their device, and the sizes of what they give."""
+    """The two frozen encoders on their device, and the shape of their features."""
 
     visual: Encoder
     audio: Encoder
@@ -64,11 +64,11 @@ class _Encoders:
 def make_features(
     config: Config, output: str, *, batch: int, device: torch.device, progress: Progress | None = None
 ) -> BuildReport:
-    """Run the frozen encoders of `config` over its clip shards, into feature shards at `output`.
+    """Run the frozen encoders of `config` over its clip shards and write feature shards to `output`.
 
-    Clips that cannot be decoded are left out and listed in `rejected.csv`. `progress` is called with the clips
-    done and the clips in all. What a broken run had finished is not done again. Raises ConfigError for encoders
-    that are not frozen or do not fit, and for an output that others made.
+    Clips that cannot be decoded are left out and listed in `rejected.csv`. `progress` is called with the number of
+    clips done and their total. Shards that an interrupted run finished are not encoded again. Raises ConfigError
+    for encoders that are not frozen or do not fit, and for an output of other inputs or settings.
     """
     unchanged = make_features_part(config, output, WHOLE, batch=batch, device=device, progress=progress)
     return unchanged or merge_parts(output)
@@ -77,9 +77,9 @@ def make_features(
 def make_features_part(
     config: Config, output: str, part: Part, *, batch: int, device: torch.device, progress: Progress | None = None
 ) -> BuildReport | None:
-    """Make one part's feature shards; `merge_parts` makes them a data set, equal to that of a single run.
+    """Write the feature shards of one part; `merge_parts` writes their manifest, equal to that of a single run.
 
-    Returns None, or the report of a data set that is there already.
+    Returns None, or the report of a data set that exists already.
     """
     manifest = load_manifest(config.data.manifest)
     encoders = _build_encoders(config, manifest, device)
@@ -108,12 +108,14 @@ def _build_encoders(config: Config, manifest: Manifest, device: torch.device) ->
     for name, section in (("visual", config.model.visual), ("audio", config.model.audio)):
         if not isinstance(section, TransformerConfig):
             raise ConfigError(
-                f"model.{name}.kind: {section.kind} has no weights to make features with; use a transformer"
+                f"model.{name}.kind: {section.kind} has no weights to compute features with; use a transformer"
             )
         if section.train != "frozen":
-            raise ConfigError(f"model.{name}.train: {section.train}; features are made by frozen encoders")
+            raise ConfigError(
+                f"model.{name}.train: {section.train}; features are computed by frozen encoders; set frozen"
+            )
     if manifest.kind != "clip":
-        raise ConfigError(f"{config.data.manifest}: holds features; features are made of clips")
+        raise ConfigError(f"{config.data.manifest}: holds features; give the manifest of clip shards")
     clip = config.data.clip
     torch.manual_seed(derive_seed(config.seed, "weights", 0))
     visual = build_visual_encoder(config.model.visual, clip, None).to(device).eval()
@@ -127,14 +129,14 @@ def _build_encoders(config: Config, manifest: Manifest, device: torch.device) ->
 
 
 def _plan(config: Config, manifest: Manifest, encoders: _Encoders) -> Plan:
-    """A job for each clip shard. Its digest holds the clips, what is done to them, and the weights."""
-    how = [
+    """A job for each clip shard. Its digest covers the clips, the clip settings, and the weights of the encoders."""
+    settings = [
         FORMAT,
         config.data.clip.model_dump(mode="json"),
         _weights_digest(encoders.visual),
         _weights_digest(encoders.audio),
     ]
-    digests = [storage.sha256(json.dumps([how, shard.sha256]).encode()) for shard in manifest.shards]
+    digests = [storage.sha256(json.dumps([settings, shard.sha256]).encode()) for shard in manifest.shards]
     urls = [f"{shard.split}/{shard.url.rsplit('/', 1)[-1]}" for shard in manifest.shards]
     if len(set(urls)) != len(urls):
         raise ConfigError(f"{config.data.manifest}: two shards of one split have the same file name; rename one")
@@ -142,7 +144,7 @@ def _plan(config: Config, manifest: Manifest, encoders: _Encoders) -> Plan:
         kind="feature",
         classes=manifest.classes,
         shape=encoders.shape,
-        digest=storage.sha256(json.dumps([how, manifest.content_hash]).encode()),
+        digest=storage.sha256(json.dumps([settings, manifest.content_hash]).encode()),
         jobs=tuple(
             ShardJob(url.removesuffix(".tar"), digest, shard.count)
             for url, digest, shard in zip(urls, digests, manifest.shards, strict=True)
@@ -159,7 +161,7 @@ def _weights_digest(encoder: nn.Module) -> str:
 
 
 def _load(config: Config, manifest: Manifest, numbers: Sequence[int], batch: int) -> Iterator[Batch]:
-    """The batches of these shards, each shard's last one padded."""
+    """The batches of these shards; the last batch of each shard is padded."""
     rows = []
     for number in numbers:
         clips = np.arange(manifest.first_clips[number], manifest.first_clips[number + 1])
@@ -193,36 +195,36 @@ def _encode(
     rejected: list[Rejection],
     advance: Callable[[int], None],
 ) -> Iterator[Members]:
-    """The features of each clip of a shard, with the clip's own record."""
+    """Key and members of each clip of a shard: its features, and its metadata as in the clip shard."""
     source, row = manifest.shards[number], 0
-    records = _read_records(manifest, number)
+    metadata = _read_metadata(manifest, number)
 
     def reject(key: str, reason: str) -> None:
         rejected.append(Rejection(key, source.class_name, source.split, "corrupt", reason.removeprefix(f"{key}: ")))
 
     for batch in batches:
         keys = source.keys[row : row + len(batch.valid)]
-        visual, audio = encoders(batch) if batch.valid.any() else _NOTHING
-        faults, taken = iter(batch.faults), 0
-        for place, key in enumerate(keys):
-            if not batch.valid[place]:
+        visual, audio = encoders(batch) if batch.valid.any() else _NO_FEATURES
+        faults, encoded = iter(batch.faults), 0
+        for position, key in enumerate(keys):
+            if not batch.valid[position]:
                 reject(key, next(faults))
                 continue
             try:
-                members = feature_members(visual[taken], audio[taken], _record(source, records[row + place]))
+                members = feature_members(visual[encoded], audio[encoded], _metadata(source, metadata[row + position]))
             except DataError as error:
                 reject(key, str(error))
             else:
                 yield key, members
-            taken += 1
+            encoded += 1
         row += len(keys)
         advance(len(keys))
 
 
-def _read_records(manifest: Manifest, number: int) -> list[bytes | None]:
-    """What a clip shard says of each of its clips; None for clips of a shard without `json` members.
+def _read_metadata(manifest: Manifest, number: int) -> list[bytes | None]:
+    """The `json` member of each clip of a shard; None for the clips of a shard without such members.
 
-    Raises DataError for a shard that is not there: a clip may be left out, a whole shard is not.
+    Raises DataError for a missing shard: single clips may be left out, a whole shard may not.
     """
     shard, url = manifest.shards[number], manifest.url(number)
     if "json" not in shard.offsets:
@@ -231,16 +233,16 @@ def _read_records(manifest: Manifest, number: int) -> list[bytes | None]:
     ends = starts + shard.sizes["json"]
     filesystem, path = storage.open_filesystem(url)
     try:
-        found = filesystem.cat_ranges([path] * shard.count, starts.tolist(), ends.tolist(), on_error="raise")
+        contents = filesystem.cat_ranges([path] * shard.count, starts.tolist(), ends.tolist(), on_error="raise")
     except OSError as error:
         raise DataError(f"{url}: cannot be read ({error}); restore it, then start again to continue") from None
-    return [bytes(data) for data in found]
+    return [bytes(data) for data in contents]
 
 
-def _record(shard: Shard, data: bytes | None) -> dict[str, Any]:
-    """The record of a clip with the class and split that the manifest says."""
+def _metadata(shard: Shard, data: bytes | None) -> dict[str, Any]:
+    """The metadata of a clip, with class and split as in the manifest."""
     try:
-        record = dict(json.loads(data)) if data is not None else {}
+        metadata = dict(json.loads(data)) if data is not None else {}
     except (ValueError, TypeError) as error:
         raise DataError(f"its json cannot be read ({error})") from None
-    return record | {"label": shard.class_name, "split": shard.split}
+    return metadata | {"label": shard.class_name, "split": shard.split}

@@ -1,4 +1,4 @@
-"""Feature shards of random numbers whose classes a linear map separates: data to try and to measure with."""
+"""Feature shards of random numbers whose classes a linear map separates, for trials and measurements."""
 
 import io
 import json
@@ -13,7 +13,7 @@ from data_shards.shard_writer import shard_url, write_shard
 
 
 def clip_key(split: Split, number: int, row: int) -> str:
-    """The key of clip `row` of class `number`: each its own source."""
+    """The key of clip `row` of class `number`; each clip is its own source video."""
     return f"{split}-{number:03d}-{row:05d}"
 
 
@@ -30,9 +30,9 @@ def make_feature_shards(
     clips_per_shard: int = 16,
     key: Callable[[Split, int, int], str] = clip_key,
 ) -> str:
-    """Write feature shards of class prototypes plus unit noise; the path of their manifest.
+    """Write feature shards of class prototypes plus unit noise; return the path of their manifest.
 
-    `clips` are per class; prototypes are normal with deviation `separation` (0: nothing can be learnt).
+    `clips` are per class; prototypes are normal with deviation `separation` (0: nothing can be learned).
     """
     names = tuple(f"class_{number:03d}" for number in range(classes))
     shards = []
@@ -72,10 +72,14 @@ def _clips(
         visual = prototypes[0] + random.normal(size=(tokens, dim))
         audio = prototypes[1] + random.normal(size=dim)
         key = key_of(split, number, row)
-        record = {"label": name, "split": split, "source": key, "start": 0.0, "duration": 1.0}
+        metadata = {"label": name, "split": split, "source": key, "start": 0.0, "duration": 1.0}
         yield (
             key,
-            {"visual.npy": _npy(visual), "audio.npy": _npy(audio), "json": json.dumps(record, sort_keys=True).encode()},
+            {
+                "visual.npy": _npy(visual),
+                "audio.npy": _npy(audio),
+                "json": json.dumps(metadata, sort_keys=True).encode(),
+            },
         )
 
 

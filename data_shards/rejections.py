@@ -1,4 +1,4 @@
-"""Clips that are in no shard: which, and why. The one place where reasons are named, kept and counted."""
+"""Rejected clips: the kinds of fault, the table `rejected.csv`, and its summary per class."""
 
 import csv
 import io
@@ -19,7 +19,7 @@ MAX_CLASSES_SHOWN = 40
 
 @dataclass(frozen=True)
 class Rejection:
-    """A clip that is in no shard, the kind of its fault, and the fault in words."""
+    """A clip that is in no shard, the kind of its fault, and a description of the fault."""
 
     path: str
     label: str
@@ -37,7 +37,7 @@ class ClipRejectedError(DataError):
 
 
 def write_rejections(url: str, rejected: Iterable[Rejection]) -> None:
-    """Write the table as csv."""
+    """Write the rejections as csv."""
     text = io.StringIO()
     rows = csv.DictWriter(text, ["path", "label", "split", "kind", "reason"], lineterminator="\n")
     rows.writeheader()
@@ -46,13 +46,13 @@ def write_rejections(url: str, rejected: Iterable[Rejection]) -> None:
 
 
 def read_rejections(url: str) -> tuple[Rejection, ...]:
-    """What `write_rejections` wrote."""
+    """Read the csv of `write_rejections`."""
     rows: Iterable[dict[str, Any]] = csv.DictReader(io.StringIO(storage.read_bytes(url).decode()))
     return tuple(Rejection(**row) for row in rows)
 
 
 def rejection_table(rejected: Iterable[Rejection]) -> Table:
-    """Rejected clips per class and kind of fault, for a terminal; the classes that lost most come first."""
+    """Table of rejected clips per class and kind of fault for a terminal, classes with most rejections first."""
     counts = Counter((rejection.label, rejection.kind) for rejection in rejected)
     kinds = [kind for kind in KINDS if any(counted == kind for _, counted in counts)]
     totals = Counter[str]()

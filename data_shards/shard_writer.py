@@ -1,4 +1,4 @@
-"""One shard: a plain tar that `wds.WebDataset(url).decode()` reads without our code."""
+"""Writer of one shard: a plain tar that `wds.WebDataset(url).decode()` reads without our code."""
 
 import hashlib
 import io
@@ -16,17 +16,17 @@ from avcil_dist.errors import ConfigError, DataError
 
 
 def shard_url(split: Split, class_number: int, class_name: str, number: int) -> str:
-    """Where a shard lies below the manifest's folder: `train/c003-bird_chirping-0000.tar`."""
+    """The url of a shard, relative to the manifest's folder: `train/c003-bird_chirping-0000.tar`."""
     slug = re.sub(r"[^A-Za-z0-9]+", "_", class_name).strip("_")[:60]
     return f"{split}/c{class_number:03d}-{slug}-{number:04d}.tar"
 
 
-def clip_members(data: bytes, record: Mapping[str, Any]) -> dict[str, bytes]:
-    """The members of a clip: the bytes of its mp4, and what is known of it."""
-    return {"mp4": data, "json": _json(record)}
+def clip_members(data: bytes, metadata: Mapping[str, Any]) -> dict[str, bytes]:
+    """The members of a clip: the bytes of its mp4, and its metadata as json."""
+    return {"mp4": data, "json": _json(metadata)}
 
 
-def feature_members(visual: np.ndarray, audio: np.ndarray, record: Mapping[str, Any]) -> dict[str, bytes]:
+def feature_members(visual: np.ndarray, audio: np.ndarray, metadata: Mapping[str, Any]) -> dict[str, bytes]:
     """The members of a clip's features, visual (tokens, dim) and audio (dim,), in float16.
 
     Raises DataError for values that float16 cannot hold.
@@ -40,7 +40,7 @@ def feature_members(visual: np.ndarray, audio: np.ndarray, record: Mapping[str, 
         buffer = io.BytesIO()
         np.save(buffer, halves, allow_pickle=False)
         members[name] = buffer.getvalue()
-    return members | {"json": _json(record)}
+    return members | {"json": _json(metadata)}
 
 
 def write_shard(
@@ -49,8 +49,8 @@ def write_shard(
     """Write clips, each a key and its members by name, as `KEY.member` files of the tar `root/url`.
 
     One clip is in memory at a time. Equal clips give equal bytes: owner and time of the files are fixed. Raises
-    DataError for a key that WebDataset would split, a key that comes twice, or clips that differ in their
-    members; ConfigError for a url that is not relative to `root`.
+    DataError for a key that WebDataset would split, a duplicate key, or clips with different members; ConfigError
+    for a url that is not relative to `root`.
     """
     if url.startswith(("/", "pipe:")) or "://" in url or ".." in url.split("/"):
         raise ConfigError(f"{url}: a shard's url is a plain path below the manifest's folder")
@@ -65,7 +65,7 @@ def write_shard(
                 if keys and members.keys() != offsets.keys():
                     raise DataError(f"{url}: clip {key!r} has members {sorted(members)}, the others {sorted(offsets)}")
                 if key in keys:
-                    raise DataError(f"{url}: clip key {key!r} comes twice; rename one of the two")
+                    raise DataError(f"{url}: clip key {key!r} is a duplicate; rename one of the two")
                 keys[key] = None
                 for member, data in members.items():
                     offsets.setdefault(member, []).append(_add_file(tar, f"{key}.{member}", data, url))
@@ -85,7 +85,7 @@ def write_shard(
 
 
 class _DigestingFile:
-    """As much of a file as a tar needs to be written; the digest is made on the way."""
+    """The file methods that a tar writer needs; computes size and sha256 of the bytes written."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -102,7 +102,7 @@ class _DigestingFile:
 
 
 def _add_file(tar: tarfile.TarFile, name: str, data: bytes, url: str) -> int:
-    """Add one file; the offset of its first byte in the tar."""
+    """Add one file; return the offset of its first byte in the tar."""
     info = tarfile.TarInfo(name)  # its defaults are the fixed ones: time 0, owner 0, mode 644
     info.size = len(data)
     offset = tar.offset + tarfile.BLOCKSIZE
@@ -113,5 +113,5 @@ def _add_file(tar: tarfile.TarFile, name: str, data: bytes, url: str) -> int:
     return int(offset)
 
 
-def _json(record: Mapping[str, Any]) -> bytes:
-    return json.dumps(record, sort_keys=True).encode()
+def _json(metadata: Mapping[str, Any]) -> bytes:
+    return json.dumps(metadata, sort_keys=True).encode()

@@ -1,8 +1,8 @@
-"""A labelled audio-visual data set of real mp4 files, rendered: for tests, tutorials and measurements.
+"""Renderer of a labelled audio-visual data set of mp4 files, for tests, tutorials and measurements.
 
-A class is a texture, a motion and a pulsing tone that belong together. In each clip one shape pulses in
-time with the tone; silent shapes with other classes' looks stand elsewhere and do not pulse. So the label
-is in the picture, in the sound, and in which part of the picture sounds.
+A class is a combination of a texture, a motion and a pulsing tone. In each clip one shape pulses in time with the
+tone. Silent shapes with the looks of other classes are elsewhere in the picture and do not pulse. So the label is in
+the picture, in the sound, and in which part of the picture makes the sound.
 """
 
 import colorsys
@@ -26,7 +26,7 @@ from avcil_dist.seeds import generator
 from data_shards.workers import exit_with_parent
 
 # A class's number times such an irrational, modulo 1, spreads any number of classes evenly over a parameter;
-# a different one for each parameter makes the parameters independent.
+# a different irrational for each parameter makes the parameters independent.
 IRRATIONALS = np.array(
     [0.6180340, 0.4142136, 0.7320508, 0.3166248, 0.6457513, 0.3588989, 0.7958315, 0.3851648, 0.5677644]
 )
@@ -35,7 +35,7 @@ CHUNK_CLIPS = 8
 
 @dataclass(frozen=True)
 class SyntheticSpec:
-    """What to render: clips per class and split, seconds, pixels (square), Hz."""
+    """Specification of a data set: clips per class and split, seconds, pixels (square), Hz."""
 
     num_classes: int = 8
     clips: Mapping[str, int] = field(default_factory=lambda: {"train": 40, "val": 8, "test": 10})
@@ -48,13 +48,13 @@ class SyntheticSpec:
 
     @property
     def num_clips(self) -> int:
-        """Clips in all."""
+        """Total number of clips."""
         return self.num_classes * sum(self.clips.values())
 
 
 @dataclass(frozen=True)
 class _ClassLook:
-    """What a class looks and sounds like. Angles in radians, rates in Hz; stripes are per shape radius."""
+    """Look and sound of a class. Angles in radians, rates in Hz; stripes are per shape radius."""
 
     colours: np.ndarray
     orientation: float
@@ -70,20 +70,20 @@ class _ClassLook:
 def render_dataset(
     folder: Path, spec: SyntheticSpec, *, progress: Callable[[], None] | None = None, processes: int = 1
 ) -> Path:
-    """Write `folder/<split>/<class>/<key>.mp4` and `folder/clips.csv` (path, label, split); give the csv's path.
+    """Write `folder/<split>/<class>/<key>.mp4` and `folder/clips.csv` (path, label, split); return the csv's path.
 
-    The bytes follow from the spec, whatever `processes`. Clips that are there already are kept, so a second
-    run continues a broken one. `progress` is called once a clip. Raises ConfigError for a spec that cannot be
-    rendered, or a folder that holds clips of another spec.
+    The bytes depend on the spec alone, not on `processes`. Existing clips are kept, so a second run continues an
+    interrupted one. `progress` is called once a clip. Raises ConfigError for a spec that cannot be rendered, or a
+    folder that holds clips of another spec.
     """
     _check(folder, spec)
-    wanted = [
+    clips = [
         (split, number, index)
         for split in SPLITS
         for number in range(spec.num_classes)
         for index in range(spec.clips.get(split, 0))
     ]
-    chunks = [wanted[i : i + CHUNK_CLIPS] for i in range(0, len(wanted), CHUNK_CLIPS)]
+    chunks = [clips[i : i + CHUNK_CLIPS] for i in range(0, len(clips), CHUNK_CLIPS)]
     render = partial(_render_chunk, folder, spec)
     if processes == 1:
         _count(map(render, chunks), progress)
@@ -97,7 +97,7 @@ def render_dataset(
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["path", "label", "split"])
-    rows.writerows([_clip_path(*clip), class_name(clip[1]), clip[0]] for clip in wanted)
+    rows.writerows([_clip_path(*clip), class_name(clip[1]), clip[0]] for clip in clips)
     storage.write_bytes(str(folder / "clips.csv"), text.getvalue().encode())
     return folder / "clips.csv"
 
@@ -108,7 +108,7 @@ def class_name(number: int) -> str:
 
 
 def render_clip(spec: SyntheticSpec, split: str, number: int, index: int) -> bytes:
-    """One mp4 (H.264 and AAC) of class `number`."""
+    """Render one mp4 (H.264 and AAC) of class `number`."""
     random = generator(spec.seed, "synthetic clip", split, number, index)
     pulse_phase = random.uniform(0, 2 * np.pi)
     frames = _render_frames(spec, number, pulse_phase, random)
@@ -122,14 +122,14 @@ def _check(folder: Path, spec: SyntheticSpec) -> None:
     if spec.num_classes < 1 or spec.num_clips < 1 or min(spec.clips.values()) < 0:
         raise ConfigError("at least one class and one clip are needed to render a data set")
     if spec.size % 2 or spec.size < 32:
-        raise ConfigError(f"size: {spec.size}; H.264 wants an even number of pixels, the shapes at least 32")
+        raise ConfigError(f"size: {spec.size}; give an even number (H.264) of at least 32 pixels (the shapes)")
     if spec.seconds * spec.frames_per_second < 1:
         raise ConfigError(f"seconds: {spec.seconds}; a clip needs at least one frame")
-    record = str(folder / "spec.json")
+    spec_file = str(folder / "spec.json")
     look = {name: value for name, value in asdict(spec).items() if name != "clips"}
-    if storage.exists(record) and storage.read_json(record) != look:
+    if storage.exists(spec_file) and storage.read_json(spec_file) != look:
         raise ConfigError(f"{folder}: holds clips rendered with other settings; give another folder, or remove it")
-    storage.write_json(record, look)
+    storage.write_json(spec_file, look)
 
 
 def _count(chunks: Iterable[int], progress: Callable[[], None] | None) -> None:
@@ -168,7 +168,7 @@ def _class_look(number: int) -> _ClassLook:
 
 
 def _loudness(look: _ClassLook, phase: float, times: np.ndarray) -> np.ndarray:
-    """The envelope of the tone and of the shape that makes it, in [0, 1]."""
+    """The envelope of the tone and of its shape, in [0, 1]."""
     return (0.5 + 0.5 * np.sin(2 * np.pi * look.pulse * times + phase)) ** 2
 
 
@@ -185,14 +185,14 @@ def _render_frames(spec: SyntheticSpec, number: int, pulse_phase: float, random:
     others = [other for other in range(spec.num_classes) if other != number]
     distractors = random.permutation(others)[: spec.num_distractors]
     looks = [_class_look(number), *(_class_look(int(other)) for other in distractors)]
-    # each shape moves within a cell of its own, so shapes never overlap
+    # each shape moves within its own cell, so shapes never overlap
     side = int(np.ceil(np.sqrt(len(looks))))
     cell = size // side
-    places = random.permutation(side * side)[: len(looks)]
-    for rank, (look, place) in enumerate(zip(looks, places, strict=True)):
+    cells = random.permutation(side * side)[: len(looks)]
+    for index, (look, position) in enumerate(zip(looks, cells, strict=True)):
         steady = np.full(num_frames, 0.4, dtype=np.float32)
-        strength = steady if rank else _loudness(look, pulse_phase, times)
-        row, column = (int(place) // side) * cell, (int(place) % side) * cell
+        strength = steady if index else _loudness(look, pulse_phase, times)
+        row, column = (int(position) // side) * cell, (int(position) % side) * cell
         _draw_shape(picture[:, row : row + cell, column : column + cell], look, times, strength, random)
     return (picture.clip(0, 1) * 255).astype(np.uint8)
 

@@ -1,4 +1,4 @@
-"""Holds shards against their manifest: what is missing, what was changed, and what there is."""
+"""Verification of shards against their manifest, repair of a manifest, and the table of its contents."""
 
 import hashlib
 import json
@@ -11,14 +11,14 @@ from typing import Any
 from avcil_dist import storage
 from avcil_dist.data.manifest import SPLITS, Manifest, Shard, load_manifest
 from avcil_dist.errors import DataError
-from data_shards.workers import Begin, Progress, map_in_workers
+from data_shards.workers import MarkStart, Progress, map_in_workers
 
 READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class TableRow:
-    """One split of one class, counted."""
+    """Counts of one split of one class."""
 
     class_name: str
     split: str
@@ -27,7 +27,7 @@ class TableRow:
     bytes: int
 
 
-def table(manifest: Manifest) -> list[TableRow]:
+def shard_table(manifest: Manifest) -> list[TableRow]:
     """Shards, clips and bytes per class and split, in the manifest's class order; empty ones are left out."""
     grouped: dict[tuple[str, str], list[Shard]] = {(name, split): [] for name in manifest.classes for split in SPLITS}
     for shard in manifest.shards:
@@ -40,10 +40,10 @@ def table(manifest: Manifest) -> list[TableRow]:
 
 
 def verify_shards(manifest_url: str, *, processes: int = 0, progress: Progress | None = None) -> list[str]:
-    """Read every shard and hold it against the manifest; one line per fault, none when all is well.
+    """Read every shard and compare it with the manifest. Returns one line per fault.
 
     A shard is read once, a small part at a time, by one of `processes` (0: this one). `progress` is called with
-    the shards done and the shards in all. Raises DataError for a manifest that cannot be read.
+    the number of shards done and their total. Raises DataError for a manifest that cannot be read.
     """
     return [fault for faults in _faults(load_manifest(manifest_url), processes, progress) for fault in faults]
 
@@ -51,49 +51,49 @@ def verify_shards(manifest_url: str, *, processes: int = 0, progress: Progress |
 def repair_manifest(
     manifest_url: str, *, processes: int = 0, progress: Progress | None = None
 ) -> tuple[Manifest, list[str]]:
-    """Rewrite a manifest so that it lists the shards that are intact; the new manifest, and the faults found.
+    """Rewrite a manifest so that it lists the intact shards only. Returns the new manifest and the faults.
 
-    The manifest as it was is kept beside it, as `manifest.before-repair.json`. Nothing is changed where all is
-    well. Raises DataError when no shard is intact.
+    The old manifest is saved beside it as `manifest.before-repair.json`. Without faults nothing is written.
+    Raises DataError when no shard is intact.
     """
     manifest = load_manifest(manifest_url)
-    faults = _faults(manifest, processes, progress)
-    intact = tuple(shard for shard, found in zip(manifest.shards, faults, strict=True) if not found)
+    faults_by_shard = _faults(manifest, processes, progress)
+    intact = tuple(shard for shard, faults in zip(manifest.shards, faults_by_shard, strict=True) if not faults)
     if not intact:
-        raise DataError(f"{manifest_url}: not one shard is intact; nothing was changed; build them again")
-    said = [fault for found in faults for fault in found]
-    if not said:
+        raise DataError(f"{manifest_url}: no shard is intact; the manifest was not changed; build the shards again")
+    all_faults = [fault for faults in faults_by_shard for fault in faults]
+    if not all_faults:
         return manifest, []
     present = {shard.class_name for shard in intact}
     classes = tuple(name for name in manifest.classes if name in present)
     repaired = replace(manifest, classes=classes, shards=intact)
     storage.write_bytes(f"{manifest_url.removesuffix('.json')}.before-repair.json", storage.read_bytes(manifest_url))
     repaired.save(manifest_url)
-    return repaired, said
+    return repaired, all_faults
 
 
 def _faults(manifest: Manifest, processes: int, progress: Progress | None) -> list[list[str]]:
     """The faults of each shard."""
     total = len(manifest.shards)
 
-    def begun(count: int) -> None:
+    def on_start(count: int) -> None:
         if progress:
             progress(min(count, total), total)
 
-    return map_in_workers(partial(_check_shard, manifest), range(total), processes=processes, begun=begun)
+    return map_in_workers(partial(_check_shard, manifest), range(total), processes=processes, on_start=on_start)
 
 
-def _check_shard(manifest: Manifest, number: int, lethal: frozenset[int], begin: Begin) -> list[str]:
+def _check_shard(manifest: Manifest, number: int, crashed: frozenset[int], mark_start: MarkStart) -> list[str]:
     faults = _shard_faults(manifest.url(number), manifest.shards[number])
-    begin(0)
+    mark_start(0)
     return faults
 
 
 def _shard_faults(url: str, shard: Shard) -> list[str]:
     try:
-        found = storage.size(url)
-        if found != shard.bytes:
-            return [f"{url}: {found} bytes, the manifest says {shard.bytes}"]
+        size = storage.size(url)
+        if size != shard.bytes:
+            return [f"{url}: {size} bytes, in the manifest {shard.bytes}"]
         filesystem, path = storage.open_filesystem(url)
         with filesystem.open(path, "rb", block_size=READ_BYTES * 8) as file:
             reader = DigestingReader(file)
@@ -102,12 +102,12 @@ def _shard_faults(url: str, shard: Shard) -> list[str]:
     except (DataError, OSError) as error:
         return [str(error) if url in str(error) else f"{url}: {error}"]
     if reader.digest.hexdigest() != shard.sha256:
-        return [f"{url}: its sha256 is not the manifest's; its bytes were changed"]
+        return [f"{url}: its sha256 is not that of the manifest; its bytes were changed"]
     return faults
 
 
 class DigestingReader:
-    """A file read once, from beginning to end, whose digest is made on the way."""
+    """Reader of a file from beginning to end; computes size and sha256 of the bytes read."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -122,44 +122,44 @@ class DigestingReader:
         return data
 
     def drain(self) -> None:
-        """Read what is left."""
+        """Read to the end of the file."""
         while self.read(READ_BYTES):
             continue
 
 
 def _tar_faults(url: str, shard: Shard, reader: DigestingReader) -> list[str]:
-    """What is not at its place, and which records say another class or split."""
+    """Members that are not at their offset, and metadata with another class or split."""
     expected = {
         f"{key}.{member}": (int(shard.offsets[member][row]), int(shard.sizes[member][row]))
         for member in shard.offsets
         for row, key in enumerate(shard.keys)
     }
-    found: dict[str, tuple[int, int]] = {}
+    actual: dict[str, tuple[int, int]] = {}
     faults: list[str] = []
     try:
         with tarfile.open(fileobj=reader, mode="r|", bufsize=READ_BYTES) as tar:  # type: ignore[call-overload]
             for info in tar:
                 if not info.isreg():
                     continue
-                found[info.name] = info.offset_data, info.size
+                actual[info.name] = info.offset_data, info.size
                 if info.name.endswith(".json"):
                     member = tar.extractfile(info)
                     faults += _label_faults(url, shard, info.name, member.read() if member else b"")
     except tarfile.TarError as error:
         return [f"{url}: not a tar ({error})"]
-    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    wrong = sorted(name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name))
     return [
-        f"{url}: {name}: (offset, size) {found.get(name, 'missing')}, the manifest says {expected.get(name, 'nothing')}"
+        f"{url}: {name}: (offset, size) {actual.get(name, 'missing')}, in the manifest {expected.get(name, 'missing')}"
         for name in wrong
     ] + faults
 
 
 def _label_faults(url: str, shard: Shard, name: str, content: bytes) -> Sequence[str]:
-    """Where a record contradicts the manifest; in shards that others made, it need not say anything."""
+    """Contradictions between metadata and manifest. Metadata of imported shards may lack class and split."""
     try:
-        record: dict[str, Any] = dict(json.loads(content))
+        metadata: dict[str, Any] = dict(json.loads(content))
     except (ValueError, TypeError) as error:
-        return [f"{url}: {name}: no record ({error!r})"]
-    manifests = shard.class_name, shard.split
-    said = str(record.get("label", manifests[0])), str(record.get("split", manifests[1]))
-    return [] if said == manifests else [f"{url}: {name} says {said}, the manifest {manifests}"]
+        return [f"{url}: {name}: not json metadata ({error!r})"]
+    expected = shard.class_name, shard.split
+    actual = str(metadata.get("label", expected[0])), str(metadata.get("split", expected[1]))
+    return [] if actual == expected else [f"{url}: {name}: class and split {actual}, in the manifest {expected}"]

@@ -1,7 +1,7 @@
-"""Work on many items in processes that may die: a decoder that crashes takes its clip with it, not the run.
+"""Map of a function over items in worker processes that may crash: a crashed decoder costs one clip, not the run.
 
-A worker says before each element of its item which one is at hand. When the worker dies, that element is
-called lethal, a fresh worker takes the item again, and leaves the lethal element out.
+An item has elements. A worker marks each element before it starts it. When the worker crashes, a new worker takes
+the item again and leaves the marked element out.
 """
 
 import contextlib
@@ -19,104 +19,106 @@ from avcil_dist.signals import STOP_SIGNALS
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Begin = Callable[[int], None]
-# an item, the places of its lethal elements, and what to call before each element with its place
-Work = Callable[[Item, frozenset[int], Begin], Result]
-Progress = Callable[[int, int], None]
+MarkStart = Callable[[int], None]  # takes the position of the element that is started next
+# takes an item, the positions of its elements that crashed a worker, and the callback to mark each element with
+Work = Callable[[Item, frozenset[int], MarkStart], Result]
+Progress = Callable[[int, int], None]  # takes the number done and the total
 
-MAX_LETHAL = 3
+MAX_CRASHES = 3
 POLL_SECONDS = 0.5
 
 
 def map_in_workers(
-    work: Work[Item, Result], items: Sequence[Item], *, processes: int, begun: Callable[[int], None] | None = None
+    work: Work[Item, Result], items: Sequence[Item], *, processes: int, on_start: Callable[[int], None] | None = None
 ) -> list[Result]:
-    """The result of `work` on each item, in order, made by `processes` worker processes; 0: in this process.
+    """Results of `work` on each item, in order, by `processes` worker processes; 0: in this process.
 
-    `begun` is called now and then with the number of elements that were begun so far. Raises what `work`
-    raises, and DataError when more than 3 workers die of one item: then it is not the clips.
+    `on_start` is called now and then with the number of elements started so far. Raises the errors of `work`,
+    and DataError when one item crashes more than 3 workers: then the clips are not the cause.
     """
     if processes == 0:
-        return _run_here(work, items, begun)
-    return _Pool(work, items, min(processes, len(items)), begun).run()
+        return _map_here(work, items, on_start)
+    return _Pool(work, items, min(processes, len(items)), on_start).run()
 
 
 def exit_with_parent() -> None:
-    """Let this worker process end when the process that started it is killed; it would wait for work for ever."""
-    starter = multiprocessing.parent_process()
-    assert starter is not None, "called in a worker"
+    """Make this worker process exit when its parent is killed. Otherwise it would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "called in a worker"
 
-    def wait_and_end() -> None:
-        multiprocessing.connection.wait([starter.sentinel])
+    def wait_and_exit() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
         os._exit(1)
 
-    threading.Thread(target=wait_and_end, daemon=True).start()
+    threading.Thread(target=wait_and_exit, daemon=True).start()
 
 
-def _run_here(work: Work[Item, Result], items: Sequence[Item], begun: Callable[[int], None] | None) -> list[Result]:
+def _map_here(work: Work[Item, Result], items: Sequence[Item], on_start: Callable[[int], None] | None) -> list[Result]:
     count = 0
 
-    def begin(place: int) -> None:
+    def mark_start(position: int) -> None:
         nonlocal count
         count += 1
-        if begun:
-            begun(count)
+        if on_start:
+            on_start(count)
 
-    return [work(item, frozenset(), begin) for item in items]
+    return [work(item, frozenset(), mark_start) for item in items]
 
 
 class _Worker:
-    """One process, the item that it is at, and what it shares: the place and the number of begun elements."""
+    """One process and the number of its item; in shared memory its current position and its count of elements."""
 
     def __init__(self, context: Any, work: Work[Any, Any]) -> None:
-        self.place = context.Value("q", -1, lock=False)
-        self.count = context.Value("q", 0, lock=False)
+        self.position = context.Value("q", -1, lock=False)
+        self.num_started = context.Value("q", 0, lock=False)
         self.item = -1
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(work, theirs, self.place, self.count), daemon=True)
+        self.connection, worker_end = context.Pipe()
+        arguments = (work, worker_end, self.position, self.num_started)
+        self.process = context.Process(target=_run_worker, args=arguments, daemon=True)
         self.process.start()
-        theirs.close()  # so that a dead worker reads as the end of the pipe
+        worker_end.close()  # so that a crashed worker reads as the end of the pipe
 
-    def send(self, number: int, item: Any, lethal: frozenset[int]) -> None:
-        self.item, self.place.value = number, -1
-        with contextlib.suppress(ConnectionError):  # of a dead worker; the end of its pipe is read next
-            self.connection.send((item, lethal))
+    def send(self, number: int, item: Any, crashed: frozenset[int]) -> None:
+        self.item, self.position.value = number, -1
+        with contextlib.suppress(ConnectionError):  # of a crashed worker; the end of its pipe is read next
+            self.connection.send((item, crashed))
 
-    def end(self) -> None:
+    def stop(self) -> None:
         self.process.terminate()
         self.process.join()
         self.connection.close()
 
 
 class _Pool:
-    """The workers, which item is where, and what has come back."""
+    """The workers, the items that wait, and the results."""
 
     def __init__(
-        self, work: Work[Any, Any], items: Sequence[Any], size: int, begun: Callable[[int], None] | None
+        self, work: Work[Any, Any], items: Sequence[Any], size: int, on_start: Callable[[int], None] | None
     ) -> None:
-        self.work, self.items, self.size, self.begun = work, items, size, begun
+        self.work, self.items, self.size, self.on_start = work, items, size, on_start
         self.context = multiprocessing.get_context("forkserver")
         preload = getattr(work, "func", work).__module__  # imported once, not by every process
         self.context.set_forkserver_preload([preload])
         self.waiting = list(range(len(items)))[::-1]
-        self.lethal: dict[int, frozenset[int]] = {}
+        self.crashed: dict[int, frozenset[int]] = {}  # per item the positions that crashed a worker
         self.results: dict[int, Any] = {}
         self.workers: list[_Worker] = []
-        self.count_of_the_dead = 0
+        self.num_started_by_crashed = 0
 
     def run(self) -> list[Any]:
         try:
             for _ in range(self.size):
-                self._give_work(self._start_worker())
+                self._send_next(self._start_worker())
             while len(self.results) < len(self.items):
                 by_connection = {worker.connection: worker for worker in self.workers}
                 for connection in multiprocessing.connection.wait(list(by_connection), POLL_SECONDS):
-                    self._take(by_connection[connection])
-                if self.begun:
-                    self.begun(self.count_of_the_dead + sum(worker.count.value for worker in self.workers))
+                    self._receive(by_connection[connection])
+                if self.on_start:
+                    started = sum(worker.num_started.value for worker in self.workers)
+                    self.on_start(self.num_started_by_crashed + started)
         finally:
             for worker in self.workers:
-                worker.end()
+                worker.stop()
         return [self.results[number] for number in range(len(self.items))]
 
     def _start_worker(self) -> _Worker:
@@ -124,60 +126,62 @@ class _Pool:
         self.workers.append(worker)
         return worker
 
-    def _give_work(self, worker: _Worker) -> None:
+    def _send_next(self, worker: _Worker) -> None:
         if self.waiting:
             number = self.waiting.pop()
-            worker.send(number, self.items[number], self.lethal.get(number, frozenset()))
+            worker.send(number, self.items[number], self.crashed.get(number, frozenset()))
         else:
             worker.item = -1
 
-    def _take(self, worker: _Worker) -> None:
-        """What a worker sent, or what its death means."""
+    def _receive(self, worker: _Worker) -> None:
+        """Store a worker's result and send it the next item, or replace the worker if it crashed."""
         try:
             succeeded, value = worker.connection.recv()
         except (EOFError, ConnectionError):
-            self._bury(worker)
+            self._replace(worker)
             return
         if not succeeded:
             raise value
         self.results[worker.item] = value
-        self._give_work(worker)
+        self._send_next(worker)
 
-    def _bury(self, worker: _Worker) -> None:
-        worker.end()
+    def _replace(self, worker: _Worker) -> None:
+        """Start another worker for a crashed one; its item is done again without the element that crashed it."""
+        worker.stop()
         self.workers.remove(worker)
-        self.count_of_the_dead += worker.count.value
-        number, place = worker.item, worker.place.value
-        lethal = self.lethal.get(number, frozenset()) | {place}
-        if place < 0 or len(lethal) > MAX_LETHAL:
+        self.num_started_by_crashed += worker.num_started.value
+        number, position = worker.item, worker.position.value
+        crashed = self.crashed.get(number, frozenset()) | {position}
+        if position < 0 or len(crashed) > MAX_CRASHES:
             raise DataError(
-                f"{len(lethal)} working processes died, the last with exit code {worker.process.exitcode}; "
+                f"{len(crashed)} worker processes crashed, the last with exit code {worker.process.exitcode}; "
                 "is memory short? Start again with fewer --processes to continue"
             )
-        self.lethal[number] = lethal
+        self.crashed[number] = crashed
         self.waiting.append(number)
-        self._give_work(self._start_worker())
+        self._send_next(self._start_worker())
 
 
-def _serve(work: Work[Any, Any], connection: Any, place: Any, count: Any) -> None:
-    """A worker's life: take an item, send what came of it."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # a fork server that shields ranks hands its mask on
-    import torch  # late: who only wants `exit_with_parent` need not wait for it
+def _run_worker(work: Work[Any, Any], connection: Any, shared_position: Any, num_started: Any) -> None:
+    """Main loop of a worker: receive an item, send its result."""
+    # a fork server that shields ranks from signals passes its mask on
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    import torch  # late: users of `exit_with_parent` alone need no torch
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the starter is interrupted too, and ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and stops its workers
     exit_with_parent()
     torch.set_num_threads(1)
 
-    def begin(element: int) -> None:
-        place.value = element
-        count.value += 1
+    def mark_start(position: int) -> None:
+        shared_position.value = position
+        num_started.value += 1
 
     while True:
-        item, lethal = connection.recv()
+        item, crashed = connection.recv()
         try:
-            answer = True, work(item, lethal, begin)
+            message = True, work(item, crashed, mark_start)
         except AvcilError as error:
-            answer = False, error
+            message = False, error
         except Exception:
-            answer = False, RuntimeError(traceback.format_exc())
-        connection.send(answer)
+            message = False, RuntimeError(traceback.format_exc())
+        connection.send(message)

@@ -1,7 +1,7 @@
-"""Where the bytes of a batch go, and how they become its tensors: one layout for features, one for clips.
+"""Memory layout of a batch and its decoding to tensors: one layout for features, one for clips.
 
-Features are read straight into the batch, header by header checked: no object per clip is made.
-Clips are read as they are and decoded row by row.
+Features are read directly into the batch's tensors, and each header is checked: no object per clip is made. Clips
+are read as mp4 bytes and decoded row by row.
 """
 
 import io
@@ -25,10 +25,10 @@ from avcil_dist.data.reader import AugmentSeeds, Segment
 from avcil_dist.data.transforms import ClipTransform
 from avcil_dist.errors import DataError
 
-TAR_BLOCK = 512  # a member's header lies before its bytes: with its name there, the place is the right one
+TAR_BLOCK = 512  # a member's header precedes its bytes; the name in it proves that the offset is right
 NAME_BYTES = 100
 SPARE_BUFFERS = 8
-# What numpy raises for damaged bytes: it reads the header as Python text, and a zip where they begin like one.
+# Errors of numpy for damaged bytes: it reads the header as Python text, and a zip where they begin like one.
 NPY_FAULTS = (ValueError, TypeError, RuntimeError, EOFError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile)
 TensorPair = tuple[Tensor, Tensor]
 Faults = dict[int, DataError]
@@ -36,10 +36,10 @@ Faults = dict[int, DataError]
 
 @dataclass
 class BatchBuffers:
-    """A batch on its way: the clips of its rows, what to read, and where the members' headers and bytes come to lie.
+    """Buffers of a batch that is being read: the clips of its rows, the segments to read, and their targets.
 
-    `heads[member][row]` and `bodies[member][row]` are the first bytes of a member, from its tar header on, and
-    the others.
+    `heads[member][row]` receives the first bytes of a member, from its tar header on; `bodies[member][row]` the
+    rest.
     """
 
     clips: np.ndarray
@@ -50,20 +50,20 @@ class BatchBuffers:
 
 
 class Layout(Protocol):
-    """How a batch is read and decoded."""
+    """Allocation and decoding of batches of one kind of shard."""
 
     def allocate(self, clips: np.ndarray) -> BatchBuffers:
-        """The rows of these clips, ready to be read."""
+        """Allocate the buffers of a batch of these clips."""
 
-    def decode(self, rows: BatchBuffers, faults: Faults, draw: AugmentSeeds | None) -> TensorPair:
-        """Visual and audio of all rows, zero where there is no clip; damaged rows are added to `faults`.
+    def decode(self, rows: BatchBuffers, faults: Faults, seeds: AugmentSeeds | None) -> TensorPair:
+        """Visual and audio of all rows, zero in rows without a clip; damaged rows are added to `faults`.
 
-        Clips are varied as `draw` says; features are what they are.
+        Clips are augmented if there are `seeds`; features never.
         """
 
 
 class FeatureLayout:
-    """Features, float16, read into a batch in their final place (page-locked memory if `pin`)."""
+    """Layout of features, float16, read into the batch's tensors (page-locked memory if `pin`)."""
 
     members = ("visual.npy", "audio.npy")
 
@@ -75,7 +75,7 @@ class FeatureLayout:
         self._buffers = _Buffers(pin)
 
     def allocate(self, clips: np.ndarray) -> BatchBuffers:
-        """Tensors for the batch; a member of another size than expected gets bytes of its own."""
+        """Allocate tensors for the batch; a member of unexpected size gets a separate buffer."""
         rows = BatchBuffers(clips)
         tensors = [self._buffers.take((len(clips), *shape)) for shape in self.shapes]
         rows.tensors = tensors[0], tensors[1]
@@ -96,8 +96,8 @@ class FeatureLayout:
                 rows.segments.append(Segment(int(shards[row]), int(starts[row]) - TAR_BLOCK, buffers, int(row)))
         return rows
 
-    def decode(self, rows: BatchBuffers, faults: Faults, draw: AugmentSeeds | None) -> TensorPair:
-        """Hold each header against the expected one; a member that has another is parsed."""
+    def decode(self, rows: BatchBuffers, faults: Faults, seeds: AugmentSeeds | None) -> TensorPair:
+        """Compare each header with the expected one; a member with another header is parsed by numpy."""
         assert rows.tensors is not None
         for row, clip in enumerate(rows.clips):
             if clip == PADDING or row in faults:
@@ -119,7 +119,7 @@ class FeatureLayout:
         try:
             return torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False)).view(self.shapes[number])
         except NPY_FAULTS as error:
-            fault = " ".join(str(error).split())  # numpy explains itself on several lines
+            fault = " ".join(str(error).split())  # numpy's messages have several lines
             member = self.members[number]
             raise DataError(
                 f"{key}: not features of {self.shapes[0]} and {self.shapes[1]}: {member}: {fault}"
@@ -127,7 +127,7 @@ class FeatureLayout:
 
 
 class ClipLayout:
-    """mp4 files, decoded to pictures and filterbanks, float32."""
+    """Layout of mp4 clips, decoded to frames and filterbanks, float32."""
 
     member = "mp4"
 
@@ -139,7 +139,7 @@ class ClipLayout:
         return ClipTransform(self.clip, self.augment)
 
     def allocate(self, clips: np.ndarray) -> BatchBuffers:
-        """Bytes for each row."""
+        """Allocate bytes for each row."""
         starts, sizes = self.manifest.spans(self.member, clips)
         shards = self.manifest.shards_of(clips)
         heads = [memoryview(bytearray(TAR_BLOCK)) for _ in clips]
@@ -152,8 +152,8 @@ class ClipLayout:
         ]
         return BatchBuffers(clips, segments, [heads], [bodies])
 
-    def decode(self, rows: BatchBuffers, faults: Faults, draw: AugmentSeeds | None) -> TensorPair:
-        """Decode row by row."""
+    def decode(self, rows: BatchBuffers, faults: Faults, seeds: AugmentSeeds | None) -> TensorPair:
+        """Decode each row."""
         clip = self.clip
         visual = torch.zeros(len(rows.clips), clip.frames, 3, clip.size, clip.size)
         audio = torch.zeros(len(rows.clips), clip.mel_frames, clip.mel_bins)
@@ -170,7 +170,7 @@ class ClipLayout:
                     silent=clip.silent,
                     where=key,
                 )
-                seed = draw.seed_of(row, key) if draw else None
+                seed = seeds.seed_of(row, key) if seeds else None
                 visual[row], audio[row] = self._transform(decoded, seed)
             except DataError as error:
                 faults[row] = error
@@ -178,19 +178,19 @@ class ClipLayout:
 
 
 class _Buffers:
-    """Memory of batches, used again once nobody holds the batch: fresh pages cost more time than the read."""
+    """Pool of batch memory, reused once a batch is garbage: fresh pages cost more time than the read."""
 
     def __init__(self, pin: bool) -> None:
         self._pin = pin
         self._spare: list[np.ndarray] = []
 
     def take(self, shape: tuple[int, ...]) -> Tensor:
-        """A tensor of any content, float16."""
-        if self._pin:  # torch keeps page-locked memory itself, until the copies from it are done
+        """An uninitialised float16 tensor."""
+        if self._pin:  # torch itself reuses page-locked memory once the copies from it are done
             return torch.empty(shape, dtype=torch.float16, pin_memory=True)
         size = 2 * int(np.prod(shape))
-        fitting = next((number for number, memory in enumerate(self._spare) if len(memory) == size), None)
-        memory = np.empty(size, dtype=np.uint8) if fitting is None else self._spare.pop(fitting)
+        reusable = next((number for number, memory in enumerate(self._spare) if len(memory) == size), None)
+        memory = np.empty(size, dtype=np.uint8) if reusable is None else self._spare.pop(reusable)
         array = memory.view(np.float16).reshape(shape)
         weakref.finalize(array, _give_back, self._spare, memory).atexit = False
         return torch.from_numpy(array)
@@ -210,15 +210,15 @@ def _npy_header(shape: tuple[int, ...]) -> bytes:
 
 
 def _check_name(head: memoryview, name: str) -> None:
-    """Raises DataError when a tar header is not that of `name` (a folder before it may be)."""
-    found = bytes(head[:NAME_BYTES]).split(b"\0")[0].rsplit(b"/")[-1]
-    wanted = name.encode()
-    if found != wanted and not (len(wanted) > NAME_BYTES - 20 and found and wanted.startswith(found)):
-        raise DataError(f"{name.split('.')[0]}: the shard holds no {name} where the manifest says; it is damaged")
+    """Raise DataError when a tar header is not that of `name` (it may have a folder in front)."""
+    actual = bytes(head[:NAME_BYTES]).split(b"\0")[0].rsplit(b"/")[-1]
+    expected = name.encode()
+    if actual != expected and not (len(expected) > NAME_BYTES - 20 and actual and expected.startswith(actual)):
+        raise DataError(f"{name.split('.')[0]}: the shard has no {name} at the offset in the manifest; it is damaged")
 
 
 def _clear(rows: BatchBuffers, faults: Faults) -> None:
-    """Make rows without a clip zero."""
+    """Zero the rows without a clip."""
     assert rows.tensors is not None
     for row in {*np.flatnonzero(rows.clips == PADDING).tolist(), *faults}:
         for tensor in rows.tensors:

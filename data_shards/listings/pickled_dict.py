@@ -1,9 +1,9 @@
-"""Reads the pickled dicts of published `.npy` files, and runs nothing that is in them.
+"""Safe reader of the pickled dicts in published `.npy` files: no code of a pickle is run.
 
-An unpickler runs whatever a pickle names. This one knows a handful of names, and none of them is the real
-thing: containers, strings and numbers are made by the unpickler itself, numpy's scalars and arrays by the small
-classes below, from bytes. Any other name is an error. For trusted lists only plain values are admitted;
-float arrays only where the caller takes each one as it comes, so that they are never in memory together.
+Python's unpickler calls whatever a pickle names. This one admits a few names and replaces each by a harmless
+stand-in: containers, strings and numbers are made by the unpickler itself, numpy's scalars and arrays by the small
+classes below, from bytes. Any other name is an error. Lists may hold plain values only; float arrays are admitted
+where the caller stores each one as it is read, so that they are never in memory together.
 """
 
 import math
@@ -20,14 +20,14 @@ from avcil_dist.errors import DataError
 SMALL_BYTES = 1 << 16
 NUMBER = re.compile(r"[biuf](1|2|4|8)")
 MULTIARRAY = ("numpy.core.multiarray", "numpy._core.multiarray")
-Keep = Callable[[np.ndarray], Any]
+StoreArray = Callable[[np.ndarray], Any]
 
 
-def read_pickled_dict(path: Path, keep: Keep | None = None) -> dict[Any, Any]:
+def read_pickled_dict(path: Path, store: StoreArray | None = None) -> dict[Any, Any]:
     """The dict in a `.npy` file that holds nothing else.
 
-    Each float array in it is handed to `keep` once, and is in the dict what `keep` gives for it; without `keep`
-    there must be none. Raises DataError for a file that is missing, damaged, or names what is not admitted.
+    `store` is called once with each float array; its result takes the array's place in the dict. Without `store`
+    float arrays are not admitted. Raises DataError for a file that is missing, damaged, or names anything else.
     """
     try:
         with path.open("rb") as file:
@@ -38,10 +38,10 @@ def read_pickled_dict(path: Path, keep: Keep | None = None) -> dict[Any, Any]:
             _, _, dtype = read_header(file)
             if not dtype.hasobject:
                 raise DataError("plain numbers, not a dict")
-            content = _Unpickler(file, keep).load()
+            content = _Unpickler(file, store).load()
     except FileNotFoundError:
         raise DataError(f"{path}: missing") from None
-    except Exception as error:  # whatever a broken pickle makes of an unpickler
+    except Exception as error:  # a broken pickle can raise anything
         raise DataError(f"{path}: cannot be read as a pickled dict: {str(error) or type(error).__name__}") from None
     if isinstance(content, _Array):
         content = content.value
@@ -51,7 +51,7 @@ def read_pickled_dict(path: Path, keep: Keep | None = None) -> dict[Any, Any]:
 
 
 class _Name:
-    """What a pickle may call. It has no state that a pickle could set."""
+    """A name that a pickle may call. It has no state that a pickle could set."""
 
     __slots__ = ("_make",)
     _make: Callable[..., Any] | None
@@ -69,7 +69,7 @@ class _Name:
 
 
 def _encoded(text: str, encoding: str) -> bytes:
-    """How old pickles write bytes: as text, and the name of an encoding."""
+    """Bytes as old pickles write them: as text, and the name of an encoding."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"the encoding {encoding!r} is not admitted")
     return text.encode(encoding)
@@ -95,12 +95,12 @@ class _Type:
 
 
 class _Array:
-    """An array that is kept elsewhere, or the single object that an object array of no dimension holds."""
+    """An array that `store` has stored, or the single object of an object array of no dimension."""
 
-    __slots__ = ("_keep", "value")
+    __slots__ = ("_store", "value")
 
-    def __init__(self, keep: Keep | None) -> None:
-        self._keep = keep
+    def __init__(self, store: StoreArray | None) -> None:
+        self._store = store
         self.value: Any = None
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
@@ -110,28 +110,28 @@ class _Array:
                 raise pickle.UnpicklingError(f"an array of objects of shape {shape}; only a single dict is admitted")
             self.value = data[0]
             return
-        if self._keep is None or not kind.code.startswith("f"):
+        if self._store is None or not kind.code.startswith("f"):
             raise pickle.UnpicklingError(f"an array of {kind.code} is not admitted here")
         values = kind.numbers(data)
         if math.prod(shape) != values.size:
             raise pickle.UnpicklingError(f"an array of shape {shape} with {values.size} numbers")
-        self.value = self._keep(values.reshape(shape, order="F" if is_fortran else "C"))
+        self.value = self._store(values.reshape(shape, order="F" if is_fortran else "C"))
 
 
 class _Memo(dict[int, Any]):
-    """A pickle's memory of what it may name again, without the bytes of arrays: they are never named again."""
+    """The memo of an unpickler, without the bytes of arrays: a pickle never refers to them again."""
 
     def __setitem__(self, key: int, value: Any) -> None:
         if not (isinstance(value, bytes) and len(value) > SMALL_BYTES):
             super().__setitem__(key, value)
 
 
-class _Unpickler(pickle._Unpickler):  # the one in Python: the one in C keeps all that it has read until its end
-    def __init__(self, file: BinaryIO, keep: Keep | None) -> None:
+class _Unpickler(pickle._Unpickler):  # the Python version: the C version keeps all that it has read until its end
+    def __init__(self, file: BinaryIO, store: StoreArray | None) -> None:
         super().__init__(file, encoding="latin1")
         self.memo = _Memo()
         scalar = _Name(lambda kind, data: kind.numbers(data)[0].item())
-        array = _Name(lambda *_: _Array(keep))
+        array = _Name(lambda *_: _Array(store))
         self._admitted = {
             ("numpy", "dtype"): _Name(_Type),
             ("numpy", "ndarray"): _Name(None),

@@ -1,4 +1,4 @@
-"""`avcil shards`: make, check and list shards. Thin: the work is in the package `data_shards`."""
+"""Commands `avcil shards …`: build, import, verify and list shards. The work is done by the package `data_shards`."""
 
 import os
 import time
@@ -22,9 +22,9 @@ CORES = len(os.sched_getaffinity(0))
 
 
 class _Bar:
-    """A progress bar on stderr for work that lasts, in a log a line now and then; short work stays silent.
+    """Progress bar on stderr for work of more than three seconds; outside a terminal a line every minute.
 
-    The time that remains follows from the speed of the last minutes; what was done before counts for nothing.
+    The remaining time is estimated from the speed of the last minutes.
     """
 
     def __init__(self, title: str) -> None:
@@ -33,7 +33,7 @@ class _Bar:
         self._progress = Progress(*columns, console=self._console, speed_estimate_period=SPEED_SECONDS)
         self._title = title
         self._task: TaskID | None = None
-        self._start = self._said = time.monotonic()
+        self._start = self._last_line = time.monotonic()
         self._count = 0
 
     def __enter__(self) -> "_Bar":
@@ -45,7 +45,7 @@ class _Bar:
         self._progress.stop()
 
     def show(self, done: int, total: int) -> None:
-        """Show that `done` of `total` are done."""
+        """Show `done` of `total`."""
         if self._task is None:
             if time.monotonic() - self._start < QUIET_SECONDS:
                 return
@@ -53,35 +53,35 @@ class _Bar:
             if self._console.is_terminal:
                 self._progress.start()
         self._progress.update(self._task, completed=done, total=total)
-        if not self._console.is_terminal and time.monotonic() - self._said > LOG_SECONDS:
-            self._said = time.monotonic()
+        if not self._console.is_terminal and time.monotonic() - self._last_line > LOG_SECONDS:
+            self._last_line = time.monotonic()
             remaining = self._progress.tasks[0].time_remaining
             left = "" if remaining is None else f", some {remaining / 60:.0f} minutes left"
             click.echo(f"{self._title}: {done} of {total}{left}", err=True)
 
     def advance(self, total: int) -> None:
-        """Show that one more of `total` is done."""
+        """Show one more of `total`."""
         self._count += 1
         self.show(self._count, total)
 
 
-def _say_report(report: "BuildReport") -> None:
-    """What was made, and what was left out."""
+def _print_report(report: "BuildReport") -> None:
+    """Print the data set and its rejected clips."""
     from data_shards.rejections import rejection_table
 
     manifest = report.manifest
     clips = sum(shard.count for shard in manifest.shards)
-    said = "unchanged, made before from the same clips" if report.unchanged else "written"
+    state = "unchanged, built before from the same clips" if report.unchanged else "written"
     click.echo(
-        f"{report.manifest_url}: {said}: {clips} clips, {len(manifest.classes)} classes, {len(manifest.shards)} shards"
+        f"{report.manifest_url}: {state}: {clips} clips, {len(manifest.classes)} classes, {len(manifest.shards)} shards"
     )
     if report.rejected:
         Console(stderr=True).print(rejection_table(report.rejected))
-        click.echo(f"{len(report.rejected)} clips rejected; each with its reason is in rejected.csv", err=True)
+        click.echo(f"{len(report.rejected)} clips rejected; rejected.csv lists them with their reasons", err=True)
 
 
 class _BuildSettings(TypedDict):
-    """What a whole build and a part of one are given alike."""
+    """Arguments of a whole build and of a part."""
 
     clips_per_shard: int
     min_seconds: float
@@ -91,26 +91,28 @@ class _BuildSettings(TypedDict):
 
 @click.group()
 def shards() -> None:
-    """Make, check and list the shards that training reads."""
+    """Build, import, verify and list the shards that training reads."""
 
 
 @shards.command()
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--classes", default=8, show_default=True, type=click.IntRange(1), help="Number of classes.")
-@click.option("--train", default=40, show_default=True, type=click.IntRange(0), help="Training clips a class.")
-@click.option("--val", default=8, show_default=True, type=click.IntRange(0), help="Validation clips a class.")
-@click.option("--test", default=10, show_default=True, type=click.IntRange(0), help="Test clips a class.")
-@click.option("--seconds", default=2.0, show_default=True, help="Length of a clip.")
-@click.option("--size", default=64, show_default=True, help="Side of the square picture, pixels (even).")
+@click.option("--train", default=40, show_default=True, type=click.IntRange(0), help="Training clips per class.")
+@click.option("--val", default=8, show_default=True, type=click.IntRange(0), help="Validation clips per class.")
+@click.option("--test", default=10, show_default=True, type=click.IntRange(0), help="Test clips per class.")
+@click.option("--seconds", default=2.0, show_default=True, help="Length of a clip in seconds.")
+@click.option("--size", default=64, show_default=True, help="Width and height of the video in pixels (even).")
 @click.option("--seed", default=0, show_default=True, help="Equal seeds give equal bytes.")
-@click.option("--processes", default=CORES, show_default=True, type=click.IntRange(1), help="Rendering processes.")
+@click.option(
+    "--processes", default=CORES, show_default=True, type=click.IntRange(1), help="Number of processes that render."
+)
 def synth(
     folder: Path, classes: int, train: int, val: int, test: int, seconds: float, size: int, seed: int, processes: int
 ) -> None:
     """Render a labelled audio-visual data set of mp4 files into FOLDER.
 
-    In each clip one pulsing shape makes the tone of its class, among silent shapes of other classes. Clips that
-    are there already are kept. Then build shards from FOLDER/clips.csv.
+    In each clip one pulsing shape makes the tone of its class, among silent shapes of other classes. Existing clips
+    are kept. Build shards from FOLDER/clips.csv afterwards.
 
     Example: avcil shards synth runs/clips --classes 8 --train 40
     """
@@ -126,13 +128,21 @@ def synth(
 @shards.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("output")
-@click.option("--videos", type=click.Path(path_type=Path), help="Folder of the files, where SOURCE names videos by id.")
+@click.option(
+    "--videos", type=click.Path(path_type=Path), help="Folder of the video files, for a SOURCE that names videos by id."
+)
 @click.option(
     "--clips-per-shard", default=256, show_default=True, type=click.IntRange(1), help="Clips in a full shard."
 )
 @click.option("--min-seconds", default=0.5, show_default=True, type=click.FloatRange(0), help="Reject shorter clips.")
-@click.option("--processes", default=CORES, show_default=True, type=click.IntRange(1), help="Checking processes.")
-@click.option("--part", metavar="I/N", help="Build the I-th of N parts only; merge them when all are done.")
+@click.option(
+    "--processes",
+    default=CORES,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Number of processes that check clips.",
+)
+@click.option("--part", metavar="I/N", help="Build the I-th of N parts only; run merge when all are done.")
 @click.option("--strict", is_flag=True, help="A rejected clip is an error: no manifest is written.")
 def build(
     source: Path,
@@ -146,25 +156,25 @@ def build(
 ) -> None:
     """Build shards and OUTPUT/manifest.json from the clips of SOURCE. OUTPUT is a folder or url (s3://...).
 
-    SOURCE shows by its form what it is:
+    SOURCE is one of these; its form is recognised:
 
     \b
       clips.csv            header path,label,split and any of start,duration,source;
-                           paths relative to the csv; start and duration cut a part out
+                           paths relative to the csv; start and duration cut out a part
       FOLDER               FOLDER/<split>/<class>/*.mp4, or FOLDER/<class>/*.mp4, which is
                            split 80/10/10 by a hash of class and file name
-      vggsound.csv         or VGGSound's train.csv and test.csv; 10 training clips a class
+      vggsound.csv         or VGGSound's train.csv and test.csv; 10 training clips per class
                            become val; needs --videos, as all below
-      Annotations.txt      AVE's, with its trainSet.txt, valSet.txt, testSet.txt beside it
+      Annotations.txt      of AVE, with its trainSet.txt, valSet.txt, testSet.txt beside it
       FOLDER of lists      all_classId_vid_dict.npy and its two companions, as published
 
-    Files in the tree of --videos are called ID_000030.mp4, ID_30000_40000.mp4, or ID.mp4, out of which
-    VGGSound's ten seconds are cut: copied where a key frame allows, else encoded anew.
+    Files in the folder tree of --videos have the names ID_000030.mp4, ID_30000_40000.mp4, or ID.mp4. Of the last,
+    VGGSound's ten seconds are cut out: copied where a key frame allows it, otherwise encoded again.
 
-    Every clip is decoded once. Clips that are missing, damaged, silent, too short, no mp4 or come twice are left out
-    and listed with the reason in OUTPUT/rejected.csv. A build that was broken off continues where it was. An OUTPUT
-    that has a manifest is never overwritten: made of the same clips with the same settings, it is left as it is;
-    otherwise give another OUTPUT, or remove it.
+    Every clip is decoded once. Clips that are missing, damaged, silent, too short, no mp4 or duplicate are left out
+    and listed with the reason in OUTPUT/rejected.csv. An interrupted build continues when it is started again. An
+    OUTPUT that has a manifest is never overwritten: with the same clips and settings it is left unchanged; otherwise
+    give another OUTPUT, or remove it.
 
     \b
     Examples:
@@ -186,13 +196,13 @@ def build(
             report = build_shards(source, output, strict=strict, progress=bar.show, **settings)
         else:
             if strict:
-                raise ConfigError("--strict: a part writes no manifest; give it to avcil shards merge")
+                raise ConfigError("--strict: a part writes no manifest; give --strict to avcil shards merge")
             unchanged = build_part(source, output, Part.parse(part), progress=bar.show, **settings)
             if unchanged is None:
-                click.echo(f"{output}: part {part} is done; when all are: avcil shards merge {output}")
+                click.echo(f"{output}: part {part} is done; when all parts are done: avcil shards merge {output}")
                 return
             report = unchanged
-    _say_report(report)
+    _print_report(report)
 
 
 @shards.command()
@@ -201,13 +211,13 @@ def build(
 def merge(output: str, strict: bool) -> None:
     """Write OUTPUT/manifest.json when all parts of a build, or of features, are done.
 
-    It equals the manifest that a single build makes. Parts that are missing are named.
+    It equals the manifest of a single build. The error for missing parts names the first missing shard.
 
     Example: avcil shards merge s3://bucket/vggsound
     """
     from data_shards.build_plan import merge_parts
 
-    _say_report(merge_parts(output, strict=strict))
+    _print_report(merge_parts(output, strict=strict))
 
 
 @shards.command()
@@ -215,14 +225,16 @@ def merge(output: str, strict: bool) -> None:
 @click.argument("output")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--config", default="features", show_default=True, help="A yaml file, or the name of a shipped one.")
-@click.option("--batch", default=16, show_default=True, type=click.IntRange(1), help="Clips that are encoded together.")
-@click.option("--part", metavar="I/N", help="Make the I-th of N parts only; merge them when all are done.")
+@click.option(
+    "--batch", default=16, show_default=True, type=click.IntRange(1), help="Number of clips encoded at a time."
+)
+@click.option("--part", metavar="I/N", help="Encode the I-th of N parts only; run merge when all are done.")
 def features(manifest: str, output: str, overrides: tuple[str, ...], config: str, batch: int, part: str | None) -> None:
-    """Run frozen encoders over the clip shards of MANIFEST, into feature shards (float16) at OUTPUT.
+    """Run frozen encoders over the clip shards of MANIFEST and write feature shards (float16) to OUTPUT.
 
-    The encoders and how clips are prepared for them are in the configuration. Under torchrun or srun each process
-    takes its share of the shards, on its own GPU, and `avcil shards merge OUTPUT` ends the work. What a broken run
-    had finished is not done again.
+    The configuration has the encoders and the preparation of clips for them. Under torchrun or srun each process
+    encodes its share of the shards on its own GPU, and `avcil shards merge OUTPUT` completes the data set. Shards
+    that an interrupted run finished are not encoded again.
 
     \b
     Examples:
@@ -241,7 +253,7 @@ def features(manifest: str, output: str, overrides: tuple[str, ...], config: str
     world = world_from_environment(os.environ)
     share = (Part.parse(part) if part else WHOLE).of_rank(world.rank, world.size)
     device = local_device(world)
-    with _Bar("making features") as bar:
+    with _Bar("encoding features") as bar:
         if share.is_whole:
             report = make_features(resolved, output, batch=batch, device=device, progress=bar.show)
         else:
@@ -249,11 +261,13 @@ def features(manifest: str, output: str, overrides: tuple[str, ...], config: str
             unchanged = make_features_part(resolved, output, share, batch=batch, device=device, progress=show)
             if unchanged is None:
                 if world.is_main:
-                    click.echo(f"{output}: this rank's part is done; when all are: avcil shards merge {output}")
+                    click.echo(
+                        f"{output}: this rank's part is done; when all parts are done: avcil shards merge {output}"
+                    )
                 return
             report = unchanged
     if world.is_main:
-        _say_report(report)
+        _print_report(report)
 
 
 @shards.command("import-features")
@@ -261,15 +275,17 @@ def features(manifest: str, output: str, overrides: tuple[str, ...], config: str
 @click.option("--visual", required=True, type=click.Path(path_type=Path), help="A .npy dict, or HDF5 (.h5).")
 @click.option("--audio", required=True, type=click.Path(path_type=Path), help="A .npy dict.")
 @click.option("--splits", required=True, type=click.Path(path_type=Path), help="Folder of the published lists.")
-@click.option("--frames", default=8, show_default=True, type=click.IntRange(1), help="Frames that the tokens are of.")
+@click.option(
+    "--frames", default=8, show_default=True, type=click.IntRange(1), help="Number of frames of a clip's tokens."
+)
 @click.option(
     "--clips-per-shard", default=128, show_default=True, type=click.IntRange(1), help="Clips in a full shard."
 )
 def import_features_(output: str, visual: Path, audio: Path, splits: Path, frames: int, clips_per_shard: int) -> None:
-    """Turn the benchmarks' released features into feature shards (float16) at OUTPUT.
+    """Import the benchmarks' released features as feature shards (float16) at OUTPUT.
 
-    A .npy dict is spooled to a temporary file of half its size (TMPDIR says where), HDF5 is read clip by clip:
-    neither is held in memory. Nothing in the pickled files is run.
+    A .npy dict is copied to a temporary file of half its size (in TMPDIR), HDF5 is read clip by clip: neither is
+    kept in memory. No code in the pickled files is run.
 
     Example: avcil shards import-features s3://bucket/ave --visual visual_features.npy --audio audio_features.npy
     --splits lists/AVE
@@ -280,15 +296,17 @@ def import_features_(output: str, visual: Path, audio: Path, splits: Path, frame
         report = import_features(
             visual, audio, splits, output, frames=frames, clips_per_shard=clips_per_shard, progress=bar.show
         )
-    _say_report(report)
+    _print_report(report)
 
 
 @shards.command()
 @click.argument("manifest")
-@click.option("--repair", is_flag=True, help="Rewrite the manifest, so that it lists the intact shards.")
-@click.option("--processes", default=CORES, show_default=True, type=click.IntRange(1), help="Reading processes.")
+@click.option("--repair", is_flag=True, help="Rewrite the manifest so that it lists the intact shards only.")
+@click.option(
+    "--processes", default=CORES, show_default=True, type=click.IntRange(1), help="Number of processes that read."
+)
 def verify(manifest: str, repair: bool, processes: int) -> None:
-    """Read every shard of MANIFEST and hold it against the manifest: size, sha256, keys, places, labels.
+    """Read every shard of MANIFEST and compare it with the manifest: size, sha256, keys, offsets, labels.
 
     Example: avcil shards verify runs/shards/manifest.json
     """
@@ -302,7 +320,7 @@ def verify(manifest: str, repair: bool, processes: int) -> None:
     for fault in faults:
         click.echo(fault)
     if not faults:
-        click.echo(f"{manifest}: every shard is as recorded")
+        click.echo(f"{manifest}: all shards are intact")
     elif repair:
         clips = sum(shard.count for shard in repaired.shards)
         click.echo(f"{manifest}: repaired: {len(repaired.shards)} intact shards, {clips} clips; {len(faults)} faults")
@@ -313,15 +331,15 @@ def verify(manifest: str, repair: bool, processes: int) -> None:
 @shards.command("ls")
 @click.argument("manifest")
 def list_shards(manifest: str) -> None:
-    """List what MANIFEST holds: shards, clips and bytes per class and split.
+    """List the contents of MANIFEST: shards, clips and bytes per class and split.
 
     Example: avcil shards ls s3://bucket/vggsound/manifest.json
     """
     from avcil_dist.data.manifest import SPLITS, load_manifest
-    from data_shards.verify import TableRow, table
+    from data_shards.verify import TableRow, shard_table
 
     loaded = load_manifest(manifest)
-    rows = table(loaded)
+    rows = shard_table(loaded)
     sums = [TableRow("all", split, *_sums(row for row in rows if row.split == split)) for split in SPLITS]
     rows += [*(row for row in sums if row.shards), TableRow("all", "", *_sums(rows))]
     width = max(len("class"), *(len(row.class_name) for row in rows))
@@ -332,30 +350,32 @@ def list_shards(manifest: str) -> None:
 
 
 def _sums(rows: Iterable["TableRow"]) -> tuple[int, int, int]:
-    """Shards, clips and bytes of all rows."""
+    """Sums of shards, clips and bytes."""
     counted = [(row.shards, row.clips, row.bytes) for row in rows]
     return sum(one for one, _, _ in counted), sum(one for _, one, _ in counted), sum(one for _, _, one in counted)
 
 
-@shards.command()
+@shards.command("import-tars")
 @click.argument("urls", nargs=-1, required=True, metavar="URL...")
 @click.option("--output", required=True, help="The manifest to write; urls below its folder become relative.")
-@click.option("--split", type=click.Choice(["train", "val", "test"]), help="Of shards whose records do not say.")
+@click.option("--split", type=click.Choice(["train", "val", "test"]), help="Split of shards whose metadata has none.")
 @click.option(
-    "--classes", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Class names, one a line."
+    "--classes", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="File of class names, one per line."
 )
-@click.option("--processes", default=CORES, show_default=True, type=click.IntRange(1), help="Reading processes.")
-def index(
+@click.option(
+    "--processes", default=CORES, show_default=True, type=click.IntRange(1), help="Number of processes that read."
+)
+def import_tars_(
     urls: tuple[str, ...],
     output: str,
     split: Literal["train", "val", "test"] | None,
     classes: Path | None,
     processes: int,
 ) -> None:
-    """Write the manifest of tars that others made: KEY.mp4 beside KEY.json (label, split) or KEY.cls.
+    """Import WebDataset tars by writing their manifest: KEY.mp4 beside KEY.json (label, split) or KEY.cls.
 
-    Each tar is read once. It must hold one split of one class; others have to be built again. With --classes the
-    numbers in KEY.cls get names, counted from 0.
+    Each tar is read once and must hold one split of one class; other tars have to be built again. With --classes
+    the numbers in KEY.cls, counted from 0, get names.
 
     Example: avcil shards import-tars s3://bucket/others/dog-*.tar --split train --output s3://bucket/others/manifest.json
     """

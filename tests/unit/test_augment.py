@@ -1,4 +1,4 @@
-"""Random variations of training clips: what they do to a clip, and that nothing but seed, clip and epoch decides."""
+"""Augmentation of training clips: its effect, and that it depends on seed, clip and epoch only."""
 
 import pickle
 import random
@@ -38,25 +38,25 @@ def frames(count: int = 3) -> torch.Tensor:
     return picture.expand(count, -1, -1, -1)
 
 
-def test_all_frames_of_a_clip_are_varied_alike() -> None:
-    made = [Augmentation(ALL, 32).pictures(frames(), seed) for seed in range(8)]
-    for varied in made:
-        assert varied.shape == (3, 3, 32, 32)
-        assert varied.dtype == torch.uint8
-        assert torch.equal(varied, varied[:1].expand_as(varied))
-    assert len({bytes(varied.numpy()) for varied in made}) == 8
+def test_all_frames_of_a_clip_are_augmented_alike() -> None:
+    made = [Augmentation(ALL, 32).augment_frames(frames(), seed) for seed in range(8)]
+    for augmented in made:
+        assert augmented.shape == (3, 3, 32, 32)
+        assert augmented.dtype == torch.uint8
+        assert torch.equal(augmented, augmented[:1].expand_as(augmented))
+    assert len({bytes(augmented.numpy()) for augmented in made}) == 8
 
 
 @pytest.mark.parametrize("setting", ["crop", "flip", "brightness", "contrast", "saturation", "hue"])
 def test_each_setting_of_pictures_does_something_alone(setting: str) -> None:
     alone = AugmentConfig.model_validate({setting: getattr(ALL, setting)})
-    made = {bytes(Augmentation(alone, 32).pictures(frames(1), seed).numpy()) for seed in range(20)}
+    made = {bytes(Augmentation(alone, 32).augment_frames(frames(1), seed).numpy()) for seed in range(20)}
     assert len(made) == 2 if setting == "flip" else len(made) > 15
 
 
 def test_a_crop_of_everything_and_a_certain_flip_mirror_the_picture() -> None:
-    plain = Augmentation(AugmentConfig(), 32).pictures(frames(), 5)
-    assert torch.equal(Augmentation(AugmentConfig(flip=1.0), 32).pictures(frames(), 5), plain.flip(-1))
+    plain = Augmentation(AugmentConfig(), 32).augment_frames(frames(), 5)
+    assert torch.equal(Augmentation(AugmentConfig(flip=1.0), 32).augment_frames(frames(), 5), plain.flip(-1))
 
 
 @pytest.mark.parametrize(("setting", "axis"), [("time_mask", 0), ("mel_mask", 1)])
@@ -64,7 +64,7 @@ def test_a_mask_sets_a_stretch_to_the_mean_and_leaves_the_rest(setting: str, axi
     log_mel = torch.rand(32, 16, generator=torch.Generator().manual_seed(0)) + 1
     longest, widths, starts = getattr(ALL, setting), set(), set()
     for seed in range(200):
-        masked = Augmentation(AugmentConfig.model_validate({setting: longest}), 32).sound(log_mel, seed)
+        masked = Augmentation(AugmentConfig.model_validate({setting: longest}), 32).augment_sound(log_mel, seed)
         gone = (masked == 0).all(dim=1 - axis)
         assert torch.equal(masked[masked != 0], log_mel[masked != 0])
         assert int((masked == 0).sum()) == int(gone.sum()) * masked.shape[1 - axis]
@@ -125,7 +125,7 @@ def rows(batches: list[Batch]) -> list[bytes]:
     return [content(batch, row) for batch in batches for row in range(len(batch.labels))]
 
 
-def test_every_appearance_of_a_clip_is_another_and_exemplars_are_varied_too(clips: Manifest) -> None:
+def test_every_appearance_of_a_clip_is_another_and_exemplars_are_augmented_too(clips: Manifest) -> None:
     source = training(clips)
     batches = load(source, clips)
     assert all(batch.valid.all() for batch in batches)
@@ -156,7 +156,7 @@ def test_seed_and_step_draw_anew(clips: Manifest) -> None:
     assert all(request.draw and request.draw.seed_of(0, "cat-0") not in first for other in others for request in other)
 
 
-def test_one_pass_over_given_clips_is_never_varied(clips: Manifest) -> None:
+def test_one_pass_over_given_clips_is_never_augmented(clips: Manifest) -> None:
     numbers = clips.clips(["cat"], "train")[None]
     [batch] = load(FixedSource(numbers), clips)
     transform = ClipTransform(CLIP)
@@ -178,7 +178,7 @@ def test_a_request_survives_the_way_to_another_process(clips: Manifest) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "words", "said"),
+    ("name", "words", "message"),
     [
         ("ave_ci", ["data.augment.flip=0.5"], "data.augment applies to clips, not to precomputed features"),
         ("demo", ["data.augment.flip=1.5"], "data.augment.flip: 1.5: Input should be less than or equal to 1"),
@@ -187,8 +187,8 @@ def test_a_request_survives_the_way_to_another_process(clips: Manifest) -> None:
         ("demo", ["data.augment.cropp=0.5"], "data.augment.cropp: unknown key; did you mean 'crop'?"),
     ],
 )
-def test_what_cannot_be_varied_is_refused_in_one_line(name: str, words: list[str], said: str) -> None:
+def test_what_cannot_be_augmented_is_refused_in_one_line(name: str, words: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as raised:
         load_config(name, words)
     assert "\n" not in str(raised.value)
-    assert said in str(raised.value)
+    assert message in str(raised.value)

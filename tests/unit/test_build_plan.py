@@ -62,14 +62,14 @@ def test_impossible_part_is_refused(text: str) -> None:
         Part.parse(text)
 
 
-def test_merge_names_what_is_missing(clips: Path, tmp_path: Path) -> None:
+def test_merge_names_the_first_missing_shard(clips: Path, tmp_path: Path) -> None:
     build_part(clips, str(tmp_path), Part(0, 2), **SETTINGS)
     with pytest.raises(DataError, match=r"of 10 shards are not done, the first is train/c000"):
         merge_parts(str(tmp_path))
     assert not (tmp_path / "manifest.json").exists()
 
 
-def test_merge_where_nothing_was_built_says_so(tmp_path: Path) -> None:
+def test_merge_without_parts_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no parts of a build"):
         merge_parts(str(tmp_path))
 
@@ -162,13 +162,13 @@ def test_commands_build_parts_and_merge_them(clips: Path, tmp_path: Path) -> Non
 
     output = str(tmp_path / "out")
     for part in ("1/2", "2/2"):
-        said = run("build", str(clips), output, "--clips-per-shard", "2", "--part", part, "--processes", "1")
-        assert f"part {part} is done" in said
-    said = run("merge", output)
-    assert "14 clips, 2 classes" in said
-    assert "2 clips rejected" in said
+        output_text = run("build", str(clips), output, "--clips-per-shard", "2", "--part", part, "--processes", "1")
+        assert f"part {part} is done" in output_text
+    output_text = run("merge", output)
+    assert "14 clips, 2 classes" in output_text
+    assert "2 clips rejected" in output_text
     header, row = (
-        next(line for line in said.splitlines() if word in line).split() for word in ("missing", "class_000")
+        next(line for line in output_text.splitlines() if word in line).split() for word in ("missing", "class_000")
     )
     assert header == ["┃", "class", "┃", "missing", "┃", "silent", "┃", "all", "┃"]
     assert [word for word in row if word != "│"] == ["class_000", "1", "1"]

@@ -32,7 +32,7 @@ def _json(label: str, split: str = "train") -> bytes:
     return json.dumps({"label": label, "split": split}).encode()
 
 
-def test_tars_written_by_webdataset_are_indexed_and_read(tmp_path: Path) -> None:
+def test_tars_written_by_webdataset_are_imported_and_read(tmp_path: Path) -> None:
     for label in ("dog", "cat"):
         with wds.TarWriter(f"{tmp_path}/{label}.tar") as writer:
             for i in range(2):
@@ -56,7 +56,7 @@ def test_tars_written_by_webdataset_are_indexed_and_read(tmp_path: Path) -> None
     assert batch.labels.tolist() == [1, 1]
 
 
-def test_index_of_our_own_shards_is_our_manifest(tmp_path: Path) -> None:
+def test_import_of_built_shards_gives_their_manifest(tmp_path: Path) -> None:
     built = build_shards(
         render_tiny(tmp_path / "clips"), f"{tmp_path}/out", clips_per_shard=2, min_seconds=0.5
     ).manifest
@@ -76,7 +76,7 @@ def test_class_numbers_get_names_and_the_split_is_given(tmp_path: Path) -> None:
         import_tars([url], f"{tmp_path}/m/none.json")
 
 
-def test_records_that_say_less_are_verified_by_what_they_say(tmp_path: Path) -> None:
+def test_metadata_without_split_is_verified_by_its_label(tmp_path: Path) -> None:
     files = {"x.mp4": b"1", "x.json": b'{"label": 7}', "y.mp4": b"22", "y.json": b'{"label": 7}'}
     url = _tar(tmp_path / "a.tar", files)
     assert import_tars([url], f"{tmp_path}/m.json", split="train").classes == ("7",)
@@ -100,7 +100,7 @@ def test_records_that_say_less_are_verified_by_what_they_say(tmp_path: Path) -> 
         ({}, "no clip in it"),
     ],
 )
-def test_tar_that_is_no_such_shard_is_refused(tmp_path: Path, files: dict[str, bytes], words: str) -> None:
+def test_tar_that_is_no_clip_shard_is_refused(tmp_path: Path, files: dict[str, bytes], words: str) -> None:
     url = _tar(tmp_path / "a.tar", files)
     with pytest.raises(DataError, match=words) as raised:
         import_tars([url], f"{tmp_path}/manifest.json")
@@ -127,7 +127,7 @@ def test_compressed_missing_and_repeated_tars_are_refused(tmp_path: Path) -> Non
 def test_manifest_is_never_overwritten(tmp_path: Path) -> None:
     url = _tar(tmp_path / "a.tar", {"x.mp4": b"", "x.json": _json("dog")})
     import_tars([url], f"{tmp_path}/manifest.json")
-    with pytest.raises(ConfigError, match="there is a manifest"):
+    with pytest.raises(ConfigError, match="the manifest exists already"):
         import_tars([url], f"{tmp_path}/manifest.json")
 
 
@@ -135,7 +135,7 @@ def test_command_writes_the_manifest(tmp_path: Path) -> None:
     url = _tar(tmp_path / "a.tar", {"x.mp4": b"", "x.cls": b"0"})
     (tmp_path / "names.txt").write_text("dog\n")
     words = [url, "--split", "val", "--classes", f"{tmp_path}/names.txt", "--output", f"{tmp_path}/m.json"]
-    result = CliRunner().invoke(shards, ["index", *words, "--processes", "1"])
+    result = CliRunner().invoke(shards, ["import-tars", *words, "--processes", "1"])
     assert result.exit_code == 0, result.output
     assert "1 clips, 1 classes, 1 shards" in result.output
     assert load_manifest(f"{tmp_path}/m.json").classes == ("dog",)

@@ -69,7 +69,7 @@ def test_unsafe_key_is_refused(tmp_path: Path, key: str) -> None:
 
 
 def test_duplicate_key_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="'k0' comes twice"):
+    with pytest.raises(DataError, match="'k0' is a duplicate"):
         _write(tmp_path, [CLIPS[0], CLIPS[1], CLIPS[0]])
 
 

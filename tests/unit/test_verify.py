@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from avcil_dist import storage
 from avcil_dist.data.manifest import Manifest, load_manifest
 from avcil_dist.errors import DataError
-from data_shards.verify import TableRow, repair_manifest, table, verify_shards
+from data_shards.verify import TableRow, repair_manifest, shard_table, verify_shards
 from launch.cli.shards import shards
 from tests.helpers.features import make_feature_shards
 
@@ -59,7 +59,7 @@ def test_missing_shard_is_found_beside_other_faults(url: str) -> None:
 
 
 def _rerecord(url: str, number: int, content: bytes) -> None:
-    """Write a shard and record its new size and digest, so that only its structure can betray it."""
+    """Write a shard and record its new size and digest, so that only its structure is wrong."""
     manifest = load_manifest(url)
     _path(url, number).write_bytes(content)
     shards_ = list(manifest.shards)
@@ -85,7 +85,7 @@ def test_renamed_member_is_found_though_the_digest_agrees(url: str) -> None:
     assert "stranger.audio.npy" in " ".join(faults)
 
 
-def test_what_is_no_tar_is_found_though_the_digest_agrees(url: str) -> None:
+def test_file_that_is_no_tar_is_found_though_the_digest_agrees(url: str) -> None:
     _rerecord(url, 2, b"x" * 2048)
     assert "not a tar" in verify_shards(url)[0]
 
@@ -96,12 +96,12 @@ def test_wrong_label_inside_a_clip_is_found(url: str) -> None:
     _rerecord(url, 2, content.replace(b'"class_000"', b'"class_001"', 1))
     faults = verify_shards(url)
     assert len(faults) == 1
-    assert "test-000-00000.json says ('class_001', 'test')" in faults[0]
+    assert "test-000-00000.json: class and split ('class_001', 'test')" in faults[0]
 
 
 def test_table_counts_per_class_and_split(url: str) -> None:
     manifest = load_manifest(url)
-    rows = table(manifest)
+    rows = shard_table(manifest)
     size = manifest.shards[0].bytes + manifest.shards[1].bytes
     assert rows[0] == TableRow("class_000", "train", 2, 20, size)
     assert [(row.class_name, row.split, row.clips) for row in rows[1:]] == [
@@ -163,13 +163,13 @@ def test_repair_lists_the_intact_shards_and_keeps_the_old_manifest(url: str) -> 
     assert old.content_hash == before.content_hash
 
 
-def test_repair_changes_nothing_where_all_is_well_or_nothing_is_left(url: str) -> None:
+def test_repair_changes_nothing_without_faults_or_without_intact_shards(url: str) -> None:
     before = Path(url).read_bytes()
     assert repair_manifest(url)[1] == []
     assert not Path(url).with_name("manifest.before-repair.json").exists()
     for number in range(6):
         _path(url, number).unlink()
-    with pytest.raises(DataError, match="not one shard is intact"):
+    with pytest.raises(DataError, match="no shard is intact"):
         repair_manifest(url)
     assert Path(url).read_bytes() == before
 
@@ -180,7 +180,7 @@ def test_processes_find_the_same_faults(url: str) -> None:
     assert verify_shards(url, processes=2) == verify_shards(url)
 
 
-def test_repair_command_says_what_is_left(url: str) -> None:
+def test_repair_command_reports_the_intact_shards(url: str) -> None:
     _path(url, 0).unlink()
     result = CliRunner().invoke(shards, ["verify", url, "--repair", "--processes", "1"])
     assert result.exit_code == 0, result.output

@@ -26,6 +26,7 @@ from avcil_dist.training.engine import name_accelerator
 from avcil_dist.training.preflight import check_run
 from avcil_dist.training.snapshot import discard_stale
 from avcil_dist.world import World, world_from_environment
+from launch.progress import print_warning
 from launch.step_run import StepRun
 
 POLL_SECONDS = 0.5
@@ -62,7 +63,7 @@ def run_stream(config: Config, *, processes: int, begin: ResumePolicy = ResumePo
         if begin.restart:
             storage.remove_tree(stream)
         discard_stale(config, first, own=begin.restart or begin.restart_step)
-    with listening() as stop, stream_run(config, is_main=place.is_main) as run_id:
+    with listening() as stop, stream_run(config, is_main=place.is_main, warn=print_warning) as run_id:
         for step in range(first, num_steps):
             worlds = (_rank_of(place, step),) if has_launcher else local_worlds(processes)
             _run_job(StepRun(config, step, num_steps, run_id, begin.reset_optimizer and step == first), worlds, stop)

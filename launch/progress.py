@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
+import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -14,6 +15,11 @@ from avcil_dist.training.observer import Observer
 
 LOG_LINES = 5
 SECONDS_BETWEEN_WRITES = 2.0
+
+
+def print_warning(text: str) -> None:
+    """Print a line on standard error."""
+    click.echo(text, err=True)
 
 
 class ProgressBar(Observer):

@@ -11,7 +11,7 @@ from avcil_dist.tracking.events import StepTracker
 from avcil_dist.tracking.session import publish_step, track_step
 from avcil_dist.training.observer import Observer
 from avcil_dist.world import World
-from launch.progress import ProgressBar, ProgressFile
+from launch.progress import ProgressBar, ProgressFile, print_warning
 
 
 class MetricsObserver(Observer):
@@ -51,7 +51,7 @@ class StepRun:
                 self._run_step(world, stop, report, ())
                 return
             with ExitStack() as stack:
-                tracker = stack.enter_context(track_step(self.config, self.step))
+                tracker = stack.enter_context(track_step(self.config, self.step, warn=print_warning))
                 bar = stack.enter_context(ProgressBar(self.config.stream_name, self.num_steps))
                 files = (ProgressFile(self.progress_file),) if self.progress_file else ()
                 self._run_step(world, stop, report, (bar, *files, MetricsObserver(tracker)))

@@ -1,8 +1,8 @@
-"""The step artifact: all that step k hands to step k + 1, and to whoever looks later.
+"""Step artifacts: everything that step k hands to step k + 1 and to later readers.
 
-`step_003/` holds `model.safetensors`, `method.safetensors`, `method.json`, `memory.json`,
-`scenario.json`, `metrics.json`, `config.yaml`, and last `COMMITTED.json` with the size and
-digest of each. Without `COMMITTED.json` there is no artifact. Nothing in it is ever unpickled.
+`step_003/` holds `model.safetensors`, `method.safetensors`, `method.json`, `memory.json`, `scenario.json`,
+`metrics.json`, `config.yaml`, and last `COMMITTED.json` with the size and the digest of each file. A folder
+without `COMMITTED.json` is no artifact. Every read verifies digests; nothing is unpickled.
 """
 
 import json
@@ -30,7 +30,7 @@ from avcil_dist.streams.commit import (
     write_commit,
     write_files,
 )
-from avcil_dist.streams.identity import read_identity
+from avcil_dist.streams.identity import Change, read_identity
 from avcil_dist.streams.metrics import StreamMetrics
 
 STEP_FOLDER = re.compile(r"step_(\d{3,})")
@@ -38,12 +38,23 @@ STEP_FOLDER = re.compile(r"step_(\d{3,})")
 
 @dataclass(frozen=True)
 class StepArtifact:
-    """The result of a step. `model` is whole: it loads on any world size and ZeRO stage."""
+    """The result of a step. `model` is a complete state dict: it loads on any world size and ZeRO stage."""
 
     step: int
     model: dict[str, Tensor]
     method: dict[str, Any]
     memory: ExemplarMemory
+    scenario: Scenario
+    metrics: StreamMetrics
+    config: Config
+    manifest_hash: str
+
+
+@dataclass(frozen=True)
+class StepSummary:
+    """A step artifact without its weights, method state and memory."""
+
+    step: int
     scenario: Scenario
     metrics: StreamMetrics
     config: Config
@@ -56,36 +67,37 @@ def step_url(stream: str, step: int) -> str:
 
 
 def is_committed(stream: str, step: int) -> bool:
-    """Whether the step's artifact is there, whole."""
+    """Whether the step's artifact is committed."""
     return has_commit(step_url(stream, step))
 
 
 def committed_steps(stream: str) -> list[int]:
-    """The steps whose artifacts are there, in order. A stream resumed elsewhere need not have the earlier ones."""
-    numbers = [STEP_FOLDER.fullmatch(name) for name in storage.list_folder(stream)]
-    return sorted(step for found in numbers if found and is_committed(stream, step := int(found[1])))
+    """The committed steps, in order. A stream resumed on another machine may lack the earlier ones."""
+    names = [STEP_FOLDER.fullmatch(name) for name in storage.list_folder(stream)]
+    return sorted(step for match in names if match and is_committed(stream, step := int(match[1])))
 
 
 def save_artifact(stream: str, artifact: StepArtifact) -> str:
-    """Write an artifact, `COMMITTED.json` last, and return its folder. What an earlier attempt left is removed."""
+    """Write an artifact, `COMMITTED.json` last, and return its folder. Files of an earlier attempt are removed."""
     folder = step_url(stream, artifact.step)
     storage.remove_tree(folder)
-    record = read_identity(stream)
+    identity = read_identity(stream)
     write_commit(
         folder,
         write_files(folder, _encode(artifact)),
         step=artifact.step,
         manifest_hash=artifact.manifest_hash,
         code_version=avcil_dist.__version__,
-        changes=[asdict(change) for change in record.changes] if record else [],
+        changes=[asdict(change) for change in identity.changes] if identity else [],
     )
     return folder
 
 
 def load_artifact(stream: str, step: int) -> StepArtifact:
-    """Read a committed artifact and hold every file against its digest.
+    """Read a committed artifact and verify each of its files.
 
-    Raises ArtifactError, naming the file, for what is missing, uncommitted or damaged.
+    Raises ArtifactError, naming the file, when one is missing, damaged or not readable, and for a step that is
+    not committed.
     """
     folder, commit = _committed(stream, step)
     files = {name: read_committed_file(folder, name, commit) for name in commit["files"]}
@@ -94,32 +106,35 @@ def load_artifact(stream: str, step: int) -> StepArtifact:
         model=safetensors.torch.load(files["model.safetensors"]),
         method=decode_state("method", files),
         memory=ExemplarMemory.from_dict(json.loads(files["memory.json"])),
-        scenario=Scenario(tuple(tuple(names) for names in json.loads(files["scenario.json"])["steps"])),
-        metrics=StreamMetrics.from_dict(json.loads(files["metrics.json"])),
+        scenario=_decode_scenario(files["scenario.json"]),
+        metrics=_decode_metrics(files["metrics.json"]),
         config=config_from_yaml(files["config.yaml"].decode()),
         manifest_hash=commit["manifest_hash"],
     )
 
 
+def load_summary(stream: str, step: int) -> StepSummary:
+    """Read the small files of a committed step, verified. Raises ArtifactError as `load_artifact` does."""
+    folder, commit = _committed(stream, step)
+    return StepSummary(
+        step=step,
+        scenario=_decode_scenario(read_committed_file(folder, "scenario.json", commit)),
+        metrics=_decode_metrics(read_committed_file(folder, "metrics.json", commit)),
+        config=config_from_yaml(read_committed_file(folder, "config.yaml", commit).decode()),
+        manifest_hash=commit["manifest_hash"],
+    )
+
+
 def load_metrics(stream: str, step: int) -> StreamMetrics:
-    """The metrics of a committed step alone. Raises ArtifactError as `load_artifact` does."""
+    """Read the metrics of a committed step, verified. Raises ArtifactError as `load_artifact` does."""
     folder, commit = _committed(stream, step)
-    return StreamMetrics.from_dict(json.loads(read_committed_file(folder, "metrics.json", commit)))
+    return _decode_metrics(read_committed_file(folder, "metrics.json", commit))
 
 
-@dataclass(frozen=True)
-class Origin:
-    """What a committed step was made with."""
-
-    config: Config
-    manifest_hash: str
-
-
-def load_origin(stream: str, step: int) -> Origin:
-    """The origin of a committed step, without reading its weights. Raises ArtifactError as `load_artifact` does."""
-    folder, commit = _committed(stream, step)
-    text = read_committed_file(folder, "config.yaml", commit).decode()
-    return Origin(config_from_yaml(text), commit["manifest_hash"])
+def recorded_changes(stream: str, step: int) -> tuple[Change, ...]:
+    """The settings that were changed up to a committed step. Raises ArtifactError as `load_artifact` does."""
+    _, commit = _committed(stream, step)
+    return tuple(Change(**change) for change in commit.get("changes", ()))
 
 
 def _committed(stream: str, step: int) -> tuple[str, dict[str, Any]]:
@@ -139,3 +154,11 @@ def _encode(artifact: StepArtifact) -> dict[str, bytes]:
         "metrics.json": encode_json(artifact.metrics.to_dict()),
         "config.yaml": config_to_yaml(artifact.config).encode(),
     }
+
+
+def _decode_scenario(data: bytes) -> Scenario:
+    return Scenario(tuple(tuple(names) for names in json.loads(data)["steps"]))
+
+
+def _decode_metrics(data: bytes) -> StreamMetrics:
+    return StreamMetrics.from_dict(json.loads(data))

@@ -5,7 +5,7 @@ from avcil_dist.config.schema import Config
 from avcil_dist.config.serialization import flatten
 from avcil_dist.data.manifest import Manifest
 from avcil_dist.errors import ConfigError
-from avcil_dist.streams.artifact import StepArtifact, load_artifact, load_origin
+from avcil_dist.streams.artifact import StepArtifact, load_artifact, load_summary
 from avcil_dist.streams.identity import read_identity
 from avcil_dist.streams.stream import stream_url
 
@@ -25,9 +25,9 @@ def check_continues(config: Config, manifest: Manifest, step: int) -> None:
     stream's identity. Raises ConfigError for any other difference: the stream's numbers would not be comparable.
     """
     stream = stream_url(config)
-    origin = load_origin(stream, step - 1)
+    summary = load_summary(stream, step - 1)
     identity = read_identity(stream)
-    before = flatten(origin.config) | {MANIFEST_HASH: origin.manifest_hash}
+    before = flatten(summary.config) | {MANIFEST_HASH: summary.manifest_hash}
     after = flatten(config) | {MANIFEST_HASH: manifest.content_hash}
     for change in result_changes(before, after):
         if identity is not None and identity.allows(change.key, change.before, change.after, step - 1):

@@ -1,6 +1,6 @@
-"""A stream's own record, `stream.json` beside its step artifacts: who it is, where it came from, what was changed.
+"""Identity of a stream: `stream.json` beside its step artifacts, with its id, its origin and changed settings.
 
-The identity is made here, not by a tracking server: a stream begins whether one answers or not.
+The identity is created here, not by a tracking server, so a stream can begin without one.
 """
 
 import uuid
@@ -9,12 +9,12 @@ from typing import Any
 
 from avcil_dist import storage
 
-RECORD = "stream.json"
+FILE = "stream.json"
 
 
 @dataclass(frozen=True)
 class Change:
-    """A setting that was changed, by the user's word, when the stream was resumed after `step`."""
+    """A setting that the user changed when the stream was resumed after `step`."""
 
     step: int
     key: str
@@ -25,7 +25,7 @@ class Change:
 
 @dataclass(frozen=True)
 class StreamIdentity:
-    """`id` names the stream on every server. A fork's `origin` is the run, and the step of it, that it continues."""
+    """`id` names the stream on every server. A fork has the run, and the step of it, that it continues as origin."""
 
     id: str
     origin_run: str | None = None
@@ -33,28 +33,28 @@ class StreamIdentity:
     changes: tuple[Change, ...] = ()
 
     def allows(self, key: str, was: Any, now: Any, step: int) -> bool:
-        """Whether the user changed this setting, in these words, when the stream was resumed after `step`."""
+        """Whether the user made exactly this change when the stream was resumed after `step`."""
         return any((c.step, c.key, c.was, c.now) == (step, key, was, now) for c in self.changes)
 
-    def renamed(self) -> "StreamIdentity":
-        """A stream of its own with the same past."""
+    def renewed(self) -> "StreamIdentity":
+        """The identity of a new stream with the same history."""
         return replace(self, id=uuid.uuid4().hex)
 
 
 def new_identity() -> StreamIdentity:
-    """The record of a stream that begins."""
+    """A new identity without history."""
     return StreamIdentity(uuid.uuid4().hex)
 
 
 def read_identity(stream: str) -> StreamIdentity | None:
-    """The record in a stream's folder, or None."""
-    url = storage.join(stream, RECORD)
+    """The identity in a stream's folder, or None where there is none."""
+    url = storage.join(stream, FILE)
     if not storage.exists(url):
         return None
-    found = storage.read_json(url)
-    return StreamIdentity(**found | {"changes": tuple(Change(**change) for change in found["changes"])})
+    record = storage.read_json(url)
+    return StreamIdentity(**record | {"changes": tuple(Change(**change) for change in record["changes"])})
 
 
-def write_identity(stream: str, record: StreamIdentity) -> None:
-    """Write it, as a whole."""
-    storage.write_json(storage.join(stream, RECORD), asdict(record))
+def write_identity(stream: str, identity: StreamIdentity) -> None:
+    """Write the identity of a stream atomically."""
+    storage.write_json(storage.join(stream, FILE), asdict(identity))

@@ -1,68 +1,72 @@
-"""What a step is worth: accuracies, the accuracy matrix, forgetting. Pure functions of numbers.
+"""Metrics of class-incremental learning: accuracies, the accuracy matrix, forgetting. Pure functions of numbers.
 
-A[k][j] is the accuracy on the test clips of task j after step k, over the logits of all seen
-classes. Every accuracy is a fraction in [0, 1]. Who predicts is `evaluate.py`.
+A[k][j] is the accuracy on the test clips of task j after step k, over the logits of all seen classes. Every
+accuracy is a fraction in [0, 1]. Predictions come from `training/evaluation.py`.
+
+To add a metric: a field of `StreamMetrics` with a default, an argument of `after`, and a line in `scalars` if it
+is one number per step. Artifacts written before have no such key and read as the default.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from pydantic import TypeAdapter, ValidationError
 
 
 def accuracy_row(labels: ArrayLike, predictions: ArrayLike, tasks: Sequence[slice]) -> list[float]:
-    """A[k][0 … k]: the accuracy on the test clips of each task.
+    """Return A[k][0 … k]: the accuracy on the test clips of each task.
 
     `labels` and `predictions` (N,) are positions in the head, `tasks` the head's slice of each
     task. Raises ValueError for a task without clips.
     """
-    truth, right = _compare(labels, predictions)
+    truth, correct = _correct(labels, predictions)
     row = []
     for task, classes in enumerate(tasks):
         members = (truth >= classes.start) & (truth < classes.stop)
         if not members.any():
             raise ValueError(f"task {task}: no test clip has a label in {classes.start} … {classes.stop - 1}")
-        row.append(float(right[members].mean()))
+        row.append(float(correct[members].mean()))
     return row
 
 
 def seen_accuracy(labels: ArrayLike, predictions: ArrayLike) -> float:
-    """a_k: the accuracy on all test clips (N,) of seen classes. Raises ValueError when there are none."""
-    _, right = _compare(labels, predictions)
-    if not right.size:
+    """Return a_k: the accuracy on all test clips (N,) of seen classes. Raises ValueError when there are none."""
+    _, correct = _correct(labels, predictions)
+    if not correct.size:
         raise ValueError("no test clips")
-    return float(right.mean())
+    return float(correct.mean())
 
 
 def per_class_accuracy(labels: ArrayLike, predictions: ArrayLike, classes: Sequence[str]) -> dict[str, float]:
-    """The accuracy of each class by name; `classes[i]` has label i. A class without clips is left out."""
-    truth, right = _compare(labels, predictions)
+    """Return the accuracy of each class by name; `classes[i]` has label i. Classes without clips are left out."""
+    truth, correct = _correct(labels, predictions)
     return {
-        name: float(right[truth == label].mean())
+        name: float(correct[truth == label].mean())
         for label, name in enumerate(classes)
-        if np.any(truth == label)  # a subset of the test clips may miss a class; there is no accuracy of nothing
+        if np.any(truth == label)  # a subset of the test clips may lack a class
     }
 
 
 def confusion(labels: ArrayLike, predictions: ArrayLike, classes: Sequence[str]) -> dict[str, dict[str, int]]:
-    """The confusion matrix without its zeros: class → predicted class → clips; a clip not predicted (-1) is in none."""
-    truth, _ = _compare(labels, predictions)
-    guess = np.asarray(predictions)
+    """Return the sparse confusion matrix: class → predicted class → clips. A prediction of -1 does not count."""
+    truth, _ = _correct(labels, predictions)
+    predicted = np.asarray(predictions)
     matrix: dict[str, dict[str, int]] = {}
     for label, name in enumerate(classes):
-        found, counts = np.unique(guess[(truth == label) & (guess >= 0)], return_counts=True)
+        others, counts = np.unique(predicted[(truth == label) & (predicted >= 0)], return_counts=True)
         if np.any(truth == label):
-            matrix[name] = {classes[int(other)]: int(count) for other, count in zip(found, counts, strict=True)}
+            matrix[name] = {classes[int(other)]: int(count) for other, count in zip(others, counts, strict=True)}
     return matrix
 
 
 def forgetting(matrix: Sequence[Sequence[float]]) -> list[float]:
-    """F_k = mean over j < k of (max over i < k of A[i][j], less A[k][j]), for each k ≥ 1.
+    """Return F_k = mean over j < k of (max over j ≤ i < k of A[i][j], less A[k][j]), for each k ≥ 1.
 
-    `matrix[k]` is A[k][0 … k]. The best is over the steps that knew the task, i ≥ j. Negative where
-    old tasks gain (Chaudhry et al. 2018).
+    `matrix[k]` is A[k][0 … k]. The maximum is over the steps after task j was learnt. F_k is negative where old
+    tasks gain (Chaudhry et al. 2018).
     """
     losses = []
     for k in range(1, len(matrix)):
@@ -73,7 +77,7 @@ def forgetting(matrix: Sequence[Sequence[float]]) -> list[float]:
 
 @dataclass(frozen=True)
 class SubsetMetrics:
-    """a_0 … a_step on a part of the test clips, and how many there were at the last step."""
+    """a_0 … a_step on a subset of the test clips, and the size of the subset at the last step."""
 
     seen_accuracy: tuple[float, ...]
     num_test_clips: int
@@ -81,12 +85,11 @@ class SubsetMetrics:
 
 @dataclass(frozen=True)
 class StreamMetrics:
-    """A stream up to and with `step`: the content of `metrics.json`.
+    """Metrics of a stream up to and including `step`: the content of `metrics.json`.
 
-    `accuracy` holds rows 0 … step of the accuracy matrix, `seen_accuracy` a_0 … a_step;
-    `per_class`, `confusion`, `num_test_clips`, `epoch` (the selected one) and `val_accuracy` are of
-    the last step; `source_disjoint` is of the test clips whose source no training clip shares.
-    Raises ValueError where the parts do not fit each other.
+    `accuracy` holds rows 0 … step of the accuracy matrix, `seen_accuracy` a_0 … a_step. `per_class`, `confusion`,
+    `num_test_clips`, `epoch` (the selected one) and `val_accuracy` are those of the last step. `source_disjoint`
+    covers the test clips whose source video no training clip shares. Raises ValueError for inconsistent lengths.
     """
 
     step: int
@@ -120,9 +123,9 @@ class StreamMetrics:
         confusion: Mapping[str, Mapping[str, int]] | None = None,
         source_disjoint: tuple[float, int] | None = None,
     ) -> "StreamMetrics":
-        """The metrics after `step`, given those after the step before it (None at step 0).
+        """Return the metrics after `step` from those after the step before it (None at step 0).
 
-        `source_disjoint` is the seen accuracy on those clips, and their number.
+        `source_disjoint` is the seen accuracy on those clips and their number.
         """
         if step != (0 if previous is None else previous.step + 1):
             raise ValueError(f"step {step} does not follow on {'nothing' if previous is None else previous.step}")
@@ -156,60 +159,49 @@ class StreamMetrics:
         losses = self.forgetting
         return _mean(losses) if losses else None
 
+    def scalars(self) -> dict[str, float]:
+        """The metrics of the last step that are one number, by name; those without a value are left out."""
+        values = {
+            "seen_accuracy": self.seen_accuracy[-1],
+            "mean_accuracy": self.mean_accuracy,
+            "forgetting": self.forgetting[-1] if self.forgetting else None,
+            "average_forgetting": self.average_forgetting,
+            "source_disjoint_accuracy": self.source_disjoint.seen_accuracy[-1] if self.source_disjoint else None,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form, with the derived numbers beside the measured ones."""
-        return {
-            "step": self.step,
-            "accuracy": [list(row) for row in self.accuracy],
-            "seen_accuracy": list(self.seen_accuracy),
+        """The JSON form, with derived numbers beside the measured ones."""
+        record = asdict(self)
+        record |= {
             "mean_accuracy": self.mean_accuracy,
             "forgetting": self.forgetting,
             "average_forgetting": self.average_forgetting,
-            "per_class": dict(self.per_class),
-            "num_test_clips": self.num_test_clips,
-            "epoch": self.epoch,
-            "val_accuracy": self.val_accuracy,
-            "confusion": {name: dict(row) for name, row in self.confusion.items()},
-            "source_disjoint": self.source_disjoint
-            and {
-                "seen_accuracy": list(self.source_disjoint.seen_accuracy),
-                "mean_accuracy": _mean(self.source_disjoint.seen_accuracy),
-                "num_test_clips": self.source_disjoint.num_test_clips,
-            },
         }
+        if self.source_disjoint is not None:
+            record["source_disjoint"]["mean_accuracy"] = _mean(self.source_disjoint.seen_accuracy)
+        return record
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> "StreamMetrics":
-        """What `to_dict` wrote; derived numbers are computed anew. Raises ValueError for anything else."""
+        """Inverse of `to_dict`. Keys without a field are ignored, missing fields with a default have it.
+
+        Raises ValueError for missing fields without a default and for values of other types.
+        """
         try:
-            val_accuracy, subset = record["val_accuracy"], record["source_disjoint"]
-            return cls(
-                step=int(record["step"]),
-                accuracy=tuple(tuple(float(value) for value in row) for row in record["accuracy"]),
-                seen_accuracy=tuple(float(value) for value in record["seen_accuracy"]),
-                per_class={str(name): float(value) for name, value in record["per_class"].items()},
-                num_test_clips=int(record["num_test_clips"]),
-                epoch=int(record["epoch"]),
-                val_accuracy=None if val_accuracy is None else float(val_accuracy),
-                confusion={
-                    str(name): {str(other): int(count) for other, count in row.items()}
-                    for name, row in record["confusion"].items()
-                },
-                source_disjoint=subset
-                and SubsetMetrics(
-                    tuple(float(value) for value in subset["seen_accuracy"]), int(subset["num_test_clips"])
-                ),
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"not a record of stream metrics: {error!r}") from None
+            return TypeAdapter(cls).validate_python(record)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ValueError(f"not a record of stream metrics: {where}: {first['msg']}") from None
 
 
-def _compare(labels: ArrayLike, predictions: ArrayLike) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-    """The labels as an array (N,), and where the predictions are right (N,)."""
-    truth, guess = np.asarray(labels), np.asarray(predictions)
-    if truth.shape != guess.shape or truth.ndim != 1:
-        raise ValueError(f"labels {truth.shape} and predictions {guess.shape} are not one of each per clip")
-    return truth, truth == guess
+def _correct(labels: ArrayLike, predictions: ArrayLike) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    """Return the labels (N,) and whether each prediction is correct (N,)."""
+    truth, predicted = np.asarray(labels), np.asarray(predictions)
+    if truth.shape != predicted.shape or truth.ndim != 1:
+        raise ValueError(f"labels {truth.shape} and predictions {predicted.shape} are not one of each per clip")
+    return truth, truth == predicted
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,11 +1,12 @@
-"""Step artifacts to MLflow and back: the files themselves, or a reference to where they are.
+"""Upload of step artifacts to MLflow and download from it: the files themselves, or a reference to them.
 
-Whatever way they go, a step's run holds the digest of its `COMMITTED.json`, which holds those of
-all other files. What comes back is held against them.
+In both cases the step's run has the digest of its `COMMITTED.json`, which has the digests of all other files.
+A download verifies every file against them.
 """
 
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from mlflow import MlflowClient
@@ -29,82 +30,82 @@ def upload_step(
     step: int,
     *,
     stream_id: str,
-    sent: set[str],
+    uploaded: set[str],
 ) -> dict[str, str]:
-    """Bring a committed step to its run, the commit record last; the tags that say so.
+    """Upload a committed step to its run, `COMMITTED.json` last. Returns the tags that mark the run as committed.
 
-    `sent` holds the files that are there already, and takes those that go. Raises DataError where the step
-    is gone.
+    `uploaded` holds the names of files that were uploaded before; new ones are added. Raises DataError when the
+    step no longer exists.
     """
     folder = step_url(stream, step)
     data = storage.read_bytes(storage.join(folder, COMMITTED))
-    committed = json.loads(data)
+    files = json.loads(data)["files"]
     tags = {COMMITTED_TAG: storage.sha256(data)}
-    place = f"step_{step:03d}"
-    if tracking.artifacts == "full":
+    name = f"step_{step:03d}"
+
+    def upload_files(upload: Callable[[Path], None]) -> None:
         with storage.local_copy(folder) as local:
-            for name in (*sorted(committed["files"]), COMMITTED):
-                if name not in sent:
-                    client.log_artifact(run_id, str(Path(local, name)), artifact_path=place)
-                    sent.add(name)
+            for file in (*sorted(files), COMMITTED):
+                if file not in uploaded:
+                    upload(Path(local, file))
+                    uploaded.add(file)
+
+    if tracking.artifacts == "full":
+        upload_files(lambda path: client.log_artifact(run_id, str(path), artifact_path=name))
         return tags
     uri = _absolute(folder)
     if tracking.artifact_uri:
-        uri = storage.join(tracking.artifact_uri, stream_id, place)
-        with storage.local_copy(folder) as local:
-            for name in (*sorted(committed["files"]), COMMITTED):
-                if name not in sent:
-                    storage.upload(Path(local, name), storage.join(uri, name))
-                    sent.add(name)
-    reference = {"uri": uri, "files": committed["files"]}
-    client.log_text(run_id, json.dumps(reference, indent=1, sort_keys=True), f"{place}/{REFERENCE}")
-    client.log_text(run_id, data.decode(), f"{place}/{COMMITTED}")
+        uri = storage.join(tracking.artifact_uri, stream_id, name)
+        upload_files(lambda path: storage.upload(path, storage.join(uri, path.name)))
+    reference = {"uri": uri, "files": files}
+    client.log_text(run_id, json.dumps(reference, indent=1, sort_keys=True), f"{name}/{REFERENCE}")
+    client.log_text(run_id, data.decode(), f"{name}/{COMMITTED}")
     return tags | {REFERENCE_TAG: uri}
 
 
 def download_step(client: MlflowClient, uri: str, run: Run, step: int, stream: str) -> None:
-    """Bring a step from its run to the folder of a stream; it is committed there when every digest is right.
+    """Download a step from its run to the folder of a stream; it is committed there once every file is verified.
 
-    Raises ArtifactError, naming the file, for what is missing or damaged; TrackingError as the server fails.
+    Raises ArtifactError, naming the file, for a missing or damaged one; TrackingError when the server fails.
     """
-    place, source = f"step_{step:03d}", run.data.tags.get(REFERENCE_TAG)
+    name, source = f"step_{step:03d}", run.data.tags.get(REFERENCE_TAG)
     folder = step_url(stream, step)
     with tempfile.TemporaryDirectory() as temporary:
 
-        def fetch(name: str) -> Path:
+        def fetch(file: str) -> Path:
             if source:
-                return _from_reference(source, name, Path(temporary))
+                return _from_reference(source, file, Path(temporary))
             with reported(uri):
-                return Path(client.download_artifacts(run.info.run_id, f"{place}/{name}", temporary))
+                return Path(client.download_artifacts(run.info.run_id, f"{name}/{file}", temporary))
 
         commit = fetch(COMMITTED)
-        _check(commit, run.data.tags[COMMITTED_TAG], run, place)
+        _verify(commit, run.data.tags[COMMITTED_TAG], run, name)
         storage.remove_tree(folder)
-        for name, record in json.loads(commit.read_bytes())["files"].items():
-            if PurePosixPath(name).name != name:
-                raise ArtifactError(f"run {run.info.run_id}: {place}/{COMMITTED}: {name!r} is no file of a step")
-            file = fetch(name)
-            _check(file, record["sha256"], run, place)
-            storage.upload(file, storage.join(folder, name))
-            file.unlink()
+        for file, digest in json.loads(commit.read_bytes())["files"].items():
+            if PurePosixPath(file).name != file:
+                raise ArtifactError(f"run {run.info.run_id}: {name}/{COMMITTED}: {file!r} is no file of a step")
+            path = fetch(file)
+            _verify(path, digest["sha256"], run, name)
+            storage.upload(path, storage.join(folder, file))
+            path.unlink()
         storage.upload(commit, storage.join(folder, COMMITTED))
 
 
-def _from_reference(source: str, name: str, folder: Path) -> Path:
-    url = storage.join(source, name)
+def _from_reference(source: str, file: str, folder: Path) -> Path:
+    url = storage.join(source, file)
     try:
-        (folder / name).write_bytes(storage.read_bytes(url))
+        (folder / file).write_bytes(storage.read_bytes(url))
     except DataError:
         raise ArtifactError(
-            f"{url}: missing; this step's files are kept by reference, and resuming needs that place too"
+            f"{url}: missing; the files of this step are kept by reference: resuming needs access to that folder"
         ) from None
-    return folder / name
+    return folder / file
 
 
-def _check(file: Path, digest: str, run: Run, place: str) -> None:
-    if storage.sha256_file(str(file)) != digest:
+def _verify(path: Path, digest: str, run: Run, name: str) -> None:
+    if storage.sha256_file(str(path)) != digest:
         raise ArtifactError(
-            f"run {run.info.run_id}: {place}/{file.name}: damaged, its digest is not the one committed; "
+            f"run {run.info.run_id}: {name}/{path.name}: damaged, its digest is not the one committed; "
             "resume from an earlier step with --from-step"
         )
 

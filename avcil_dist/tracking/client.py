@@ -1,7 +1,7 @@
-"""The way to MLflow: where its server or database is, how its errors are told apart, how a stream is found there.
+"""MLflow client: connection to a server or database, translation of its errors, search for a stream's runs.
 
-Everything goes through `MlflowClient`; MLflow's own notion of a current run is never used, so two
-streams in one process do not meet.
+All calls go through `MlflowClient`. MLflow's notion of a current run is never used, so two streams in one
+process do not interfere.
 """
 
 import logging
@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Read while MLflow is imported, or at each call. What the user has set stays.
+# MLflow reads these when it is imported or called. Values that the user has set are kept.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-# MLflow's own seven retries take minutes, in which nothing is known of the server; ours are the sender's.
+# MLflow's seven retries block a call for minutes; the sender retries instead.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-# A server that keeps artifacts in object storage takes files from this size on in parts, straight into the storage.
+# Files from this size on are uploaded in parts, directly to the object storage of the server.
 os.environ.setdefault("MLFLOW_MULTIPART_UPLOAD_MINIMUM_FILE_SIZE", str(100 << 20))
 
 from filelock import FileLock, Timeout
@@ -36,9 +36,9 @@ from avcil_dist.config.schema import TrackingConfig
 from avcil_dist.errors import ConfigError, TrackingError
 
 STEP_TAG = "avcil.step"
-STREAM_TAG = "avcil.stream_id"  # of the stream run; whoever knows it finds the run, whoever made it
-COMMITTED_TAG = "avcil.committed"  # of a step run: the sha256 of its COMMITTED.json, once all files are there
-REFERENCE_TAG = "avcil.artifact_uri"  # of a step run whose files are not in MLflow: their folder
+STREAM_TAG = "avcil.stream_id"  # of the stream run: identifies the stream on any server
+COMMITTED_TAG = "avcil.committed"  # of a step run: the sha256 of its COMMITTED.json, set once all files are uploaded
+REFERENCE_TAG = "avcil.artifact_uri"  # of a step run whose files are not in MLflow: the folder with the files
 ORIGIN_RUN_TAG, ORIGIN_STEP_TAG, CHANGES_TAG = "avcil.fork_of", "avcil.fork_step", "avcil.changes"
 SQLITE = "sqlite:///"
 SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
@@ -48,10 +48,10 @@ logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
 def tracking_uri(tracking: TrackingConfig, output: str) -> str:
-    """Where the runs are kept: as configured, else a sqlite database in the output folder.
+    """The uri of the server or database: as configured, else a sqlite database in the output folder.
 
-    Raises ConfigError when the output folder is on object storage, where no database can be, and for a uri
-    that MLflow does not know.
+    Raises ConfigError for an output folder on object storage, where sqlite cannot work, and for a uri of a scheme
+    that MLflow does not support.
     """
     if tracking.uri is None:
         return f"{SQLITE}{local_folder(output) / 'mlflow.db'}"
@@ -65,7 +65,7 @@ def tracking_uri(tracking: TrackingConfig, output: str) -> str:
 
 
 def with_uri(tracking: TrackingConfig, uri: str | None) -> TrackingConfig:
-    """The settings with another server or database. Raises ConfigError for a uri that has a password in it."""
+    """The settings with another server or database. Raises ConfigError for a uri that contains a password."""
     try:
         return TrackingConfig.model_validate(tracking.model_dump() | {"uri": uri})
     except ValidationError as error:
@@ -73,18 +73,18 @@ def with_uri(tracking: TrackingConfig, uri: str | None) -> TrackingConfig:
 
 
 def connect(uri: str) -> MlflowClient:
-    """A client whose database is there: of processes that come at once, one makes it and the others wait."""
-    with _first_use(uri):
-        _make_database(uri)
+    """Return a client. A missing sqlite database is created by one process while others wait."""
+    with _creation_lock(uri):
+        _create_database(uri)
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         client.search_experiments(max_results=1)
         return client
 
 
 def experiment_id(client: MlflowClient, uri: str, tracking: TrackingConfig, output: str) -> str:
-    """The id of the experiment, made if need be. A server says itself where artifacts go; a database cannot."""
-    found = client.get_experiment_by_name(tracking.experiment)
-    if found is None:
+    """The id of the experiment, created if needed, with an artifact folder where `uri` is a database."""
+    experiment = client.get_experiment_by_name(tracking.experiment)
+    if experiment is None:
         location = None
         if not uri.startswith(("http://", "https://")):
             folder = local_folder(output) / "mlartifacts"
@@ -93,14 +93,14 @@ def experiment_id(client: MlflowClient, uri: str, tracking: TrackingConfig, outp
         try:
             return str(client.create_experiment(tracking.experiment, artifact_location=location))
         except MlflowException:
-            found = client.get_experiment_by_name(tracking.experiment)
-            if found is None:  # so it was not another process that made it a moment ago
+            experiment = client.get_experiment_by_name(tracking.experiment)
+            if experiment is None:  # another process did not create it in the meantime
                 raise
-    return str(found.experiment_id)
+    return str(experiment.experiment_id)
 
 
 def is_active(client: MlflowClient, run_id: str) -> bool:
-    """Whether the server holds this run and has not deleted it."""
+    """Whether the run exists on the server and is not deleted."""
     try:
         return bool(client.get_run(run_id).info.lifecycle_stage == "active")
     except MlflowException as error:
@@ -110,31 +110,31 @@ def is_active(client: MlflowClient, run_id: str) -> bool:
 
 
 def find_by_stream_id(client: MlflowClient, experiments: list[str], stream_id: str) -> Run | None:
-    """The stream run of this identity, or None."""
-    found = client.search_runs(experiments, f"tags.`{STREAM_TAG}` = '{stream_id}'", max_results=1)
-    return found[0] if found else None
+    """The run of the stream with this id, or None."""
+    runs = client.search_runs(experiments, f"tags.`{STREAM_TAG}` = '{stream_id}'", max_results=1)
+    return runs[0] if runs else None
 
 
 def step_runs(client: MlflowClient, stream_run: Run) -> dict[int, Run]:
-    """The runs of a stream's steps."""
+    """The runs of a stream's steps, by step."""
     query = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{stream_run.info.run_id}'"
-    found = client.search_runs([stream_run.info.experiment_id], query)
-    return {int(run.data.tags[STEP_TAG]): run for run in found if STEP_TAG in run.data.tags}
+    runs = client.search_runs([stream_run.info.experiment_id], query)
+    return {int(run.data.tags[STEP_TAG]): run for run in runs if STEP_TAG in run.data.tags}
 
 
 @dataclass(frozen=True)
-class FoundStream:
-    """A stream run as a server holds it."""
+class TrackedStream:
+    """The run of a stream on a server, and the runs of its steps."""
 
     client: MlflowClient
     run: Run
     steps: dict[int, Run]
 
 
-def find_stream(uri: str, name: str) -> FoundStream:
-    """The stream whose run has this id or name; the id of one of its steps' runs will do, and the stream's own id.
+def find_stream(uri: str, name: str) -> TrackedStream:
+    """Find a stream by the id or name of its run, by the id of a step's run, or by the stream's own id.
 
-    Raises TrackingError when there is none or the server does not answer, and for a name that several have.
+    Raises TrackingError when no run or several runs match, and when the server does not answer.
     """
     with reported(uri):
         client = connect(uri)
@@ -142,8 +142,10 @@ def find_stream(uri: str, name: str) -> FoundStream:
         parent = run.data.tags.get(MLFLOW_PARENT_RUN_ID)
         run = client.get_run(parent) if parent else run
         if STREAM_TAG not in run.data.tags:
-            raise TrackingError(f"{shown(uri)}: run {name} is not a stream's; give the id or name of a stream run")
-        return FoundStream(client, run, step_runs(client, run))
+            raise TrackingError(
+                f"{shown(uri)}: run {name} is not the run of a stream; give the id or name of a stream run"
+            )
+        return TrackedStream(client, run, step_runs(client, run))
 
 
 def _run_of_id(client: MlflowClient, name: str) -> Run | None:
@@ -157,8 +159,8 @@ def _run_of_id(client: MlflowClient, name: str) -> Run | None:
 def _run_of_name(client: MlflowClient, uri: str, name: str) -> Run:
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise TrackingError(f"{shown(uri)}: {name!r} is neither the id nor the name of a stream run")
-    found = client.search_runs(_experiments(client), f"attributes.run_name = '{name}'", max_results=10)
-    streams = [run for run in found if STREAM_TAG in run.data.tags]
+    runs = client.search_runs(_experiments(client), f"attributes.run_name = '{name}'", max_results=10)
+    streams = [run for run in runs if STREAM_TAG in run.data.tags]
     if len(streams) == 1:
         return streams[0]
     if streams:
@@ -168,10 +170,10 @@ def _run_of_name(client: MlflowClient, uri: str, name: str) -> Run:
 
 
 def _experiments(client: MlflowClient) -> list[str]:
-    return [found.experiment_id for found in client.search_experiments()]
+    return [experiment.experiment_id for experiment in client.search_experiments()]
 
 
-def _first_use(uri: str) -> AbstractContextManager[Any]:
+def _creation_lock(uri: str) -> AbstractContextManager[Any]:
     database = _database(uri)
     if database is None:
         return nullcontext()
@@ -179,8 +181,8 @@ def _first_use(uri: str) -> AbstractContextManager[Any]:
     return FileLock(f"{database}.lock", timeout=LOCK_SECONDS)
 
 
-def _make_database(uri: str) -> None:
-    """Make a sqlite database as a whole: MLflow never mends one whose making was cut off."""
+def _create_database(uri: str) -> None:
+    """Create a sqlite database atomically: MLflow does not repair one that was only partly created."""
     database = _database(uri)
     if database is None or database.exists():
         return
@@ -192,12 +194,12 @@ def _make_database(uri: str) -> None:
 
 
 def _database(uri: str) -> Path | None:
-    """The file of a sqlite database; None for other databases and servers."""
+    """The path of a sqlite database; None for other databases and servers."""
     return Path(uri.removeprefix(SQLITE).partition("?")[0]) if uri.startswith(SQLITE) else None
 
 
 def local_folder(output: str) -> Path:
-    """The output folder as a path. Raises ConfigError where it is on object storage."""
+    """The output folder as a path. Raises ConfigError when it is on object storage."""
     path = output.removeprefix("file://")
     if "://" in path:
         raise ConfigError(
@@ -212,7 +214,7 @@ FAULTS = (MlflowException, RequestException, SQLAlchemyError, OSError, Timeout)
 
 @contextmanager
 def reported(uri: str) -> Iterator[None]:
-    """Turn what MLflow raises into one line without credentials."""
+    """Raise errors of MLflow as a TrackingError of one line without credentials."""
     try:
         yield
     except FAULTS as error:
@@ -222,12 +224,12 @@ def reported(uri: str) -> Iterator[None]:
 
 
 def reason_of(error: BaseException) -> str:
-    """The error in one line, without credentials; of a call that failed for a cause, the cause."""
+    """The error in one line, without credentials; the cause where the text names one."""
     text = " ".join(shown(str(error)).split())
     cause = re.search(r"Caused by (.*)\)$", text)
     return (cause[1] if cause else text)[:300]
 
 
 def shown(text: str) -> str:
-    """The text without users and passwords, and without the queries, of the urls in it."""
+    """The text with users, passwords and queries removed from the urls in it."""
     return re.sub(r"\?\S+=\S*", "", re.sub(r"://\S*@", "://", text))

@@ -1,8 +1,8 @@
-"""What a tracking server is to be told, on disk: written by who trains, read by who sends. Nothing here talks to one.
+"""Durable queue of tracking events on local disk. Training appends, the sender thread reads; no network I/O here.
 
-`spool.jsonl` holds one record a line, in order, for the whole life of a stream; nothing is ever
-taken out of it. How far a server has been told it is in a note of its own for each server, so that
-a stream can be told to another server, from its beginning, at any time.
+`events.jsonl` holds one event per line, in order, for the whole life of a stream; no line is ever removed.
+Each server has a delivery cursor in a file of its own, so a stream can be sent to another server, from the
+first event, at any time.
 """
 
 import hashlib
@@ -21,24 +21,28 @@ from filelock import FileLock
 from avcil_dist import storage
 
 Event = dict[str, Any]
-FILE = "spool.jsonl"
-FOLDER = "spool"
+FILE = "events.jsonl"
+FOLDER = "events"
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclass
 class DeliveryCursor:
-    """How far a server has been told: bytes of the spool, the runs' ids there, since when it does not answer."""
+    """Position of one server in the queue.
+
+    `offset`: bytes of the queue that the server has. `runs`: ids of the stream's runs there. `unavailable_since`:
+    Unix time of the first failed call of an outage, with its `reason`.
+    """
 
     offset: int = 0
     runs: dict[str, str] = field(default_factory=dict)
-    away_since: float | None = None
+    unavailable_since: float | None = None
     reason: str = ""
 
 
 class EventQueue:
-    """The records of one stream, in a local folder. Any number of processes may write; each line appears whole."""
+    """The events of one stream, in a local folder. Any number of processes may append; each line appears whole."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -47,83 +51,83 @@ class EventQueue:
         self._lock = threading.Lock()
 
     def append(self, kind: str, **values: Any) -> None:
-        """Add a record, on the disk when this returns. A disk that refuses is said, and ends nothing."""
-        record = {"kind": kind, "time": int(time.time() * 1000)} | values
-        line = json.dumps(record).encode() + b"\n"
+        """Append an event; it is synced to disk when this returns. A write error is logged, not raised."""
+        event = {"kind": kind, "time": int(time.time() * 1000)} | values
+        line = json.dumps(event).encode() + b"\n"
         try:
             with self._lock:
                 self._write(line)
         except OSError as error:
-            _logger.warning("%s: cannot be written (%s); the tracking server will not be told this", self.path, error)
+            _logger.warning("%s: cannot be written (%s); this event will not reach a tracking server", self.path, error)
         if self.on_append:
             self.on_append()
 
     def read(self, offset: int, *, limit: int) -> Iterator[tuple[Event, int]]:
-        """At most `limit` records from `offset` on, each with the offset behind it. A damaged line is passed over."""
+        """Yield at most `limit` events from `offset` on, each with the offset behind it. Damaged lines are skipped."""
         if not self.path.exists():
             return
         with self.path.open("rb") as file:
             file.seek(offset)
             for _ in range(limit):
                 line = file.readline()
-                if not line.endswith(b"\n"):  # the end, or a line that is being written
+                if not line.endswith(b"\n"):  # the end, or a line that is still being written
                     return
                 offset += len(line)
                 try:
-                    record = json.loads(line)
-                except ValueError:  # of a process that was killed while it wrote
-                    _logger.warning("%s: a line that was cut is passed over", self.path)
+                    event = json.loads(line)
+                except ValueError:  # its writer was killed
+                    _logger.warning("%s: a damaged line is skipped", self.path)
                     continue
-                yield record, offset
+                yield event, offset
 
-    def records(self, kind: str) -> list[Event]:
-        """All records of a kind, from the beginning."""
-        return [record for record, _ in self.read(0, limit=self.size()) if record["kind"] == kind]
+    def events(self, kind: str) -> list[Event]:
+        """All events of a kind, from the first."""
+        return [event for event, _ in self.read(0, limit=self.size()) if event["kind"] == kind]
 
     def size(self) -> int:
         """Bytes written so far."""
         return self.path.stat().st_size if self.path.exists() else 0
 
-    def note(self, uri: str) -> DeliveryCursor:
-        """How far this server has been told; nothing, where the note is missing or cannot be read."""
+    def cursor(self, uri: str) -> DeliveryCursor:
+        """The cursor of a server; at the first event where the file is missing or unreadable."""
         try:
-            return DeliveryCursor(**json.loads(self._note_path(uri).read_text()))
+            return DeliveryCursor(**json.loads(self._cursor_path(uri).read_text()))
         except (OSError, ValueError, TypeError):
             return DeliveryCursor()
 
-    def save_note(self, uri: str, note: DeliveryCursor) -> None:
-        """Write it, atomically."""
-        storage.write_json(str(self._note_path(uri)), vars(note))
+    def save_cursor(self, uri: str, cursor: DeliveryCursor) -> None:
+        """Write the cursor of a server atomically."""
+        storage.write_json(str(self._cursor_path(uri)), vars(cursor))
 
     def is_sent(self, uri: str) -> bool:
-        """Whether the server has been told everything."""
-        return next(self.read(self.note(uri).offset, limit=1), None) is None
+        """Whether the server has every event."""
+        return next(self.read(self.cursor(uri).offset, limit=1), None) is None
 
-    def sending_lock(self, uri: str) -> FileLock:
-        """Whoever holds it is the one who tells this server."""
+    def sender_lock(self, uri: str) -> FileLock:
+        """Lock of the one process that sends to this server."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        return FileLock(self._note_path(uri).with_suffix(".lock"))
+        return FileLock(self._cursor_path(uri).with_suffix(".lock"))
 
-    def _note_path(self, uri: str) -> Path:
-        return self.folder / f"sent-{hashlib.sha256(uri.encode()).hexdigest()[:12]}.json"
+    def _cursor_path(self, uri: str) -> Path:
+        return self.folder / f"cursor-{hashlib.sha256(uri.encode()).hexdigest()[:12]}.json"
 
     def _write(self, line: bytes) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.path.with_suffix(".lock")), self.path.open("ab+") as file:
-            if file.tell() and not _ends_a_line(file.fileno()):  # a writer was killed: its half line counts as one
+            if file.tell() and not _ends_with_newline(file.fileno()):  # a killed writer left half a line: close it
                 line = b"\n" + line
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
 
 
-def _ends_a_line(descriptor: int) -> bool:
+def _ends_with_newline(descriptor: int) -> bool:
     end = os.lseek(descriptor, 0, os.SEEK_END)
     return os.pread(descriptor, 1, end - 1) == b"\n"
 
 
 def queue_folder(stream: str, stream_id: str) -> Path:
-    """Where a stream's spool is: in its own folder, or among the user's files where that is on object storage."""
+    """The folder of a stream's queue: in the stream's folder, or in the user's state folder for object storage."""
     local = storage.local_path(stream)
     if local is not None:
         return Path(local) / FOLDER

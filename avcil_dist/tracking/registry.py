@@ -32,7 +32,7 @@ from avcil_dist import storage
 from avcil_dist.data.manifest import Manifest, load_manifest
 from avcil_dist.errors import ArtifactError, ConfigError, DataError
 from avcil_dist.inference import Predictor
-from avcil_dist.streams.artifact import load_artifact, load_origin, step_url
+from avcil_dist.streams.artifact import load_artifact, load_summary, step_url
 from avcil_dist.streams.commit import COMMITTED
 from avcil_dist.streams.stream import scenario_of
 from avcil_dist.tracking.client import STREAM_TAG
@@ -68,7 +68,7 @@ def register_model(client: MlflowClient, run_id: str, stream: str, step: int, *,
 
 
 def _save_model(folder: Path, local: Path, stream: str, step: int, run_id: str, uri: str | None) -> None:
-    origin = load_origin(stream, step)
+    origin = load_summary(stream, step)
     manifest = load_manifest(origin.config.data.manifest)
     committed = storage.sha256_file(str(local / COMMITTED))
     about = {"step": step, "shape": manifest.shape, "uri": uri, "committed": committed}

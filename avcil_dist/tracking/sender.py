@@ -1,7 +1,7 @@
-"""Tells a tracking server what is in a spool: a thread beside the training, which never waits for it.
+"""Thread that sends the events of a queue to one tracking server, beside the training, which never waits for it.
 
-FileDigests go in order. One sender at a time tells a server, whatever the processes; what it cannot
-tell now it tries again, with jitter, and what nobody could tell is told by the next sender.
+Events go in order. One process at a time sends to a server. A failed call is retried, with jitter; events
+that are still unsent when the process ends are sent by the next sender.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from filelock import Timeout
 from avcil_dist.errors import StorageError
 from avcil_dist.tracking.event_queue import DeliveryCursor, Event, EventQueue
 
-RECORDS_AT_A_TIME = 200
+EVENTS_PER_BATCH = 200
 POLL_SECONDS = 1.0
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 10.0
 LONGEST_WAIT_AT_THE_END = 1.0
@@ -26,73 +26,73 @@ JOIN_SECONDS = 2.0
 _logger = logging.getLogger(__name__)
 
 
-class AwayError(Exception):
-    """The server does not answer, or cannot do it now."""
+class UnavailableError(Exception):
+    """The server does not answer, or cannot take the event now."""
 
 
-class RefusedError(Exception):
-    """The server answers, and will never take this record."""
+class RejectedError(Exception):
+    """The server answers, and will never take this event."""
 
 
-class RunGoneError(Exception):
-    """A run that the server held was deleted there."""
+class RunDeletedError(Exception):
+    """A run that the server had was deleted there."""
 
 
 class EventWriter(Protocol):
-    """The way to one server. `runs`: the ids of the stream's runs there; `is_uploading`: a file is on its way."""
+    """Connection to one server. `runs`: ids of the stream's runs there; `is_uploading`: a file is being uploaded."""
 
     runs: dict[str, str]
     is_uploading: bool
 
-    def deliver(self, records: Sequence[Event]) -> None:
-        """Tell the server these, of one kind. What it has been told already is not doubled. Raises the errors above."""
+    def write(self, events: Sequence[Event]) -> None:
+        """Write events of one kind to the server, without duplicating what it has. Raises the errors above."""
 
 
 class Sender:
-    """Tells one server; `start` begins, `close` ends it within a bound."""
+    """Sends to one server: `start` begins, `close` ends within a bounded time."""
 
     def __init__(
-        self, spool: EventQueue, uri: str, connect: Callable[[dict[str, str]], EventWriter], *, shown: str
+        self, queue: EventQueue, uri: str, connect: Callable[[dict[str, str]], EventWriter], *, shown: str
     ) -> None:
-        self.spool, self.uri, self.connect, self.shown = spool, uri, connect, shown
+        self.queue, self.uri, self.connect, self.shown = queue, uri, connect, shown
         self._wake, self._hurry, self._stop = threading.Event(), threading.Event(), threading.Event()
-        self._failures = 0  # in all, so that one can see that another try was made
-        self._delivery: EventWriter | None = None
+        self._failures = 0  # a count, so that `close` sees whether another try was made
+        self._writer: EventWriter | None = None
         self._thread = threading.Thread(target=self._run, name="tracking sender", daemon=True)
-        spool.on_append = self._wake.set
+        queue.on_append = self._wake.set
 
     def start(self) -> None:
-        """ResumePolicy to send."""
+        """Start the thread."""
         self._thread.start()
 
     def close(self, patience: float) -> bool:
-        """Send what is left, and end; whether all is sent.
+        """Send what is left and end the thread. Returns whether everything is sent.
 
-        Gives up when the server has been away for `patience` seconds, the time before counted, or when nothing
-        moved for so long. A file that is on its way is waited for; the http client bounds that.
+        Gives up when the server has been unavailable for `patience` seconds, time before the call included, or
+        when the cursor has not moved for as long. A running upload is waited for: the http client bounds it.
         """
         failures, moved_at, offset = self._failures, time.monotonic(), -1
         self._hurry.set()
         self._wake.set()
-        while not self.spool.is_sent(self.uri) and self._thread.is_alive():
-            note = self.spool.note(self.uri)
-            if note.offset != offset:
-                offset, moved_at = note.offset, time.monotonic()
-            tried = self._failures > failures
-            if tried and note.away_since is not None and time.time() - note.away_since >= patience:
+        while not self.queue.is_sent(self.uri) and self._thread.is_alive():
+            cursor = self.queue.cursor(self.uri)
+            if cursor.offset != offset:
+                offset, moved_at = cursor.offset, time.monotonic()
+            tried, since = self._failures > failures, cursor.unavailable_since
+            if tried and since is not None and time.time() - since >= patience:
                 break
-            uploads = self._delivery is not None and self._delivery.is_uploading
+            uploads = self._writer is not None and self._writer.is_uploading
             if not uploads and time.monotonic() - moved_at >= patience:
                 break
             self._stop.wait(0.05)
         self._stop.set()
         self._wake.set()
-        self._thread.join(JOIN_SECONDS)  # one that hangs in a call is left behind: the spool knows how far it came
-        self.spool.on_append = None
-        return self.spool.is_sent(self.uri)
+        self._thread.join(JOIN_SECONDS)  # a thread that hangs in a call is left: the cursor has its position
+        self.queue.on_append = None
+        return self.queue.is_sent(self.uri)
 
     def _run(self) -> None:
-        lock = self.spool.sending_lock(self.uri)
+        lock = self.queue.sender_lock(self.uri)
         while not self._stop.is_set():
             try:
                 lock.acquire(blocking=False)
@@ -100,83 +100,86 @@ class Sender:
                 self._stop.wait(POLL_SECONDS / 4)
                 continue
             try:
-                self._send()
+                self._send_all()
             finally:
                 lock.release()
 
-    def _send(self) -> None:
-        note, waits = self.spool.note(self.uri), 0
+    def _send_all(self) -> None:
+        cursor, waits = self.queue.cursor(self.uri), 0
         while not self._stop.is_set():
-            batch = list(self.spool.read(note.offset, limit=RECORDS_AT_A_TIME))
+            batch = list(self.queue.read(cursor.offset, limit=EVENTS_PER_BATCH))
             if not batch:
                 self._wake.wait(POLL_SECONDS)
                 self._wake.clear()
                 continue
             try:
-                self._tell(batch, note)
+                self._send(batch, cursor)
                 waits = 0
-            except RunGoneError:
-                _logger.warning("%s: the run was deleted there; it is told anew", self.shown)
-                note.offset, note.runs = 0, {}
-                self._delivery = None
-            except AwayError as error:
-                self._note_away(note, str(error))
+            except RunDeletedError:
+                _logger.warning("%s: the run was deleted there; all events are sent again", self.shown)
+                cursor.offset, cursor.runs = 0, {}
+                self._writer = None
+            except UnavailableError as error:
+                self._mark_unavailable(cursor, str(error))
                 waits += 1
                 self._pause(waits)
 
-    def _tell(self, batch: Sequence[tuple[Event, int]], note: DeliveryCursor) -> None:
-        if self._delivery is None:
-            self._delivery = self.connect(dict(note.runs))
-        # numbers that follow each other are told in one call, all else one by one
+    def _send(self, batch: Sequence[tuple[Event, int]], cursor: DeliveryCursor) -> None:
+        if self._writer is None:
+            self._writer = self.connect(dict(cursor.runs))
+        # consecutive metrics go in one call, other events one by one
         for _, group in itertools.groupby(batch, key=lambda item: item[0]["kind"] == "metrics" or item[1]):
-            records, offsets = zip(*group, strict=True)
-            self._deliver(self._delivery, records)
-            if note.away_since is not None:
-                _logger.warning("%s: answers again", self.shown)
-            note.offset, note.runs, note.away_since, note.reason = offsets[-1], dict(self._delivery.runs), None, ""
-            self._save(note)
+            events, offsets = zip(*group, strict=True)
+            self._write(self._writer, events)
+            if cursor.unavailable_since is not None:
+                _logger.warning("%s: available again", self.shown)
+            cursor.offset, cursor.runs = offsets[-1], dict(self._writer.runs)
+            cursor.unavailable_since, cursor.reason = None, ""
+            self._save(cursor)
             if self._stop.is_set():
                 return
 
-    def _deliver(self, delivery: EventWriter, records: Sequence[Event]) -> None:
+    def _write(self, writer: EventWriter, events: Sequence[Event]) -> None:
         try:
-            delivery.deliver(records)
-        except (AwayError, RunGoneError):
+            writer.write(events)
+        except (UnavailableError, RunDeletedError):
             raise
         except Exception as error:
-            if len(records) > 1:
-                for record in records:
-                    self._deliver(delivery, [record])
+            if len(events) > 1:
+                for event in events:
+                    self._write(writer, [event])
                 return
-            # a fault of ours is loud, and no reason to hold back all that comes after it
-            is_ours = not isinstance(error, RefusedError)
-            kind = records[0]["kind"]
-            _logger.warning("%s: refused (%s); a record of %s is left out", self.shown, error, kind, exc_info=is_ours)
-
-    def _note_away(self, note: DeliveryCursor, reason: str) -> None:
-        self._failures += 1
-        self._delivery = None
-        if note.away_since is None:
-            note.away_since = time.time()
+            # a bug of ours is logged with its traceback, and must not hold back the events after it
+            is_bug = not isinstance(error, RejectedError)
+            kind = events[0]["kind"]
             _logger.warning(
-                "%s: does not answer (%s); training goes on, and what it is to be told is kept in %s",
+                "%s: rejected (%s); an event of kind %s is skipped", self.shown, error, kind, exc_info=is_bug
+            )
+
+    def _mark_unavailable(self, cursor: DeliveryCursor, reason: str) -> None:
+        self._failures += 1
+        self._writer = None
+        if cursor.unavailable_since is None:
+            cursor.unavailable_since = time.time()
+            _logger.warning(
+                "%s: does not answer (%s); training continues, its tracking events are kept in %s",
                 self.shown,
                 reason,
-                self.spool.path,
+                self.queue.path,
             )
-        note.reason = reason
-        self._save(note)
+        cursor.reason = reason
+        self._save(cursor)
 
-    def _save(self, note: DeliveryCursor) -> None:
+    def _save(self, cursor: DeliveryCursor) -> None:
         try:
-            self.spool.save_note(self.uri, note)
-        except (OSError, StorageError) as error:  # it is told again then, which doubles nothing
-            _logger.warning("%s: cannot be written (%s)", self.spool.folder, error)
+            self.queue.save_cursor(self.uri, cursor)
+        except (OSError, StorageError) as error:  # the events are then sent again, without duplicates
+            _logger.warning("%s: cannot be written (%s)", self.queue.folder, error)
 
     def _pause(self, waits: int) -> None:
         cap = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2 ** (waits - 1))
         seconds = random.uniform(0.5, 1.0) * cap
         if not self._hurry.is_set() and self._hurry.wait(seconds):
-            return  # the step has ended: one try at once
+            return  # the step has ended: try at once
         if self._hurry.is_set():
             self._stop.wait(min(seconds, LONGEST_WAIT_AT_THE_END))

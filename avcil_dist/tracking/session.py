@@ -1,17 +1,15 @@
-"""A stream and its runs in MLflow: what is told to the spool, and who sends it when.
+"""Tracking session of a stream: opens and ends its runs, sends events while a step trains, syncs later.
 
-Nothing here waits for a server while a step trains. At the end of a step, and of a stream, what
-is left is sent within `tracking.wait_seconds`; what a server that is away was not told stays in
-the spool for the next start, or for `avcil sync`.
+Training never waits for a server. At the end of a step, and of a stream, unsent events are sent for at most
+`tracking.wait_seconds`; what remains stays in the event queue for the next start, or for `avcil sync`.
 """
 
 import json
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import NamedTuple
-
-import click
 
 from avcil_dist.config.schema import Config, TrackingConfig
 from avcil_dist.config.serialization import flatten
@@ -21,44 +19,50 @@ from avcil_dist.streams.identity import StreamIdentity, new_identity, read_ident
 from avcil_dist.streams.stream import stream_url
 from avcil_dist.tracking.client import CHANGES_TAG, ORIGIN_RUN_TAG, ORIGIN_STEP_TAG, shown, tracking_uri, with_uri
 from avcil_dist.tracking.event_queue import EventQueue, queue_folder
-from avcil_dist.tracking.events import STREAM, StepTracker, end_status, unended_steps
+from avcil_dist.tracking.events import STREAM, StepTracker, end_status, unfinished_steps
 from avcil_dist.tracking.sender import EventWriter, Sender
 
-SYNC_SECONDS = 60.0  # without any movement: a server may be slow, and who syncs has time
-INTERRUPTED_SECONDS = 5.0  # who pressed Ctrl-C, or has an error to read, waits no longer
+SYNC_SECONDS = 60.0  # without progress; longer than the end of a step waits, because the user waits for nothing else
+INTERRUPTED_SECONDS = 5.0  # after an error or Ctrl-C
+
+Warn = Callable[[str], None]
+_logger = logging.getLogger(__name__)
 
 
 def open_run(config: Config) -> str:
-    """ResumePolicy, or begin again, to tell of a stream; returns its id, by which its run is found on any server.
+    """Open the stream's run, or reopen it, and return the stream's id, which identifies the run on any server.
 
-    Waits for no server. Raises ConfigError for a tracking.uri that cannot be.
+    Only appends events; no server is contacted. Raises ConfigError for an invalid tracking.uri.
     """
     tracking_uri(config.tracking, config.output)
     stream = stream_url(config)
-    record = read_identity(stream)
-    if record is None:
-        record = new_identity()
-        write_identity(stream, record)
-    spool = _spool(stream, record.id)
-    spool.append(
+    identity = read_identity(stream)
+    if identity is None:
+        identity = new_identity()
+        write_identity(stream, identity)
+    queue = _queue(stream, identity.id)
+    queue.append(
         "open",
         name=config.stream_name,
         parameters=flatten(config),
-        tags={"avcil.method": config.method.name, "avcil.stream": stream} | _history(record),
+        tags={"avcil.method": config.method.name, "avcil.stream": stream} | _history_tags(identity),
         tracking=config.tracking.model_dump(mode="json"),
         output=config.output,
     )
-    told = {told["step"] for told in spool.records("artifact")}
+    published = {event["step"] for event in queue.events("artifact")}
     for step in committed_steps(stream):
-        if step not in told:  # a start that was cut off between commit and record, or a spool of another machine
-            with StepTracker(spool, step) as tracker:
+        if step not in published:  # its process ended between commit and event, or ran on another machine
+            with StepTracker(queue, step) as tracker:
                 tracker.publish(stream)
-    return record.id
+    return identity.id
 
 
 @contextmanager
-def stream_run(config: Config, *, is_main: bool) -> Iterator[str | None]:
-    """The id of the stream, for the main process alone; its run ends as the block ends."""
+def stream_run(config: Config, *, is_main: bool, warn: Warn = _logger.warning) -> Iterator[str | None]:
+    """The run of a stream as a context: yields the stream's id on the main process, None on others.
+
+    `warn` is called with a line of text when events are still unsent at the end.
+    """
     if not is_main:
         yield None
         return
@@ -70,105 +74,105 @@ def stream_run(config: Config, *, is_main: bool) -> Iterator[str | None]:
         kind = type(error)
         raise
     finally:
-        close_run(config, kind)
+        close_run(config, kind, warn=warn)
 
 
-def close_run(config: Config, kind: type[BaseException] | None) -> None:
-    """Say how the stream ended (None: well), and send what is left."""
+def close_run(config: Config, kind: type[BaseException] | None, *, warn: Warn = _logger.warning) -> None:
+    """End the stream's run after an exception of type `kind` (None: without one), and send unsent events."""
     status = end_status(kind)
-    with _sending(config, hurried=kind is not None) as spool:
+    with _sending(config, warn, hurried=kind is not None) as queue:
         if status in ("FAILED", "KILLED"):
-            for run in unended_steps(spool):  # of a rank that was killed, or ended for another's error
-                spool.append("end", run=run, status=status)
+            for run in unfinished_steps(queue):  # of a rank that was killed, or stopped by another rank's error
+                queue.append("end", run=run, status=status)
         if status != "RUNNING":
-            spool.append("end", run=STREAM, status=status)
+            queue.append("end", run=STREAM, status=status)
 
 
 @contextmanager
-def track_step(config: Config, step: int) -> Iterator[StepTracker]:
-    """The step's own run; what is told of it is sent while the block runs, and what is left as it ends."""
-    with _sending(config) as spool, StepTracker(spool, step) as tracker:
+def track_step(config: Config, step: int, *, warn: Warn = _logger.warning) -> Iterator[StepTracker]:
+    """The run of a step as a context. Its events are sent while the block runs, the rest at its end."""
+    with _sending(config, warn) as queue, StepTracker(queue, step) as tracker:
         yield tracker
 
 
 def publish_step(config: Config, tracker: StepTracker, num_steps: int) -> None:
-    """Tell of a committed step; the last one's weights are the stream's final model, and end the stream's run."""
+    """Publish a committed step. The last step also registers its weights and ends the stream's run."""
     tracker.publish(stream_url(config))
     if tracker.step + 1 == num_steps:
         name = config.tracking.register_as
         if name != "none":
             tracker.register(f"{config.name}-{config.method.name}" if name == "auto" else name)
-        tracker.spool.append("end", run=STREAM, status="FINISHED")
+        tracker.queue.append("end", run=STREAM, status="FINISHED")
 
 
 def unsent(stream: str) -> str | None:
-    """Why not everything of a stream has been told to its server, or None when it has."""
-    told = _told_of(stream)
-    if told is None:
+    """The reason why a stream has unsent events, or None when its server has them all."""
+    opened = _last_open(stream)
+    if opened is None:
         return None
-    uri = tracking_uri(told.tracking, told.output)
-    return None if told.spool.is_sent(uri) else told.spool.note(uri).reason or "it was not asked yet"
+    uri = tracking_uri(opened.tracking, opened.output)
+    return None if opened.queue.is_sent(uri) else opened.queue.cursor(uri).reason or "no attempt was made yet"
 
 
 def sync_stream(stream: str, *, uri: str | None, again: bool) -> str:
-    """Tell a server what it has not been told of a stream; returns the server.
+    """Send the unsent events of a stream to its server, or to `uri`. Returns the uri of the server.
 
-    `uri`: another than the stream's own. `again`: from the beginning; what is there is not doubled. Raises
-    TrackingError when the server stays away, or where there is nothing of a stream.
+    `again`: send all events from the first; the server keeps what it has. Raises TrackingError when the server
+    stays unavailable, and for a folder without events.
     """
     stream = stream.rstrip("/")
-    told = _told_of(stream)
-    if told is None:
-        raise TrackingError(f"{stream}: nothing was told of a stream here; give the folder that `avcil train` printed")
-    tracking = with_uri(told.tracking, uri) if uri else told.tracking
-    spool, where = told.spool, tracking_uri(tracking, told.output)
+    opened = _last_open(stream)
+    if opened is None:
+        raise TrackingError(f"{stream}: no tracking events here; give the stream folder that `avcil train` printed")
+    tracking = with_uri(opened.tracking, uri) if uri else opened.tracking
+    queue, server = opened.queue, tracking_uri(tracking, opened.output)
     if again:
-        with spool.sending_lock(where):
-            note = spool.note(where)
-            note.offset = 0
-            spool.save_note(where, note)
-    sender = _sender(spool, tracking, told.output, stream, told.id)
+        with queue.sender_lock(server):
+            cursor = queue.cursor(server)
+            cursor.offset = 0
+            queue.save_cursor(server, cursor)
+    sender = _sender(queue, tracking, opened.output, stream, opened.id)
     sender.start()
     if not sender.close(max(tracking.wait_seconds, SYNC_SECONDS)):
         raise TrackingError(
-            f"{shown(where)}: still away ({spool.note(where).reason or 'no answer'}); start the server, "
-            f"then run avcil sync {stream} again; what it is to be told is kept in {spool.path}"
+            f"{shown(server)}: still unavailable ({queue.cursor(server).reason or 'no answer'}); start the server, "
+            f"then run avcil sync {stream} again; the unsent events are kept in {queue.path}"
         )
-    return where
+    return server
 
 
-class _Told(NamedTuple):
-    """What a stream's spool says of itself: the stream's id, and the settings of its last start."""
+class _LastOpen(NamedTuple):
+    """The last start of a stream: its id, its queue, and the settings that say where events go."""
 
     id: str
-    spool: EventQueue
+    queue: EventQueue
     tracking: TrackingConfig
     output: str
 
 
-def _told_of(stream: str) -> _Told | None:
-    """None where nothing of a stream was ever to be told."""
-    record = read_identity(stream)
-    if record is None:
+def _last_open(stream: str) -> _LastOpen | None:
+    """None where the stream was never opened for tracking."""
+    identity = read_identity(stream)
+    if identity is None:
         return None
-    spool = _spool(stream, record.id)
-    opened = spool.records("open")
+    queue = _queue(stream, identity.id)
+    opened = queue.events("open")
     if not opened:
         return None
-    return _Told(record.id, spool, TrackingConfig.model_validate(opened[-1]["tracking"]), opened[-1]["output"])
+    return _LastOpen(identity.id, queue, TrackingConfig.model_validate(opened[-1]["tracking"]), opened[-1]["output"])
 
 
 @contextmanager
-def _sending(config: Config, *, hurried: bool = False) -> Iterator[EventQueue]:
-    """The stream's spool; a sender works while the block runs, and a while after it, less where one is `hurried`."""
+def _sending(config: Config, warn: Warn, *, hurried: bool = False) -> Iterator[EventQueue]:
+    """Run a sender for the stream's queue during the block and a bounded time after it, less if `hurried`."""
     stream = stream_url(config)
-    record = read_identity(stream)
-    assert record is not None, "open_run comes first"
-    spool = _spool(stream, record.id)
-    sender = _sender(spool, config.tracking, config.output, stream, record.id)
+    identity = read_identity(stream)
+    assert identity is not None, "open_run comes first"
+    queue = _queue(stream, identity.id)
+    sender = _sender(queue, config.tracking, config.output, stream, identity.id)
     sender.start()
     try:
-        yield spool
+        yield queue
     except BaseException:
         hurried = True
         raise
@@ -176,14 +180,13 @@ def _sending(config: Config, *, hurried: bool = False) -> Iterator[EventQueue]:
         patience = config.tracking.wait_seconds
         if not sender.close(min(patience, INTERRUPTED_SECONDS) if hurried else patience):
             uri = tracking_uri(config.tracking, config.output)
-            click.echo(
-                f"{shown(uri)}: not all is uploaded ({spool.note(uri).reason or 'no answer yet'}); nothing is "
-                f"lost: {stream} holds it; once the server answers, finish with: avcil sync {stream}",
-                err=True,
+            warn(
+                f"{shown(uri)}: not all is uploaded ({queue.cursor(uri).reason or 'no answer yet'}); nothing is "
+                f"lost, the events are kept in {stream}; once the server answers, run: avcil sync {stream}"
             )
 
 
-def _sender(spool: EventQueue, tracking: TrackingConfig, output: str, stream: str, stream_id: str) -> Sender:
+def _sender(queue: EventQueue, tracking: TrackingConfig, output: str, stream: str, stream_id: str) -> Sender:
     uri = tracking_uri(tracking, output)
 
     def connect(runs: dict[str, str]) -> EventWriter:
@@ -191,18 +194,18 @@ def _sender(spool: EventQueue, tracking: TrackingConfig, output: str, stream: st
 
         return MlflowWriter(uri, tracking, output=output, stream=stream, stream_id=stream_id, runs=runs)
 
-    return Sender(spool, uri, connect, shown=shown(uri))
+    return Sender(queue, uri, connect, shown=shown(uri))
 
 
-def _spool(stream: str, stream_id: str) -> EventQueue:
+def _queue(stream: str, stream_id: str) -> EventQueue:
     return EventQueue(queue_folder(stream, stream_id))
 
 
-def _history(record: StreamIdentity) -> dict[str, str]:
-    """Tags that say where a stream came from, and what was changed on the way."""
+def _history_tags(identity: StreamIdentity) -> dict[str, str]:
+    """Tags for the origin of a fork and for changed settings."""
     tags: dict[str, str] = {}
-    if record.origin_run is not None:
-        tags |= {ORIGIN_RUN_TAG: record.origin_run, ORIGIN_STEP_TAG: str(record.origin_step)}
-    if record.changes:
-        tags[CHANGES_TAG] = json.dumps([asdict(change) for change in record.changes])
+    if identity.origin_run is not None:
+        tags |= {ORIGIN_RUN_TAG: identity.origin_run, ORIGIN_STEP_TAG: str(identity.origin_step)}
+    if identity.changes:
+        tags[CHANGES_TAG] = json.dumps([asdict(change) for change in identity.changes])
     return tags

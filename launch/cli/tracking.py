@@ -1,4 +1,4 @@
-"""Commands on what a tracking server holds, or should hold, of a stream: `resume`, `sync`."""
+"""Commands `resume` and `sync`: streams on a tracking server."""
 
 import click
 
@@ -6,11 +6,11 @@ import click
 @click.command()
 @click.argument("run")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--from-step", type=click.IntRange(min=0), help="Go on after this step; default: the last committed.")
-@click.option("--fork", is_flag=True, help="Go on in a new run, which records where it came from.")
-@click.option("--force", is_flag=True, help="Allow changes that make steps incomparable; this is recorded.")
+@click.option("--from-step", type=click.IntRange(min=0), help="Continue after this step; default: the last committed.")
+@click.option("--fork", is_flag=True, help="Continue in a new run, which records its origin.")
+@click.option("--force", is_flag=True, help="Allow changes that make steps incomparable; they are recorded.")
 @click.option("--processes", "-n", default=1, show_default=True, help="Processes (ranks) on this machine.")
-@click.option("--cluster", help="A cluster's file or shipped name: go on as a chain of jobs there.")
+@click.option("--cluster", help="A cluster file or a shipped name: continue as a chain of jobs there.")
 @click.option(
     "--uri",
     envvar="MLFLOW_TRACKING_URI",
@@ -26,12 +26,12 @@ def resume(
     cluster: str | None,
     uri: str | None,
 ) -> None:
-    """Go on with the stream of RUN from what MLflow holds of it: on any machine that sees server and shards.
+    """Continue the stream of RUN from MLflow, on any machine that reaches the tracking server and the shards.
 
-    RUN is the id or name of a stream's run. The last committed step is downloaded, each file held against its
-    digest, and the stream goes on after it in the same run. Settings are those that it was made with: say output=
-    and data.manifest= where this machine has other paths. Other changes are shown; those that make another stream
-    of it need --fork, those that make its steps incomparable need --force.
+    RUN is the id or the name of a stream's run. The last committed step is downloaded and verified, and the stream
+    continues after it in the same run. The settings are those of that step; give output= and data.manifest= where
+    this machine has other paths. Other changes are listed. A change that makes another stream needs --fork, a
+    change that makes the steps incomparable needs --force.
 
     \b
     Examples:
@@ -41,33 +41,35 @@ def resume(
     """
     from avcil_dist.config.schema import TrackingConfig
     from avcil_dist.tracking.client import tracking_uri, with_uri
-    from avcil_dist.tracking.resume import ResumeRequest, prepare
+    from avcil_dist.tracking.resume import ResumeRequest, prepare_resume
     from launch.cli.jobs import split_words
     from launch.local import run_stream
+    from launch.progress import print_warning
 
     if processes < 1:
         raise click.BadParameter("at least 1", param_hint="--processes")
-    place = tracking_uri(with_uri(TrackingConfig(), uri), "runs")
+    server = tracking_uri(with_uri(TrackingConfig(), uri), "runs")
     settings, of_cluster = split_words(overrides, cluster)
-    ready = prepare(place, run, ResumeRequest(tuple(settings), from_step, fork, force))
-    click.echo(f"{ready.config.stream_name}: goes on after step {ready.step}", err=True)
+    request = ResumeRequest(tuple(settings), from_step, fork, force)
+    resumption = prepare_resume(server, run, request, show=print_warning)
+    click.echo(f"{resumption.config.stream_name}: continues after step {resumption.step}", err=True)
     if cluster:
         from launch.cluster.chain import submit_stream
         from launch.cluster.resources import load_cluster
 
-        submitted = submit_stream(ready.config, load_cluster(cluster, of_cluster))
+        submitted = submit_stream(resumption.config, load_cluster(cluster, of_cluster))
         click.echo(f"{submitted.stream}: {len(submitted.new)} submitted; see it with: avcil status {submitted.stream}")
         return
-    stream = run_stream(ready.config, processes=processes)
+    stream = run_stream(resumption.config, processes=processes)
     click.echo(f"{stream}: all steps are committed; see them with: avcil report {stream}")
 
 
 @click.command()
 @click.argument("streams", nargs=-1, required=True, metavar="STREAM...")
-@click.option("--uri", help="Tell this server or database, which need not be the stream's own.")
-@click.option("--again", is_flag=True, help="Tell everything from the beginning; what is there is not doubled.")
+@click.option("--uri", help="Send to this server or database instead of the stream's own.")
+@click.option("--again", is_flag=True, help="Send all events from the first; the server keeps what it has.")
 def sync(streams: tuple[str, ...], uri: str | None, again: bool) -> None:
-    """Tell the tracking server what it has not been told of a stream, when it was away as the stream ran.
+    """Send unsent tracking events of a stream, such as after an outage of the tracking server.
 
     STREAM is a stream's folder, such as runs/demo-avcil-seed0.
     """
@@ -75,4 +77,4 @@ def sync(streams: tuple[str, ...], uri: str | None, again: bool) -> None:
     from avcil_dist.tracking.session import sync_stream
 
     for stream in streams:
-        click.echo(f"{stream}: {shown(sync_stream(stream, uri=uri, again=again))} has been told everything")
+        click.echo(f"{stream}: everything is sent to {shown(sync_stream(stream, uri=uri, again=again))}")

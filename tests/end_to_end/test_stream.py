@@ -100,7 +100,7 @@ def test_mlflow_holds_a_stream_run_and_a_run_for_each_step(tmp_path: Path) -> No
     assert sorted(children) == ["0", "1", "2"]
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert parent.data.params["optim.lr"] == "0.003"
-    seen = client.get_metric_history(parent.info.run_id, "seen_accuracy")
+    seen = client.get_metric_history(parent.info.run_id, "test/seen_accuracy")
     assert [point.value for point in seen] == pytest.approx(artifact.metrics.seen_accuracy)
     assert len(client.get_metric_history(children["2"].info.run_id, "loss/total")) == 12
     of_training = {name.split("/")[0] for name in children["2"].data.metrics if "/" in name}
@@ -113,7 +113,7 @@ def test_mlflow_holds_a_stream_run_and_a_run_for_each_step(tmp_path: Path) -> No
 def test_what_was_committed_but_not_uploaded_is_uploaded_at_the_next_start(tmp_path: Path) -> None:
     config = write_config(tmp_path)
     stream = train(config)
-    shutil.rmtree(Path(stream, "spool"))  # as after a kill between the commit and the word of it
+    shutil.rmtree(Path(stream, "events"))  # as after a kill between the commit and its event
     elsewhere = f"sqlite:///{tmp_path}/elsewhere.db"  # a tracking database that knows nothing of the stream
     train(config, f"tracking.uri={elsewhere}")
     client = MlflowClient(elsewhere)

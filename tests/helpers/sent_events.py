@@ -1,4 +1,4 @@
-"""What a server must hold of a stream, held against what it holds."""
+"""Comparison of a stream's runs on a server with its event queue and artifacts."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -14,10 +14,10 @@ from avcil_dist.tracking.client import find_stream, tracking_uri
 from avcil_dist.tracking.event_queue import EventQueue, queue_folder
 
 
-def spool_of(stream: str) -> EventQueue:
-    record = read_identity(stream)
-    assert record is not None
-    return EventQueue(queue_folder(stream, record.id))
+def queue_of(stream: str) -> EventQueue:
+    identity = read_identity(stream)
+    assert identity is not None
+    return EventQueue(queue_folder(stream, identity.id))
 
 
 def histories(client: MlflowClient, run_id: str) -> dict[str, list[tuple[int, float]]]:
@@ -26,22 +26,22 @@ def histories(client: MlflowClient, run_id: str) -> dict[str, list[tuple[int, fl
     return {key: sorted((m.step, m.value) for m in client.get_metric_history(run_id, key)) for key in keys}
 
 
-def check_told(uri: str, stream: str, folder: Path) -> int:
-    """Hold a server against a stream's spool and artifacts: nothing is missing and nothing is double; the values."""
-    record = read_identity(stream)
-    assert record is not None
-    found = find_stream(uri, record.id)
+def check_sent(uri: str, stream: str, folder: Path) -> int:
+    """Check that a server has every event and artifact of a stream exactly once; return the number of values."""
+    identity = read_identity(stream)
+    assert identity is not None
+    tracked = find_stream(uri, identity.id)
     expected: dict[str, dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
-    for told in spool_of(stream).records("metrics"):
-        for key, value in told["values"].items():
-            expected[told["run"]][key].setdefault(told["position"], value)
-    assert set(expected) == {"stream", *map(str, found.steps)}
+    for event in queue_of(stream).events("metrics"):
+        for key, value in event["values"].items():
+            expected[event["run"]][key].setdefault(event["position"], value)
+    assert set(expected) == {"stream", *map(str, tracked.steps)}
     for run, metrics in expected.items():
-        run_id = found.run.info.run_id if run == "stream" else found.steps[int(run)].info.run_id
-        held = histories(found.client, run_id)
-        assert held == {key: sorted(values.items()) for key, values in metrics.items()}
+        run_id = tracked.run.info.run_id if run == "stream" else tracked.steps[int(run)].info.run_id
+        logged = histories(tracked.client, run_id)
+        assert logged == {key: sorted(values.items()) for key, values in metrics.items()}
     for step in committed_steps(stream):
-        download_step(found.client, uri, found.steps[step], step, str(folder))
+        download_step(tracked.client, uri, tracked.steps[step], step, str(folder))
         for path in Path(step_url(stream, step)).iterdir():
             assert storage.sha256_file(f"{step_url(str(folder), step)}/{path.name}") == storage.sha256_file(str(path))
     return sum(len(values) for metrics in expected.values() for values in metrics.values())

@@ -78,8 +78,8 @@ def run_streams(world: World, configs: Sequence[Config], steps: Sequence[int] = 
     return [run_steps(world, config, steps) for config in configs]
 
 
-def run_told(world: World, configs: Sequence[Config], steps: Sequence[int] = range(len(STEPS))) -> list[str]:
-    """`run_streams`, told to their trackers as `avcil train` tells it."""
+def run_tracked(world: World, configs: Sequence[Config], steps: Sequence[int] = range(len(STEPS))) -> list[str]:
+    """`run_streams` with MLflow tracking, as `avcil train` runs them."""
     for config in configs:
         with stream_run(config, is_main=True):
             for step in steps:

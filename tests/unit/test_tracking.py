@@ -1,4 +1,4 @@
-"""Runs in a real MLflow on sqlite, told through the spool: structure, doubles, artifacts, endings, many processes."""
+"""Runs in a real MLflow on sqlite: structure, duplicates, artifacts, statuses, many processes."""
 
 import json
 import multiprocessing
@@ -17,7 +17,7 @@ from avcil_dist.streams.metrics import StreamMetrics
 from avcil_dist.tracking.artifacts import download_step
 from avcil_dist.tracking.client import connect, find_stream, tracking_uri
 from avcil_dist.tracking.event_queue import EventQueue
-from avcil_dist.tracking.events import STREAM, StepTracker, unended_steps
+from avcil_dist.tracking.events import STREAM, StepTracker, unfinished_steps
 from avcil_dist.tracking.mlflow_writer import MlflowWriter
 from avcil_dist.tracking.sender import Sender
 
@@ -45,15 +45,15 @@ def client(output: str) -> MlflowClient:
 
 
 class Stream:
-    """A stream's folder and spool, and a sender for them."""
+    """A stream's folder and queue, and a sender for them."""
 
     def __init__(self, folder: Path, output: str, uri: str | None = None) -> None:
         self.folder, self.output, self.id = str(folder), output, folder.name
         self.uri = uri or tracking_uri(TRACKING, output)
-        self.spool = EventQueue(folder / "spool")
+        self.queue = EventQueue(folder / "events")
 
     def open(self, **parameters: object) -> None:
-        self.spool.append("open", name="tiny-avcil-seed0", parameters=parameters, tags={"version": "1"})
+        self.queue.append("open", name="tiny-avcil-seed0", parameters=parameters, tags={"version": "1"})
 
     def sender(self) -> Sender:
         def connect(runs: dict[str, str]) -> MlflowWriter:
@@ -61,17 +61,17 @@ class Stream:
                 self.uri, TRACKING, output=self.output, stream=self.folder, stream_id=self.id, runs=runs
             )
 
-        return Sender(self.spool, self.uri, connect, shown=self.uri)
+        return Sender(self.queue, self.uri, connect, shown=self.uri)
 
     def send(self, patience: float = 60.0) -> bool:
         sender = self.sender()
         sender.start()
         return sender.close(patience)
 
-    def tell(self) -> dict[str, str]:
-        """Send everything; the ids of the runs."""
+    def send_all(self) -> dict[str, str]:
+        """Send everything; return the ids of the runs."""
         assert self.send()
-        return self.spool.note(self.uri).runs
+        return self.queue.cursor(self.uri).runs
 
     def commit(self, metrics: StreamMetrics, **files: bytes) -> None:
         """A step's folder with these metrics."""
@@ -82,9 +82,9 @@ class Stream:
 
 @pytest.fixture
 def stream(tmp_path: Path, output: str) -> Stream:
-    found = Stream(tmp_path, output)
-    found.open(seed=0)
-    return found
+    stream = Stream(tmp_path, output)
+    stream.open(seed=0)
+    return stream
 
 
 def history(client: MlflowClient, run_id: str, key: str) -> list[tuple[int, float]]:
@@ -96,7 +96,7 @@ def test_without_a_uri_runs_go_to_sqlite_in_the_output_folder(output: str) -> No
     assert tracking_uri(TrackingConfig(uri="http://server"), "s3://bucket/runs") == "http://server"
 
 
-def test_a_database_on_object_storage_and_a_uri_of_no_kind_are_refused() -> None:
+def test_a_database_on_object_storage_and_an_unknown_uri_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"s3://bucket.*tracking\.uri"):
         tracking_uri(TRACKING, "s3://bucket/runs")
     with pytest.raises(ConfigError, match=r"file:runs: neither a server .* nor a database"):
@@ -104,9 +104,9 @@ def test_a_database_on_object_storage_and_a_uri_of_no_kind_are_refused() -> None
 
 
 def test_a_step_run_is_the_child_of_its_stream_run(stream: Stream, client: MlflowClient) -> None:
-    with StepTracker(stream.spool, 3):
-        running = client.get_run(stream.tell()["3"])
-    runs = stream.tell()
+    with StepTracker(stream.queue, 3):
+        running = client.get_run(stream.send_all()["3"])
+    runs = stream.send_all()
     step = client.get_run(runs["3"])
     assert running.info.status == "RUNNING"
     assert step.data.tags["mlflow.parentRunId"] == runs[STREAM]
@@ -116,14 +116,14 @@ def test_a_step_run_is_the_child_of_its_stream_run(stream: Stream, client: Mlflo
     assert client.get_run(runs[STREAM]).info.run_name == "tiny-avcil-seed0"
 
 
-def test_parameters_are_logged_once_and_cut_to_the_limit(stream: Stream, client: MlflowClient) -> None:
+def test_parameters_are_logged_once_and_truncated(stream: Stream, client: MlflowClient) -> None:
     many = {f"part.key{i}": i for i in range(150)}
     stream.open(**many, classes="x" * 10_000)
-    stream.spool.append("end", run=STREAM, status="FAILED")
-    first = stream.tell()[STREAM]
+    stream.queue.append("end", run=STREAM, status="FAILED")
+    first = stream.send_all()[STREAM]
     assert client.get_run(first).info.status == "FAILED"
     stream.open(**{**many, "part.key7": "changed"}, late=1)
-    assert stream.tell()[STREAM] == first
+    assert stream.send_all()[STREAM] == first
     run = client.get_run(first)
     assert run.info.status == "RUNNING"
     assert len(run.data.params) == 153
@@ -132,21 +132,21 @@ def test_parameters_are_logged_once_and_cut_to_the_limit(stream: Stream, client:
     assert set(run.data.params["classes"]) == {"x"}
 
 
-def test_a_run_that_was_deleted_is_told_anew_with_all_that_it_held(stream: Stream, client: MlflowClient) -> None:
-    with StepTracker(stream.spool, 0) as tracker:
+def test_a_deleted_run_is_created_again_with_all_its_values(stream: Stream, client: MlflowClient) -> None:
+    with StepTracker(stream.queue, 0) as tracker:
         tracker.metrics({"loss": 1.0}, 0)
-    before = stream.tell()
+    before = stream.send_all()
     client.delete_run(before[STREAM])
-    with StepTracker(stream.spool, 1) as tracker:
+    with StepTracker(stream.queue, 1) as tracker:
         tracker.metrics({"loss": 2.0}, 0)
-    after = stream.tell()
+    after = stream.send_all()
     assert not {*before.values()} & {*after.values()}
     assert history(client, after["0"], "loss") == [(0, 1.0)]
     assert history(client, after["1"], "loss") == [(0, 2.0)]
 
 
-def test_a_resumed_step_continues_its_run_and_doubles_no_metric(stream: Stream, client: MlflowClient) -> None:
-    first = StepTracker(stream.spool, 0)
+def test_a_resumed_step_continues_its_run_without_duplicate_metrics(stream: Stream, client: MlflowClient) -> None:
+    first = StepTracker(stream.queue, 0)
 
     def interrupted() -> None:
         with first:
@@ -156,33 +156,33 @@ def test_a_resumed_step_continues_its_run_and_doubles_no_metric(stream: Stream, 
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    before = stream.tell()["0"]
+    before = stream.send_all()["0"]
     assert client.get_run(before).info.status == "KILLED"
-    with StepTracker(stream.spool, 0) as second:
+    with StepTracker(stream.queue, 0) as second:
         for epoch in range(1, 5):
             second.metrics({"loss": 3.0 - epoch, "lr": 0.1}, epoch)
             second.metrics({"loss": 99.0}, epoch)
-    assert stream.tell()["0"] == before
+    assert stream.send_all()["0"] == before
     assert history(client, before, "loss") == [(0, 3.0), (1, 2.0), (2, 1.0), (3, 0.0), (4, -1.0)]
     assert [position for position, _ in history(client, before, "lr")] == [1, 2, 3, 4]
 
 
-def test_the_stream_run_holds_the_streams_numbers_by_step(stream: Stream, client: MlflowClient) -> None:
+def test_the_stream_run_has_the_streams_metrics_by_step(stream: Stream, client: MlflowClient) -> None:
     first = StreamMetrics(0, ((0.9,),), (0.9,), {}, 5, 1, None)
     for metrics in (first, METRICS, METRICS):  # the last step is done twice, as after a kill before its commit
         stream.commit(metrics)
-        with StepTracker(stream.spool, metrics.step) as tracker:
+        with StepTracker(stream.queue, metrics.step) as tracker:
             tracker.publish(stream.folder)
-    runs = stream.tell()
-    assert history(client, runs[STREAM], "seen_accuracy") == [(0, 0.9), (1, 0.6)]
-    assert history(client, runs[STREAM], "mean_accuracy") == [(0, 0.9), (1, 0.75)]
-    assert history(client, runs[STREAM], "forgetting") == [(1, pytest.approx(0.4))]
-    assert history(client, runs[STREAM], "average_forgetting") == [(1, pytest.approx(0.4))]
-    assert history(client, runs["1"], "accuracy_task_0") == [(1, 0.5)]
-    assert history(client, runs["1"], "accuracy_task_1") == [(1, 0.8)]
+    runs = stream.send_all()
+    assert history(client, runs[STREAM], "test/seen_accuracy") == [(0, 0.9), (1, 0.6)]
+    assert history(client, runs[STREAM], "test/mean_accuracy") == [(0, 0.9), (1, 0.75)]
+    assert history(client, runs[STREAM], "test/forgetting") == [(1, pytest.approx(0.4))]
+    assert history(client, runs[STREAM], "test/average_forgetting") == [(1, pytest.approx(0.4))]
+    assert history(client, runs["1"], "task_accuracy/task_0") == [(1, 0.5)]
+    assert history(client, runs["1"], "task_accuracy/task_1") == [(1, 0.8)]
 
 
-def test_the_step_run_holds_every_class_and_the_stream_run_the_source_disjoint_clips(
+def test_the_step_run_has_every_class_and_the_stream_run_the_source_disjoint_clips(
     stream: Stream, client: MlflowClient
 ) -> None:
     classes = {"railroad car, train wagon": 0.25, "dog": 1.0} | {f"class {number}": 0.5 for number in range(1500)}
@@ -198,24 +198,24 @@ def test_the_step_run_holds_every_class_and_the_stream_run_the_source_disjoint_c
         source_disjoint=(0.375, 4),
     )
     stream.commit(metrics)
-    for _ in range(2):  # told twice, kept once
-        with StepTracker(stream.spool, 0) as tracker:
+    for _ in range(2):  # sent twice, kept once
+        with StepTracker(stream.queue, 0) as tracker:
             tracker.publish(stream.folder)
-    runs = stream.tell()
+    runs = stream.send_all()
     found = client.get_run(runs["0"]).data.metrics
-    assert found["accuracy_class/railroad car_ train wagon"] == 0.25
-    assert found["accuracy_class/dog"] == 1.0
-    assert len([key for key in found if key.startswith("accuracy_class/")]) == 1502
-    assert len(client.get_metric_history(runs["0"], "accuracy_class/dog")) == 1
-    assert client.get_run(runs[STREAM]).data.metrics["source_disjoint_accuracy"] == 0.375
+    assert found["class_accuracy/railroad car_ train wagon"] == 0.25
+    assert found["class_accuracy/dog"] == 1.0
+    assert len([key for key in found if key.startswith("class_accuracy/")]) == 1502
+    assert len(client.get_metric_history(runs["0"], "class_accuracy/dog")) == 1
+    assert client.get_run(runs[STREAM]).data.metrics["test/source_disjoint_accuracy"] == 0.375
 
 
-def test_an_artifact_comes_back_as_it_went(stream: Stream, tmp_path: Path) -> None:
+def test_a_downloaded_artifact_equals_the_uploaded_one(stream: Stream, tmp_path: Path) -> None:
     stream.commit(METRICS, **{"model.safetensors": bytes(range(256)), "part.json": b"[1]"})
-    with StepTracker(stream.spool, 1) as tracker:
+    with StepTracker(stream.queue, 1) as tracker:
         tracker.publish(stream.folder)
-    stream.tell()
-    found = find_stream(stream.uri, stream.spool.note(stream.uri).runs["1"])
+    stream.send_all()
+    found = find_stream(stream.uri, stream.queue.cursor(stream.uri).runs["1"])
     download_step(found.client, stream.uri, found.steps[1], 1, f"{tmp_path}/back")
     went, back = Path(stream.folder, "step_001"), tmp_path / "back" / "step_001"
     assert {path.name: path.read_bytes() for path in back.iterdir()} == {
@@ -233,42 +233,42 @@ def test_an_artifact_comes_back_as_it_went(stream: Stream, tmp_path: Path) -> No
         (StepStopped("to go on later"), "RUNNING"),
     ],
 )
-def test_the_run_says_how_the_step_ended(
+def test_the_status_of_the_run_is_how_the_step_ended(
     stream: Stream, client: MlflowClient, error: BaseException, status: str
 ) -> None:
-    with pytest.raises(type(error)), StepTracker(stream.spool, 0):
+    with pytest.raises(type(error)), StepTracker(stream.queue, 0):
         raise error
-    runs = stream.tell()
+    runs = stream.send_all()
     assert client.get_run(runs["0"]).info.status == status
     assert client.get_run(runs[STREAM]).info.status == status
 
 
-def test_a_step_whose_process_was_killed_is_known_as_not_ended(stream: Stream) -> None:
-    with StepTracker(stream.spool, 0):
-        assert unended_steps(stream.spool) == ["0"]
-    StepTracker(stream.spool, 1).__enter__()
-    assert unended_steps(stream.spool) == ["1"]
-    StepTracker(stream.spool, 0).__enter__()  # begun again
-    assert unended_steps(stream.spool) == ["1", "0"]
+def test_a_step_whose_process_was_killed_is_unfinished(stream: Stream) -> None:
+    with StepTracker(stream.queue, 0):
+        assert unfinished_steps(stream.queue) == ["0"]
+    StepTracker(stream.queue, 1).__enter__()
+    assert unfinished_steps(stream.queue) == ["1"]
+    StepTracker(stream.queue, 0).__enter__()  # begun again
+    assert unfinished_steps(stream.queue) == ["1", "0"]
 
 
-def test_a_record_that_no_server_takes_is_left_out_and_said(
+def test_an_event_that_the_server_rejects_is_skipped_with_a_warning(
     stream: Stream, client: MlflowClient, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with StepTracker(stream.spool, 0) as tracker:
+    with StepTracker(stream.queue, 0) as tracker:
         tracker.metrics({"loss": 1.0}, 0)
         tracker.metrics({"a name that: is/not {one}": 1.0}, 0)
         tracker.metrics({"loss": 2.0}, 1)
-    assert history(client, stream.tell()["0"], "loss") == [(0, 1.0), (1, 2.0)]
-    assert "refused" in caplog.text
-    assert "a record of metrics is left out" in caplog.text
+    assert history(client, stream.send_all()["0"], "loss") == [(0, 1.0), (1, 2.0)]
+    assert "rejected" in caplog.text
+    assert "an event of kind metrics is skipped" in caplog.text
 
 
-def test_a_name_that_several_streams_have_or_none_is_refused(output: str, tmp_path: Path) -> None:
+def test_a_run_name_of_several_streams_or_of_none_is_an_error(output: str, tmp_path: Path) -> None:
     for name in ("a", "b"):
         stream = Stream(tmp_path / name, output)
-        stream.spool.append("open", name=f"twin-{tmp_path.name}", parameters={}, tags={})
-        stream.tell()
+        stream.queue.append("open", name=f"twin-{tmp_path.name}", parameters={}, tags={})
+        stream.send_all()
     with pytest.raises(TrackingError, match=r"several streams are called twin-.*: \w{32}, \w{32}; give the id"):
         find_stream(stream.uri, f"twin-{tmp_path.name}")
     with pytest.raises(TrackingError, match=r"no stream run nobody; --uri names another"):
@@ -277,17 +277,17 @@ def test_a_name_that_several_streams_have_or_none_is_refused(output: str, tmp_pa
 
 def run_stream_of(folder: str, output: str) -> None:
     stream = Stream(Path(folder), output)
-    stream.spool.append("open", name=Path(folder).name, parameters={"name": folder}, tags={})
-    with StepTracker(stream.spool, 0) as tracker:
+    stream.queue.append("open", name=Path(folder).name, parameters={"name": folder}, tags={})
+    with StepTracker(stream.queue, 0) as tracker:
         tracker.metrics({"loss": 1.0}, 0)
-    stream.spool.append("end", run=STREAM, status="FINISHED")
-    sys.exit(0 if stream.send(patience=240.0) else 1)  # eight at once on a busy machine wait for each other
+    stream.queue.append("end", run=STREAM, status="FINISHED")
+    sys.exit(0 if stream.send(patience=240.0) else 1)  # eight processes on a busy machine wait for each other
 
 
-def test_a_database_whose_making_was_killed_is_made_anew(tmp_path: Path) -> None:
+def test_a_database_whose_creation_was_killed_is_created_again(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    words = [sys.executable, "-c", f"from avcil_dist.tracking.client import connect; connect({uri!r})"]
-    with subprocess.Popen(words) as process:
+    command = [sys.executable, "-c", f"from avcil_dist.tracking.client import connect; connect({uri!r})"]
+    with subprocess.Popen(command) as process:
         new = tmp_path / "mlflow.db.new"
         while not new.exists() or not new.stat().st_size:
             assert process.poll() is None
@@ -298,7 +298,7 @@ def test_a_database_whose_making_was_killed_is_made_anew(tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mlflow.db", "mlflow.db.lock"]
 
 
-def test_eight_processes_at_once_on_a_fresh_database_are_all_told(tmp_path: Path) -> None:
+def test_eight_processes_at_once_on_a_new_database_all_send_everything(tmp_path: Path) -> None:
     output = str(tmp_path / "runs")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.unit.test_tracking"])

@@ -1,7 +1,8 @@
-"""What a resumption allows, shows and records, from a database; a final model that predicts from raw clips."""
+"""Resuming from a database: what is allowed, shown and recorded; a final model that predicts from raw clips."""
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import mlflow
@@ -14,7 +15,7 @@ from avcil_dist.streams.artifact import committed_steps, load_artifact
 from avcil_dist.streams.commit import read_commit
 from avcil_dist.streams.identity import read_identity
 from avcil_dist.tracking.client import find_stream
-from avcil_dist.tracking.resume import ResumeRequest, Resumption, prepare
+from avcil_dist.tracking.resume import ResumeRequest, Resumption, prepare_resume
 from launch.cluster.chain_record import read_chain
 from launch.cluster.supervisor import is_supervised
 from tests.helpers.chains import wait_for
@@ -23,36 +24,48 @@ from tests.helpers.features import make_feature_shards
 from tests.helpers.ranks import run_ranks
 from tests.helpers.rendered import render_tiny, tiny_clip
 from tests.helpers.sent_events import uri_of
-from tests.helpers.streams import avcil, run_told, write_config
+from tests.helpers.streams import avcil, run_tracked, write_config
 
 NAME = "tiny-avcil-seed0"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two steps of a stream, told to a database; its own folder is gone."""
+    """Two steps of a stream in a database; the stream's own folder is removed."""
     folder = tmp_path_factory.mktemp("begun")
     config = load_config(str(write_config(folder)), ["optim.epochs=2", "tracking.register_as=none"])
-    [[stream]] = run_ranks(run_told, 1, [config], [0, 1])
+    [[stream]] = run_ranks(run_tracked, 1, [config], [0, 1])
     shutil.rmtree(stream)
     return folder
 
 
-def resume(folder: Path, output: Path, *words: str, run: str = NAME, **wish: object) -> Resumption:
-    return prepare(uri_of(f"{folder}/runs"), run, ResumeRequest((f"output={output}", *words), **wish))  # type: ignore[arg-type]
+def ignore(line: str) -> None:
+    """Show nothing."""
 
 
-def test_the_last_committed_step_is_what_a_stream_goes_on_from(folder: Path, tmp_path: Path) -> None:
+def resume(
+    folder: Path,
+    output: Path,
+    *overrides: str,
+    run: str = NAME,
+    show: Callable[[str], None] = ignore,
+    **options: object,
+) -> Resumption:
+    request = ResumeRequest((f"output={output}", *overrides), **options)  # type: ignore[arg-type]
+    return prepare_resume(uri_of(f"{folder}/runs"), run, request, show=show)
+
+
+def test_a_stream_continues_from_its_last_committed_step(folder: Path, tmp_path: Path) -> None:
     ready = resume(folder, tmp_path)
     stream = f"{tmp_path}/{NAME}"
     assert ready.step == 1
     assert committed_steps(stream) == [1]
     assert load_artifact(stream, 1).config.output == f"{folder}/runs"
     assert ready.config.tracking.uri == uri_of(f"{folder}/runs")
-    assert resume(folder, tmp_path).step == 1  # said twice, done once
+    assert resume(folder, tmp_path).step == 1  # the same command again changes nothing
 
 
-def test_an_earlier_step_can_be_named_and_one_that_is_not_there_not(folder: Path, tmp_path: Path) -> None:
+def test_an_earlier_step_can_be_named_if_it_is_committed(folder: Path, tmp_path: Path) -> None:
     assert resume(folder, tmp_path, from_step=0).step == 0
     assert committed_steps(f"{tmp_path}/{NAME}") == [0]
     with pytest.raises(TrackingError, match=r"step 2 is not committed there; these are: 0, 1"):
@@ -60,37 +73,38 @@ def test_an_earlier_step_can_be_named_and_one_that_is_not_there_not(folder: Path
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("overrides", "message"),
     [
-        (["optim.lr=0.5"], r"optim\.lr: 0\.003 -> 0\.5: that is another stream; say --fork"),
+        (["optim.lr=0.5"], r"optim\.lr: 0\.003 -> 0\.5: that makes another stream; add --fork"),
         (["scenario.classes_per_step=[3,1,2]"], r"scenario\.classes_per_step: .* not be comparable; .* --force"),
         (["model.modality=audio"], r"model\.modality: both -> audio: .* not be comparable"),
         (["method=finetune"], r"method.*: .*"),
-        (["name=other"], r"name=other: the stream is tiny; a new name is a new run: say --fork"),
+        (["name=other"], r"name=other: the stream is tiny; a new name needs a new run: add --fork"),
     ],
 )
-def test_a_change_that_counts_is_refused(folder: Path, tmp_path: Path, words: list[str], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        resume(folder, tmp_path, *words)
+def test_a_change_that_affects_results_is_refused(
+    folder: Path, tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resume(folder, tmp_path, *overrides)
     assert not (tmp_path / NAME).exists()
 
 
-def test_other_shards_are_refused_and_missing_ones_asked_for(folder: Path, tmp_path: Path) -> None:
+def test_other_shards_are_refused_and_missing_ones_are_an_error(folder: Path, tmp_path: Path) -> None:
     other = make_feature_shards(tmp_path / "other", classes=6, clips={"train": 24, "val": 6, "test": 10}, seed=1)
     with pytest.raises(ConfigError, match=r"manifest hash: \w+ -> \w+: .* not be comparable"):
         resume(folder, tmp_path, f"data.manifest={other}", fork=True)
-    with pytest.raises(DataError, match=r"gone\.json: missing; say where the shards are .* data\.manifest="):
+    with pytest.raises(DataError, match=r"gone\.json: missing; give the manifest of the shards .* data\.manifest="):
         resume(folder, tmp_path, f"data.manifest={tmp_path}/gone.json")
 
 
-def test_a_fork_is_a_run_of_its_own_that_says_where_it_came_from(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    ready = resume(folder, tmp_path, "optim.lr=0.5", "data.read_threads=2", fork=True)
-    shown = capsys.readouterr().err
+def test_a_fork_is_a_run_of_its_own_with_its_origin_in_tags(folder: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    ready = resume(folder, tmp_path, "optim.lr=0.5", "data.read_threads=2", fork=True, show=lines.append)
+    shown = "\n".join(lines)
     assert "optim.lr: 0.003 -> 0.5  (fork)" in shown
     assert "data.read_threads: 8 -> 2  (operational)" in shown
-    [[stream]] = run_ranks(run_told, 1, [ready.config], [2])
+    [[stream]] = run_ranks(run_tracked, 1, [ready.config], [2])
     assert committed_steps(stream) == [1, 2]
     changes = read_commit(f"{stream}/step_002")["changes"]
     assert {change["key"]: change["now"] for change in changes} == {"optim.lr": 0.5, "name": "tiny-fork"}
@@ -104,7 +118,7 @@ def test_a_fork_is_a_run_of_its_own_that_says_where_it_came_from(
     assert (again.step, again.config.optim.lr) == (2, 0.5)
 
 
-def test_a_stream_goes_on_as_a_chain_of_jobs(folder: Path, tmp_path: Path) -> None:
+def test_a_stream_continues_as_a_chain_of_jobs(folder: Path, tmp_path: Path) -> None:
     where = ("--uri", uri_of(f"{folder}/runs"), f"output={tmp_path}", "--fork", "name=chained")
     result = avcil("resume", NAME, *where, "--cluster", "local", "cluster.tasks_per_node=2")
     assert result.exit_code == 0, result.output

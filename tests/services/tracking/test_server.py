@@ -22,13 +22,13 @@ from avcil_dist.streams.artifact import committed_steps, step_url
 from avcil_dist.streams.commit import write_commit, write_files
 from avcil_dist.tracking.artifacts import download_step, upload_step
 from avcil_dist.tracking.client import find_stream
-from avcil_dist.tracking.resume import ResumeRequest, prepare
+from avcil_dist.tracking.resume import ResumeRequest, prepare_resume
 from avcil_dist.tracking.session import sync_stream
 from tests.helpers.mlflow_server import TrackingServer
 from tests.helpers.ranks import run_ranks
 from tests.helpers.s3 import BUCKET, S3Server, free_port
-from tests.helpers.sent_events import check_told
-from tests.helpers.streams import STEPS, avcil, last_artifact, run_told, weights_digest, write_config
+from tests.helpers.sent_events import check_sent
+from tests.helpers.streams import STEPS, avcil, last_artifact, run_tracked, weights_digest, write_config
 
 SEED, KILLS = 20, 5
 
@@ -42,7 +42,7 @@ def config_of(folder: Path, server: TrackingServer, *words: str) -> Config:
     )
 
 
-def test_a_server_killed_at_random_moments_loses_nothing_doubles_nothing_and_stops_no_training(
+def test_a_server_killed_at_random_moments_loses_and_duplicates_nothing_and_stops_no_training(
     server: TrackingServer, tmp_path: Path
 ) -> None:
     moments, kills = random.Random(SEED), []
@@ -54,17 +54,17 @@ def test_a_server_killed_at_random_moments_loses_nothing_doubles_nothing_and_sto
             kills.append(number)
             server.start()
 
-    told = ["tracking.wait_seconds=0.5", "tracking.register_as=none"]
-    configs = [config_of(tmp_path, server, f"seed={seed}", *told) for seed in range(3)]
+    settings = ["tracking.wait_seconds=0.5", "tracking.register_as=none"]
+    configs = [config_of(tmp_path, server, f"seed={seed}", *settings) for seed in range(3)]
     killer = threading.Thread(target=kill_and_restart)
     killer.start()
-    [streams] = run_ranks(run_told, 1, configs)
+    [streams] = run_ranks(run_tracked, 1, configs)
     killer.join()
     assert len(kills) == KILLS
     for number, stream in enumerate(streams):
         assert committed_steps(stream) == list(range(len(STEPS)))  # whatever the server does
         sync_stream(stream, uri=None, again=False)
-        assert check_told(server.uri, stream, tmp_path / f"back{number}") > 12 * len(STEPS)
+        assert check_sent(server.uri, stream, tmp_path / f"back{number}") > 12 * len(STEPS)
         status = {run.info.status for run in find_stream(server.uri, _id(stream)).steps.values()}
         assert status == {"FINISHED"}
 
@@ -72,8 +72,8 @@ def test_a_server_killed_at_random_moments_loses_nothing_doubles_nothing_and_sto
 def test_a_stream_is_resumed_from_the_server_and_s3_alone(
     server: TrackingServer, s3_server: S3Server, tmp_path: Path
 ) -> None:
-    [[whole]] = run_ranks(run_told, 1, [config_of(tmp_path, server, "name=whole")])
-    [[begun]] = run_ranks(run_told, 1, [config_of(tmp_path, server, "name=half", f"output={tmp_path}/gone")], [0, 1])
+    [[whole]] = run_ranks(run_tracked, 1, [config_of(tmp_path, server, "name=whole")])
+    [[begun]] = run_ranks(run_tracked, 1, [config_of(tmp_path, server, "name=half", f"output={tmp_path}/gone")], [0, 1])
     before = find_stream(server.uri, "half-avcil-seed0")
     shutil.rmtree(tmp_path / "gone")
     words = ["resume", before.run.info.run_id, "--uri", server.uri, f"output={tmp_path}/elsewhere"]
@@ -90,7 +90,7 @@ def test_a_stream_is_resumed_from_the_server_and_s3_alone(
     assert after.run.info.run_id == before.run.info.run_id
     assert sorted(after.steps) == [0, 1, 2]
     assert after.run.info.status == "FINISHED"
-    seen = after.client.get_metric_history(after.run.info.run_id, "seen_accuracy")
+    seen = after.client.get_metric_history(after.run.info.run_id, "test/seen_accuracy")
     assert [point.value for point in seen] == pytest.approx(last_artifact(whole).metrics.seen_accuracy)
     check_predicts(server, "whole-avcil")
 
@@ -107,13 +107,13 @@ def test_a_reference_leaves_the_bytes_where_they_are_and_is_resumed_from(
 ) -> None:
     place = f"s3://{BUCKET}/{tmp_path.name}"
     config = config_of(tmp_path, server, "name=lean", "tracking.artifacts=reference", f"tracking.artifact_uri={place}")
-    [[stream]] = run_ranks(run_told, 1, [config])
+    [[stream]] = run_ranks(run_tracked, 1, [config])
     digest = weights_digest(stream)
     found = find_stream(server.uri, "lean-avcil-seed0")
     held = {item.path for item in found.client.list_artifacts(found.steps[2].info.run_id, "step_002")}
     assert held == {"step_002/COMMITTED.json", "step_002/REFERENCE.json"}
     shutil.rmtree(stream)
-    ready = prepare(server.uri, "lean-avcil-seed0", ResumeRequest((f"output={tmp_path}/elsewhere",)))
+    ready = prepare_resume(server.uri, "lean-avcil-seed0", ResumeRequest((f"output={tmp_path}/elsewhere",)))
     assert ready.step == 2
     assert weights_digest(f"{tmp_path}/elsewhere/lean-avcil-seed0") == digest
 
@@ -123,10 +123,10 @@ def test_a_reference_leaves_the_bytes_where_they_are_and_is_resumed_from(
     data = bytearray(storage.read_bytes(f"{uri}/method.json"))
     storage.write_bytes(f"{uri}/method.json", bytes(data) + b" ")
     with pytest.raises(ArtifactError, match=r"step_002/method\.json: damaged"):
-        prepare(server.uri, "lean-avcil-seed0", ResumeRequest((f"output={tmp_path}/third",)))
+        prepare_resume(server.uri, "lean-avcil-seed0", ResumeRequest((f"output={tmp_path}/third",)))
     storage.remove_tree(uri)
     with pytest.raises(ArtifactError, match=r"COMMITTED\.json: missing; .* by reference"):
-        prepare(server.uri, "lean-avcil-seed0", ResumeRequest((f"output={tmp_path}/third",)))
+        prepare_resume(server.uri, "lean-avcil-seed0", ResumeRequest((f"output={tmp_path}/third",)))
 
 
 def test_a_large_file_goes_to_the_storage_in_parts(
@@ -139,7 +139,7 @@ def test_a_large_file_goes_to_the_storage_in_parts(
     client = MlflowClient(server.uri)
     run = client.create_run(client.create_experiment(tmp_path.name))
     calls = _log(server).count("mpu/complete")
-    tags = upload_step(client, run.info.run_id, TrackingConfig(), stream, 0, stream_id="x", sent=set())
+    tags = upload_step(client, run.info.run_id, TrackingConfig(), stream, 0, stream_id="x", uploaded=set())
     assert _log(server).count("mpu/complete") == calls + 1
     for key, value in tags.items():
         client.set_tag(run.info.run_id, key, value)
@@ -147,43 +147,47 @@ def test_a_large_file_goes_to_the_storage_in_parts(
     assert Path(tmp_path, "back/step_000/model.safetensors").read_bytes() == data
 
 
-def test_a_stream_whose_server_is_away_ends_well_and_is_told_later(server: TrackingServer, tmp_path: Path) -> None:
+def test_a_stream_whose_server_is_unavailable_ends_well_and_is_synced_later(
+    server: TrackingServer, tmp_path: Path
+) -> None:
     closed = f"http://127.0.0.1:{free_port()}"
     words = [f"tracking.uri={closed}", "name=late", "tracking.wait_seconds=0.2"]
     config = config_of(tmp_path, server, *words)
-    [[stream]] = run_ranks(run_told, 1, [config])
+    [[stream]] = run_ranks(run_tracked, 1, [config])
     path = tmp_path / "late.yaml"
     path.write_text(config_to_yaml(config))
-    ended = avcil("train", path)  # all steps are there: it only tries to tell of them
+    ended = avcil("train", path)  # all steps are committed: it only sends events
     assert ended.exit_code == 0
     assert "not all is uploaded (NewConnectionError" in ended.output
     assert f"avcil sync {stream}" in ended.output
     again = avcil("sync", stream)
     assert again.exit_code == 2
-    assert "still away" in again.output
+    assert "still unavailable" in again.output
 
-    told = avcil("sync", stream, "--uri", server.uri)
+    synced = avcil("sync", stream, "--uri", server.uri)
 
-    assert told.exit_code == 0, told.output
-    assert check_told(server.uri, stream, tmp_path / "back") > 12 * len(STEPS)
+    assert synced.exit_code == 0, synced.output
+    assert check_sent(server.uri, stream, tmp_path / "back") > 12 * len(STEPS)
     model = MlflowClient(server.uri, server.uri).search_model_versions("name = 'late-avcil'")
     assert [version.version for version in model] in (["1"], [1])
     once_more = avcil("sync", stream, "--uri", server.uri, "--again")
     assert once_more.exit_code == 0, once_more.output
-    check_told(server.uri, stream, tmp_path / "twice")
+    check_sent(server.uri, stream, tmp_path / "twice")
     assert len(MlflowClient(server.uri, server.uri).search_model_versions("name = 'late-avcil'")) == 1
 
 
-def test_a_stream_on_object_storage_is_told_from_there(
+def test_a_stream_on_object_storage_is_tracked(
     server: TrackingServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))  # the spool's place, beside such a stream
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))  # where the queue of such a stream is
     closed = f"http://127.0.0.1:{free_port()}"
     words = [f"tracking.uri={closed}", "name=far", "tracking.wait_seconds=0.2"]
-    [[stream]] = run_ranks(run_told, 1, [config_of(tmp_path, server, f"output=s3://{BUCKET}/{tmp_path.name}", *words)])
+    [[stream]] = run_ranks(
+        run_tracked, 1, [config_of(tmp_path, server, f"output=s3://{BUCKET}/{tmp_path.name}", *words)]
+    )
     assert stream.startswith("s3://")
-    told = avcil("sync", stream, "--uri", server.uri)
-    assert told.exit_code == 0, told.output
+    synced = avcil("sync", stream, "--uri", server.uri)
+    assert synced.exit_code == 0, synced.output
     found = find_stream(server.uri, "far-avcil-seed0")
     download_step(found.client, server.uri, found.steps[2], 2, f"{tmp_path}/back")
     assert weights_digest(f"{tmp_path}/back") == weights_digest(stream)

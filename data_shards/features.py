@@ -17,9 +17,11 @@ from torch import nn
 from avcil_dist import storage
 from avcil_dist.config.encoders import TransformerConfig
 from avcil_dist.config.schema import Config
-from avcil_dist.data.loader import Batch, FixedSource, load_batches
+from avcil_dist.data.batch import Batch
+from avcil_dist.data.loader import load_batches
 from avcil_dist.data.manifest import Manifest, Shard, load_manifest
 from avcil_dist.data.plan import PADDING
+from avcil_dist.data.sampler import FixedSampler
 from avcil_dist.errors import ConfigError, DataError
 from avcil_dist.models.encoders.base import Encoder
 from avcil_dist.models.encoders.build import build_audio_encoder, build_visual_encoder
@@ -169,7 +171,7 @@ def _load(config: Config, manifest: Manifest, numbers: Sequence[int], batch: int
         rows.append(np.concatenate([clips, padding]).reshape(-1, batch))
     batches = np.concatenate([np.empty((0, batch), dtype=np.int64), *rows])
     labels = {name: number for number, name in enumerate(manifest.classes)}
-    return load_batches(FixedSource(batches), manifest=manifest, labels=labels, data=config.data)
+    return load_batches(FixedSampler(batches), manifest=manifest, labels=labels, data=config.data)
 
 
 def _encode_shard(

@@ -20,7 +20,7 @@ from torch import Tensor
 from avcil_dist.config.schema import ClipConfig
 from avcil_dist.data.layout import TensorPair
 from avcil_dist.data.manifest import Manifest
-from avcil_dist.data.reader import Request
+from avcil_dist.data.sampler import Request
 
 PAGE = 4096
 

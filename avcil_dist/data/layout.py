@@ -21,7 +21,8 @@ from avcil_dist.config.schema import AugmentConfig, ClipConfig
 from avcil_dist.data.decode import decode_clip
 from avcil_dist.data.manifest import Manifest
 from avcil_dist.data.plan import PADDING
-from avcil_dist.data.reader import AugmentSeeds, Segment
+from avcil_dist.data.reader import Segment
+from avcil_dist.data.sampler import AugmentSeeds
 from avcil_dist.data.transforms import ClipTransform
 from avcil_dist.errors import DataError
 

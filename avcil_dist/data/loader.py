@@ -9,136 +9,24 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
 import torch
 import torch.utils.data
 import webdataset
-from torch import Tensor
 
-from avcil_dist.config.schema import DataConfig, OptimConfig
+from avcil_dist.config.schema import DataConfig
+from avcil_dist.data.batch import Batch
 from avcil_dist.data.clip_cache import ClipCache, UncachedRequests
 from avcil_dist.data.layout import BatchBuffers, ClipLayout, Faults, FeatureLayout, Layout, TensorPair
 from avcil_dist.data.manifest import Manifest
-from avcil_dist.data.plan import NO_CLIPS, PADDING, plan_epoch, plan_replay, rank_share, replay_passes
-from avcil_dist.data.reader import BATCHES_AHEAD, AugmentSeeds, OpenReader, Request, ShardReader
+from avcil_dist.data.plan import PADDING
+from avcil_dist.data.reader import BATCHES_AHEAD, OpenReader, ShardReader
+from avcil_dist.data.sampler import Request
 from avcil_dist.errors import DataError
-from avcil_dist.seeds import derive_seed
 from avcil_dist.signals import shielding
-from avcil_dist.world import World
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A rank's part of a global batch: `num_current` rows of the current step, then exemplars.
-
-    `visual` (B, …) and `audio` (B, …) are pictures and filterbanks, or features; `labels` (B,)
-    are positions in the class order; `valid` (B,) is false for padding and damaged clips, whose
-    rows are zero; `faults` say what was damaged; `counts` what reading took since the batch before, by
-    the names of `reader.COUNTS`, and "stall_seconds", the time that its taker waited for it; `clips` (B,)
-    are numbers in the manifest.
-    """
-
-    visual: Tensor
-    audio: Tensor
-    labels: Tensor
-    valid: Tensor
-    num_current: int
-    faults: tuple[str, ...] = ()
-    counts: Mapping[str, float] = field(default_factory=dict)
-    clips: np.ndarray = field(default_factory=lambda: NO_CLIPS)
-
-    def to(self, device: torch.device) -> "Batch":
-        """The same batch on a device."""
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True) for name in ("visual", "audio", "labels", "valid")
-        }
-        return replace(self, **moved)
-
-    def wait(self, event: torch.cuda.Event) -> None:
-        """Let the device go on with this batch once the event, on the stream that brought it, has happened."""
-        stream = torch.cuda.current_stream(self.labels.device)
-        stream.wait_event(event)
-        for tensor in (self.visual, self.audio, self.labels, self.valid):
-            tensor.record_stream(stream)
-
-    def pin_memory(self) -> "Batch":
-        """The same batch in page-locked memory, for copies that overlap with compute."""
-        pinned = {name: getattr(self, name).pin_memory() for name in ("visual", "audio", "labels", "valid")}
-        return replace(self, **pinned)
-
-
-@dataclass(frozen=True)
-class TrainingSource:
-    """All training batches of a step for one rank, from batch `start` on, epoch after epoch.
-
-    `exemplars` come in batches of their own beside the current clips; `joined` ones are among them. Where clips are
-    varied, the passes over the exemplars are their epochs.
-    """
-
-    manifest: Manifest
-    classes: tuple[str, ...]
-    exemplars: np.ndarray
-    data: DataConfig
-    optim: OptimConfig
-    seed: int
-    step: int
-    world: World
-    start: int = 0
-    joined: np.ndarray = field(default_factory=lambda: NO_CLIPS)
-
-    @property
-    def clips(self) -> np.ndarray:
-        """All clips that may come in a batch, ascending."""
-        current = self.manifest.clips(self.classes, "train")
-        return np.unique(np.concatenate([current, self.exemplars, self.joined]))
-
-    def epoch_batches(self, epoch: int) -> np.ndarray:
-        """The epoch's global batches, (batches, optim.global_batch)."""
-        return plan_epoch(
-            self.manifest,
-            self.classes,
-            seed=self.seed,
-            step=self.step,
-            epoch=epoch,
-            global_batch=self.optim.global_batch,
-            canonical_nodes=self.data.canonical_nodes,
-            window=self.data.shuffle_window,
-            exemplars=self.joined,
-        ).batches
-
-    def __iter__(self) -> Iterator[Request]:
-        per_epoch = len(self.epoch_batches(0))
-        seed = derive_seed(self.seed, "augment", self.step)
-        for epoch in range(self.start // per_epoch, self.optim.epochs):
-            first = max(self.start - epoch * per_epoch, 0)
-            current = rank_share(self.epoch_batches(epoch)[first:], self.world.rank, self.world.size)
-            rows, epochs = [current], [np.full_like(current, epoch)]
-            if len(self.exemplars):
-                span = {
-                    "first": epoch * per_epoch + first,
-                    "count": len(current),
-                    "global_batch": self.optim.global_replay_batch,
-                }
-                replay = plan_replay(self.exemplars, seed=self.seed, step=self.step, **span)
-                rows.append(rank_share(replay, self.world.rank, self.world.size))
-                passes = replay_passes(len(self.exemplars), **span)
-                epochs.append(rank_share(passes, self.world.rank, self.world.size))
-            for clips, of_rows in zip(np.concatenate(rows, axis=1), np.concatenate(epochs, axis=1), strict=True):
-                draw = AugmentSeeds(seed, of_rows) if self.data.augment.is_on else None
-                yield Request(clips, current.shape[1], draw)
-
-
-@dataclass(frozen=True)
-class FixedSource:
-    """One pass over given batches (batches, rows), as evaluation makes."""
-
-    batches: np.ndarray
-
-    def __iter__(self) -> Iterator[Request]:
-        return (Request(clips, num_current=len(clips)) for clips in self.batches)
 
 
 def load_batches(

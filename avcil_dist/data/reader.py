@@ -11,7 +11,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
@@ -22,9 +22,9 @@ from avcil_dist import storage
 from avcil_dist.config.schema import DataConfig
 from avcil_dist.data.manifest import Manifest
 from avcil_dist.data.plan import PADDING
+from avcil_dist.data.sampler import Request
 from avcil_dist.data.shard_cache import ShardCache, default_folder
 from avcil_dist.errors import DataError, StorageError
-from avcil_dist.seeds import derive_seed
 
 T = TypeVar("T")
 
@@ -33,42 +33,6 @@ RUN_BYTES, RUN_BUFFERS = 16 << 20, 512
 BATCHES_AHEAD = 2  # that are read while another is trained on
 REQUESTS_AHEAD = 64  # at most, when they bring no new shard
 COUNTS = ("read_bytes", "fetched_bytes", "cache_hits", "cache_misses", "cache_full", "retries")
-
-
-@dataclass(frozen=True)
-class AugmentSeeds:
-    """What the random choices for a batch's rows depend on: a seed of the step, and each row's epoch."""
-
-    seed: int
-    epochs: np.ndarray
-
-    def seed_of(self, row: int, key: str) -> int:
-        """The seed of a row: its clip's in that epoch, whatever batch, rank or process it is in."""
-        return derive_seed(self.seed, "clip", key, int(self.epochs[row]))
-
-
-@dataclass(frozen=True)
-class Request:
-    """The clip numbers of a rank's batch, in row order; the first `num_current` are of the current step.
-
-    Clips are varied as `draw` says, or not at all. They are read at `copies` (numbers), where these are given.
-    """
-
-    clips: np.ndarray
-    num_current: int
-    draw: AugmentSeeds | None = None
-    copies: np.ndarray | None = None
-
-    @property
-    def places(self) -> np.ndarray:
-        """The numbers of the clips that are read."""
-        return self.clips if self.copies is None else self.copies
-
-    def part(self, rows: np.ndarray) -> "Request":
-        """The request for some of its rows (a mask)."""
-        draw = None if self.draw is None else replace(self.draw, epochs=self.draw.epochs[rows])
-        copies = None if self.copies is None else self.copies[rows]
-        return Request(self.clips[rows], int(rows[: self.num_current].sum()), draw, copies)
 
 
 @dataclass(frozen=True)

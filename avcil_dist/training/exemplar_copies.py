@@ -21,9 +21,8 @@ import torch.distributed as dist
 
 from avcil_dist import storage
 from avcil_dist.data.layout import TAR_BLOCK
-from avcil_dist.data.loader import TrainingSource
 from avcil_dist.data.manifest import MEMBERS, Manifest, Shard, load_manifest
-from avcil_dist.data.reader import Request
+from avcil_dist.data.sampler import Request, TrainingSampler
 from avcil_dist.errors import DataError, StorageError
 
 READS = 16  # at a time: far storage answers late, but to many at once
@@ -43,7 +42,7 @@ class RedirectedRequests:
 
 
 @contextmanager
-def local_exemplars(source: TrainingSource) -> Iterator[tuple[Iterable[Request], Manifest]]:
+def local_exemplars(source: TrainingSampler) -> Iterator[tuple[Iterable[Request], Manifest]]:
     """Requests and manifest to load from: the source's own, or with its exemplars copied for the length of the block.
 
     Every rank calls it; the first of each machine copies. Raises DataError on all ranks when one cannot.
@@ -134,7 +133,7 @@ def with_copies(manifest: Manifest, copied: Manifest) -> tuple[Manifest, dict[in
     return joined, numbers
 
 
-def _try_to_copy(source: TrainingSource, clips: np.ndarray, folder: Path) -> str | None:
+def _try_to_copy(source: TrainingSampler, clips: np.ndarray, folder: Path) -> str | None:
     try:
         copy_clips(source.manifest, clips, folder, seconds=source.data.retry_seconds)
     except OSError as error:

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from avcil_dist.config.schema import DataConfig
+from avcil_dist.data.batch import Batch
 from avcil_dist.data.clip_cache import ClipCache
-from avcil_dist.data.loader import Batch, FixedSource, load_on_device
+from avcil_dist.data.loader import load_on_device
 from avcil_dist.data.manifest import Manifest
 from avcil_dist.data.plan import NO_CLIPS, plan_evaluation, rank_share
+from avcil_dist.data.sampler import FixedSampler
 from avcil_dist.errors import DataError
 from avcil_dist.models.network import Network
 from avcil_dist.models.outputs import Output
@@ -53,7 +55,7 @@ class InferencePass:
         at the end, on all ranks, when more clips are damaged than `data.max_bad_fraction` allows.
         """
         plan = plan_evaluation(clips, global_batch or ROWS * self.world.size)
-        source = FixedSource(rank_share(plan, self.world.rank, self.world.size))
+        source = FixedSampler(rank_share(plan, self.world.rank, self.world.size))
         num_good, faults = torch.zeros(1, dtype=torch.long, device=self.device), list[str]()
         for batch in load_on_device(
             source,

@@ -14,9 +14,9 @@ import torch
 from avcil_dist.config.schema import Config
 from avcil_dist.data.clip_cache import ClipCache
 from avcil_dist.data.exemplar_memory import EMPTY_MEMORY, ExemplarMemory
-from avcil_dist.data.loader import TrainingSource
 from avcil_dist.data.manifest import Manifest, check_shards, load_manifest
 from avcil_dist.data.plan import NO_CLIPS
+from avcil_dist.data.sampler import TrainingSampler
 from avcil_dist.data.source_videos import source_disjoint
 from avcil_dist.methods import make_method
 from avcil_dist.methods.base import ClosedFormMethod, Method, StepContext
@@ -130,7 +130,7 @@ def step_in_group(
 
 
 def _store(
-    source: TrainingSource, context: StepContext, method: Method, device: torch.device, observer: Observer
+    source: TrainingSampler, context: StepContext, method: Method, device: torch.device, observer: Observer
 ) -> ClipCache | None:
     """Where what each epoch reads stays at hand: clips trained on, unless they are varied, and validation's."""
     clips = NO_CLIPS if source.data.augment.is_on else source.clips
@@ -143,10 +143,10 @@ def _store(
 
 def _training_source(
     config: Config, manifest: Manifest, context: StepContext, method: Method, memory: ExemplarMemory, world: World
-) -> TrainingSource:
+) -> TrainingSampler:
     scenario, step, needs = context.scenario, context.step, method.needs
     exemplars = exemplar_clips(manifest, memory)
-    return TrainingSource(
+    return TrainingSampler(
         manifest=manifest,
         classes=scenario.seen(step) if needs.all_data else scenario.new(step),
         exemplars=exemplars if needs.memory == "replay" else NO_CLIPS,

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from avcil_dist.data.loader import Batch
+from avcil_dist.data.batch import Batch
 from avcil_dist.methods.base import Method
 from avcil_dist.models.attention.module import TeacherView
 from avcil_dist.models.network import AudioVisualNetwork, HeadedNetwork, Network

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from avcil_dist.data.loader import Batch
+from avcil_dist.data.batch import Batch
 from avcil_dist.data.manifest import Manifest
 from avcil_dist.models.outputs import Output
 from avcil_dist.training.collectives import gather_rows

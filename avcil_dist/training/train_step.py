@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from avcil_dist.data.loader import Batch
+from avcil_dist.data.batch import Batch
 from avcil_dist.errors import TrainingError
 from avcil_dist.methods.base import Method, Targets
 from avcil_dist.models.attention.module import TeacherView

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from avcil_dist.config.schema import Config
-from avcil_dist.data.loader import Batch, TrainingSource, load_on_device
+from avcil_dist.data.batch import Batch
+from avcil_dist.data.loader import load_on_device
 from avcil_dist.data.manifest import Manifest
 from avcil_dist.data.plan import rows_at_a_time
 from avcil_dist.data.reader import COUNTS
+from avcil_dist.data.sampler import TrainingSampler
 from avcil_dist.errors import DataError, StepStopped, TrainingError
 from avcil_dist.methods.base import Method
 from avcil_dist.models.network import Network
@@ -43,7 +45,7 @@ class Trainer:
     teacher: Teacher | None
     evaluator: Evaluator
     features: InferencePass
-    source: TrainingSource
+    source: TrainingSampler
     observer: Observer
     device: torch.device
     snapshots: SnapshotManager

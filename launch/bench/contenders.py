@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from avcil_dist.config.schema import EngineConfig, MethodConfig, OptimConfig, Precision
-from avcil_dist.data.loader import Batch
+from avcil_dist.data.batch import Batch
 from avcil_dist.methods import make_method
 from avcil_dist.methods.base import StepContext
 from avcil_dist.models.encoders.base import Precomputed

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 
 from avcil_dist.config.schema import DataConfig, OptimConfig
-from avcil_dist.data.loader import Batch, TrainingSource, load_batches
+from avcil_dist.data.batch import Batch
+from avcil_dist.data.loader import load_batches
 from avcil_dist.data.manifest import Manifest, load_manifest
 from avcil_dist.data.plan import NO_CLIPS
+from avcil_dist.data.sampler import TrainingSampler
 from avcil_dist.world import World
 from data_shards.random_features import make_feature_shards
 
@@ -42,7 +44,7 @@ def read_in_sequence(paths: list[Path]) -> float:
 def our_batches(url: str, epochs: int, batch: int, **settings: Any) -> Iterable[Batch]:
     """All training batches of a step over all classes, as a rank gets them; `settings` are those of section data."""
     manifest = load_manifest(url)
-    source = TrainingSource(
+    source = TrainingSampler(
         manifest=manifest,
         classes=manifest.classes,
         exemplars=NO_CLIPS,

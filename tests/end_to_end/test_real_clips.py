@@ -6,8 +6,10 @@ import torch
 
 from avcil_dist.compose import load_config
 from avcil_dist.config.schema import ClipConfig, DataConfig
-from avcil_dist.data.loader import Batch, FixedSource, load_batches
+from avcil_dist.data.batch import Batch
+from avcil_dist.data.loader import load_batches
 from avcil_dist.data.manifest import Manifest, load_manifest
+from avcil_dist.data.sampler import FixedSampler
 from data_shards.build import build_part
 from data_shards.build_plan import Part, merge_parts
 from data_shards.features import make_features
@@ -32,7 +34,7 @@ ENCODERS = (
 
 def _batches(manifest: Manifest, data: DataConfig) -> list[Batch]:
     labels = {name: number for number, name in enumerate(manifest.classes)}
-    source = FixedSource(np.arange(int(manifest.first_clips[-1])).reshape(-1, 10))
+    source = FixedSampler(np.arange(int(manifest.first_clips[-1])).reshape(-1, 10))
     return list(load_batches(source, manifest=manifest, labels=labels, data=data))
 
 

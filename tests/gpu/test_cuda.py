@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from avcil_dist.data.batch import Batch
 from avcil_dist.data.clip_cache import ClipCache, EntrySpec
-from avcil_dist.data.loader import Batch, load_on_device
+from avcil_dist.data.loader import load_on_device
 from avcil_dist.data.manifest import load_manifest
 from tests.helpers import triton_kernels
 from tests.helpers.features import make_feature_shards

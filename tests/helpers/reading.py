@@ -8,8 +8,10 @@ import numpy as np
 import torch
 
 from avcil_dist.config.schema import DataConfig, OptimConfig
-from avcil_dist.data.loader import Batch, FixedSource, TrainingSource, load_batches
+from avcil_dist.data.batch import Batch
+from avcil_dist.data.loader import load_batches
 from avcil_dist.data.manifest import Manifest, load_manifest
+from avcil_dist.data.sampler import FixedSampler, TrainingSampler
 from avcil_dist.world import World
 
 NO_EXEMPLARS = np.empty(0, dtype=np.int64)
@@ -25,10 +27,10 @@ def training_source(
     rank: int = 0,
     ranks: int = 1,
     **data: object,
-) -> TrainingSource:
+) -> TrainingSampler:
     """The training batches of one step over all classes, or all but those of exemplars."""
     old = {manifest.class_of(int(clip)) for clip in exemplars}
-    return TrainingSource(
+    return TrainingSampler(
         manifest=manifest,
         classes=tuple(name for name in manifest.classes if name not in old),
         exemplars=exemplars,
@@ -55,7 +57,7 @@ def clips_in_order(url: str, *, rows: int = 8, **data: object) -> list[Batch]:
     batches = np.full(-(-len(clips) // rows) * rows, -1)
     batches[: len(clips)] = clips
     settings = DataConfig.model_validate({"manifest": "-"} | data)
-    source = FixedSource(batches.reshape(-1, rows))
+    source = FixedSampler(batches.reshape(-1, rows))
     return list(load_batches(source, manifest=manifest, labels=labels_of(manifest), data=settings))
 
 

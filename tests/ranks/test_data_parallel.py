@@ -11,7 +11,7 @@ from torch import Tensor
 from avcil_dist.compose import load_config
 from avcil_dist.config.encoders import ModelConfig
 from avcil_dist.config.schema import ClipConfig, Config, EngineConfig, MethodConfig, OptimConfig
-from avcil_dist.data.loader import Batch
+from avcil_dist.data.batch import Batch
 from avcil_dist.data.manifest import load_manifest
 from avcil_dist.methods import make_method
 from avcil_dist.methods.base import StepContext

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from avcil_dist.config.encoders import ModelConfig
 from avcil_dist.config.schema import ClipConfig, EngineConfig, MethodConfig, OptimConfig
-from avcil_dist.data.loader import Batch
+from avcil_dist.data.batch import Batch
 from avcil_dist.data.plan import rows_at_a_time
 from avcil_dist.methods import make_method
 from avcil_dist.methods.base import Method, StepContext

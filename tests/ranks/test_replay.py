@@ -10,8 +10,9 @@ import torch
 
 from avcil_dist.compose import load_config
 from avcil_dist.config.schema import Config
-from avcil_dist.data.loader import FixedSource, TrainingSource, load_batches
+from avcil_dist.data.loader import load_batches
 from avcil_dist.data.manifest import load_manifest
+from avcil_dist.data.sampler import FixedSampler, TrainingSampler
 from avcil_dist.streams.artifact import load_artifact
 from avcil_dist.streams.stream import scenario_of
 from avcil_dist.training.exemplar_copies import RedirectedRequests, copy_clips, local_exemplars, with_copies
@@ -38,7 +39,7 @@ def test_copies_are_the_clips_under_other_numbers(tmp_path: Path) -> None:
     assert {shard.class_name for shard in joined.shards[-2:]} == {"class_000", "class_002"}
     assert len(list(folder.glob("*.bin"))) == 2
 
-    source = FixedSource(np.array([[1, 7, 45, 2], [59, 20, 41, 0]]))
+    source = FixedSampler(np.array([[1, 7, 45, 2], [59, 20, 41, 0]]))
     labels = {name: number for number, name in enumerate(manifest.classes)}
     data = load_config(str(write_config(tmp_path))).data
     originals = list(load_batches(source, manifest=manifest, labels=labels, data=data))
@@ -77,7 +78,7 @@ def test_a_stream_from_far_shards_gives_the_bits_of_local_ones(tmp_path: Path, m
 def where_exemplars_are(world: World, config: Config, exemplars: Sequence[int]) -> tuple[bool, list[str], list[bool]]:
     """Whether clips are redirected; the folders of the copies, in the block and which are there after it."""
     manifest = load_manifest(config.data.manifest)
-    source = TrainingSource(
+    source = TrainingSampler(
         manifest=manifest,
         classes=scenario_of(config, manifest).new(1),
         exemplars=np.array(exemplars, dtype=np.int64),

@@ -8,7 +8,7 @@ from torch import nn
 
 from avcil_dist.config.encoders import ModelConfig
 from avcil_dist.config.schema import ClipConfig, EngineConfig, MethodConfig, OptimConfig
-from avcil_dist.data.loader import Batch
+from avcil_dist.data.batch import Batch
 from avcil_dist.methods import make_method
 from avcil_dist.methods.base import StepContext
 from avcil_dist.models.network import AudioVisualNetwork, build_network

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from avcil_dist.config.schema import DataConfig
 from avcil_dist.data.manifest import load_manifest
-from avcil_dist.data.reader import Request
+from avcil_dist.data.sampler import Request
 from avcil_dist.training.clip_cache_placement import place_clip_cache
 from avcil_dist.world import World
 from tests.helpers.features import make_feature_shards

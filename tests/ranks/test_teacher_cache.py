@@ -9,8 +9,9 @@ import torch
 
 from avcil_dist.compose import load_config
 from avcil_dist.config.schema import Config
-from avcil_dist.data.loader import TrainingSource, load_batches
+from avcil_dist.data.loader import load_batches
 from avcil_dist.data.manifest import load_manifest
+from avcil_dist.data.sampler import TrainingSampler
 from avcil_dist.methods import make_method
 from avcil_dist.methods.base import Method, StepContext
 from avcil_dist.models.heads import ProxyHead
@@ -46,7 +47,7 @@ def said_by(world: World, config: Config) -> tuple[dict[str, np.ndarray], float]
     if isinstance(network.classifier, ProxyHead):
         teacher.grow(SEEN, torch.randn(method.options.num_proxies * (SEEN - OLD), network.visual_proj.out_features))
     exemplars = manifest.clips(["class_000"], "train")[[40, 3, 7]]
-    source = TrainingSource(
+    source = TrainingSampler(
         manifest=manifest,
         classes=scenario.new(1),
         exemplars=exemplars,
@@ -73,7 +74,7 @@ def said_by(world: World, config: Config) -> tuple[dict[str, np.ndarray], float]
 
 
 def distance(
-    teacher: Teacher, answers: TeacherCache, source: TrainingSource, method: Method, labels: Mapping[str, int]
+    teacher: Teacher, answers: TeacherCache, source: TrainingSampler, method: Method, labels: Mapping[str, int]
 ) -> float:
     """The largest difference between what was and what is said, over two epochs; damaged rows are damaged in both."""
     furthest = 0.0

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from avcil_dist.data.batch import Batch
 from avcil_dist.data.clip_cache import ClipCache, EntrySpec
-from avcil_dist.data.loader import Batch, TrainingSource, load_on_device
+from avcil_dist.data.loader import load_on_device
 from avcil_dist.data.manifest import Manifest, load_manifest
+from avcil_dist.data.sampler import TrainingSampler
 from avcil_dist.training.clip_cache_placement import LIMITS, _free_in_group, free_host_bytes
 from tests.helpers.features import damage, make_feature_shards
 from tests.helpers.reading import digest, labels_of, total, training_source
@@ -30,7 +32,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     return load_manifest(url)
 
 
-def source_of(manifest: Manifest, **settings: object) -> TrainingSource:
+def source_of(manifest: Manifest, **settings: object) -> TrainingSampler:
     exemplars = manifest.clips(["class_000"], "train")[:5]  # a batch of 4 may have one of them twice
     return training_source(manifest, epochs=EPOCHS, exemplars=exemplars, **settings)  # type: ignore[arg-type]
 
@@ -40,7 +42,7 @@ def store_of(manifest: Manifest, clips: np.ndarray, tier: str) -> ClipCache:
     return ClipCache(clips, kind, CPU if tier == "device" else None)
 
 
-def batches_of(source: TrainingSource, store: ClipCache | None) -> list[Batch]:
+def batches_of(source: TrainingSampler, store: ClipCache | None) -> list[Batch]:
     labels = labels_of(source.manifest)
     loaded = load_on_device(source, manifest=source.manifest, labels=labels, data=source.data, device=CPU, store=store)
     return list(loaded)

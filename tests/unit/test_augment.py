@@ -11,9 +11,11 @@ import torch
 from avcil_dist.compose import load_config
 from avcil_dist.config.schema import AugmentConfig, ClipConfig, DataConfig, OptimConfig
 from avcil_dist.data.augment import Augmentation
+from avcil_dist.data.batch import Batch
 from avcil_dist.data.decode import DecodedClip
-from avcil_dist.data.loader import Batch, FixedSource, TrainingSource, load_batches
+from avcil_dist.data.loader import load_batches
 from avcil_dist.data.manifest import Manifest
+from avcil_dist.data.sampler import FixedSampler, TrainingSampler
 from avcil_dist.data.transforms import ClipTransform
 from avcil_dist.errors import ConfigError
 from avcil_dist.world import World
@@ -97,9 +99,9 @@ def test_the_seed_decides_alone_and_no_generator_moves() -> None:
         assert torch.equal(one, other)
 
 
-def training(manifest: Manifest, augment: AugmentConfig = ALL, **changes: object) -> TrainingSource:
+def training(manifest: Manifest, augment: AugmentConfig = ALL, **changes: object) -> TrainingSampler:
     """Two epochs of two batches of cats; three dogs are exemplars, and go through two and two thirds of a pass."""
-    source = TrainingSource(
+    source = TrainingSampler(
         manifest=manifest,
         classes=("cat",),
         exemplars=manifest.clips(["dog"], "train")[:3],
@@ -112,7 +114,7 @@ def training(manifest: Manifest, augment: AugmentConfig = ALL, **changes: object
     return replace(source, **changes)
 
 
-def load(source: TrainingSource | FixedSource, manifest: Manifest, workers: int = 0) -> list[Batch]:
+def load(source: TrainingSampler | FixedSampler, manifest: Manifest, workers: int = 0) -> list[Batch]:
     data = DataConfig(manifest=f"{manifest.root}/manifest.json", clip=CLIP, augment=ALL, decode_workers=workers)
     return list(load_batches(source, manifest=manifest, labels={"cat": 0, "dog": 1}, data=data))
 
@@ -158,11 +160,11 @@ def test_seed_and_step_draw_anew(clips: Manifest) -> None:
 
 def test_one_pass_over_given_clips_is_never_augmented(clips: Manifest) -> None:
     numbers = clips.clips(["cat"], "train")[None]
-    [batch] = load(FixedSource(numbers), clips)
+    [batch] = load(FixedSampler(numbers), clips)
     transform = ClipTransform(CLIP)
     plain = list(
         load_batches(
-            FixedSource(numbers),
+            FixedSampler(numbers),
             manifest=clips,
             labels={"cat": 0, "dog": 1},
             data=DataConfig(manifest="clips", clip=transform.config),

@@ -9,8 +9,9 @@ from click.testing import CliRunner
 
 from avcil_dist.compose import load_config
 from avcil_dist.config.schema import Config, DataConfig
-from avcil_dist.data.loader import FixedSource, load_batches
+from avcil_dist.data.loader import load_batches
 from avcil_dist.data.manifest import Manifest, load_manifest
+from avcil_dist.data.sampler import FixedSampler
 from avcil_dist.errors import ConfigError, DataError
 from data_shards.build import build_shards
 from data_shards.build_plan import Part, merge_parts
@@ -89,7 +90,7 @@ def test_features_are_those_of_the_encoders_in_float16(clips: str, tmp_path: Pat
     from data_shards.features import _build_encoders
 
     encoders = _build_encoders(config, source, CPU)
-    rows = FixedSource(source.first_clips[1] + np.arange(2)[None])
+    rows = FixedSampler(source.first_clips[1] + np.arange(2)[None])
     (batch,) = load_batches(rows, manifest=source, labels={"class_000": 0}, data=config.data)
     expected_visual, expected_audio = encoders(batch)
     np.testing.assert_allclose(visual, expected_visual[1], atol=2e-3)
@@ -199,7 +200,7 @@ def test_command_makes_features_that_the_loader_reads(clips: str, tmp_path: Path
     assert "13 clips, 2 classes" in made.output
     assert "1 clips rejected" in made.output
     manifest = load_manifest(f"{tmp_path}/manifest.json")
-    source = FixedSource(manifest.clips(["class_001"], "train")[None])
+    source = FixedSampler(manifest.clips(["class_001"], "train")[None])
     data = DataConfig(manifest=f"{tmp_path}/manifest.json")
     (batch,) = load_batches(source, manifest=manifest, labels={"class_001": 7}, data=data)
     assert batch.faults == ()

@@ -8,8 +8,9 @@ import webdataset as wds
 from click.testing import CliRunner
 
 from avcil_dist.config.schema import ClipConfig, DataConfig
-from avcil_dist.data.loader import FixedSource, load_batches
+from avcil_dist.data.loader import load_batches
 from avcil_dist.data.manifest import load_manifest
+from avcil_dist.data.sampler import FixedSampler
 from avcil_dist.errors import ConfigError, DataError
 from data_shards.build import build_shards
 from data_shards.importers.webdataset_tars import import_tars
@@ -50,7 +51,7 @@ def test_tars_written_by_webdataset_are_imported_and_read(tmp_path: Path) -> Non
     ]
     assert verify_shards(f"{tmp_path}/manifest.json") == []
     data = DataConfig(manifest="x", clip=ClipConfig(frames=2, size=32, mel_bins=32, mel_frames=32))
-    source = FixedSource(loaded.clips(["cat"], "test")[None])
+    source = FixedSampler(loaded.clips(["cat"], "test")[None])
     (batch,) = load_batches(source, manifest=loaded, labels={"cat": 1}, data=data)
     assert batch.faults == ()
     assert batch.labels.tolist() == [1, 1]

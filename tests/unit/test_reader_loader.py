@@ -10,9 +10,11 @@ import torch
 
 from avcil_dist import storage
 from avcil_dist.config.schema import ClipConfig, DataConfig, OptimConfig
-from avcil_dist.data.loader import Batch, FixedSource, TrainingSource, load_batches
+from avcil_dist.data.batch import Batch
+from avcil_dist.data.loader import load_batches
 from avcil_dist.data.manifest import Manifest, load_manifest
 from avcil_dist.data.plan import PADDING, plan_epoch, plan_evaluation, plan_replay
+from avcil_dist.data.sampler import FixedSampler, TrainingSampler
 from avcil_dist.world import World
 from tests.helpers.features import make_feature_shards
 from tests.helpers.rendered import tiny_manifest
@@ -33,13 +35,15 @@ def labels_of(manifest: Manifest) -> dict[str, int]:
     return {name: label for label, name in enumerate(reversed(manifest.classes))}
 
 
-def load(source: FixedSource | TrainingSource, manifest: Manifest, workers: int = 0) -> list[Batch]:
+def load(source: FixedSampler | TrainingSampler, manifest: Manifest, workers: int = 0) -> list[Batch]:
     data = data_config(manifest, workers)
     return list(load_batches(source, manifest=manifest, labels=labels_of(manifest), data=data))
 
 
-def training(manifest: Manifest, *, rank: int = 0, size: int = 1, start: int = 0, exemplars: int = 0) -> TrainingSource:
-    return TrainingSource(
+def training(
+    manifest: Manifest, *, rank: int = 0, size: int = 1, start: int = 0, exemplars: int = 0
+) -> TrainingSampler:
+    return TrainingSampler(
         manifest=manifest,
         classes=manifest.classes[:2],
         exemplars=manifest.clips(manifest.classes[2:], "train")[:exemplars],
@@ -134,7 +138,7 @@ def test_ranks_together_have_the_batches_of_one(features: Manifest) -> None:
 
 
 def test_decoding_processes_do_not_change_the_batches(clips: Manifest) -> None:
-    source = FixedSource(plan_evaluation(clips.clips(clips.classes, "train")[::-1], 3))
+    source = FixedSampler(plan_evaluation(clips.clips(clips.classes, "train")[::-1], 3))
     here, there = load(source, clips, workers=0), load(source, clips, workers=2)
     assert [batch.labels.tolist() for batch in here] == [[0, 0, 0], [0, 1, 1], [1, 1, 0]]
     assert [batch.valid.tolist() for batch in here] == [[True] * 3, [True] * 3, [True, True, False]]
@@ -147,7 +151,7 @@ def test_decoding_processes_do_not_change_the_batches(clips: Manifest) -> None:
 
 def test_one_shard_serves_two_ranks_of_two_processes_each_clip_once(clips: Manifest) -> None:
     alone = replace(clips, classes=("cat",), shards=clips.shards[:1])
-    reference = load(FixedSource(np.array([[0, 1, 2, 3]])), alone)[0].visual
+    reference = load(FixedSampler(np.array([[0, 1, 2, 3]])), alone)[0].visual
     config = OptimConfig(epochs=1, global_batch=2)
     found = []
     for rank in range(2):
@@ -160,7 +164,7 @@ def test_one_shard_serves_two_ranks_of_two_processes_each_clip_once(clips: Manif
 
 
 def test_padding_is_not_valid_and_no_fault(features: Manifest) -> None:
-    (batch,) = load(FixedSource(np.array([[0, PADDING, 1, PADDING]])), features)
+    (batch,) = load(FixedSampler(np.array([[0, PADDING, 1, PADDING]])), features)
     assert batch.valid.tolist() == [True, False, True, False]
     assert batch.faults == ()
     assert not batch.visual[[1, 3]].any()
@@ -168,9 +172,9 @@ def test_padding_is_not_valid_and_no_fault(features: Manifest) -> None:
 
 @pytest.mark.parametrize("member", ["visual.npy", "audio.npy"])
 def test_a_damaged_feature_clip_is_skipped_and_named(features: Manifest, member: str) -> None:
-    whole = load(FixedSource(np.array([[0, 1, 2, 3]])), features)[0]
+    whole = load(FixedSampler(np.array([[0, 1, 2, 3]])), features)[0]
     damage(features, 2, member)
-    (batch,) = load(FixedSource(np.array([[0, 1, 2, 3]])), features)
+    (batch,) = load(FixedSampler(np.array([[0, 1, 2, 3]])), features)
     assert batch.valid.tolist() == [True, True, False, True]
     assert len(batch.faults) == 1
     assert features.key(2) in batch.faults[0]
@@ -186,19 +190,19 @@ def test_a_damaged_video_is_skipped_and_named(clips: Manifest, tmp_path: Path) -
     for number, shard in enumerate(clips.shards):
         storage.write_bytes(f"{tmp_path}/{shard.url}", storage.read_bytes(clips.url(number)))
     damage(moved, 5, "mp4")
-    (batch,) = load(FixedSource(np.array([[4, 5, 6]])), moved)
+    (batch,) = load(FixedSampler(np.array([[4, 5, 6]])), moved)
     assert batch.valid.tolist() == [True, False, True]
     assert len(batch.faults) == 1
     assert "dog-1" in batch.faults[0]
-    assert torch.equal(batch.visual[[0, 2]], load(FixedSource(np.array([[4, 6]])), clips)[0].visual)
+    assert torch.equal(batch.visual[[0, 2]], load(FixedSampler(np.array([[4, 6]])), clips)[0].visual)
 
 
 def test_a_shard_cut_at_a_block_loses_only_what_was_cut_off(features: Manifest) -> None:
-    whole = load(FixedSource(np.array([[0, 1, 2, 3, 4]])), features)[0]
+    whole = load(FixedSampler(np.array([[0, 1, 2, 3, 4]])), features)[0]
     shard, path = features.shards[0], Path(features.url(0))
     block = int(shard.offsets["visual.npy"][2]) // 512 * 512  # the header of clip 2 is still there, its bytes are not
     path.write_bytes(path.read_bytes()[:block])
-    (batch,) = load(FixedSource(np.array([[0, 1, 2, 3, 4]])), features)
+    (batch,) = load(FixedSampler(np.array([[0, 1, 2, 3, 4]])), features)
     assert batch.valid.tolist() == [True, True, False, False, True]
     assert [key in fault for key, fault in zip(shard.keys[2:], batch.faults, strict=True)] == [True, True]
     assert all(str(path) in fault for fault in batch.faults)
@@ -207,7 +211,7 @@ def test_a_shard_cut_at_a_block_loses_only_what_was_cut_off(features: Manifest) 
 
 def test_a_missing_shard_makes_a_fault_of_each_of_its_clips(features: Manifest) -> None:
     Path(features.url(1)).unlink()
-    (batch,) = load(FixedSource(np.array([[3, 4, 5, 8]])), features)
+    (batch,) = load(FixedSampler(np.array([[3, 4, 5, 8]])), features)
     assert batch.valid.tolist() == [True, False, False, True]
     assert [features.key(clip) in fault for clip, fault in zip((4, 5), batch.faults, strict=True)] == [True, True]
 
@@ -227,7 +231,7 @@ def test_a_batch_of_damaged_clips_keeps_its_shape(features: Manifest) -> None:
 
 def test_features_of_another_shape_are_a_fault(features: Manifest) -> None:
     other = replace(features, shape=features.shape | {"dim": 17})
-    (batch,) = load(FixedSource(np.array([[0, 1]])), other)
+    (batch,) = load(FixedSampler(np.array([[0, 1]])), other)
     assert not batch.valid.any()
     assert "not features of (2, 3, 17) and (17,)" in batch.faults[0]
 
@@ -237,7 +241,7 @@ def test_a_wrong_byte_in_a_header_never_stops_the_loader(features: Manifest) -> 
     whole, start = path.read_bytes(), int(shard.offsets["visual.npy"][1])
     for place, value in itertools.product(range(start, start + 90), tuple(b"\0(9'")):
         path.write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
-        (batch,) = load(FixedSource(np.array([[0, 1]])), features)
+        (batch,) = load(FixedSampler(np.array([[0, 1]])), features)
         assert batch.valid[0]
         assert bool(batch.valid[1]) == (not batch.faults)
         assert "\n" not in "".join(batch.faults)
@@ -247,7 +251,7 @@ def test_clips_are_read_from_any_filesystem(features: Manifest, tmp_path: Path) 
     root = f"memory:/{tmp_path}"
     storage.write_bytes(f"{root}/{features.shards[0].url}", storage.read_bytes(features.url(0)))
     far, near = (
-        load(FixedSource(np.array([[1, 4]])), manifest)[0] for manifest in (replace(features, root=root), features)
+        load(FixedSampler(np.array([[1, 4]])), manifest)[0] for manifest in (replace(features, root=root), features)
     )
     assert torch.equal(far.visual[0], near.visual[0])
     assert far.valid.tolist() == [True, False]

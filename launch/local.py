@@ -47,7 +47,7 @@ class ResumePolicy:
     reset_optimizer: bool = False
 
 
-def run_stream(config: Config, *, processes: int, begin: ResumePolicy = ResumePolicy()) -> str:
+def run_stream(config: Config, *, processes: int, policy: ResumePolicy = ResumePolicy()) -> str:
     """Run all steps that are not committed yet; returns the stream's folder.
 
     With no launcher around, each step gets `processes` ranks on this machine; otherwise the
@@ -56,17 +56,17 @@ def run_stream(config: Config, *, processes: int, begin: ResumePolicy = ResumePo
     """
     place = world_from_environment(os.environ)
     has_launcher = place.launcher != "none"
-    num_steps = check_run(config, place.size if has_launcher else processes, restart=begin.restart).num_steps
+    num_steps = check_run(config, place.size if has_launcher else processes, restart=policy.restart).num_steps
     stream = stream_url(config)
-    first = 0 if begin.restart else next_step(stream, num_steps)
+    first = 0 if policy.restart else next_step(stream, num_steps)
     if place.is_main:
-        if begin.restart:
+        if policy.restart:
             storage.remove_tree(stream)
-        discard_stale(config, first, own=begin.restart or begin.restart_step)
+        discard_stale(config, first, own=policy.restart or policy.restart_step)
     with listening() as stop, stream_run(config, is_main=place.is_main, warn=print_warning) as run_id:
         for step in range(first, num_steps):
             worlds = (_rank_of(place, step),) if has_launcher else local_worlds(processes)
-            _run_job(StepRun(config, step, num_steps, run_id, begin.reset_optimizer and step == first), worlds, stop)
+            _run_job(StepRun(config, step, num_steps, run_id, policy.reset_optimizer and step == first), worlds, stop)
             if stop.is_set() and step + 1 < num_steps:
                 raise StepStopped(f"stopped after step {step}; run the same command again and step {step + 1} begins")
     return stream

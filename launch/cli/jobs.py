@@ -59,13 +59,11 @@ def submit(
     settings, of_cluster = split_words(words, cluster)
     resolved, place = load_config(config, settings), load_cluster(cluster, of_cluster)
     if dry_run:
-        if place.kind == "local":
-            raise ConfigError("--dry-run: it prints what sbatch is given; there is no sbatch with kind: local")
         for step, text in script_texts(resolved, place).items():
             click.echo(f"### step {step}\n{text}")
         return
-    begin = ResumePolicy(restart, restart_step, reset_optimizer)
-    done = submit_stream(resolved, place, begin=begin)
+    policy = ResumePolicy(restart, restart_step, reset_optimizer)
+    done = submit_stream(resolved, place, policy=policy)
     if done.new and not done.chain.code:
         click.echo("avcil-dist is installed here, and jobs use it as it is: nothing to copy", err=True)
     for step in done.new:

@@ -83,7 +83,7 @@ def train(
     if processes < 1:
         raise click.BadParameter("at least 1", param_hint="--processes")
     resolved = load_config(config, overrides)
-    stream = run_stream(resolved, processes=processes, begin=ResumePolicy(restart, restart_step, reset_optimizer))
+    stream = run_stream(resolved, processes=processes, policy=ResumePolicy(restart, restart_step, reset_optimizer))
     click.echo(f"{stream}: all steps are committed; see them with: avcil report {stream}")
 
 

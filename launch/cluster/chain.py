@@ -1,15 +1,12 @@
-"""A stream as a chain of jobs, one for each step, each after the one before it succeeded.
+"""Submission of a stream as a chain of jobs: one job for each step, each after the one before it succeeded.
 
-Submitting is idempotent: committed steps are skipped, jobs that wait or run are kept.
+Submitting is idempotent: committed steps are skipped, and jobs that wait or run are kept.
 """
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -22,24 +19,21 @@ from avcil_dist.streams.stream import next_step, stream_url
 from avcil_dist.tracking.session import open_run
 from avcil_dist.training.preflight import check_run
 from avcil_dist.training.snapshot import snapshots_url
-from launch.cluster.chain_record import Chain, has_chain, read_chain, write_chain
-from launch.cluster.code_snapshot import snapshot_code, snapshot_place
-from launch.cluster.rank_entry import RankEntry
-from launch.cluster.resources import ClusterConfig, sbatch_parameters, sbatch_text
-from launch.cluster.schedulers.slurm import cancel_jobs, live_jobs, require_slurm
-from launch.cluster.supervisor import is_supervised, start_supervisor
+from launch.cluster.chain_record import Chain, has_chain, read_chain
+from launch.cluster.code_snapshot import snapshot_code, snapshot_folder
+from launch.cluster.resources import ClusterConfig
+from launch.cluster.schedulers.base import JobStart, JobState, Scheduler, scheduler_of
 from launch.local import ResumePolicy
-from launch.step_run import StepRun
 
 LOCK_SECONDS = 60
-AS_IT_IS = ResumePolicy()  # nothing is thrown away
+KEEP_ALL = ResumePolicy()
 
 
 @dataclass(frozen=True)
 class Submission:
-    """What a submission did: `new` steps have new jobs, `kept` ones had theirs.
+    """Result of a submission: `new` steps have new jobs, `kept` steps already had theirs.
 
-    `last` is what another chain waits for with `after`; None where nothing runs.
+    `last` is what `after` of another chain's submission waits for; None where nothing runs.
     """
 
     stream: str
@@ -49,144 +43,99 @@ class Submission:
     last: str | None = None
 
 
-@dataclass(frozen=True)
-class JobStart:
-    """How the first new job begins.
-
-    `run_id`: the stream run that the steps belong to; default: the stream's own, made at submission. `after`: it
-    waits until what this names, the `last` of another submission, has ended, well or not. `begin`: what it does
-    not go on from.
-    """
-
-    run_id: str | None = None
-    after: str | None = None
-    begin: ResumePolicy = AS_IT_IS
-
-
 def submit_stream(
     config: Config,
     cluster: ClusterConfig,
     *,
     run_id: str | None = None,
     after: str | None = None,
-    begin: ResumePolicy = AS_IT_IS,
+    policy: ResumePolicy = KEEP_ALL,
 ) -> Submission:
-    """Submit the jobs of all steps that are neither committed nor waiting nor running; see `JobStart`.
+    """Submit the jobs of all steps that are neither committed nor waiting nor running.
 
-    Raises ConfigError or DataError for what would fail later, SchedulerError where SLURM is not there or refuses.
+    `run_id`: the MLflow run of the stream; default: its own, opened at submission. `after`: the `last` of another
+    submission; the first job waits until that has ended, successfully or not. `policy`: what to discard before.
+
+    Raises ConfigError or DataError for what would fail later, SchedulerError where the scheduler is missing or refuses.
     """
-    if cluster.kind == "slurm":
-        require_slurm()
-    chain = plan_chain(config, cluster, restart=begin.restart)
-    if begin != AS_IT_IS:
-        _throw_away(config, chain, begin)
-    with _one_at_a_time(Path(chain.folder)):
-        submit = _submit_local if cluster.kind == "local" else _submit_slurm
-        return submit(config, cluster, chain, JobStart(run_id, after, begin))
+    scheduler = scheduler_of(cluster.kind)
+    scheduler.require()
+    chain = plan_chain(config, cluster, restart=policy.restart)
+    stream = stream_url(config)
+    if policy != KEEP_ALL:
+        _throw_away(config, chain, scheduler, policy)
+    with _submission_lock(Path(chain.folder)):
+        first = next_step(stream, chain.num_steps)
+        live = _live_jobs(scheduler, stream, chain, first)
+        if live:
+            _check_same(config, chain)
+        for step, job in live.items():
+            if job.id and job.id not in chain.jobs.get(step, ()):  # its submission was interrupted before the record
+                chain = chain.with_job(step, job.id)
+        new = tuple(step for step in range(first, chain.num_steps) if step not in live)
+        if new:
+            chain = _freeze(config, cluster, chain)
+            start = JobStart(run_id or open_run(config), first, after, policy.reset_optimizer)
+            chain = scheduler.submit(config, cluster, chain, new, start)
+        return Submission(stream, chain, new, tuple(live), scheduler.last_job(chain) if new or live else None)
 
 
 def plan_chain(config: Config, cluster: ClusterConfig, *, restart: bool = False) -> Chain:
-    """Hold the stream against the data and every step's number of ranks; the chain, before anything is submitted."""
+    """Check the stream against the data and every step's number of ranks; return the chain, nothing is submitted."""
+    scheduler_of(cluster.kind).check(cluster)
     stream = stream_url(config)
     sizes = sorted({cluster.at(step).world_size for step in (0, *cluster.steps)})
     [num_steps] = {check_run(config, size, restart=restart).num_steps for size in sizes}
     jobs = read_chain(stream).jobs if has_chain(stream) else {}
-    place = storage.local_path(stream)
+    path = storage.local_path(stream)
     if cluster.folder is not None:
         folder = Path(cluster.folder).expanduser() / config.stream_name
-    elif place is not None:
-        folder = Path(place) / "jobs"
+    elif path is not None:
+        folder = Path(path) / "jobs"
     else:
-        raise ConfigError(f"{stream} is not on a disk: give `folder` in the cluster file, on one that all nodes share")
+        raise ConfigError(f"{stream} is not on a disk: set `folder` in the cluster file, on a disk of all nodes")
     # Streams of the same name in other folders are other streams.
-    identity = storage.sha256(str(Path(place).absolute() if place else stream).encode())[:6]
+    identity = storage.sha256(str(Path(path).absolute() if path else stream).encode())[:6]
     return Chain(cluster.kind, f"{config.stream_name}-{identity}", str(folder.absolute()), num_steps, jobs=jobs)
 
 
 def script_texts(config: Config, cluster: ClusterConfig) -> dict[int, str]:
-    """The sbatch script of each step that is not committed; the ids that dependencies name are not known yet."""
+    """Return the job script of each step that is not committed; ids of jobs in it are placeholders."""
     chain = plan_chain(config, cluster)
-    code = snapshot_place(Path(chain.folder))
+    code = snapshot_folder(Path(chain.folder))
     chain = replace(chain, code=str(code) if code else None)
     first = next_step(stream_url(config), chain.num_steps)
+    scheduler = scheduler_of(cluster.kind)
     return {
-        step: sbatch_text(
-            _parameters(chain, cluster, step, f"afterok:JOB_OF_STEP_{step - 1}" if step > first else None),
-            folder=str(chain.logs(step)),
-            python=sys.executable,
-        )
+        step: scheduler.script(chain, cluster, step, f"JOB_OF_STEP_{step - 1}" if step > first else None)
         for step in range(first, chain.num_steps)
     }
 
 
-def _submit_slurm(config: Config, cluster: ClusterConfig, chain: Chain, start: JobStart) -> Submission:
+def _live_jobs(scheduler: Scheduler, stream: str, chain: Chain, first: int) -> dict[int, JobState]:
+    """Return the jobs of the steps from `first` on that wait or run; jobs without the one they wait for are ended."""
+    live = {step: job for step, job in scheduler.live_jobs(stream, chain).items() if step >= first}
+    if live and first not in live:
+        scheduler.cancel(chain, first)
+        return {}
+    return live
+
+
+def _throw_away(config: Config, chain: Chain, scheduler: Scheduler, policy: ResumePolicy) -> None:
+    """Discard what the policy names. Raises ConfigError while jobs of the chain wait or run."""
     stream = stream_url(config)
-    first = next_step(stream, chain.num_steps)
-    live = _live_steps(chain, first)
-    todo = [step for step in range(first, chain.num_steps) if step not in live]
-    kept = tuple(live)
-    if live:
-        _check_same(config, chain)
-    if todo:
-        chain = _freeze(config, cluster, chain)
-        run_id = start.run_id or open_run(config)
-    for step in todo:
-        previous = f"afterany:{start.after}" if start.after else None
-        job = StepRun(
-            config, step, chain.num_steps, run_id, start.begin.reset_optimizer and step == first, chain.note(step)
-        )
-        live[step] = _submit_step(job, cluster, chain, f"afterok:{live[step - 1]}" if step - 1 in live else previous)
-        chain = chain.with_job(step, live[step])
-        write_chain(stream, chain)  # at once: a submission that is cut off here is known to the next
-    return Submission(stream, chain, tuple(todo), kept, live[max(live)] if live else None)
-
-
-def _submit_step(job: StepRun, cluster: ClusterConfig, chain: Chain, dependency: str | None) -> str:
-    from submitit import SlurmExecutor
-    from submitit.core.utils import FailedJobError
-
-    chain.clear_marks(job.step)
-    executor = SlurmExecutor(chain.logs(job.step))
-    executor.update_parameters(**_parameters(chain, cluster, job.step, dependency))
-    try:
-        return str(executor.submit(RankEntry(job, chain.folder)).job_id)
-    except (FailedJobError, subprocess.SubprocessError) as error:
-        raise SchedulerError(f"step {job.step}: sbatch refuses: {' '.join(str(error).split())[:300]}") from None
-
-
-def _submit_local(config: Config, cluster: ClusterConfig, chain: Chain, start: JobStart) -> Submission:
-    """Start the process that runs the chain's jobs one after the other, unless it runs."""
-    stream = stream_url(config)
-    todo = tuple(range(next_step(stream, chain.num_steps), chain.num_steps))
-    if is_supervised(chain.folder):
-        _check_same(config, chain)
-        return Submission(stream, chain, kept=todo, last=chain.folder)
-    if not todo:
-        return Submission(stream, chain)
-    chain = _freeze(config, cluster, chain)
-    for step in todo:
-        chain.clear_marks(step)
-    write_chain(stream, chain)
-    start_supervisor(chain, stream, start.run_id or open_run(config), start.after, start.begin.reset_optimizer)
-    return Submission(stream, chain, new=todo, last=chain.folder)
-
-
-def _throw_away(config: Config, chain: Chain, begin: ResumePolicy) -> None:
-    """Remove what the stream does not go on from. Raises ConfigError while its jobs wait or run."""
-    stream = stream_url(config)
-    is_live = is_supervised(chain.folder) if chain.kind == "local" else bool(live_jobs(chain.job_prefix))
-    if is_live:
+    if scheduler.live_jobs(stream, chain):
         raise ConfigError(f"{stream}: its jobs wait or run; end them first: avcil cancel {stream}")
-    first = 0 if begin.restart else next_step(stream, chain.num_steps)
-    if begin.restart:
+    first = 0 if policy.restart else next_step(stream, chain.num_steps)
+    if policy.restart:
         storage.remove_tree(stream)
-    if begin.restart or begin.restart_step:
+    if policy.restart or policy.restart_step:
         storage.remove_tree(snapshots_url(config, first))
 
 
 @contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """One submission of a stream at a time."""
+def _submission_lock(folder: Path) -> Iterator[None]:
+    """Lock against another submission of the same stream."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / "submit.lock", timeout=LOCK_SECONDS):
@@ -196,39 +145,17 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
 
 
 def _freeze(config: Config, cluster: ClusterConfig, chain: Chain) -> Chain:
-    """Keep code and settings of this moment."""
+    """Copy code and settings as they are now into the chain's folder."""
     code = snapshot_code(Path(chain.folder))
     chain.freeze(config, cluster)
     return replace(chain, code=str(code) if code else None)
 
 
 def _check_same(config: Config, chain: Chain) -> None:
-    """Raises ConfigError when the jobs that wait or run were submitted with other settings."""
+    """Raise ConfigError when the jobs that wait or run were submitted with other settings."""
     for change in result_changes(flatten(chain.config()), flatten(config)):
         stream = stream_url(config)
         raise ConfigError(
             f"{stream}: its jobs were submitted with {change.key}={change.before}, not {change.after}; "
             f"end them first: avcil cancel {stream}"
         )
-
-
-def _live_steps(chain: Chain, first: int) -> dict[int, str]:
-    """The steps from `first` on that have a job which waits or runs; jobs that wait for one that is gone are ended."""
-    by_name = {job.name: job.id for job in live_jobs(chain.job_prefix)}
-    live = {step: by_name[name] for step in range(first, chain.num_steps) if (name := chain.job_name(step)) in by_name}
-    if live and first not in live:
-        cancel_jobs(list(live.values()))
-        return {}
-    return live
-
-
-def _parameters(chain: Chain, cluster: ClusterConfig, step: int, dependency: str | None) -> dict[str, Any]:
-    return sbatch_parameters(
-        cluster,
-        step,
-        name=chain.job_name(step),
-        code=chain.code,
-        mark=chain.mark(step),
-        python=sys.executable,
-        dependency=dependency,
-    )

@@ -1,6 +1,8 @@
-"""The record of a stream's jobs, and how each step ended: files that any command may read.
+"""Record of a stream's chain of jobs, and the status files of its steps.
 
-`jobs.json` in the stream's folder is the record; code, configuration, logs and marks are in the folder that it names.
+`jobs.json` in the stream's folder is the record (`Chain`). It names the chain's folder, which holds the code, the
+configuration, and for each step a log folder (`step_003/`), a progress file (`step_003.json`), and one status file
+once the step has ended: `step_003.done`, or `step_003.failed` with the error's line.
 """
 
 from collections.abc import Mapping
@@ -14,12 +16,15 @@ from avcil_dist.errors import ConfigError
 from launch.cluster.resources import ClusterConfig
 
 RECORD, CONFIG, CLUSTER = "jobs.json", "config.yaml", "cluster.json"
-DONE, FAILED = "done", "failed"
 
 
 @dataclass(frozen=True)
 class Chain:
-    """The jobs of a stream. `name` begins the name of each; `jobs` holds each step's, the newest last."""
+    """The jobs of a stream.
+
+    `kind`: of its scheduler. `name`: the beginning of each job's name. `folder`: of its files. `code`: the copy of the
+    code that its jobs run, None for an installed package. `jobs`: the ids of each step's jobs, the newest last.
+    """
 
     kind: str
     name: str
@@ -30,66 +35,84 @@ class Chain:
 
     @property
     def job_prefix(self) -> str:
-        """How the names of its jobs begin, and no others'."""
+        """The beginning of the names of this chain's jobs, and of no others."""
         return f"{self.name}-step_"
 
     def job_name(self, step: int) -> str:
-        """The name of a step's job."""
+        """Return the name of a step's job."""
         return f"{self.job_prefix}{step:03d}"
 
-    def mark(self, step: int) -> str:
-        """The path, without its ending, of the files that tell of a step."""
-        return mark_of(self.folder, step)
-
-    def note(self, step: int) -> str:
-        """The file in which the step's rank 0 says how far it is."""
-        return f"{self.mark(step)}.json"
-
-    def logs(self, step: int) -> Path:
-        """The folder of a step's logs, which is submitit's."""
-        return Path(self.mark(step))
+    def newest_job(self, step: int) -> str | None:
+        """Return the id of a step's newest job, None where none was recorded."""
+        ids = self.jobs.get(step)
+        return ids[-1] if ids else None
 
     def with_job(self, step: int, job: str) -> "Chain":
-        """The record with a new job."""
+        """Return the record with a new job."""
         return replace(self, jobs={**self.jobs, step: (*self.jobs.get(step, ()), job)})
 
-    def clear_marks(self, step: int) -> None:
-        """Forget how an earlier job of the step ended."""
-        for ending in (DONE, FAILED):
-            Path(f"{self.mark(step)}.{ending}").unlink(missing_ok=True)
+    def step_prefix(self, step: int) -> str:
+        """Return the path of a step's files without their ending."""
+        return step_prefix(self.folder, step)
+
+    def log_folder(self, step: int) -> Path:
+        """Return the folder of a step's logs; submitit also keeps the pickled ranks in it."""
+        return Path(self.step_prefix(step))
+
+    def progress_file(self, step: int) -> str:
+        """Return the file in which rank 0 of a step writes its progress."""
+        return f"{self.step_prefix(step)}.json"
+
+    def done_file(self, step: int) -> Path:
+        """Return the file that exists once a step is done."""
+        return done_file(self.folder, step)
+
+    def failed_file(self, step: int) -> Path:
+        """Return the file that exists once a step has failed for good; it holds the error's line."""
+        return failed_file(self.folder, step)
+
+    def clear_status(self, step: int) -> None:
+        """Remove the status files of an earlier job of the step."""
+        self.done_file(step).unlink(missing_ok=True)
+        self.failed_file(step).unlink(missing_ok=True)
 
     def failure(self, step: int) -> str | None:
-        """Why the step failed for good, None unless it did."""
-        path = Path(f"{self.mark(step)}.{FAILED}")
+        """Return the error of a step that failed for good, else None."""
+        path = self.failed_file(step)
         return path.read_text().strip() if path.exists() else None
 
     def config(self) -> Config:
-        """The configuration of the last submission."""
-        return config_in(self.folder)
+        """Return the configuration of the last submission."""
+        return frozen_config(self.folder)
 
     def cluster(self) -> ClusterConfig:
-        """The cluster of the last submission."""
+        """Return the cluster of the last submission."""
         return ClusterConfig.model_validate_json(Path(self.folder, CLUSTER).read_text())
 
     def freeze(self, config: Config, cluster: ClusterConfig) -> None:
-        """Keep the settings of this moment."""
+        """Write configuration and cluster to the chain's folder."""
         storage.write_bytes(f"{self.folder}/{CONFIG}", config_to_yaml(config).encode())
         storage.write_bytes(f"{self.folder}/{CLUSTER}", cluster.model_dump_json(indent=1).encode())
 
 
-def mark_of(folder: str, step: int) -> str:
-    """See `Chain.mark`."""
+def step_prefix(folder: str, step: int) -> str:
+    """See `Chain.step_prefix`."""
     return f"{folder}/step_{step:03d}"
 
 
-def config_in(folder: str) -> Config:
+def done_file(folder: str, step: int) -> Path:
+    """See `Chain.done_file`."""
+    return Path(f"{step_prefix(folder, step)}.done")
+
+
+def failed_file(folder: str, step: int) -> Path:
+    """See `Chain.failed_file`."""
+    return Path(f"{step_prefix(folder, step)}.failed")
+
+
+def frozen_config(folder: str) -> Config:
     """See `Chain.config`."""
     return config_from_yaml(Path(folder, CONFIG).read_text())
-
-
-def mark_failed(folder: str, step: int, text: str) -> None:
-    """Say why a step failed for good, which ends the chain."""
-    Path(f"{mark_of(folder, step)}.{FAILED}").write_text(f"{text}\n")
 
 
 def has_chain(stream: str) -> bool:
@@ -98,15 +121,15 @@ def has_chain(stream: str) -> bool:
 
 
 def read_chain(stream: str) -> Chain:
-    """The record of a stream's jobs. Raises ConfigError where none was submitted."""
+    """Read the record of a stream's jobs. Raises ConfigError where none was submitted."""
     if not has_chain(stream):
         raise ConfigError(
-            f"{stream}: no jobs were submitted of a stream there; give the folder that `avcil submit` named"
+            f"{stream}: no jobs were submitted for a stream in this folder; give the folder that `avcil submit` printed"
         )
-    found = storage.read_json(storage.join(stream, RECORD))
-    return Chain(**found | {"jobs": {int(step): tuple(ids) for step, ids in found["jobs"].items()}})
+    record = storage.read_json(storage.join(stream, RECORD))
+    return Chain(**record | {"jobs": {int(step): tuple(ids) for step, ids in record["jobs"].items()}})
 
 
 def write_chain(stream: str, chain: Chain) -> None:
-    """Write the record, as a whole."""
+    """Write the record atomically."""
     storage.write_json(storage.join(stream, RECORD), asdict(chain))

@@ -1,4 +1,4 @@
-"""The code that jobs run: that of the moment of their submission, however long they wait."""
+"""Copy of the project's code at submission: jobs run it, however long they wait and whatever is edited meanwhile."""
 
 import hashlib
 import shutil
@@ -6,17 +6,17 @@ from pathlib import Path
 
 import avcil_dist
 
-KEPT = ("avcil_dist", "data_shards", "launch", "configs")
+COPIED_FOLDERS = ("avcil_dist", "data_shards", "launch", "configs")
 
 
 def source_folder() -> Path | None:
-    """The checkout that this program runs from; None when it is installed."""
+    """Return the checkout that this program runs from; None when it is installed."""
     root = Path(avcil_dist.__file__).resolve().parents[1]
     return root if (root / "setup.py").is_file() else None
 
 
-def snapshot_place(folder: Path) -> Path | None:
-    """Where `snapshot_code` puts the code as it is now."""
+def snapshot_folder(folder: Path) -> Path | None:
+    """Return the folder below `folder` that `snapshot_code` copies the present code to; None when installed."""
     root = source_folder()
     if root is None:
         return None
@@ -27,22 +27,22 @@ def snapshot_place(folder: Path) -> Path | None:
 
 
 def snapshot_code(folder: Path) -> Path | None:
-    """Copy the checkout's packages below `folder`, once for each state they are in; None when installed.
+    """Copy the checkout's packages below `folder`, once for each state of them; None when installed.
 
-    Installed code does not change under a job by itself, and stays where it is.
+    An installed package does not change while jobs wait, and is not copied.
     """
-    root, place = source_folder(), snapshot_place(folder)
-    if root is None or place is None or place.exists():
-        return place
-    unfinished = folder / f".{place.name}"
+    root, target = source_folder(), snapshot_folder(folder)
+    if root is None or target is None or target.exists():
+        return target
+    unfinished = folder / f".{target.name}"
     shutil.rmtree(unfinished, ignore_errors=True)
     for path in _files(root):
         copy = unfinished / path.relative_to(root)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
-    return unfinished.rename(place)
+    return unfinished.rename(target)
 
 
 def _files(root: Path) -> list[Path]:
-    found = (path for name in KEPT for path in sorted((root / name).rglob("*")))
-    return [path for path in found if path.is_file() and "__pycache__" not in path.parts]
+    paths = (path for name in COPIED_FOLDERS for path in sorted((root / name).rglob("*")))
+    return [path for path in paths if path.is_file() and "__pycache__" not in path.parts]

@@ -1,7 +1,6 @@
-"""Says that a step failed for good: beside the logs, and of the stream in MLflow.
+"""Mark a step as failed for good: in its status file, and in the stream's MLflow run.
 
-Run as `python -m launch.cluster.mark_failed FOLDER STEP TEXT` by a job's script, whose
-ranks may have been killed at each start.
+Run as `python -m launch.cluster.mark_failed FOLDER STEP TEXT` by a job's script when no start of the job succeeded.
 """
 
 import sys
@@ -10,15 +9,20 @@ from contextlib import suppress
 from avcil_dist.config.schema import Config
 from avcil_dist.errors import SchedulerError, TrackingError
 from avcil_dist.tracking.session import close_run
-from launch.cluster.chain_record import config_in, mark_failed
+from launch.cluster.chain_record import failed_file, frozen_config
 
 
-def give_up(config: Config, folder: str, step: int, text: str) -> None:
-    """Write the step's mark, which ends the chain, and end the stream's run as FAILED."""
+def mark_failed(folder: str, step: int, text: str) -> None:
+    """Write the status file of a failed step, which ends the chain."""
+    failed_file(folder, step).write_text(f"{text}\n")
+
+
+def fail_stream(config: Config, folder: str, step: int, text: str) -> None:
+    """Mark a step as failed, and end the stream's MLflow run as FAILED."""
     mark_failed(folder, step, text)
     with suppress(TrackingError):
         close_run(config, SchedulerError)
 
 
 if __name__ == "__main__":
-    give_up(config_in(sys.argv[1]), sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    fail_stream(frozen_config(sys.argv[1]), sys.argv[1], int(sys.argv[2]), sys.argv[3])

@@ -1,16 +1,14 @@
-"""One task of a submitted job, which is one rank of a step; how the step ended is written beside the logs.
+"""Entry point of one rank of a submitted job; it runs the rank's part of a step and writes the step's status file.
 
-`step_003.done` and `step_003.failed` (with the error's line) are what the job's script and `avcil status`
-go by; where there is neither, the job may begin again, and the step goes on from its last snapshot.
+The job's script and `avcil status` read the status files `step_003.done` and `step_003.failed`. Without one of them the
+job is started again, and the step continues from its last snapshot.
 """
 
 import ctypes
-import os
 import signal
 import sys
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from submitit.helpers import DelayedSubmission
 
@@ -22,9 +20,10 @@ from avcil_dist.streams.stream import stream_url
 from avcil_dist.tracking.session import close_run, open_run
 from avcil_dist.training.engine import name_accelerator
 from avcil_dist.training.failure_sync import print_fault
-from avcil_dist.world import World, world_from_environment
-from launch.cluster.chain_record import DONE, mark_failed, mark_of
-from launch.cluster.mark_failed import give_up
+from avcil_dist.world import World
+from launch.cluster.chain_record import done_file
+from launch.cluster.mark_failed import fail_stream, mark_failed
+from launch.cluster.schedulers.base import scheduler_of
 from launch.step_run import StepRun
 
 PR_SET_PDEATHSIG = 1
@@ -32,40 +31,44 @@ PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class RankEntry:
-    """The same object for every task of a step's job; submitit pickles it. `port`: where ranks of one machine meet."""
+    """Callable that submitit pickles once for all ranks of a step's job.
 
-    job: StepRun
+    `folder`: of the chain. `kind`: of its scheduler. `port`: a free port, where ranks of one machine can meet.
+    """
+
+    run: StepRun
     folder: str
+    kind: str
     port: int = 0
 
     def __call__(self) -> None:
-        """Run this task's rank to its end."""
+        """Run this process's rank; the exit code says whether the job can be started again."""
         _end_with_parent()
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # they wait for the step to listen, not for submitit
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # pending until the step handles them, not submitit
         name_accelerator()
         try:
-            world = self._world()
+            world = scheduler_of(self.kind).world(self.port)
         except AvcilError as error:
             self._report(error, is_main=False)
             sys.exit(USER_ERROR)
         code = self._run(world)
-        # The ranks end together, and rank 0 has more to finish: srun would end it for another's exit code.
+        # Rank 0 needs more time to finish than the others. Another rank's exit code would make srun kill it.
         if world.is_main and code:
             sys.exit(code)
 
     def checkpoint(self) -> DelayedSubmission:
-        """ResumePolicy again as it is: the snapshots are the state."""
+        """Resubmit the same callable: all state is in the snapshots."""
         return DelayedSubmission(self)
 
     def _run(self, world: World) -> int:
-        """Run the rank; its exit code."""
-        config, job = self.job.config, self.job
+        """Run the rank. Returns its exit code."""
+        run, config = self.run, self.run.config
         report = partial(self._report, is_main=world.is_main)
         try:
-            if not is_committed(stream_url(config), job.step):
-                job.run(world, report)
+            if not is_committed(stream_url(config), run.step):
+                run.run(world, report)
             elif world.is_main:
-                open_run(config)  # tells what a job that was ended between commit and report did not
+                open_run(config)  # publishes the results of a job that was killed between commit and upload
         except StepStopped as stopped:
             sys.stderr.write(f"avcil: {stopped}\n")
             return REQUEUE
@@ -73,30 +76,23 @@ class RankEntry:
             report(error)
             return REQUEUE if isinstance(error, RankError) else USER_ERROR
         if world.is_main:
-            if job.step + 1 == job.num_steps:
+            if run.step + 1 == run.num_steps:
                 close_run(config, None)
-            Path(f"{mark_of(self.folder, job.step)}.{DONE}").touch()
+            done_file(self.folder, run.step).touch()
         return 0
 
     def _report(self, error: AvcilError, *, is_main: bool) -> None:
-        """To the log; an error that would come again ends the chain, and the stream's run."""
+        """Print an error; one that would occur again also ends the chain, and the stream's MLflow run."""
         print_fault(error)
         if isinstance(error, RankError):
             return
         if is_main:
-            give_up(self.job.config, self.folder, self.job.step, str(error))
+            fail_stream(self.run.config, self.folder, self.run.step, str(error))
         else:
-            mark_failed(self.folder, self.job.step, str(error))
-
-    def _world(self) -> World:
-        """SLURM's, or that of submitit's local executor."""
-        if os.environ.get("SUBMITIT_EXECUTOR") != "local":
-            return world_from_environment(os.environ)
-        rank, size = int(os.environ["SUBMITIT_LOCAL_GLOBALID"]), int(os.environ["SUBMITIT_LOCAL_NTASKS"])
-        return World(rank, size, rank, size, "127.0.0.1", self.port, launcher="local")
+            mark_failed(self.folder, self.run.step, str(error))
 
 
 def _end_with_parent() -> None:
-    """A rank whose node's daemon is gone must not train on beside the job that takes its place (Linux)."""
+    """End this process when its parent dies (Linux): a restarted job must not run beside ranks of the old one."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

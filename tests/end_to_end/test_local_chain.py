@@ -10,8 +10,8 @@ import psutil
 
 from avcil_dist.tracking.client import find_stream
 from launch.cluster.chain_record import read_chain
+from launch.cluster.schedulers.local import LOG, PID, is_supervised
 from launch.cluster.status import chain_status
-from launch.cluster.supervisor import LOG, PID, is_supervised
 from tests.helpers.s3 import free_port
 from tests.helpers.sent_events import uri_of
 from tests.helpers.streams import STEPS, avcil, last_artifact, train, weights_digest, write_config
@@ -25,7 +25,7 @@ def wait_for(is_so: Callable[[], bool], stream: str) -> None:
 
 
 def progress(stream: str, step: int) -> int:
-    note = Path(read_chain(stream).note(step))
+    note = Path(read_chain(stream).progress_file(step))
     return int(json.loads(note.read_text())["done"]) if note.exists() else 0
 
 

@@ -36,7 +36,7 @@ def job_of(stream: str, step: int) -> str:
 
 def wait_until_it_trains(stream: str, step: int) -> None:
     """Until the step has come further than when this was called: it trains, and has a snapshot to go on from."""
-    note = Path(read_chain(stream).note(step))
+    note = Path(read_chain(stream).progress_file(step))
     before = note.read_text() if note.exists() else ""
 
     def is_further() -> bool:

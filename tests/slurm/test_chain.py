@@ -73,7 +73,7 @@ def test_a_disturbed_chain_ends_with_the_bits_of_the_local_run(sandbox: Sandbox,
     assert [step.state for step in steps] == ["COMMITTED"] * 3
     log = avcil("logs", stream, "--step", 2).output
     assert "step 2 stopped after" in log
-    assert "requeued, it goes on from its last snapshot" in log
+    assert "requeued, it continues from its last snapshot" in log
     assert [job_of(stream, step) for step in range(3)] == jobs  # nothing was doubled
     assert weights_digest(stream) == weights_digest(whole)
     assert last_artifact(stream).metrics == last_artifact(whole).metrics
@@ -91,7 +91,7 @@ def test_ranks_that_answer_nothing_are_requeued_in_time_and_given_up_in_the_end(
     wait_for_restart(sandbox, job, 1)
     wait_until_it_trains(stream, 0)
     log = avcil("logs", stream, "--step", 0).output
-    assert "step 0 is not done (the ranks do not answer, and its time is up); requeued" in log
+    assert "step 0 is not done (the ranks do not react, and the time limit is near); requeued" in log
     for rank in ranks_of(sandbox, job):
         os.kill(rank, signal.SIGKILL)
     assert [step.state for step in wait_for_end(stream)] == ["FAILED", "CANCELLED", "CANCELLED"]

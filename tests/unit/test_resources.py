@@ -9,9 +9,10 @@ import yaml
 
 from avcil_dist.errors import ConfigError, SchedulerError
 from launch.cli.jobs import split_words
-from launch.cluster.code_snapshot import snapshot_code, snapshot_place, source_folder
-from launch.cluster.resources import ClusterConfig, load_cluster, sbatch_parameters, sbatch_text
-from launch.cluster.schedulers.slurm import require_slurm
+from launch.cluster.code_snapshot import snapshot_code, snapshot_folder, source_folder
+from launch.cluster.resources import ClusterConfig, load_cluster
+from launch.cluster.schedulers.base import scheduler_of
+from launch.cluster.schedulers.slurm_script import sbatch_parameters, sbatch_text
 from tests.helpers.data import DATA
 
 GOLDEN = DATA / "sbatch"
@@ -43,7 +44,7 @@ def script(cluster: ClusterConfig, step: int, code: str | None, dependency: str 
         step,
         name=f"vs100-avcil-seed0-0a1b2c-step_{step:03d}",
         code=code,
-        mark=f"{JOBS}/step_{step:03d}",
+        prefix=f"{JOBS}/step_{step:03d}",
         python=PYTHON,
         dependency=dependency,
     )
@@ -82,7 +83,7 @@ def run_end(tmp_path: Path, code: int, *, state: str, restarts: int = 0, mark: s
         2,
         name="x",
         code=None,
-        mark=f"{tmp_path}/step_002",
+        prefix=f"{tmp_path}/step_002",
         python="echo",
         dependency=None,
     )
@@ -127,8 +128,8 @@ def test_a_task_has_one_gpu() -> None:
     assert ClusterConfig(kind="slurm", gpus_per_node=4, nodes=3).world_size == 12
     with pytest.raises(ValueError, match="a task has one GPU"):
         ClusterConfig(kind="slurm", gpus_per_node=4, steps={1: {"tasks_per_node": 2}})
-    with pytest.raises(ValueError, match="this one machine"):
-        ClusterConfig(kind="local", nodes=2)
+    with pytest.raises(ConfigError, match="this one machine"):
+        scheduler_of("local").check(ClusterConfig(kind="local", nodes=2))
 
 
 @pytest.mark.parametrize("name", ["slurm", "local"])
@@ -160,7 +161,7 @@ def test_the_code_is_copied_once_for_each_state_it_is_in(tmp_path: Path) -> None
     assert root is not None
     copy = snapshot_code(tmp_path)
     assert copy is not None
-    assert snapshot_place(tmp_path) == copy == snapshot_code(tmp_path)
+    assert snapshot_folder(tmp_path) == copy == snapshot_code(tmp_path)
     for name in ("launch/cluster/rank_entry.py", "avcil_dist/world.py", "configs/cluster/slurm.yaml"):
         assert (copy / name).read_bytes() == (root / name).read_bytes()
     assert not (copy / "tests").exists()
@@ -170,4 +171,4 @@ def test_the_code_is_copied_once_for_each_state_it_is_in(tmp_path: Path) -> None
 def test_without_slurm_the_error_names_the_local_chain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(SchedulerError, match="--cluster local"):
-        require_slurm()
+        scheduler_of("slurm").require()

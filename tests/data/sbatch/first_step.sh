@@ -14,11 +14,11 @@
 #SBATCH --wckey=submitit
 
 # setup
-trap : TERM USR2  # signals are for the ranks; the shell waits for what they make of them
-export PYTHONSAFEPATH=1  # not the working folder's modules
+trap : TERM USR2  # the ranks handle these signals; the shell waits for the ranks
+export PYTHONSAFEPATH=1  # no modules of the working folder
 again() {
   if [ "${SLURM_RESTART_COUNT:-0}" -ge 10 ]; then return; fi
-  echo "avcil: step 0 is not done ($1); requeued, it goes on from its last snapshot"
+  echo "avcil: step 0 is not done ($1); requeued, it continues from its last snapshot"
   if scontrol requeue "$SLURM_JOB_ID"; then sleep 600; exit 1; fi
 }
 late() {
@@ -27,7 +27,7 @@ late() {
   while end=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e) && [ -n "$end" ] \
       && end=$(date --date="$end" +%s); do
     left=$((end - 30 - $(date +%s)))
-    if [ "$left" -le 0 ]; then again "the ranks do not answer, and its time is up"; exit; fi
+    if [ "$left" -le 0 ]; then again "the ranks do not react, and the time limit is near"; exit; fi
     sleep "$left" & wait $!
   done
 }
@@ -46,6 +46,6 @@ if [ -e /shared/runs/vs100-avcil-seed0/jobs/step_000.failed ]; then exit 2; fi
 if scontrol show job -o "$SLURM_JOB_ID" | grep -q " JobState=RUNNING "; then
   again "exit code $code"
   starts="$((${SLURM_RESTART_COUNT:-0} + 1)) starts (exit code $code); max_requeues=10"
-  /shared/venv/bin/python -m launch.cluster.mark_failed /shared/runs/vs100-avcil-seed0/jobs 0 "step 0 is not done after $starts; its log says more"
+  /shared/venv/bin/python -m launch.cluster.mark_failed /shared/runs/vs100-avcil-seed0/jobs 0 "step 0 is not done after $starts; see its log"
 fi
 exit 1

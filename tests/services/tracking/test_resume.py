@@ -17,7 +17,7 @@ from avcil_dist.streams.identity import read_identity
 from avcil_dist.tracking.client import find_stream
 from avcil_dist.tracking.resume import ResumeRequest, Resumption, prepare_resume
 from launch.cluster.chain_record import read_chain
-from launch.cluster.supervisor import is_supervised
+from launch.cluster.schedulers.local import is_supervised
 from tests.helpers.chains import wait_for
 from tests.helpers.commands import run_avcil
 from tests.helpers.features import make_feature_shards

@@ -1,0 +1,98 @@
+"""Protocol of a scheduler, the system that runs the jobs of a chain.
+
+A module `NAME.py` of this folder defines `SCHEDULER`, the scheduler of cluster files with `kind: NAME`. Modules that
+belong to it are named `NAME_*.py`. A further scheduler is one such module and a cluster file.
+"""
+
+import importlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from avcil_dist.config.schema import Config
+from avcil_dist.errors import ConfigError
+from avcil_dist.world import World
+from launch.cluster.chain_record import Chain
+from launch.cluster.resources import ClusterConfig
+
+
+@dataclass(frozen=True)
+class JobState:
+    """State of a job.
+
+    `state`: the scheduler's own word, but CANCELLED for every job that was ended by a user or for lack of the job
+    before it. `nodes`: the machines that it runs on. `is_live`: it waits, runs, or is about to start again.
+    """
+
+    id: str
+    name: str
+    state: str
+    nodes: str
+    reason: str
+    is_live: bool
+
+
+@dataclass(frozen=True)
+class JobStart:
+    """Conditions under which a chain's jobs start.
+
+    `run_id`: the stream's id, see `open_run`. `first_step`: the first step that is not committed. `after`: the
+    `last_job` of another chain; the first step starts once it has ended, successfully or not. `reset_optimizer`:
+    the first step continues from its snapshot with a fresh optimizer.
+    """
+
+    run_id: str
+    first_step: int
+    after: str | None = None
+    reset_optimizer: bool = False
+
+
+class Scheduler(Protocol):
+    """A scheduler. Its methods raise SchedulerError when it does not answer or refuses."""
+
+    def check(self, cluster: ClusterConfig) -> None:
+        """Check the resources of every step. Raises ConfigError for those that the scheduler cannot give."""
+
+    def require(self) -> None:
+        """Check that the scheduler can be used from this machine. Raises SchedulerError."""
+
+    def submit(
+        self, config: Config, cluster: ClusterConfig, chain: Chain, steps: Sequence[int], start: JobStart
+    ) -> Chain:
+        """Submit a job for each of the steps, each after the job of the step before it succeeded.
+
+        Returns the record with the new jobs; it is also written, at the latest as each job starts.
+        """
+
+    def live_jobs(self, stream: str, chain: Chain) -> dict[int, JobState]:
+        """Return the job of each step that has one which waits or runs."""
+
+    def past_jobs(self, chain: Chain, steps: Iterable[int]) -> dict[int, JobState]:
+        """Return the last known state of the newest job of these steps; a job may be unknown by now."""
+
+    def last_job(self, chain: Chain) -> str:
+        """Return what `JobStart.after` of another chain names to wait for the end of this chain."""
+
+    def cancel(self, chain: Chain, first_step: int = 0) -> int:
+        """End the jobs that wait or run, of the steps from `first_step` on, for good. Returns their number."""
+
+    def script(self, chain: Chain, cluster: ClusterConfig, step: int, previous: str | None) -> str:
+        """Return the script that would be submitted for a step. `previous`: the id of the job that it waits for."""
+
+    def world(self, port: int) -> World:
+        """Return the world of the calling rank. `port`: a free port, where ranks of one machine can meet."""
+
+
+def scheduler_kinds() -> list[str]:
+    """Return the names of all schedulers."""
+    names = (path.stem for path in Path(__file__).parent.glob("*.py"))
+    return sorted(name for name in names if "_" not in name and name != "base")
+
+
+def scheduler_of(kind: str) -> Scheduler:
+    """Return the scheduler of this kind. Raises ConfigError for an unknown kind."""
+    if kind not in scheduler_kinds():
+        raise ConfigError(f"cluster file: kind: {kind!r} is none of {', '.join(scheduler_kinds())}")
+    scheduler: Scheduler = importlib.import_module(f"launch.cluster.schedulers.{kind}").SCHEDULER
+    return scheduler

@@ -1,0 +1,136 @@
+"""Chain of jobs on this machine, without a scheduler's daemon: a supervisor process runs one job after the other.
+
+The supervisor (`local_supervisor.py`) outlives the shell and holds a file lock for as long as it lives.
+"""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from avcil_dist.config.schema import Config
+from avcil_dist.errors import ConfigError, SchedulerError
+from avcil_dist.streams.artifact import is_committed
+from avcil_dist.streams.stream import stream_url
+from avcil_dist.world import World
+from launch.cluster.chain_record import Chain, write_chain
+from launch.cluster.resources import ClusterConfig
+from launch.cluster.schedulers.base import JobStart, JobState
+
+LOCK, PID, LOG = "supervisor.lock", "supervisor.pid", "supervisor.log"
+POLL_SECONDS, START_SECONDS, STOP_SECONDS = 0.2, 60.0, 120.0
+
+
+@dataclass(frozen=True)
+class LocalScheduler:
+    """The local machine; a chain is identified by its folder."""
+
+    def check(self, cluster: ClusterConfig) -> None:
+        """Raise ConfigError for more than one node."""
+        for step in sorted({0, *cluster.steps}):
+            nodes = cluster.at(step).nodes
+            if nodes > 1:
+                raise ConfigError(f"cluster file: nodes={nodes}: kind: local is this one machine; set tasks_per_node")
+
+    def require(self) -> None:
+        """Accept every machine."""
+
+    def submit(
+        self, config: Config, cluster: ClusterConfig, chain: Chain, steps: Sequence[int], start: JobStart
+    ) -> Chain:
+        """See `Scheduler.submit`. The supervisor records each job as it starts."""
+        for step in steps:
+            chain.clear_status(step)
+        write_chain(stream_url(config), chain)
+        _start_supervisor(stream_url(config), chain, cluster, start)
+        return chain
+
+    def live_jobs(self, stream: str, chain: Chain) -> dict[int, JobState]:
+        """See `Scheduler.live_jobs`. The first step that is not committed runs while the supervisor does."""
+        if not is_supervised(chain.folder):
+            return {}
+        waiting = [step for step in range(chain.num_steps) if not is_committed(stream, step)]
+        return {
+            step: JobState(
+                id=chain.newest_job(step) or "",
+                name=chain.job_name(step),
+                state="RUNNING" if step == waiting[0] else "WAITING",
+                nodes="this machine" if step == waiting[0] else "",
+                reason="",
+                is_live=True,
+            )
+            for step in waiting
+        }
+
+    def past_jobs(self, chain: Chain, steps: Iterable[int]) -> dict[int, JobState]:
+        """Return nothing: there is no accounting."""
+        return {}
+
+    def last_job(self, chain: Chain) -> str:
+        """Return the chain's folder, in which its lock is."""
+        return chain.folder
+
+    def cancel(self, chain: Chain, first_step: int = 0) -> int:
+        """End the supervisor, and with it all steps; the step that runs writes a snapshot. Returns 1 if it ran."""
+        if not is_supervised(chain.folder):
+            return 0
+        os.kill(int(Path(chain.folder, PID).read_text()), signal.SIGTERM)
+        deadline = time.monotonic() + STOP_SECONDS
+        while is_supervised(chain.folder):
+            if time.monotonic() > deadline:
+                raise SchedulerError(f"the chain does not end; see {Path(chain.folder, LOG)}")
+            time.sleep(POLL_SECONDS)
+        return 1
+
+    def script(self, chain: Chain, cluster: ClusterConfig, step: int, previous: str | None) -> str:
+        """Raise ConfigError: a local chain has no job script."""
+        raise ConfigError("--dry-run prints job scripts, and a chain with kind: local has none")
+
+    def world(self, port: int) -> World:
+        """Return the world that submitit's local executor has set in the environment."""
+        rank, size = int(os.environ["SUBMITIT_LOCAL_GLOBALID"]), int(os.environ["SUBMITIT_LOCAL_NTASKS"])
+        return World(rank, size, rank, size, "127.0.0.1", port, launcher="local")
+
+
+SCHEDULER = LocalScheduler()
+
+
+def is_supervised(folder: str) -> bool:
+    """Whether a supervisor runs the chain of this folder."""
+    if not Path(folder, LOCK).exists():
+        return False
+    try:
+        with FileLock(Path(folder, LOCK), timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def _start_supervisor(stream: str, chain: Chain, cluster: ClusterConfig, start: JobStart) -> None:
+    """Start the supervisor in a session of its own. Raises SchedulerError when it ends at once."""
+    path = os.pathsep.join(part for part in (chain.code, os.environ.get("PYTHONPATH")) if part)
+    module = "launch.cluster.schedulers.local_supervisor"
+    arguments = [stream, start.run_id, start.after or "", str(int(start.reset_optimizer))]
+    command = shlex.join([sys.executable, "-u", "-m", module, *arguments])
+    script = "\n".join(["set -e", *cluster.setup, f"exec {command}"])
+    with Path(chain.folder, LOG).open("ab") as log:
+        process = subprocess.Popen(
+            ["/bin/bash", "-c", script],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env=os.environ | {"PYTHONSAFEPATH": "1", "PYTHONPATH": path},
+        )
+    deadline = time.monotonic() + START_SECONDS
+    while not is_supervised(chain.folder):
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise SchedulerError(f"the chain did not start; see {Path(chain.folder, LOG)}")
+        time.sleep(POLL_SECONDS)

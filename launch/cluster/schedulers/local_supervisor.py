@@ -1,0 +1,97 @@
+"""Supervisor process of a local chain: it runs one job after the other with submitit's local executor.
+
+Started by `schedulers/local.py` as `python -m launch.cluster.schedulers.local_supervisor STREAM RUN_ID AFTER
+RESET_OPTIMIZER`. SIGTERM ends it; the step that runs writes a snapshot first.
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from filelock import FileLock
+from submitit import LocalExecutor
+
+from avcil_dist.streams.stream import next_step
+from launch.cluster.chain_record import read_chain, write_chain
+from launch.cluster.mark_failed import fail_stream
+from launch.cluster.rank_entry import RankEntry
+from launch.cluster.schedulers.local import LOCK, PID, POLL_SECONDS, is_supervised
+from launch.local import local_worlds
+from launch.step_run import StepRun
+
+
+class Supervisor:
+    """Runs a chain's jobs in order, each again until its step is done or has failed for good."""
+
+    def __init__(self, stream: str, run_id: str, reset_optimizer: bool) -> None:
+        self.stream, self.run_id, self.reset_optimizer = stream, run_id, reset_optimizer
+        self.chain = read_chain(stream)
+        self.config, self.cluster = self.chain.config(), self.chain.cluster()
+        self.stop_requested = False
+
+    def run(self, after: str) -> None:
+        """Run all steps that are not committed; `after`: the folder of a chain to wait for, or an empty string."""
+        signal.signal(signal.SIGTERM, self._request_stop)
+        while after and is_supervised(after) and not self.stop_requested:
+            time.sleep(POLL_SECONDS)
+        for step in range(next_step(self.stream, self.chain.num_steps), self.chain.num_steps):
+            if not self._run_step(step):
+                return
+
+    def _run_step(self, step: int) -> bool:
+        """Run a step's job until the step is done or has failed. Returns whether it is done."""
+        done, failed = self.chain.done_file(step), self.chain.failed_file(step)
+        for start in range(self.cluster.max_requeues + 1):
+            if self.stop_requested:
+                return False
+            code = self._run_job(step)
+            if done.exists() or failed.exists():
+                return done.exists()
+            print(f"step {step} is not done (exit code {code}, start {start + 1})")
+        text = f"step {step} is not done after {self.cluster.max_requeues + 1} starts; see its log"
+        fail_stream(self.config, self.chain.folder, step, text)
+        return False
+
+    def _run_job(self, step: int) -> int:
+        """Run one job with submitit's local executor. Returns its exit code."""
+        resources = self.cluster.at(step)
+        executor = LocalExecutor(self.chain.log_folder(step))
+        executor.update_parameters(
+            tasks_per_node=resources.tasks,
+            gpus_per_node=resources.gpus_per_node,
+            timeout_min=resources.hours * 60,
+            signal_delay_s=resources.signal_seconds,
+            stderr_to_stdout=True,
+        )
+        num_steps, progress_file = self.chain.num_steps, self.chain.progress_file(step)
+        run = StepRun(self.config, step, num_steps, self.run_id, self.reset_optimizer, progress_file)
+        self.reset_optimizer = False
+        port = local_worlds(resources.tasks)[0].master_port
+        job = executor.submit(RankEntry(run, self.chain.folder, self.chain.kind, port))
+        self.chain = self.chain.with_job(step, str(job.job_id))
+        write_chain(self.stream, self.chain)
+        controller = job._process
+        is_stopping = False
+        while (code := controller.poll()) is None:
+            if self.stop_requested and not is_stopping:
+                controller.send_signal(signal.SIGTERM)  # the controller forwards it to the ranks
+                is_stopping = True
+            time.sleep(POLL_SECONDS)
+        return int(code)
+
+    def _request_stop(self, *_: object) -> None:
+        self.stop_requested = True
+
+
+def main(stream: str, run_id: str, after: str, reset_optimizer: str) -> None:
+    """Run the chain of a stream; the arguments are those of the command line."""
+    folder = Path(read_chain(stream).folder)
+    with FileLock(folder / LOCK, timeout=0):
+        (folder / PID).write_text(str(os.getpid()))
+        Supervisor(stream, run_id, bool(int(reset_optimizer))).run(after)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,118 @@
+"""Parameters and script of a SLURM job, from a cluster file.
+
+Pure: it runs no command of SLURM and writes nothing.
+"""
+
+import math
+import shlex
+from pathlib import Path
+from typing import Any
+
+from avcil_dist.exit_codes import USER_ERROR
+from launch.cluster.resources import ClusterConfig
+
+WAIT_SECONDS = 3600  # rank 0 uploads results after the others have ended; a rank that still runs then is lost
+REQUEUE_SECONDS = 600  # longest wait for SLURM to end a job that it has requeued
+LATE_SHARE = 4  # ranks have all but this part of the time between warning and limit for their snapshot
+
+
+def sbatch_parameters(
+    cluster: ClusterConfig, step: int, *, name: str, code: str | None, prefix: str, python: str, dependency: str | None
+) -> dict[str, Any]:
+    """Return the parameters of submitit's SLURM executor for a step's job.
+
+    `code`: the folder that comes first on Python's path. `prefix`: the path of the step's status files without
+    their ending. `python`: the interpreter. `dependency`: in the syntax of sbatch.
+    """
+    resources = cluster.at(step)
+    parameters = {
+        "job_name": name,
+        "partition": resources.partition,
+        "account": resources.account,
+        "qos": resources.qos,
+        "constraint": resources.constraint,
+        "time": math.ceil(resources.hours * 60),
+        "nodes": resources.nodes,
+        "ntasks_per_node": resources.tasks,
+        "cpus_per_task": resources.cpus_per_task,
+        "gpus_per_node": resources.gpus_per_node or None,
+        "mem": f"{math.ceil(resources.memory_gb * 1024)}MB" if resources.memory_gb else None,
+        "dependency": dependency,
+        "signal_delay_s": resources.signal_seconds,
+        "setup": _setup(resources, code, step),
+        "teardown": _teardown(step, prefix, resources.max_requeues, python),
+        "srun_args": [  # srun does not take the number of processors from the job
+            f"--cpus-per-task={resources.cpus_per_task}",
+            "--kill-on-bad-exit=1",
+            f"--wait={WAIT_SECONDS}",
+        ],
+        "stderr_to_stdout": True,
+        "additional_parameters": {"kill-on-invalid-dep": "yes", "requeue": True, **resources.extra},
+    }
+    return {key: value for key, value in parameters.items() if value is not None}
+
+
+def sbatch_text(parameters: dict[str, Any], *, folder: str, python: str) -> str:
+    """Return the script that submitit passes to sbatch."""
+    from submitit.slurm.slurm import _make_sbatch_string  # used by submitit's executor, which would also need srun
+
+    command = f"{shlex.quote(python)} -u -m submitit.core._submit {shlex.quote(folder)}"
+    return str(_make_sbatch_string(command=command, folder=folder, **parameters))
+
+
+def _setup(cluster: ClusterConfig, code: str | None, step: int) -> list[str]:
+    """Shell lines before the ranks start; `late` requeues a job whose ranks ignore SLURM's warning.
+
+    At its time limit SLURM ends a job for good, and cancels the jobs that wait for it; until then it can be requeued.
+    """
+    late_seconds = math.ceil(cluster.signal_seconds / LATE_SHARE)
+    lines = [
+        *cluster.setup,
+        "trap : TERM USR2  # the ranks handle these signals; the shell waits for the ranks",
+        "export PYTHONSAFEPATH=1  # no modules of the working folder",
+    ]
+    if code:
+        lines.append(f"export PYTHONPATH={shlex.quote(code)}${{PYTHONPATH:+:$PYTHONPATH}}")
+    return [
+        *lines,
+        "again() {",
+        f'  if [ "${{SLURM_RESTART_COUNT:-0}}" -ge {cluster.max_requeues} ]; then return; fi',
+        f'  echo "avcil: step {step} is not done ($1); requeued, it continues from its last snapshot"',
+        f'  if scontrol requeue "$SLURM_JOB_ID"; then sleep {REQUEUE_SECONDS}; exit 1; fi',
+        "}",
+        "late() {",
+        "  trap 'kill $!; exit' TERM",
+        "  export SLURM_TIME_FORMAT=standard",
+        '  while end=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e) && [ -n "$end" ] \\',
+        '      && end=$(date --date="$end" +%s); do',
+        f"    left=$((end - {late_seconds} - $(date +%s)))",
+        '    if [ "$left" -le 0 ]; then again "the ranks do not react, and the time limit is near"; exit; fi',
+        '    sleep "$left" & wait $!',
+        "  done",
+        "}",
+        "late & late=$!",
+    ]
+
+
+def _teardown(step: int, prefix: str, max_requeues: int, python: str) -> list[str]:
+    """Shell lines after the ranks have ended: success, failure, or another start.
+
+    srun's exit code is not enough: it is 0 where a node's daemon was lost. A job that SLURM itself is ending
+    (cancelled, preempted, requeued by hand) is left to SLURM: it is no longer in the state RUNNING.
+    """
+    done, failed, folder = (
+        shlex.quote(text) for text in (f"{prefix}.done", f"{prefix}.failed", str(Path(prefix).parent))
+    )
+    return [
+        "code=$?",
+        'kill "$late" 2>/dev/null',
+        f"if [ -e {done} ]; then exit 0; fi",
+        f"if [ -e {failed} ]; then exit {USER_ERROR}; fi",
+        'if scontrol show job -o "$SLURM_JOB_ID" | grep -q " JobState=RUNNING "; then',
+        '  again "exit code $code"',
+        f'  starts="$((${{SLURM_RESTART_COUNT:-0}} + 1)) starts (exit code $code); max_requeues={max_requeues}"',
+        f"  {shlex.quote(python)} -m launch.cluster.mark_failed {folder} {step} "
+        f'"step {step} is not done after $starts; see its log"',
+        "fi",
+        "exit 1",
+    ]

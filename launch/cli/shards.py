@@ -292,9 +292,16 @@ def import_features_(output: str, visual: Path, audio: Path, splits: Path, frame
     """
     from data_shards.importers.released_features import import_features
 
-    with _Bar("importing features") as bar:
+    with _Bar("reading files (MiB)") as reading, _Bar("importing features") as bar:
         report = import_features(
-            visual, audio, splits, output, frames=frames, clips_per_shard=clips_per_shard, progress=bar.show
+            visual,
+            audio,
+            splits,
+            output,
+            frames=frames,
+            clips_per_shard=clips_per_shard,
+            digest_progress=reading.show,
+            progress=bar.show,
         )
     _print_report(report)
 

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from click.testing import CliRunner
 from avcil_dist.data.manifest import load_manifest
 from avcil_dist.errors import ConfigError, DataError
 from data_shards.build_plan import BuildReport
+from data_shards.importers import input_digests
 from data_shards.importers.released_features import import_features
 from data_shards.verify import verify_shards
 from launch.cli.shards import shards
@@ -101,11 +103,80 @@ def test_clips_without_good_features_are_rejected_by_name(tmp_path: Path, lists:
     assert sum(shard.count for shard in report.manifest.shards) == 7
 
 
+def _with_times_of(first: Path, second: Path) -> None:
+    """Give the second file the times of the first."""
+    status = first.stat()
+    os.utime(second, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("kind", ["npy", "hdf5"])
+def test_other_features_of_the_same_size_are_not_unchanged(tmp_path: Path, lists: Path, kind: str) -> None:
+    visual, audio = _features()
+    _import(_write(tmp_path, kind, visual, audio), lists, tmp_path / "out")
+    (tmp_path / "other").mkdir()
+    for name in ("visual", "audio"):
+        changed = {"visual": dict(visual), "audio": dict(audio)}
+        changed[name][KEYS[5]] = changed[name][KEYS[5]] + 1
+        others = _write(tmp_path / "other", kind, changed["visual"], changed["audio"])
+        with pytest.raises(ConfigError, match="made from other clips"):
+            _import(others, lists, tmp_path / "out")
+    again = _write(tmp_path / "other", kind, visual, audio)  # copies with other times
+    assert _import(again, lists, tmp_path / "out").unchanged
+
+
+def test_digests_are_reused_until_a_file_changes(tmp_path: Path, lists: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(input_digests, "SETTLED_NS", -1)
+    files = _write(tmp_path, "npy", *_features())
+    reads: list[int] = []
+
+    def digests() -> list[str]:
+        reads.clear()
+        return input_digests.input_digests(files, f"{tmp_path}/out", lambda done, total: reads.append(done))
+
+    first = digests()
+    assert reads
+    assert digests() == first
+    assert not reads
+    other = tmp_path / "other.npy"
+    data = bytearray(files[1].read_bytes())
+    data[-30] ^= 1
+    other.write_bytes(data)
+    _with_times_of(files[1], other)
+    other.replace(files[1])  # same name, size and time of change
+    assert digests()[0] == first[0]
+    assert digests()[1] != first[1]
+
+
+def test_digest_of_a_file_that_was_just_written_is_not_reused(tmp_path: Path) -> None:
+    path = tmp_path / "a.npy"
+    path.write_bytes(b"one")
+    first = input_digests.input_digests([path], f"{tmp_path}/out")
+    path.write_bytes(b"two")
+    assert input_digests.input_digests([path], f"{tmp_path}/out") != first
+    assert not (tmp_path / "out").exists()
+
+
 class _KilledError(Exception):
-    """Stands for a kill, between two shards."""
+    """Stands for a kill between two shards."""
 
 
-def test_broken_import_continues_where_it_was(tmp_path: Path, lists: Path) -> None:
+def test_interrupted_import_that_continues_with_other_files_has_the_others_only(tmp_path: Path, lists: Path) -> None:
+    def kill(done: int, total: int) -> None:
+        if done > 6:
+            raise _KilledError
+
+    visual, audio = _features()
+    files = _write(tmp_path, "npy", visual, audio)
+    with pytest.raises(_KilledError):
+        import_features(*files, lists, f"{tmp_path}/out", frames=FRAMES, clips_per_shard=3, progress=kill)
+    _write(tmp_path, "npy", {key: values + 1 for key, values in visual.items()}, audio)
+    report = _import(files, lists, tmp_path / "out")
+    urls = [report.manifest.url(number) for number in range(len(report.manifest.shards))]
+    for sample in wds.WebDataset(urls, shardshuffle=False).decode():
+        np.testing.assert_array_equal(sample["visual.npy"], (visual[sample["__key__"]] + 1).astype(np.float16))
+
+
+def test_interrupted_import_does_not_repeat_finished_shards(tmp_path: Path, lists: Path) -> None:
     def kill(done: int, total: int) -> None:
         if done > 6:
             raise _KilledError
@@ -123,6 +194,7 @@ def test_broken_import_continues_where_it_was(tmp_path: Path, lists: Path) -> No
 MEASURE = """
 import resource, sys
 from pathlib import Path
+from data_shards.importers import input_digests
 from data_shards.importers.released_features import import_features
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 visual, audio, lists, output = sys.argv[1:]

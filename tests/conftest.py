@@ -1,8 +1,44 @@
-"""Settings of the whole suite. One thread: two cores are soon full of ranks."""
+"""Settings of the whole suite: markers by folder, one thread per process, no process in a fast test."""
 
 import os
+import subprocess
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+TESTS = Path(__file__).parent
+MARKERS = {"ranks": "ranks", "services": "services", "slurm": "slurm", "gpu": "gpu", "end_to_end": "slow"}
+COMPILERS = {"c++", "g++", "clang++", Path(os.environ.get("CXX", "c++")).name}
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a test has several ranks; two cores have no room for their threads
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test by its folder; a unit test is fast unless it is marked as slow."""
+    for item in items:
+        folder = item.path.relative_to(TESTS).parts[0]
+        if folder != "unit":
+            item.add_marker(MARKERS[folder])
+        elif item.get_closest_marker("slow") is None:
+            item.add_marker("fast")
+
+
+@pytest.fixture(autouse=True)
+def no_process_in_a_fast_test(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail a fast test that starts a process. The attention's kernels, compiled once per machine, are the exception."""
+    if not request.node.get_closest_marker("fast"):
+        return
+    start = subprocess.Popen.__init__
+
+    def refuse(process: Any, *arguments: Any, **settings: Any) -> None:
+        command = arguments[0] if arguments else None
+        if isinstance(command, list) and Path(command[0]).name in COMPILERS:
+            return start(process, *arguments, **settings)
+        pytest.fail("a fast test must not start a process: mark it with pytest.mark.slow")
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
+    monkeypatch.setattr(BaseProcess, "start", refuse)

@@ -69,6 +69,7 @@ def test_batches_are_the_same_from_every_tier_and_a_clip_is_read_once(
         assert [digest(batch) for batch in again] == [digest(batch) for batch in plain]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tier", ["device", "host"])
 def test_decoded_clips_are_at_hand_from_their_first_epoch_on(tmp_path: Path, tier: str) -> None:
     videos = tiny_manifest(tmp_path, ["a", "b"], {"train": 4})

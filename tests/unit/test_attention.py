@@ -169,6 +169,7 @@ def test_compiled_sweeps_give_what_float64_gives(tokens: torch.dtype, tokens_too
         assert (mine.double() - true).norm() <= tolerance * max(1, true.norm())
 
 
+@pytest.mark.slow
 def test_triton_kernels_give_what_torch_gives() -> None:
     """In a process of their own: Triton must know at its import that its interpreter is to run them."""
     environment = os.environ | {"TRITON_INTERPRET": "1"}
@@ -178,6 +179,7 @@ def test_triton_kernels_give_what_torch_gives() -> None:
     assert done.stdout.split() == ["torch.float32", "torch.bfloat16", "torch.float16"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", ["*bf16", "*fp16", "*fp32"])
 @pytest.mark.parametrize("kernel", ["_attend", "_compare", "_differentiate"])
 def test_triton_kernels_are_compiled_for_a_gpu_that_is_not_here(kernel: str, keys: str) -> None:

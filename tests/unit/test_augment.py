@@ -140,6 +140,7 @@ def test_every_appearance_of_a_clip_is_another_and_exemplars_are_augmented_too(c
     assert all(request.draw is None for request in training(clips, AugmentConfig()))
 
 
+@pytest.mark.slow
 def test_the_draws_are_the_same_on_any_world_size_with_any_workers_and_after_a_resume(clips: Manifest) -> None:
     whole = load(training(clips), clips)
     assert rows(load(training(clips), clips, workers=2)) == rows(whole)

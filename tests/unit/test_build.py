@@ -63,6 +63,7 @@ def test_shards_hold_every_clip_of_the_csv(tmp_path: Path) -> None:
     assert names == {"build.json", "manifest.json", "rejected.csv", "test", "train", "val"}
 
 
+@pytest.mark.slow
 def test_two_processes_build_the_same_bytes(tmp_path: Path) -> None:
     source = render_tiny(tmp_path / "clips")
     seen: list[tuple[int, int]] = []
@@ -220,6 +221,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_killed_build_leaves_no_process_and_continues(tmp_path: Path) -> None:
     source = render_tiny(tmp_path / "clips")
     (tmp_path / "killed.py").write_text(KILLED_BUILD)

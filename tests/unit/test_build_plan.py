@@ -125,6 +125,7 @@ build_part(Path(sys.argv[1]), sys.argv[2], Part(0, 2), clips_per_shard=2, min_se
 """
 
 
+@pytest.mark.slow
 def test_killed_part_continues_and_leaves_nothing_behind(clips: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
@@ -154,6 +155,7 @@ def test_shards_go_straight_to_a_url(clips: Path, tmp_path: Path, protocol: str)
     assert build_shards(clips, output, **SETTINGS).unchanged
 
 
+@pytest.mark.slow
 def test_commands_build_parts_and_merge_them(clips: Path, tmp_path: Path) -> None:
     def run(*words: str) -> str:
         result = CliRunner().invoke(shards, list(words))

@@ -95,6 +95,7 @@ def test_a_shard_in_use_is_never_removed_even_the_oldest(shards: Shards) -> None
     assert 1 not in shards.kept()
 
 
+@pytest.mark.slow
 def test_a_shard_that_another_process_uses_is_not_removed(shards: Shards) -> None:
     shards.use(1)
     script = (

@@ -384,6 +384,7 @@ def test_a_network_whose_state_is_put_in_reads_no_weights(tmp_path: Path) -> Non
         build_network(config, CLIP, {}, num_classes=3)
 
 
+@pytest.mark.slow
 def test_libraries_of_transformers_are_imported_only_for_a_configuration_that_names_them() -> None:
     code = "import sys, avcil_dist.models.network; print(*{'transformers', 'timm', 'huggingface_hub'} & {*sys.modules})"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

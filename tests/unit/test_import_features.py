@@ -203,6 +203,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["npy", "hdf5"])
 def test_features_are_never_in_memory_together(tmp_path: Path, lists: Path, kind: str) -> None:
     random = np.random.default_rng(0)

@@ -57,6 +57,7 @@ def test_tars_written_by_webdataset_are_imported_and_read(tmp_path: Path) -> Non
     assert batch.labels.tolist() == [1, 1]
 
 
+@pytest.mark.slow
 def test_import_of_built_shards_gives_their_manifest(tmp_path: Path) -> None:
     built = build_shards(
         render_tiny(tmp_path / "clips"), f"{tmp_path}/out", clips_per_shard=2, min_seconds=0.5
@@ -132,6 +133,7 @@ def test_manifest_is_never_overwritten(tmp_path: Path) -> None:
         import_tars([url], f"{tmp_path}/manifest.json")
 
 
+@pytest.mark.slow
 def test_command_writes_the_manifest(tmp_path: Path) -> None:
     url = _tar(tmp_path / "a.tar", {"x.mp4": b"", "x.cls": b"0"})
     (tmp_path / "names.txt").write_text("dog\n")

@@ -196,6 +196,7 @@ def tracked_files() -> list[Path]:
     return [path for name in listed.stdout.split("\0") if name and (path := PROJECT / name).is_file()]
 
 
+@pytest.mark.slow
 def test_no_text_holds_a_path_of_one_machine() -> None:
     private = re.compile(r"(?:(?<![\w.$}~/-])|(?<=file://))/(?:work|tmp|home|root|Users)\b")
     found = []

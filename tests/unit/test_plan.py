@@ -119,6 +119,7 @@ def test_the_plan_is_equal_across_calls_and_resumes_as_its_own_suffix(
     np.testing.assert_array_equal(again.rest, first.rest)
 
 
+@pytest.mark.slow
 def test_the_plan_is_equal_across_processes() -> None:
     script = (
         "from tests.unit.test_plan import TEN_BY_THREE, make_manifest, plan; import json;"

@@ -137,6 +137,7 @@ def test_ranks_together_have_the_batches_of_one(features: Manifest) -> None:
         assert torch.equal(torch.cat([current, replay]), all_rows.visual)
 
 
+@pytest.mark.slow
 def test_decoding_processes_do_not_change_the_batches(clips: Manifest) -> None:
     source = FixedSampler(plan_evaluation(clips.clips(clips.classes, "train")[::-1], 3))
     here, there = load(source, clips, workers=0), load(source, clips, workers=2)
@@ -149,6 +150,7 @@ def test_decoding_processes_do_not_change_the_batches(clips: Manifest) -> None:
         assert_equal(one, other)
 
 
+@pytest.mark.slow
 def test_one_shard_serves_two_ranks_of_two_processes_each_clip_once(clips: Manifest) -> None:
     alone = replace(clips, classes=("cat",), shards=clips.shards[:1])
     reference = load(FixedSampler(np.array([[0, 1, 2, 3]])), alone)[0].visual

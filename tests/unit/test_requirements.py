@@ -74,6 +74,7 @@ def test_a_source_disjoint_test_of_nothing_is_refused(tmp_path: Path) -> None:
     check_run(load_config(str(path), ["data.source_disjoint=false"]), 1, restart=True)
 
 
+@pytest.mark.slow
 def test_analytic_on_clips_wants_encoders_that_stay_as_they_are(tmp_path: Path) -> None:
     manifest = build_shards(
         render_tiny(tmp_path / "clips"),

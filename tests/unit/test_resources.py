@@ -62,6 +62,7 @@ def test_sbatch_is_given_this_script(name: str, text: str) -> None:
     assert text == (GOLDEN / name).read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["first_step.sh", "grown_step.sh"])
 def test_the_script_is_one_for_a_shell(name: str) -> None:
     subprocess.run(["bash", "-n", GOLDEN / name], check=True)
@@ -94,21 +95,25 @@ def run_end(tmp_path: Path, code: int, *, state: str, restarts: int = 0, mark: s
     return done.returncode, asked.read_text().split() if asked.exists() else [], done.stdout
 
 
+@pytest.mark.slow
 def test_a_step_that_is_done_or_failed_is_not_begun_again(tmp_path: Path) -> None:
     assert run_end(tmp_path, 0, state="RUNNING", mark="done")[:2] == (0, [])
     (tmp_path / "step_002.done").unlink()
     assert run_end(tmp_path, 2, state="RUNNING", mark="failed")[:2] == (2, [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [0, 1, 75, 137])  # srun gives 0 when it lost a node's daemon
 def test_a_step_that_is_neither_is_requeued(tmp_path: Path, code: int) -> None:
     assert run_end(tmp_path, code, state="RUNNING", restarts=2)[:2] == (99, ["show", "requeue"])
 
 
+@pytest.mark.slow
 def test_a_job_that_slurm_is_ending_is_left_to_it(tmp_path: Path) -> None:
     assert run_end(tmp_path, 143, state="COMPLETING") == (1, ["show"], "")
 
 
+@pytest.mark.slow
 def test_a_step_that_never_gets_done_fails_in_the_end(tmp_path: Path) -> None:
     code, asked, said = run_end(tmp_path, 137, state="RUNNING", restarts=3)
     assert (code, asked) == (1, ["show"])

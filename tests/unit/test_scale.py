@@ -67,6 +67,7 @@ def manifest_url(tmp_path_factory: pytest.TempPathFactory) -> str:
     return url
 
 
+@pytest.mark.slow
 def test_an_epoch_of_vggsound_is_planned_for_64_ranks_in_seconds(manifest_url: str) -> None:
     words = [sys.executable, "-c", SCRIPT, manifest_url]
     done = subprocess.run(words, cwd=PROJECT, capture_output=True, text=True, check=True)

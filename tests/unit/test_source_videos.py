@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from avcil_dist.compose import load_config
 from avcil_dist.data.manifest import load_manifest
@@ -34,6 +35,7 @@ def test_clips_that_share_a_video_with_any_training_clip_are_told(tmp_path: Path
     assert source_disjoint(manifest, ["class_000"], clips[:0]).tolist() == []
 
 
+@pytest.mark.slow
 def test_a_stream_reports_both_accuracies_and_its_confusions(tmp_path: Path) -> None:
     clips = {"train": 24, "val": 6, "test": 10}
     make_feature_shards(tmp_path / "shards", classes=6, clips=clips, key=key_of, separation=0.4)

@@ -41,6 +41,7 @@ def test_clips_are_h264_and_sound_of_the_length_asked_for() -> None:
     assert info.duration == pytest.approx(1.0, abs=0.05)
 
 
+@pytest.mark.slow
 def test_bytes_follow_from_the_seed_whatever_the_processes(tmp_path: Path) -> None:
     render_dataset(tmp_path / "one", SPEC, processes=1)
     render_dataset(tmp_path / "two", SPEC, processes=2)
@@ -101,10 +102,12 @@ def test_part_of_the_picture_pulses_with_the_sound() -> None:
     assert sorted(correlation)[-2] < 0.6
 
 
+@pytest.mark.slow
 def test_a_linear_map_learns_the_classes_from_sound() -> None:
     assert _accuracy(_sound_features) > 0.9
 
 
+@pytest.mark.slow
 def test_a_linear_map_learns_from_the_pictures_more_than_chance() -> None:
     # distractors wear other classes' colours, so colour alone must not be enough, nor useless
     assert 0.3 < _accuracy(_colour_features) < 1.0

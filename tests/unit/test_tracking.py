@@ -284,6 +284,7 @@ def run_stream_of(folder: str, output: str) -> None:
     sys.exit(0 if stream.send(patience=240.0) else 1)  # eight processes on a busy machine wait for each other
 
 
+@pytest.mark.slow
 def test_a_database_whose_creation_was_killed_is_created_again(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     command = [sys.executable, "-c", f"from avcil_dist.tracking.client import connect; connect({uri!r})"]
@@ -298,6 +299,7 @@ def test_a_database_whose_creation_was_killed_is_created_again(tmp_path: Path) -
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mlflow.db", "mlflow.db.lock"]
 
 
+@pytest.mark.slow
 def test_eight_processes_at_once_on_a_new_database_all_send_everything(tmp_path: Path) -> None:
     output = str(tmp_path / "runs")
     context = multiprocessing.get_context("forkserver")

@@ -111,6 +111,7 @@ def test_table_counts_per_class_and_split(url: str) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_commands_render_build_verify_and_list(tmp_path: Path) -> None:
     run = CliRunner().invoke
     clips, output = str(tmp_path / "clips"), str(tmp_path / "out")
@@ -132,6 +133,7 @@ def test_commands_render_build_verify_and_list(tmp_path: Path) -> None:
     assert "unchanged" in again.output
 
 
+@pytest.mark.slow
 def test_verify_command_prints_the_faults_and_raises(url: str) -> None:
     _path(url, 0).unlink()
     result = CliRunner().invoke(shards, ["verify", url])
@@ -174,12 +176,14 @@ def test_repair_changes_nothing_without_faults_or_without_intact_shards(url: str
     assert Path(url).read_bytes() == before
 
 
+@pytest.mark.slow
 def test_processes_find_the_same_faults(url: str) -> None:
     _path(url, 0).unlink()
     _path(url, 4).write_bytes(b"")
     assert verify_shards(url, processes=2) == verify_shards(url)
 
 
+@pytest.mark.slow
 def test_repair_command_reports_the_intact_shards(url: str) -> None:
     _path(url, 0).unlink()
     result = CliRunner().invoke(shards, ["verify", url, "--repair", "--processes", "1"])

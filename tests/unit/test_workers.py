@@ -30,6 +30,7 @@ def _break(item: int, crashed: frozenset[int], mark_start: MarkStart) -> int:
     return item // 0
 
 
+@pytest.mark.slow
 def test_results_are_in_the_order_of_the_items() -> None:
     items = [[number] * (10 - number) for number in range(10)]
     expected = [[2 * element for element in item] for item in items]
@@ -39,11 +40,13 @@ def test_results_are_in_the_order_of_the_items() -> None:
     assert map_in_workers(_double, items, processes=2, on_start=counts.append) == expected
 
 
+@pytest.mark.slow
 def test_only_elements_that_crash_a_worker_are_left_out() -> None:
     items = [[1, 2], [3, 13, 5, 13, 7], [8]]
     assert map_in_workers(_double, items, processes=2) == [[2, 4], [6, 10, 14], [16]]
 
 
+@pytest.mark.slow
 def test_item_that_crashes_every_worker_ends_the_run() -> None:
     with pytest.raises(DataError, match=r"4 worker processes crashed, the last with exit code -11; is memory short"):
         map_in_workers(_double, [[1], [13] * 9], processes=1)

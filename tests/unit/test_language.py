@@ -1,0 +1,175 @@
+"""The language rule: a docstring begins with a noun or an imperative, and names machines' actions plainly."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[2]
+FILES = sorted(
+    path for package in ("avcil_dist", "data_shards", "launch") for path in (PROJECT / package).rglob("*.py")
+)
+# Files that are still to be rewritten; the list only shrinks.
+UNDONE = {
+    "avcil_dist/data/augment.py",
+    "avcil_dist/data/clip_cache.py",
+    "avcil_dist/data/decode.py",
+    "avcil_dist/data/exemplar_memory.py",
+    "avcil_dist/data/layout.py",
+    "avcil_dist/data/loader.py",
+    "avcil_dist/data/manifest.py",
+    "avcil_dist/data/reader.py",
+    "avcil_dist/data/shard_cache.py",
+    "avcil_dist/data/source_videos.py",
+    "avcil_dist/data/transforms.py",
+    "avcil_dist/errors.py",
+    "avcil_dist/inference.py",
+    "avcil_dist/methods/analytic.py",
+    "avcil_dist/methods/base.py",
+    "avcil_dist/methods/icarl.py",
+    "avcil_dist/methods/nearest_mean.py",
+    "avcil_dist/models/attention/fused.py",
+    "avcil_dist/models/attention/kernels_cpu.py",
+    "avcil_dist/models/attention/kernels_torch.py",
+    "avcil_dist/models/attention/module.py",
+    "avcil_dist/models/heads.py",
+    "avcil_dist/models/network.py",
+    "avcil_dist/models/network_spec.py",
+    "avcil_dist/models/outputs.py",
+    "avcil_dist/models/precision.py",
+    "avcil_dist/reporting/report.py",
+    "avcil_dist/scenario.py",
+    "avcil_dist/signals.py",
+    "avcil_dist/storage/files.py",
+    "avcil_dist/storage/retry.py",
+    "avcil_dist/streams/artifact.py",
+    "avcil_dist/streams/metrics.py",
+    "avcil_dist/tracking/__init__.py",
+    "avcil_dist/tracking/artifacts.py",
+    "avcil_dist/tracking/client.py",
+    "avcil_dist/tracking/event_queue.py",
+    "avcil_dist/tracking/events.py",
+    "avcil_dist/tracking/mlflow_writer.py",
+    "avcil_dist/tracking/registry.py",
+    "avcil_dist/tracking/resume.py",
+    "avcil_dist/tracking/sender.py",
+    "avcil_dist/tracking/session.py",
+    "avcil_dist/training/clip_cache_placement.py",
+    "avcil_dist/training/collectives.py",
+    "avcil_dist/training/engine.py",
+    "avcil_dist/training/exemplar_copies.py",
+    "avcil_dist/training/failure_sync.py",
+    "avcil_dist/training/preflight.py",
+    "avcil_dist/training/snapshot.py",
+    "avcil_dist/training/state.py",
+    "avcil_dist/training/step.py",
+    "avcil_dist/training/teacher.py",
+    "avcil_dist/training/teacher_cache.py",
+    "avcil_dist/training/train_step.py",
+    "avcil_dist/training/trainer.py",
+    "avcil_dist/world.py",
+    "data_shards/build.py",
+    "data_shards/build_plan.py",
+    "data_shards/cut.py",
+    "data_shards/features.py",
+    "data_shards/importers/released_features.py",
+    "data_shards/importers/webdataset_tars.py",
+    "data_shards/listings/pickled_dict.py",
+    "data_shards/rejections.py",
+    "data_shards/shard_writer.py",
+    "data_shards/synthetic.py",
+    "data_shards/verify.py",
+    "data_shards/workers.py",
+    "launch/__main__.py",
+    "launch/bench/contenders.py",
+    "launch/bench/eager_reference.py",
+    "launch/bench/loader.py",
+    "launch/bench/step.py",
+    "launch/bench/stream.py",
+    "launch/cli/bench.py",
+    "launch/cli/jobs.py",
+    "launch/cli/main.py",
+    "launch/cli/shards.py",
+    "launch/cli/tracking.py",
+    "launch/cluster/chain.py",
+    "launch/cluster/chain_record.py",
+    "launch/cluster/code_snapshot.py",
+    "launch/cluster/mark_failed.py",
+    "launch/cluster/rank_entry.py",
+    "launch/cluster/resources.py",
+    "launch/cluster/schedulers/slurm.py",
+    "launch/cluster/status.py",
+    "launch/cluster/supervisor.py",
+    "launch/local.py",
+    "launch/sandbox/cluster.py",
+    "launch/sandbox/daemons.py",
+    "launch/sweep.py",
+}
+QUESTION = re.compile(r"(What|Where|How|Who|Which|Why)\b")  # "Whether …" is the form of a predicate
+# Verbs of people. A person may use them: "the user wants". "known" and "unknown" are adjectives.
+PRIVATE = re.compile(
+    r"(?<!\buser )(?<!\busers )(?<!\byou )\b(?:"
+    r"says?|said|saying|tells?|told|telling|asks?|asked|asking|hears?|heard|knows?|knew|knowing"
+    r"|wants?|wanted|promises?|promised|heeds?|mends?|mended|mending"
+    r"|at hand|go(?:es)? on|went on|held against|hold(?:s)? against"
+    r")\b",
+    re.IGNORECASE,
+)
+
+
+def docstrings(text: str) -> Iterator[tuple[int, str]]:
+    """The line and the text of each docstring of a module's source."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            docstring = ast.get_docstring(node)
+            if docstring:
+                yield node.body[0].lineno, docstring
+
+
+def faults(text: str) -> list[str]:
+    """Each breach of the rule as `line: words`."""
+    found = []
+    for line, docstring in docstrings(text):
+        if QUESTION.match(docstring):
+            found.append(f"{line}: begins with a question word: {docstring.splitlines()[0]}")
+        prose = re.sub(r"`[^`]*`", "", docstring)
+        found += [f"{line}: {match[0]!r} in: {docstring.splitlines()[0]}" for match in PRIVATE.finditer(prose)]
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PROJECT)))
+def test_docstrings_are_in_plain_technical_english(path: Path) -> None:
+    if str(path.relative_to(PROJECT)) in UNDONE:
+        pytest.skip("still to be rewritten")
+    assert not faults(path.read_text())
+
+
+@pytest.mark.parametrize(
+    "docstring",
+    [
+        "What the teacher gives.",
+        "Which clip is where.",
+        "Why it failed.",
+        "Cache that is told of clips.",
+        "Clips at hand.",
+        "The next step goes on from it.",
+        "Digest, held against the file.",
+    ],
+)
+def test_a_breach_is_found(docstring: str) -> None:
+    assert faults(f'def f():\n    """{docstring}"""\n')
+
+
+@pytest.mark.parametrize(
+    "docstring",
+    [
+        "Whether the clip is cached.",
+        "Cache of teacher outputs, with `ask` and `told` as keys.",
+        "Settings that the user wants to change; an unknown or known key.",
+        "However many ranks, the order is one.",
+    ],
+)
+def test_plain_english_is_accepted(docstring: str) -> None:
+    assert not faults(f'class C:\n    """{docstring}"""\n')

@@ -9,13 +9,12 @@ import multiprocessing
 import os
 import socket
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch.cuda
 from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 
-from avcil_dist import storage
 from avcil_dist.config.schema import Config
 from avcil_dist.errors import AvcilError, StepStopped, WorldError
 from avcil_dist.exit_codes import INTERRUPTED, STOPPED, USER_ERROR
@@ -24,9 +23,9 @@ from avcil_dist.streams.stream import next_step, stream_url
 from avcil_dist.tracking.session import stream_run
 from avcil_dist.training.engine import name_accelerator
 from avcil_dist.training.preflight import check_run
-from avcil_dist.training.snapshot import discard_stale
 from avcil_dist.world import World, world_from_environment
 from launch.progress import print_warning
+from launch.resume_policy import KEEP_ALL, ResumePolicy, discard_state
 from launch.step_run import StepRun
 
 POLL_SECONDS = 0.5
@@ -34,20 +33,7 @@ GRACE_SECONDS = 4  # for ranks to end by themselves when one has failed, before 
 PRELOADED = ["torch", "deepspeed", "avcil_dist.training.step", "avcil_dist.tracking.mlflow_writer"]
 
 
-@dataclass(frozen=True)
-class ResumePolicy:
-    """What is thrown away before a stream goes on.
-
-    `restart`: its committed steps. `restart_step`: the snapshots of the step that is next. `reset_optimizer`:
-    the optimizer's state in the snapshot that this step goes on from.
-    """
-
-    restart: bool = False
-    restart_step: bool = False
-    reset_optimizer: bool = False
-
-
-def run_stream(config: Config, *, processes: int, policy: ResumePolicy = ResumePolicy()) -> str:
+def run_stream(config: Config, *, processes: int, policy: ResumePolicy = KEEP_ALL) -> str:
     """Run all steps that are not committed yet; returns the stream's folder.
 
     With no launcher around, each step gets `processes` ranks on this machine; otherwise the
@@ -60,9 +46,7 @@ def run_stream(config: Config, *, processes: int, policy: ResumePolicy = ResumeP
     stream = stream_url(config)
     first = 0 if policy.restart else next_step(stream, num_steps)
     if place.is_main:
-        if policy.restart:
-            storage.remove_tree(stream)
-        discard_stale(config, first, own=policy.restart or policy.restart_step)
+        discard_state(config, policy, num_steps)
     with listening() as stop, stream_run(config, is_main=place.is_main, warn=print_warning) as run_id:
         for step in range(first, num_steps):
             worlds = (_rank_of(place, step),) if has_launcher else local_worlds(processes)

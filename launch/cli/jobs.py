@@ -54,7 +54,7 @@ def submit(
     from avcil_dist.compose import load_config
     from launch.cluster.chain import script_texts, submit_stream
     from launch.cluster.resources import load_cluster
-    from launch.local import ResumePolicy
+    from launch.resume_policy import ResumePolicy
 
     settings, of_cluster = split_words(words, cluster)
     resolved, place = load_config(config, settings), load_cluster(cluster, of_cluster)

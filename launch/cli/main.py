@@ -78,7 +78,8 @@ def train(
       torchrun --nproc-per-node 8 -m launch train my.yaml engine=zero2
     """
     from avcil_dist.compose import load_config
-    from launch.local import ResumePolicy, run_stream
+    from launch.local import run_stream
+    from launch.resume_policy import ResumePolicy
 
     if processes < 1:
         raise click.BadParameter("at least 1", param_hint="--processes")

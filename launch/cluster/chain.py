@@ -18,15 +18,13 @@ from avcil_dist.errors import ConfigError, SchedulerError
 from avcil_dist.streams.stream import next_step, stream_url
 from avcil_dist.tracking.session import open_run
 from avcil_dist.training.preflight import check_run
-from avcil_dist.training.snapshot import snapshots_url
 from launch.cluster.chain_record import Chain, has_chain, read_chain
 from launch.cluster.code_snapshot import snapshot_code, snapshot_folder
 from launch.cluster.resources import ClusterConfig
 from launch.cluster.schedulers.base import JobStart, JobState, Scheduler, scheduler_of
-from launch.local import ResumePolicy
+from launch.resume_policy import KEEP_ALL, ResumePolicy, discard_state
 
 LOCK_SECONDS = 60
-KEEP_ALL = ResumePolicy()
 
 
 @dataclass(frozen=True)
@@ -126,11 +124,7 @@ def _throw_away(config: Config, chain: Chain, scheduler: Scheduler, policy: Resu
     stream = stream_url(config)
     if scheduler.live_jobs(stream, chain):
         raise ConfigError(f"{stream}: its jobs wait or run; end them first: avcil cancel {stream}")
-    first = 0 if policy.restart else next_step(stream, chain.num_steps)
-    if policy.restart:
-        storage.remove_tree(stream)
-    if policy.restart or policy.restart_step:
-        storage.remove_tree(snapshots_url(config, first))
+    discard_state(config, policy, chain.num_steps)
 
 
 @contextmanager

@@ -1,0 +1,163 @@
+"""Submission of a chain of jobs with a scheduler that only records what it is given."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from avcil_dist import storage
+from avcil_dist.compose import load_config
+from avcil_dist.config.schema import Config
+from avcil_dist.errors import ConfigError
+from avcil_dist.streams.stream import stream_url
+from avcil_dist.training.snapshot import snapshots_url
+from avcil_dist.world import World
+from launch.cluster import chain as chain_module
+from launch.cluster.chain import Submission, submit_stream
+from launch.cluster.chain_record import Chain, read_chain, write_chain
+from launch.cluster.resources import ClusterConfig
+from launch.cluster.schedulers.base import JobStart, JobState
+from launch.resume_policy import KEEP_ALL, ResumePolicy
+
+NUM_STEPS = 4
+CLUSTER = ClusterConfig(kind="slurm")
+RESTART = ResumePolicy(restart=True)
+
+
+@dataclass
+class RecordingScheduler:
+    """A scheduler whose live jobs are set by the test."""
+
+    live: dict[int, JobState] = field(default_factory=dict)
+    starts: list[JobStart] = field(default_factory=list)
+    cancelled_from: list[int] = field(default_factory=list)
+
+    def check(self, cluster: ClusterConfig) -> None: ...
+
+    def require(self) -> None: ...
+
+    def submit(
+        self, config: Config, cluster: ClusterConfig, chain: Chain, steps: Sequence[int], start: JobStart
+    ) -> Chain:
+        self.starts.append(start)
+        for step in steps:
+            chain = chain.with_job(step, f"new-{step}")
+        write_chain(stream_url(config), chain)
+        return chain
+
+    def live_jobs(self, stream: str, chain: Chain) -> dict[int, JobState]:
+        return self.live
+
+    def past_jobs(self, chain: Chain, steps: Iterable[int]) -> dict[int, JobState]:
+        return {}
+
+    def last_job(self, chain: Chain) -> str:
+        return chain.jobs[chain.num_steps - 1][-1]
+
+    def cancel(self, chain: Chain, first_step: int = 0) -> int:
+        self.cancelled_from.append(first_step)
+        return len(self.live)
+
+    def script(self, chain: Chain, cluster: ClusterConfig, step: int, previous: str | None) -> str:
+        return f"{step} after {previous}"
+
+    def world(self, port: int) -> World:
+        return World()
+
+
+def waiting(step: int) -> JobState:
+    return JobState(f"old-{step}", f"job-{step}", "PENDING", "", "", is_live=True)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return load_config("demo", [f"output={tmp_path}/runs", f"snapshot.folder={tmp_path}/fast"])
+
+
+@pytest.fixture
+def scheduler(monkeypatch: pytest.MonkeyPatch) -> RecordingScheduler:
+    recording = RecordingScheduler()
+    monkeypatch.setattr(chain_module, "scheduler_of", lambda kind: recording)
+    monkeypatch.setattr(chain_module, "check_run", lambda *_, **__: SimpleNamespace(num_steps=NUM_STEPS))
+    return recording
+
+
+def submit(config: Config, policy: ResumePolicy = KEEP_ALL, after: str | None = None) -> Submission:
+    return submit_stream(config, CLUSTER, run_id="id", after=after, policy=policy)
+
+
+def commit_steps(config: Config, count: int) -> None:
+    for step in range(count):
+        storage.write_bytes(f"{stream_url(config)}/step_{step:03d}/COMMITTED.json", b"{}")
+
+
+def test_a_new_stream_gets_a_job_for_each_step(config: Config, scheduler: RecordingScheduler) -> None:
+    done = submit(config, ResumePolicy(reset_optimizer=True), after="before")
+    assert (done.new, done.kept, done.last) == ((0, 1, 2, 3), (), "new-3")
+    assert scheduler.starts == [JobStart("id", 0, "before", reset_optimizer=True)]
+    assert read_chain(done.stream).config() == config
+
+
+def test_committed_steps_get_no_job(config: Config, scheduler: RecordingScheduler) -> None:
+    commit_steps(config, 2)
+    done = submit(config)
+    assert done.new == (2, 3)
+    assert scheduler.starts == [JobStart("id", 2)]
+    commit_steps(config, NUM_STEPS)
+    done = submit(config)
+    assert (done.new, done.kept, done.last) == ((), (), None)
+    assert len(scheduler.starts) == 1
+
+
+def test_jobs_that_wait_or_run_are_kept_and_recorded(config: Config, scheduler: RecordingScheduler) -> None:
+    submit(config)
+    scheduler.live = {0: waiting(0), 1: waiting(1)}
+    done = submit(config)
+    assert (done.new, done.kept) == ((2, 3), (0, 1))
+    jobs = read_chain(done.stream).jobs
+    assert jobs == {step: (f"new-{step}", f"old-{step}" if step < 2 else f"new-{step}") for step in range(NUM_STEPS)}
+
+
+def test_other_settings_than_those_of_the_live_jobs_are_refused(config: Config, scheduler: RecordingScheduler) -> None:
+    submit(config)
+    scheduler.live = {step: waiting(step) for step in range(NUM_STEPS)}
+    changed = config.model_copy(update={"seed": config.seed, "memory": config.memory.model_copy(update={"size": 999})})
+    with pytest.raises(ConfigError, match=r"memory\.size=.*, not 999; end them first: avcil cancel"):
+        submit(changed)
+    assert submit(config).kept == (0, 1, 2, 3)
+
+
+def test_jobs_whose_predecessor_is_gone_are_ended_and_submitted_again(
+    config: Config, scheduler: RecordingScheduler
+) -> None:
+    commit_steps(config, 1)
+    scheduler.live = {0: waiting(0), 2: waiting(2), 3: waiting(3)}
+    done = submit(config)
+    assert scheduler.cancelled_from == [1]
+    assert (done.new, done.kept) == ((1, 2, 3), ())
+
+
+def test_restart_discards_steps_and_all_snapshots_wherever_they_are(
+    config: Config, scheduler: RecordingScheduler
+) -> None:
+    commit_steps(config, 2)
+    snapshots = Path(storage.parent(snapshots_url(config, 0)))
+    for name in ("step_000", "teacher_001", "step_002"):
+        (snapshots / name).mkdir(parents=True)
+    assert submit(config, RESTART).new == (0, 1, 2, 3)
+    assert not Path(stream_url(config), "step_000").exists()
+    assert not snapshots.exists()
+
+
+def test_restart_of_a_step_keeps_committed_steps(config: Config, scheduler: RecordingScheduler) -> None:
+    commit_steps(config, 2)
+    snapshots = Path(storage.parent(snapshots_url(config, 0)))
+    for name in ("step_002", "teacher_002"):
+        (snapshots / name).mkdir(parents=True)
+    assert submit(config, ResumePolicy(reset_optimizer=True)).new == (2, 3)
+    assert sorted(path.name for path in snapshots.iterdir()) == ["step_002", "teacher_002"]
+    assert submit(config, ResumePolicy(restart_step=True)).new == (2, 3)
+    assert not snapshots.exists()
+    assert Path(stream_url(config), "step_001", "COMMITTED.json").exists()

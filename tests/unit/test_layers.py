@@ -1,4 +1,4 @@
-"""What the architecture promises of the source text: layers, sizes, what is packaged, what is never called."""
+"""The architecture, checked on the source text: layers, rooms, sizes, packaging, calls that are forbidden."""
 
 import ast
 import re
@@ -35,6 +35,12 @@ LAYERS = (
     ("data_shards.",),
     ("launch.",),
 )
+# A room is a package of the second level with all below it, or a module beside these packages.
+MAX_ROOMS = 22  # of more than one file
+FORBIDDEN = {  # neither imported nor needed by way of others
+    "avcil_dist.streams": ("deepspeed", "torch.distributed", "mlflow", "avcil_dist.training", "avcil_dist.methods"),
+    "avcil_dist.reporting": ("avcil_dist.tracking", "avcil_dist.training", "mlflow"),
+}
 NOT_FOR_METHODS = ("avcil_dist.storage", "deepspeed", "mlflow", "torch.distributed", "fsspec", "launch")
 PICKLERS = ("pickle", "dill", "cloudpickle", "shelve", "joblib")
 MAX_FILE_LINES = 400
@@ -102,8 +108,52 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
         visit(name, ())
 
 
+def room_of(name: str) -> str:
+    parts = name.split(".")
+    return ".".join(parts[:2]) if ".".join(parts[:2]) in MODULES else parts[0]
+
+
+def test_no_circle_between_rooms() -> None:
+    needs: dict[str, set[str]] = {}
+    for name in MODULES:
+        needs.setdefault(room_of(name), set()).update(room_of(other) for other in own_imports(name))
+    order: list[str] = []
+    while rest := {room: others - {room, *order} for room, others in needs.items() if room not in order}:
+        free = sorted(room for room, others in rest.items() if not others)
+        assert free, f"rooms that import each other are among {rest}"
+        order += free
+
+
+def test_rooms_are_few() -> None:
+    rooms = {path.parent for path in MODULES.values() if path.name != "__init__.py"}
+    assert len(rooms) <= MAX_ROOMS, sorted(str(room.relative_to(PROJECT)) for room in rooms)
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_a_room_needs_nothing_that_it_must_work_without(package: str) -> None:
+    names = needed_by([name for name in MODULES if within(name, (package,))])
+    breaches = {name: [other for other in imports(name) if within(other, FORBIDDEN[package])] for name in names}
+    assert not {name: others for name, others in breaches.items() if others}
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if within(name, ("avcil_dist.tracking",))])
+def test_tracking_imports_nothing_of_training(name: str) -> None:
+    assert not [other for other in imports(name) if within(other, ("avcil_dist.training", "avcil_dist.reporting"))]
+
+
+def needed_by(names: list[str]) -> set[str]:
+    """The modules, all that they import, and all that these import."""
+    needed, waiting = set(names), list(names)
+    assert needed
+    while waiting:
+        new = own_imports(waiting.pop()) - needed
+        needed |= new
+        waiting += new
+    return needed
+
+
 @pytest.mark.parametrize("name", [name for name in MODULES if within(name, ("avcil_dist",))])
-def test_the_library_knows_nothing_of_what_makes_shards_or_starts_it(name: str) -> None:
+def test_the_library_imports_neither_what_makes_shards_nor_what_starts_it(name: str) -> None:
     assert not [other for other in imports(name) if within(other, ("data_shards", "launch", "tests"))]
 
 
@@ -125,7 +175,7 @@ def test_streams_imports_neither_deepspeed_nor_torch_distributed_nor_networks(na
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if within(name, ("avcil_dist.methods",))])
-def test_methods_know_nothing_of_storage_or_processes(name: str) -> None:
+def test_methods_import_neither_storage_nor_process_groups(name: str) -> None:
     assert not [other for other in imports(name) if within(other, NOT_FOR_METHODS)]
 
 

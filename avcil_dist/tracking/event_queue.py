@@ -49,6 +49,7 @@ class EventQueue:
         self.path = folder / FILE
         self.on_append: Callable[[], None] | None = None
         self._lock = threading.Lock()
+        self._reported = 0  # offset behind the last damaged line that was reported
 
     def append(self, kind: str, **values: Any) -> None:
         """Append an event; it is synced to disk when this returns. A write error is logged, not raised."""
@@ -68,17 +69,15 @@ class EventQueue:
             return
         with self.path.open("rb") as file:
             file.seek(offset)
-            for _ in range(limit):
-                line = file.readline()
-                if not line.endswith(b"\n"):  # the end, or a line that is still being written
-                    return
+            while limit and (line := file.readline()).endswith(b"\n"):  # else the end, or a line still being written
                 offset += len(line)
-                try:
-                    event = json.loads(line)
-                except ValueError:  # its writer was killed
+                event = _parse(line)
+                if event is not None:
+                    limit -= 1
+                    yield event, offset
+                elif offset > self._reported:  # one warning for each line, however often it is read
+                    self._reported = offset
                     _logger.warning("%s: a damaged line is skipped", self.path)
-                    continue
-                yield event, offset
 
     def events(self, kind: str) -> list[Event]:
         """All events of a kind, from the first."""
@@ -119,6 +118,15 @@ class EventQueue:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
+
+
+def _parse(line: bytes) -> Event | None:
+    """The event of a line; None for a damaged one, such as a killed writer or a full disk leaves."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and "kind" in event else None
 
 
 def _ends_with_newline(descriptor: int) -> bool:

@@ -8,36 +8,12 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 from avcil_dist.tracking.client import find_stream
-from avcil_dist.tracking.event_queue import DeliveryCursor, EventQueue
 from avcil_dist.tracking.events import STREAM, StepTracker
 from tests.helpers.sent_events import histories
 from tests.unit.test_tracking import Stream
 
 PROJECT = Path(__file__).parents[3]
-
-
-def test_a_damaged_line_is_skipped_and_the_next_one_is_whole(tmp_path: Path) -> None:
-    queue = EventQueue(tmp_path)
-    queue.append("metrics", run="0", position=0, values={"loss": 1.0})
-    with queue.path.open("ab") as file:
-        file.write(b'{"kind": "metrics", "run"')  # killed here
-    queue.append("metrics", run="0", position=1, values={"loss": float("nan")})
-    assert [record["position"] for record in queue.events("metrics")] == [0, 1]
-    assert len(list(queue.read(0, limit=1))) == 1
-
-
-def test_an_unreadable_cursor_starts_at_the_first_event(tmp_path: Path) -> None:
-    queue = EventQueue(tmp_path)
-    queue.append("begin", step=0)
-    queue.save_cursor("http://a", DeliveryCursor(offset=queue.size()))
-    assert queue.is_sent("http://a")
-    assert not queue.is_sent("http://b")
-    [path] = tmp_path.glob("cursor-*.json")
-    path.write_text("{")
-    assert not queue.is_sent("http://a")
 
 
 KILLED = """
@@ -115,12 +91,3 @@ def test_one_process_sends_at_a_time_and_another_sees_that_everything_is_sent(tm
     runs = stream.queue.cursor(stream.uri).runs
     found = find_stream(stream.uri, runs[STREAM])
     assert histories(found.client, runs["0"]) == {"loss": [(epoch, 1.0 * epoch) for epoch in range(20)]}
-
-
-def test_a_queue_that_cannot_be_written_does_not_stop_training(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "file").write_text("in the way")
-    EventQueue(tmp_path / "file").append("begin", step=0)
-    assert "will not reach a tracking server" in caplog.text
-    assert (tmp_path / "file").read_text() == "in the way"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from avcil_dist.tracking.event_queue import DeliveryCursor, Event, EventQueue
-from avcil_dist.tracking.sender import Sender
+from avcil_dist.tracking.sender import RejectedError, RunDeletedError, Sender, UnavailableError
 
 SERVER = "http://server"
 
@@ -100,3 +100,96 @@ def test_a_queue_that_cannot_be_written_does_not_stop_training(
     EventQueue(tmp_path / "file").append("begin", step=0)
     assert "will not reach a tracking server" in caplog.text
     assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_half_a_line_gives_no_event_and_the_finished_line_the_whole_one(tmp_path: Path) -> None:
+    queue = EventQueue(tmp_path)
+    queue.append("begin", step=0)
+    end = queue.size()
+    append_damaged_line(queue, b'{"kind": "begin",')
+    assert [event["step"] for event in queue.events("begin")] == [0]
+    assert list(queue.read(end, limit=5)) == []
+    append_damaged_line(queue, b' "step": 1}')  # complete but for its newline
+    assert list(queue.read(end, limit=5)) == []
+    append_damaged_line(queue, b"\n")
+    assert list(queue.read(end, limit=5)) == [({"kind": "begin", "step": 1}, queue.size())]
+
+
+def test_an_event_is_synced_to_disk_before_append_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue, synced = EventQueue(tmp_path), []
+
+    def fsync(descriptor: int) -> None:
+        synced.append(queue.path.read_bytes())  # what a reader sees at this moment
+
+    monkeypatch.setattr("os.fsync", fsync)
+    queue.append("begin", step=0)
+    queue.append("begin", step=1)
+    assert [data.count(b"\n") for data in synced] == [1, 2]
+    assert synced[-1] == queue.path.read_bytes()
+
+
+def test_every_event_has_its_own_offset_and_a_read_continues_from_it(tmp_path: Path) -> None:
+    queue = EventQueue(tmp_path)
+    for step in range(5):
+        queue.append("begin", step=step)
+    read = list(queue.read(0, limit=3))
+    assert [event["step"] for event, _ in read] == [0, 1, 2]
+    assert [event["step"] for event, _ in queue.read(read[1][1], limit=9)] == [2, 3, 4]
+    assert list(queue.read(0, limit=9))[-1][1] == queue.size()
+
+
+class FlakyWriter(MemoryWriter):
+    """A server that is unavailable for the first calls, and rejects one event for good."""
+
+    def __init__(self, runs: dict[str, str], failures: list[Exception], rejected: int) -> None:
+        super().__init__(runs)
+        self.failures, self.rejected = failures, rejected
+
+    def write(self, events: Sequence[Event]) -> None:
+        if self.failures:
+            raise self.failures.pop()
+        if any(event.get("position") == self.rejected for event in events):
+            raise RejectedError("no such metric")
+        super().write(events)
+
+
+def test_a_rejected_metric_is_skipped_alone_and_the_others_of_its_batch_are_sent(tmp_path: Path) -> None:
+    queue = EventQueue(tmp_path)
+    for position in range(5):
+        queue.append("metrics", run="0", position=position, values={})
+    writer = FlakyWriter({}, [UnavailableError("busy")], rejected=2)
+    sender = Sender(queue, SERVER, lambda runs: writer, shown=SERVER)
+    sender.start()
+    assert sender.close(30.0)
+    assert [event["position"] for event in writer.events] == [0, 1, 3, 4]
+
+
+def test_an_outage_is_recorded_in_the_cursor_and_cleared_after_it(tmp_path: Path) -> None:
+    queue = EventQueue(tmp_path)
+    queue.append("begin", step=0)
+    closed = Sender(queue, SERVER, lambda runs: FlakyWriter(runs, [UnavailableError("away")] * 99, -1), shown=SERVER)
+    closed.start()
+    assert not closed.close(0.1)
+    cursor = queue.cursor(SERVER)
+    assert (cursor.offset, cursor.reason) == (0, "away")
+    assert cursor.unavailable_since is not None
+    assert send(queue)[0]
+    cursor = queue.cursor(SERVER)
+    assert (cursor.offset, cursor.reason, cursor.unavailable_since) == (queue.size(), "", None)
+
+
+def test_a_deleted_run_is_sent_again_from_the_first_event(tmp_path: Path) -> None:
+    queue, writers = EventQueue(tmp_path), []
+    queue.append("begin", step=0)
+    queue.save_cursor(SERVER, DeliveryCursor(queue.size(), {"stream": "old"}))
+    queue.append("begin", step=1)
+
+    def connect(runs: dict[str, str]) -> FlakyWriter:
+        writers.append(FlakyWriter(runs, [] if writers else [RunDeletedError()], -1))
+        return writers[-1]
+
+    sender = Sender(queue, SERVER, connect, shown=SERVER)
+    sender.start()
+    assert sender.close(30.0)
+    assert [writer.runs for writer in writers] == [{"stream": "old"}, {}]
+    assert [event["step"] for event in writers[-1].events] == [0, 1]

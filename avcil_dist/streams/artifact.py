@@ -7,10 +7,13 @@ without `COMMITTED.json` is no artifact. Every read verifies digests; nothing is
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import safetensors.torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 import avcil_dist
@@ -18,7 +21,7 @@ from avcil_dist import storage
 from avcil_dist.config.schema import Config
 from avcil_dist.config.serialization import config_from_yaml, config_to_yaml
 from avcil_dist.data.exemplar_memory import ExemplarMemory
-from avcil_dist.errors import ArtifactError
+from avcil_dist.errors import ArtifactError, ConfigError
 from avcil_dist.scenario import Scenario
 from avcil_dist.streams.commit import (
     decode_state,
@@ -101,40 +104,44 @@ def load_artifact(stream: str, step: int) -> StepArtifact:
     """
     folder, commit = _committed(stream, step)
     files = {name: read_committed_file(folder, name, commit) for name in commit["files"]}
-    return StepArtifact(
-        step=commit["step"],
-        model=safetensors.torch.load(files["model.safetensors"]),
-        method=decode_state("method", files),
-        memory=ExemplarMemory.from_dict(json.loads(files["memory.json"])),
-        scenario=_decode_scenario(files["scenario.json"]),
-        metrics=_decode_metrics(files["metrics.json"]),
-        config=config_from_yaml(files["config.yaml"].decode()),
-        manifest_hash=commit["manifest_hash"],
-    )
+    with _decoding(folder, commit):
+        return StepArtifact(
+            step=commit["step"],
+            model=safetensors.torch.load(files["model.safetensors"]),
+            method=decode_state("method", files),
+            memory=ExemplarMemory.from_dict(json.loads(files["memory.json"])),
+            scenario=_decode_scenario(files["scenario.json"]),
+            metrics=_decode_metrics(files["metrics.json"]),
+            config=config_from_yaml(files["config.yaml"].decode()),
+            manifest_hash=commit["manifest_hash"],
+        )
 
 
 def load_summary(stream: str, step: int) -> StepSummary:
     """Read the small files of a committed step, verified. Raises ArtifactError as `load_artifact` does."""
     folder, commit = _committed(stream, step)
-    return StepSummary(
-        step=step,
-        scenario=_decode_scenario(read_committed_file(folder, "scenario.json", commit)),
-        metrics=_decode_metrics(read_committed_file(folder, "metrics.json", commit)),
-        config=config_from_yaml(read_committed_file(folder, "config.yaml", commit).decode()),
-        manifest_hash=commit["manifest_hash"],
-    )
+    with _decoding(folder, commit):
+        return StepSummary(
+            step=step,
+            scenario=_decode_scenario(read_committed_file(folder, "scenario.json", commit)),
+            metrics=_decode_metrics(read_committed_file(folder, "metrics.json", commit)),
+            config=config_from_yaml(read_committed_file(folder, "config.yaml", commit).decode()),
+            manifest_hash=commit["manifest_hash"],
+        )
 
 
 def load_metrics(stream: str, step: int) -> StreamMetrics:
     """Read the metrics of a committed step, verified. Raises ArtifactError as `load_artifact` does."""
     folder, commit = _committed(stream, step)
-    return _decode_metrics(read_committed_file(folder, "metrics.json", commit))
+    with _decoding(folder, commit):
+        return _decode_metrics(read_committed_file(folder, "metrics.json", commit))
 
 
 def recorded_changes(stream: str, step: int) -> tuple[Change, ...]:
     """The settings that were changed up to a committed step. Raises ArtifactError as `load_artifact` does."""
-    _, commit = _committed(stream, step)
-    return tuple(Change(**change) for change in commit.get("changes", ()))
+    folder, commit = _committed(stream, step)
+    with _decoding(folder, commit):
+        return tuple(Change(**change) for change in commit.get("changes", ()))
 
 
 def _committed(stream: str, step: int) -> tuple[str, dict[str, Any]]:
@@ -143,6 +150,19 @@ def _committed(stream: str, step: int) -> tuple[str, dict[str, Any]]:
     if not has_commit(folder):
         raise ArtifactError(f"{folder}: no committed step artifact; run step {step} first")
     return folder, read_commit(folder)
+
+
+@contextmanager
+def _decoding(folder: str, commit: dict[str, Any]) -> Iterator[None]:
+    """Raise errors of decoding as ArtifactError: the files are undamaged, but written by another version."""
+    try:
+        yield
+    except (ConfigError, SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise ArtifactError(
+            f"{folder}: not readable by avcil-dist {avcil_dist.__version__} ({text}); use version "
+            f"{commit.get('code_version')}, which wrote it, or run the step again"
+        ) from None
 
 
 def _encode(artifact: StepArtifact) -> dict[str, bytes]:

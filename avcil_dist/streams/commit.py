@@ -39,12 +39,14 @@ def has_commit(folder: str) -> bool:
 def read_commit(folder: str) -> dict[str, Any]:
     """Return the commit of a folder. Raises ArtifactError when it is missing, damaged or of another format."""
     try:
-        commit: dict[str, Any] = storage.read_json(storage.join(folder, COMMITTED))
+        commit: Any = storage.read_json(storage.join(folder, COMMITTED))
     except DataError as error:
         raise ArtifactError(str(error)) from None
-    if commit.get("format") != FORMAT:
+    if not isinstance(commit, dict) or not isinstance(commit.get("files", {}), dict):
+        raise ArtifactError(f"{storage.join(folder, COMMITTED)}: damaged; run the step again")
+    if commit.get("format") != FORMAT or "files" not in commit:
         raise ArtifactError(f"{folder}: of format {commit.get('format')}, this program reads {FORMAT}")
-    return commit
+    return dict(commit)
 
 
 def read_committed_file(folder: str, name: str, commit: Mapping[str, Any]) -> bytes:

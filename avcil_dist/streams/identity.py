@@ -7,7 +7,10 @@ import uuid
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from avcil_dist import storage
+from avcil_dist.errors import ArtifactError
 
 FILE = "stream.json"
 
@@ -47,12 +50,18 @@ def new_identity() -> StreamIdentity:
 
 
 def read_identity(stream: str) -> StreamIdentity | None:
-    """The identity in a stream's folder, or None where there is none."""
+    """The identity in a stream's folder, or None where there is none. Raises ArtifactError for a damaged one."""
     url = storage.join(stream, FILE)
     if not storage.exists(url):
         return None
-    record = storage.read_json(url)
-    return StreamIdentity(**record | {"changes": tuple(Change(**change) for change in record["changes"])})
+    try:
+        return TypeAdapter(StreamIdentity).validate_python(storage.read_json(url))
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise ArtifactError(
+            f"{url}: not the identity of a stream ({'.'.join(map(str, fault['loc']))}: {fault['msg']}); restore it, "
+            "or begin the stream anew with --restart"
+        ) from None
 
 
 def write_identity(stream: str, identity: StreamIdentity) -> None:

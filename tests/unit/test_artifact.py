@@ -1,0 +1,242 @@
+"""Step artifacts on disk: round trip, order of writes, damage, records of other versions."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from avcil_dist import storage
+from avcil_dist.config.schema import Config
+from avcil_dist.data.exemplar_memory import ExemplarMemory
+from avcil_dist.errors import ArtifactError
+from avcil_dist.scenario import Scenario
+from avcil_dist.streams.artifact import (
+    StepArtifact,
+    committed_steps,
+    is_committed,
+    load_artifact,
+    load_metrics,
+    load_summary,
+    recorded_changes,
+    save_artifact,
+    step_url,
+)
+from avcil_dist.streams.commit import COMMITTED, read_commit, read_verified_commit, write_commit, write_files
+from avcil_dist.streams.identity import Change, new_identity, read_identity, write_identity
+from avcil_dist.streams.metrics import StreamMetrics
+
+FILES = (
+    "model.safetensors",
+    "method.safetensors",
+    "method.json",
+    "memory.json",
+    "scenario.json",
+    "metrics.json",
+    "config.yaml",
+)
+
+
+def make_artifact(step: int = 0) -> StepArtifact:
+    config = Config.model_validate(
+        {
+            "name": "tiny",
+            "data": {"manifest": "manifest.json"},
+            "scenario": {"classes_per_step": [2, 1]},
+            "method": {"name": "avcil"},
+            "model": {"visual": {"kind": "precomputed"}, "audio": {"kind": "precomputed"}},
+        }
+    )
+    metrics = StreamMetrics(
+        step=step,
+        accuracy=tuple((0.5,) * (row + 1) for row in range(step + 1)),
+        seen_accuracy=(0.5,) * (step + 1),
+        per_class={"dog": 0.25},
+        num_test_clips=8,
+        epoch=3,
+        val_accuracy=0.75,
+    )
+    return StepArtifact(
+        step=step,
+        model={"weight": torch.arange(6.0).reshape(2, 3)},
+        method={"means": torch.ones(2), "count": 3},
+        memory=ExemplarMemory({"dog": ("a", "b"), "cat": ("c",)}),
+        scenario=Scenario((("dog", "cat"), ("bus",))),
+        metrics=metrics,
+        config=config,
+        manifest_hash="m",
+    )
+
+
+def rewrite(stream: Path, file: str, data: bytes) -> None:
+    """Replace a file of step 0 and its digest, as another version of the program would have written it."""
+    folder = step_url(str(stream), 0)
+    commit = read_commit(folder)
+    digests = commit["files"] | write_files(folder, {file: data})
+    fields = {key: value for key, value in commit.items() if key not in ("files", "format")}
+    write_commit(folder, digests, **fields)
+
+
+def test_an_artifact_is_read_as_it_was_written(tmp_path: Path) -> None:
+    artifact = make_artifact()
+    assert save_artifact(str(tmp_path), artifact) == step_url(str(tmp_path), 0)
+    loaded = load_artifact(str(tmp_path), 0)
+    for ours, theirs in ((artifact.model, loaded.model), (artifact.method, loaded.method)):
+        assert set(ours) == set(theirs)
+    assert torch.equal(loaded.model["weight"], artifact.model["weight"])
+    assert torch.equal(loaded.method["means"], artifact.method["means"])
+    assert loaded.method["count"] == 3
+    assert list(loaded.memory.keys) == ["dog", "cat"]
+    rest = {"model": {}, "method": {}}
+    assert replace(loaded, **rest) == replace(artifact, **rest)
+    summary = load_summary(str(tmp_path), 0)
+    assert summary.config == artifact.config
+    assert (summary.scenario, summary.metrics) == (artifact.scenario, artifact.metrics)
+    assert (summary.step, summary.manifest_hash) == (0, "m")
+    assert load_metrics(str(tmp_path), 0) == artifact.metrics
+
+
+def test_a_step_whose_writing_is_cut_off_at_any_file_is_never_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, num_files = storage.files.write_bytes, len(FILES) + 1
+
+    for last in range(num_files):
+        written: list[str] = []
+
+        def write_some(url: str, data: bytes, last: int = last, written: list[str] = written) -> None:
+            if len(written) == last:
+                raise OSError("cut off")
+            written.append(url)
+            write(url, data)
+
+        monkeypatch.setattr(storage, "write_bytes", write_some)
+        monkeypatch.setattr(storage.files, "write_bytes", write_some)
+        with pytest.raises(OSError, match="cut off"):
+            save_artifact(str(tmp_path), make_artifact())
+        assert len(written) == last
+        assert not is_committed(str(tmp_path), 0)
+        assert committed_steps(str(tmp_path)) == []
+    monkeypatch.undo()
+    save_artifact(str(tmp_path), make_artifact())  # the same step again, over what was left
+    assert committed_steps(str(tmp_path)) == [0]
+
+
+def test_a_second_attempt_removes_the_files_of_the_first(tmp_path: Path) -> None:
+    left = tmp_path / "step_000" / "left.bin"
+    left.parent.mkdir()
+    left.write_bytes(b"x")
+    save_artifact(str(tmp_path), make_artifact())
+    assert {path.name for path in left.parent.iterdir()} == {*FILES, COMMITTED}
+
+
+def test_the_commit_has_size_and_digest_of_every_file(tmp_path: Path) -> None:
+    folder = Path(save_artifact(str(tmp_path), make_artifact()))
+    files = read_verified_commit(str(folder))["files"]
+    assert set(files) == set(FILES)
+    for name, digest in files.items():
+        data = (folder / name).read_bytes()
+        assert digest == {"size": len(data), "sha256": storage.sha256(data)}
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", ["missing", "cut", "changed"])
+def test_a_file_that_is_missing_or_changed_is_an_error_with_its_name(tmp_path: Path, file: str, damage: str) -> None:
+    path = Path(save_artifact(str(tmp_path), make_artifact()), file)
+    data = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(data[:-1] if damage == "cut" else bytes([data[0] ^ 1]) + data[1:])
+    with pytest.raises(ArtifactError, match=file):
+        load_artifact(str(tmp_path), 0)
+    with pytest.raises(ArtifactError, match=file):
+        read_verified_commit(str(path.parent))
+    if file in ("scenario.json", "metrics.json", "config.yaml"):
+        with pytest.raises(ArtifactError, match=file):
+            load_summary(str(tmp_path), 0)
+    if file == "metrics.json":
+        with pytest.raises(ArtifactError, match=file):
+            load_metrics(str(tmp_path), 0)
+
+
+def test_a_step_without_commit_is_an_error_that_names_the_step(tmp_path: Path) -> None:
+    for read in (load_artifact, load_summary, load_metrics, recorded_changes):
+        with pytest.raises(ArtifactError, match=r"step_003: no committed step artifact; run step 3 first"):
+            read(str(tmp_path), 3)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 1}', '{"format": 2, "files": {}}'])
+def test_a_damaged_commit_is_an_artifact_error(tmp_path: Path, text: str) -> None:
+    Path(save_artifact(str(tmp_path), make_artifact()), COMMITTED).write_text(text)
+    with pytest.raises(ArtifactError, match="step_000"):
+        load_artifact(str(tmp_path), 0)
+
+
+@pytest.mark.parametrize(
+    ("file", "data"),
+    [
+        ("metrics.json", b"{}"),
+        ("metrics.json", b"[]"),
+        ("metrics.json", b"{"),
+        ("scenario.json", b"[]"),
+        ("scenario.json", b'{"steps": 3}'),
+        ("config.yaml", b"a: 1"),
+        ("config.yaml", b"\xff"),
+        ("memory.json", b"[]"),
+        ("model.safetensors", b"{}"),
+        ("method.json", b"[]"),
+    ],
+)
+def test_a_file_of_another_version_is_an_artifact_error(tmp_path: Path, file: str, data: bytes) -> None:
+    save_artifact(str(tmp_path), make_artifact())
+    rewrite(tmp_path, file, data)
+    with pytest.raises(ArtifactError, match=r"step_000: not readable by avcil-dist .*run the step again"):
+        load_artifact(str(tmp_path), 0)
+    if file in ("metrics.json", "scenario.json", "config.yaml"):
+        with pytest.raises(ArtifactError, match="step_000"):
+            load_summary(str(tmp_path), 0)
+    if file == "metrics.json":
+        with pytest.raises(ArtifactError, match="step_000"):
+            load_metrics(str(tmp_path), 0)
+
+
+def test_steps_are_counted_by_their_number_and_only_with_a_commit(tmp_path: Path) -> None:
+    for step in (0, 2, 10, 1000):
+        save_artifact(str(tmp_path), make_artifact(step))
+    (tmp_path / "step_003").mkdir()
+    (tmp_path / "events").mkdir()
+    (tmp_path / "step_11").mkdir()
+    assert committed_steps(str(tmp_path)) == [0, 2, 10, 1000]
+
+
+def test_changes_of_the_identity_are_recorded_in_the_commit(tmp_path: Path) -> None:
+    change = Change(0, "optim.lr", 0.1, [0.2, "x"], forced=True)
+    write_identity(str(tmp_path), replace(new_identity(), changes=(change,)))
+    save_artifact(str(tmp_path), make_artifact())
+    assert recorded_changes(str(tmp_path), 0) == (change,)
+
+
+def test_an_identity_is_read_as_it_was_written_and_allows_its_changes_only(tmp_path: Path) -> None:
+    assert read_identity(str(tmp_path)) is None
+    change = Change(1, "optim.lr", 0.1, 0.2, forced=False)
+    identity = replace(new_identity(), origin_run="r", origin_step=1, changes=(change,))
+    write_identity(str(tmp_path), identity)
+    assert read_identity(str(tmp_path)) == identity
+    assert identity.allows("optim.lr", 0.1, 0.2, 1)
+    assert not identity.allows("optim.momentum", 0.1, 0.2, 1)
+    assert not identity.allows("optim.lr", 0.3, 0.2, 1)
+    assert not identity.allows("optim.lr", 0.1, 0.3, 1)
+    assert not identity.allows("optim.lr", 0.1, 0.2, 2)
+    renewed = identity.renewed()
+    assert renewed.id != identity.id
+    assert replace(renewed, id=identity.id) == identity
+
+
+@pytest.mark.parametrize("record", [[], {}, {"id": "x", "changes": [{"key": "a"}]}, {"id": None, "changes": []}])
+def test_a_damaged_identity_is_an_artifact_error(tmp_path: Path, record: Any) -> None:
+    (tmp_path / "stream.json").write_text(json.dumps(record))
+    with pytest.raises(ArtifactError, match=r"stream\.json"):
+        read_identity(str(tmp_path))

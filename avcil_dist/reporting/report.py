@@ -20,10 +20,10 @@ from rich.table import Table
 
 from avcil_dist import storage
 from avcil_dist.config.schema import Config
-from avcil_dist.config.serialization import config_from_yaml, config_to_yaml
-from avcil_dist.errors import ArtifactError, AvcilError
+from avcil_dist.config.serialization import config_to_yaml
+from avcil_dist.errors import ArtifactError
 from avcil_dist.scenario import Scenario
-from avcil_dist.streams.artifact import committed_steps, step_url
+from avcil_dist.streams.artifact import committed_steps, load_summary
 from avcil_dist.streams.metrics import StreamMetrics
 
 NUM_COLOURS = 6  # as many as the page's style sheet names
@@ -143,20 +143,8 @@ def _load_stream(folder: str) -> StreamReport | None:
     committed = committed_steps(folder)
     if not committed:
         return None
-    step = step_url(folder, committed[-1])
-    try:
-        return StreamReport(
-            folder=folder,
-            config=config_from_yaml(storage.read_bytes(storage.join(step, "config.yaml")).decode()),
-            scenario=Scenario(
-                tuple(tuple(names) for names in storage.read_json(storage.join(step, "scenario.json"))["steps"])
-            ),
-            metrics=StreamMetrics.from_dict(storage.read_json(storage.join(step, "metrics.json"))),
-        )
-    except (AvcilError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(
-            f"{step}: committed, but not readable ({error}); remove it and run the step again"
-        ) from None
+    summary = load_summary(folder, committed[-1])
+    return StreamReport(folder, summary.config, summary.scenario, summary.metrics)
 
 
 def _task_sizes(stream: StreamReport) -> list[int]:

@@ -13,6 +13,7 @@ from avcil_dist.config.schema import Config
 from avcil_dist.config.serialization import config_to_yaml
 from avcil_dist.errors import ArtifactError
 from avcil_dist.reporting.report import StreamReport, load_streams, percent, print_report, write_page
+from avcil_dist.streams.commit import write_commit, write_files
 from avcil_dist.streams.metrics import StreamMetrics
 
 STEPS = [["dog", "<b>cat</b>"], ["bus & co"], ["rain"]]
@@ -48,13 +49,15 @@ def write_stream(folder: Path, *, committed: int, started: int = 0, method: str 
             epoch=3,
             val_accuracy=None,
         )
-        artifact = folder / f"step_{step:03d}"
-        artifact.mkdir(parents=True)
-        (artifact / "metrics.json").write_text(json.dumps(metrics.to_dict()))
-        (artifact / "scenario.json").write_text(json.dumps({"steps": STEPS}))
-        (artifact / "config.yaml").write_text(config_to_yaml(make_config(method, seed)))
+        artifact = str(folder / f"step_{step:03d}")
+        files = {
+            "metrics.json": json.dumps(metrics.to_dict()).encode(),
+            "scenario.json": json.dumps({"steps": STEPS}).encode(),
+            "config.yaml": config_to_yaml(make_config(method, seed)).encode(),
+        }
+        digests = write_files(artifact, files)
         if step < committed:
-            (artifact / "COMMITTED.json").write_text("{}")
+            write_commit(artifact, digests, step=step, manifest_hash="m")
 
 
 def page_of(streams: list[StreamReport], tmp_path: Path) -> str:
@@ -134,6 +137,20 @@ def test_a_damaged_step_is_named(tmp_path: Path, file: str, content: str | None)
     damaged = tmp_path / "step_001" / file
     damaged.unlink() if content is None else damaged.write_text(content)
     with pytest.raises(ArtifactError, match="step_001"):
+        load_streams([str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("file", "was", "now"),
+    [("metrics.json", "0.6", "0.9"), ("scenario.json", "dog", "cat"), ("config.yaml", "30", "31")],
+)
+def test_a_committed_file_that_was_changed_is_refused_by_name(tmp_path: Path, file: str, was: str, now: str) -> None:
+    write_stream(tmp_path, committed=2)
+    path = tmp_path / "step_001" / file
+    changed = path.read_text().replace(was, now)
+    assert changed != path.read_text()
+    path.write_text(changed)
+    with pytest.raises(ArtifactError, match=rf"step_001/{file}: damaged, its digest is not the one committed"):
         load_streams([str(tmp_path)])
 
 

@@ -1,6 +1,6 @@
 """Batch of a rank: tensors, labels and the state of each row."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -30,21 +30,27 @@ class Batch:
     counts: Mapping[str, float] = field(default_factory=dict)
     clips: np.ndarray = field(default_factory=lambda: NO_CLIPS)
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors, each with a row per clip."""
+        return self.visual, self.audio, self.labels, self.valid
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        """Apply `function` to each tensor."""
+        visual, audio, labels, valid = map(function, self.tensors)
+        return replace(self, visual=visual, audio=audio, labels=labels, valid=valid)
+
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on a device."""
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True) for name in ("visual", "audio", "labels", "valid")
-        }
-        return replace(self, **moved)
+        """Return the batch on a device."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def wait(self, event: torch.cuda.Event) -> None:
-        """Let the device go on with this batch once the event, on the stream that brought it, has happened."""
+        """Make the device's current stream wait for `event`, which follows the copy of this batch."""
         stream = torch.cuda.current_stream(self.labels.device)
         stream.wait_event(event)
-        for tensor in (self.visual, self.audio, self.labels, self.valid):
+        for tensor in self.tensors:
             tensor.record_stream(stream)
 
     def pin_memory(self) -> "Batch":
-        """The same batch in page-locked memory, for copies that overlap with compute."""
-        pinned = {name: getattr(self, name).pin_memory() for name in ("visual", "audio", "labels", "valid")}
-        return replace(self, **pinned)
+        """Return the batch in page-locked memory, for copies that overlap with compute."""
+        return self.map(Tensor.pin_memory)

@@ -1,19 +1,23 @@
-"""What a network returns; with `network_spec.py` the one thing that methods know of models.
+"""Network outputs. With `network_spec.py`, all that methods import from the models.
 
-These are tuples, because DeepSpeed looks for a module's outputs in tuples, lists and dicts alone.
+The classes are tuples, because DeepSpeed finds a module's output tensors only in tuples, lists and dicts. All functions
+on outputs go through `Output.merge`, so a new field needs one line here, and a producer.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+
+Merge = Callable[[tuple[Tensor, ...]], Tensor]
 
 
 class Divergence(NamedTuple):
-    """How far the student's visual attention is from the teacher's, per clip (Pian et al. 2023, eq. 9-10).
+    """Divergence of the student's visual attention from the teacher's, per exemplar (Pian et al. 2023, eq. 9-10).
 
-    `spatial` (B,): sum over frames and channels of KL(teacher ‖ student) over positions.
-    `temporal` (B,): sum over channels of KL(teacher ‖ student) over frames.
+    `spatial` (E,): sum over frames and channels of KL(teacher ‖ student) over positions.
+    `temporal` (E,): sum over channels of KL(teacher ‖ student) over frames.
     """
 
     spatial: Tensor
@@ -21,76 +25,86 @@ class Divergence(NamedTuple):
 
 
 class Output(NamedTuple):
-    """A batch seen by a network of dimension D with C classes.
+    """Output of a network of dimension D with C classes for a batch of B clips.
 
-    `logits` (B, C); `audio` (B, D) and `visual` (B, D) are the projected features f_a and f_v,
-    `pooled` (B, D) the visual tokens as the attention pooled them. A network of one modality has
-    no features of the other. `divergence` covers the rows that a teacher was given for, which are
-    the batch's last rows. `importance` (B, M) is a teacher's: how much its loss on a clip depends
-    on each of `features()`.
+    `logits` (B, C); `audio` (B, D) and `visual` (B, D) are the projected features f_a and f_v; `pooled` (B, D) are
+    the visual tokens pooled by the attention. A network of one modality has no features of the other. `divergence`
+    covers the E rows with a teacher, the last of the batch. `importance` (B, M) is a teacher's: the norm of its
+    loss's gradient with respect to each of `features()`.
     """
 
     logits: Tensor
-    audio: Tensor | None
-    visual: Tensor | None
+    audio: Tensor | None = None
+    visual: Tensor | None = None
     pooled: Tensor | None = None
     divergence: Divergence | None = None
     importance: Tensor | None = None
 
     @property
     def feature(self) -> Tensor:
-        """What the head classifies, (B, D): f_a + f_v, or the one there is."""
+        """Input of the head (B, D): f_a + f_v, or the one that is present."""
         return sum_present(self.audio, self.visual)
 
     @property
     def modalities(self) -> tuple[Tensor, Tensor]:
         """f_a and f_v. Raises ValueError for a network of one modality."""
         if self.audio is None or self.visual is None:
-            raise ValueError("this needs sound and pictures; the network has one of them")
+            raise ValueError("the network has one modality; this needs sound and pictures")
         return self.audio, self.visual
 
-    def select(self, chosen: Tensor) -> "Output":
-        """The output of some clips (a mask or indices), without the divergence."""
-
-        def some(rows: Tensor | None) -> Tensor | None:
-            return None if rows is None else rows[chosen]
-
-        return Output(
-            self.logits[chosen],
-            some(self.audio),
-            some(self.visual),
-            some(self.pooled),
-            importance=some(self.importance),
-        )
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> "Output":
-        """The output with `function` of each of its tensors."""
-
-        def changed(rows: Tensor | None) -> Tensor | None:
-            return None if rows is None else function(rows)
-
-        divergence = self.divergence and Divergence(*map(function, self.divergence))
-        return Output(
-            function(self.logits),
-            changed(self.audio),
-            changed(self.visual),
-            changed(self.pooled),
-            divergence,
-            changed(self.importance),
-        )
+    def features(self) -> list[Tensor]:
+        """Features that are present, in the order pooled visual, f_a, f_v."""
+        return [feature for feature in (self.pooled, self.audio, self.visual) if feature is not None]
 
     def tensors(self) -> list[Tensor]:
-        """All tensors there are."""
-        rows = (self.logits, self.audio, self.visual, self.pooled, self.importance, *(self.divergence or ()))
-        return [tensor for tensor in rows if tensor is not None]
+        """All tensors that are present, in the order of the fields."""
+        found: list[Tensor] = []
+        for field in self:
+            found.extend(field if isinstance(field, Divergence) else () if field is None else (field,))
+        return found
 
-    def features(self) -> list[Tensor]:
-        """The features there are: pooled visual, f_a, f_v."""
-        return [feature for feature in (self.pooled, self.audio, self.visual) if feature is not None]
+    def map(
+        self, function: Callable[[Tensor], Tensor], of_exemplars: Callable[[Tensor], Tensor] | None = None
+    ) -> "Output":
+        """Apply `function` to each tensor; `of_exemplars`, if given, to those with a row per exemplar."""
+        of_exemplars = of_exemplars or function
+        return Output.merge([self], lambda parts: function(parts[0]), lambda parts: of_exemplars(parts[0]))
+
+    def select(self, rows: Tensor) -> "Output":
+        """Return some rows (a mask or indices), without the divergence, which has rows of its own."""
+        return self._replace(divergence=None).map(lambda tensor: tensor[rows])
+
+    @staticmethod
+    def cat(outputs: Sequence["Output"], num_current: int | None = None) -> "Output":
+        """Concatenate the outputs of parts of a batch.
+
+        With `num_current` each part begins with so many current rows: the current rows of all parts come first, then
+        the exemplars.
+        """
+
+        def in_batch_order(parts: tuple[Tensor, ...]) -> Tensor:
+            return torch.cat([*(part[:num_current] for part in parts), *(part[num_current:] for part in parts)])
+
+        return Output.merge(outputs, in_batch_order if num_current is not None else torch.cat, torch.cat)
+
+    @staticmethod
+    def merge(outputs: Sequence["Output"], function: Merge, of_exemplars: Merge) -> "Output":
+        """Merge outputs with the same fields present, field by field.
+
+        `function` merges tensors with a row per clip, `of_exemplars` those with a row per exemplar.
+        """
+
+        def merge_field(parts: tuple[Any, ...]) -> Any:
+            assert len({part is None for part in parts}) == 1, "outputs with different fields"
+            if isinstance(parts[0], Divergence):
+                return Divergence(*map(of_exemplars, zip(*parts, strict=True)))
+            return None if parts[0] is None else function(parts)
+
+        return Output(*map(merge_field, zip(*outputs, strict=True)))
 
 
 def sum_present(audio: Tensor | None, visual: Tensor | None) -> Tensor:
-    """The sum of two features, or the one there is."""
+    """Return the sum of two features, or the one that is present."""
     if audio is None or visual is None:
         feature = visual if audio is None else audio
         assert feature is not None

@@ -1,7 +1,7 @@
-"""What a step's teacher says to each of the step's clips: asked once, looked up in every epoch.
+"""Cache of teacher outputs: computed once per step, one entry per clip, reused in every epoch.
 
-The teacher stays as it is within a step. Where a clip becomes the same tensors each time, which it does unless
-clips are varied at random, so does what the teacher says to it.
+The teacher does not change within a step. Without random augmentation a clip gives the same input tensors in every
+epoch, and so the same teacher output.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,25 +18,27 @@ from avcil_dist.models.outputs import Output
 from avcil_dist.training.collectives import gather_rows
 from avcil_dist.training.inference_pass import InferencePass
 
-DEVICE_SHARE = 0.1  # of the device's free memory they may take; else they stay in host memory
-PARTS = ("logits", "audio", "visual", "pooled", "importance")
+DEVICE_SHARE = 0.1  # largest share of the device's free memory; a larger cache stays in host memory
 
 
 @dataclass(frozen=True)
 class TeacherCache:
-    """By clip: `clips` (n,) ascending, `valid` (n,) false where one could not be read, and the rows of `output`."""
+    """Teacher outputs by clip: row i of `output` is that of `clips[i]`.
+
+    `clips` (n,) are ascending; `valid` (n,) is false for clips that could not be read.
+    """
 
     clips: np.ndarray
     valid: np.ndarray
     output: Output
 
     def lookup(self, clips: np.ndarray, device: torch.device) -> Output:
-        """What the teacher said to these clips, on the device."""
+        """Return the outputs for these clips, on `device`. All of them must be in the cache."""
         rows = torch.from_numpy(self._rows(clips))
         return self.output.map(lambda values: _to(values[_to(rows, values.device)], device))
 
     def to(self, device: torch.device) -> "TeacherCache":
-        """The same on a device, if that has room for them."""
+        """Return the cache on a GPU if it has room, otherwise unchanged."""
         if device.type != "cuda":
             return self
         size = sum(values.numel() * values.element_size() for values in self.output.tensors())
@@ -45,59 +47,55 @@ class TeacherCache:
         return replace(self, output=self.output.map(lambda values: values.to(device)))
 
     def mask_missing(self, batch: Batch, manifest: Manifest) -> Batch:
-        """The batch without the clips that could not be read when the teacher was asked."""
+        """Mark clips without a teacher output as not valid, each with a fault that names it."""
         if self.valid.all():
             return batch
-        lost = batch.valid.cpu().numpy() & ~self.valid[self._rows(batch.clips)]
-        if not lost.any():
+        missing = batch.valid.cpu().numpy() & ~self.valid[self._rows(batch.clips)]
+        if not missing.any():
             return batch
-        faults = [f"{manifest.key(clip)}: could not be read when the teacher was asked" for clip in batch.clips[lost]]
+        faults = [f"{manifest.key(clip)}: could not be read for the teacher cache" for clip in batch.clips[missing]]
         return replace(
-            batch, valid=batch.valid & torch.from_numpy(~lost).to(batch.valid.device), faults=(*batch.faults, *faults)
+            batch,
+            valid=batch.valid & torch.from_numpy(~missing).to(batch.valid.device),
+            faults=(*batch.faults, *faults),
         )
 
     def to_state(self, manifest: Manifest) -> dict[str, Any]:
-        """As tensors and plain values, by the clips' keys."""
-        parts = {name: getattr(self.output, name) for name in PARTS}
-        keys = _keys(self.clips, manifest)
-        return {"keys": keys, "valid": torch.from_numpy(self.valid)} | {
-            name: values for name, values in parts.items() if values is not None
-        }
+        """Return tensors and plain values for a snapshot, with the clips' keys instead of their numbers."""
+        present = {name: values for name, values in self.output._asdict().items() if values is not None}
+        return {"keys": _keys(self.clips, manifest), "valid": torch.from_numpy(self.valid)} | present
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], clips: np.ndarray, manifest: Manifest) -> "TeacherCache | None":
-        """The inverse; None where the state is not about these clips (ascending)."""
+        """Return the cache that `to_state` stored; None where it covers other clips than `clips` (ascending)."""
         if state["keys"] != _keys(clips, manifest):
             return None
-        return cls(clips, state["valid"].numpy(), _output(state))
+        output = Output(**{name: state[name] for name in Output._fields if name in state})
+        return cls(clips, state["valid"].numpy(), output)
 
     def _rows(self, clips: np.ndarray) -> np.ndarray:
         return np.searchsorted(self.clips, clips)
 
 
 def build_teacher_cache(
-    said: Callable[[Batch], Output], features: InferencePass, clips: np.ndarray, *, between: Callable[[], None]
+    teacher_output: Callable[[Batch], Output],
+    inference: InferencePass,
+    clips: np.ndarray,
+    *,
+    after_batch: Callable[[], None],
 ) -> TeacherCache:
-    """What a teacher says to each of the clips (ascending), in one pass by all ranks; the same on each of them.
+    """Compute the teacher's output for each of `clips` (ascending), by all ranks in one pass. Equal on all ranks.
 
-    `between` is called between two batches. Raises DataError as `InferencePass.batches` does.
+    `after_batch` is called after each batch. Raises DataError as `InferencePass.batches` does.
     """
     outputs: list[Output] = []
     valid: list[Tensor] = []
-    for batch in features.batches(clips):
-        outputs.append(said(batch).map(lambda rows: gather_rows(rows, len(rows)).cpu()))
+    for batch in inference.batches(clips):
+        outputs.append(teacher_output(batch).map(lambda rows: gather_rows(rows, len(rows)).cpu()))
         valid.append(gather_rows(batch.valid, len(batch.valid)).cpu())
-        between()
-    parts = {
-        name: torch.cat([getattr(output, name) for output in outputs])[: len(clips)]
-        for name in PARTS
-        if getattr(outputs[0], name) is not None
-    }
-    return TeacherCache(clips, torch.cat(valid)[: len(clips)].numpy(), _output(parts))
-
-
-def _output(parts: Mapping[str, Tensor]) -> Output:
-    return Output(**{name: parts.get(name) for name in PARTS})  # type: ignore[arg-type]
+        after_batch()
+    output = Output.cat(outputs).map(lambda rows: rows[: len(clips)])  # the last batch is padded
+    return TeacherCache(clips, torch.cat(valid)[: len(clips)].numpy(), output)
 
 
 def _keys(clips: np.ndarray, manifest: Manifest) -> list[str]:
@@ -105,7 +103,7 @@ def _keys(clips: np.ndarray, manifest: Manifest) -> list[str]:
 
 
 def _to(values: Tensor, device: torch.device) -> Tensor:
-    """On the device, without waiting for what it computes."""
+    """Return the values on the device, without waiting for its queued work."""
     if values.device.type == "cpu" and device.type == "cuda":
         return values.pin_memory().to(device, non_blocking=True)
     return values.to(device)

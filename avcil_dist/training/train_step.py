@@ -1,15 +1,16 @@
-"""One iteration: a rank's rows forward, the loss of the global batch, backward, the optimizer's step.
+"""Training step: forward on a rank's rows, the loss of the global batch, backward, the optimizer's update.
 
-A loss here is one of the whole batch: contrast with all of its clips, softmax over the current ones.
-So a batch that does not fit at a time cannot be cut into losses of its own. Its outputs are computed
-first, in micro-batches and without a graph; the loss gives their gradients; then each micro-batch is
-computed again, with a graph that takes its part of those gradients on to the weights. Loss and
-gradient are those of the whole batch. Source: gradient caching, Gao et al. 2021 (arXiv 2101.06983).
+The loss couples all clips of the global batch (contrastive terms, softmax over the current clips), so accumulating the
+gradients of the losses of parts would be wrong. A batch that does not fit into memory uses gradient caching (Gao et al.
+2021, arXiv 2101.06983). The outputs of all micro-batches are computed without a graph. The loss of the whole batch
+gives the gradient of each output. Then each micro-batch is computed again with a graph, and its part of those
+gradients is propagated to the weights. Loss and gradient are those of the whole batch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from avcil_dist.data.batch import Batch
 from avcil_dist.errors import TrainingError
 from avcil_dist.methods.base import Method, Targets
 from avcil_dist.models.attention.module import TeacherView
-from avcil_dist.models.outputs import Divergence, Output
+from avcil_dist.models.outputs import Output
 from avcil_dist.training.collectives import gather_rows
 from avcil_dist.training.engine import BETTER_GRADIENT, Engine
 from avcil_dist.training.teacher import Teacher
@@ -26,7 +27,7 @@ from avcil_dist.training.teacher import Teacher
 
 @dataclass(frozen=True)
 class StepLosses:
-    """The parts of the loss, "loss" the whole of it, and how many clips of the global batch were damaged."""
+    """Loss terms of a training step by name, with the total as "loss", and the global batch's damaged clips."""
 
     parts: dict[str, Tensor]
     num_bad: int
@@ -35,133 +36,119 @@ class StepLosses:
 def train_step(
     engine: Engine, batch: Batch, *, method: Method, teacher: Teacher | None, num_bad: int | None = None
 ) -> StepLosses:
-    """Forward on the rank's rows, as many at a time as the engine takes, loss on the global batch, backward, step.
+    """Run forward, backward and the optimizer's update; in micro-batches of `engine.rows` rows if there are more.
 
-    `num_bad`: as in `gather_batch`. Raises TrainingError when the loss is finite and its gradient is not.
+    `num_bad` is as in `gather_batch`. Raises TrainingError when the loss is finite but its gradient is not.
     """
-    count = len(batch.labels) // engine.rows
-    pass_over = _whole if count == 1 else _in_micro_batches
-    done = pass_over(engine, batch, count, _Objective(method, teacher, num_bad))
-    moved = engine.step()
-    if not moved and engine.network.precision != "fp16" and bool(done.parts["loss"].isfinite()):
+    num_micro_batches = len(batch.labels) // engine.rows
+    objective = _Objective(method, teacher, num_bad)
+    if num_micro_batches == 1:
+        losses = _backward_whole(engine, batch, objective)
+    else:
+        losses = _backward_in_micro_batches(engine, batch, num_micro_batches, objective)
+    is_updated = engine.step()
+    if not is_updated and engine.network.precision != "fp16" and bool(losses.parts["loss"].isfinite()):
         raise TrainingError(f"the gradient is not finite, the loss is; {BETTER_GRADIENT}")
-    return done
+    return losses
 
 
 @dataclass(frozen=True)
 class _Objective:
-    """What a method's teacher says to a batch, and the method's loss."""
+    """Teacher outputs for a batch, and the method's loss."""
 
     method: Method
     teacher: Teacher | None
     num_bad: int | None
 
-    def encoded(self, batch: Batch) -> Batch:
-        """The batch with all done to it that student and teacher have in common."""
-        return self.teacher.encode(batch) if self.teacher else batch
+    def encode_shared(self, batch: Batch) -> Batch:
+        """Run the encoders that student and teacher share, if there is a teacher."""
+        return self.teacher.encode_shared(batch) if self.teacher else batch
 
-    def view(self, batch: Batch) -> TeacherView | None:
-        """What the student's attention is compared with."""
+    def attention_view(self, batch: Batch) -> TeacherView | None:
+        """The teacher's side of the attention distillation, if the method has one and the batch has exemplars."""
         has_exemplars = batch.num_current < len(batch.labels)
-        return (
-            self.teacher.attention_view(batch)
-            if self.teacher and self.method.needs.divergence and has_exemplars
-            else None
-        )
+        if self.teacher is None or not self.method.needs.divergence or not has_exemplars:
+            return None
+        return self.teacher.attention_view(batch)
 
-    def taught(self, batch: Batch) -> Output | None:
-        """The teacher's output."""
+    def teacher_output(self, batch: Batch) -> Output | None:
+        """The teacher's output, if there is a teacher."""
         return self.teacher.output(batch, self.method) if self.teacher else None
 
-    def loss(self, batch: Batch, output: Output, taught: Output | None) -> StepLosses:
-        """The loss of the global batch, of which a rank gives its rows."""
-        gathered = gather_batch(batch, output, taught, num_bad=self.num_bad)
+    def loss(self, batch: Batch, output: Output, teacher_output: Output | None) -> StepLosses:
+        """The loss of the global batch, from this rank's rows and those of the others."""
+        gathered = gather_batch(batch, output, teacher_output, num_bad=self.num_bad)
         return StepLosses(self.method.loss(gathered.targets, gathered.output, gathered.teacher), gathered.num_bad)
 
 
-def _whole(engine: Engine, batch: Batch, _: int, seeing: _Objective) -> StepLosses:
-    batch = seeing.encoded(batch)
-    output = engine(batch.visual, batch.audio, seeing.view(batch))
-    done = seeing.loss(batch, output, seeing.taught(batch))
-    engine.backward(done.parts["loss"])
-    return done
+def _backward_whole(engine: Engine, batch: Batch, objective: _Objective) -> StepLosses:
+    batch = objective.encode_shared(batch)
+    output = engine(batch.visual, batch.audio, objective.attention_view(batch))
+    losses = objective.loss(batch, output, objective.teacher_output(batch))
+    engine.backward(losses.parts["loss"])
+    return losses
 
 
-def _in_micro_batches(engine: Engine, batch: Batch, count: int, seeing: _Objective) -> StepLosses:
-    micro_batches = [seeing.encoded(micro) for micro in split(batch, count)]
-    leaves, taught, random = [], [], []
-    for micro in micro_batches:
-        random.append(_random_state(micro.audio.device))
-        with torch.no_grad():
-            output = engine.network(micro.visual, micro.audio, seeing.view(micro))
-        leaves.append(output.map(lambda rows: rows.detach().requires_grad_()))
-        taught.append(seeing.taught(micro))
+def _backward_in_micro_batches(engine: Engine, batch: Batch, count: int, objective: _Objective) -> StepLosses:
+    micro_batches = [objective.encode_shared(micro) for micro in split(batch, count)]
     num_current = micro_batches[0].num_current
-    teacher = join([rows for rows in taught if rows], num_current) if seeing.teacher else None
-    done = seeing.loss(batch, join(leaves, num_current), teacher)
-    done.parts["loss"].backward()
+    leaves, teacher_outputs, random_states = [], [], []
+    for micro in micro_batches:
+        random_states.append(_random_state(micro.audio.device))
+        with torch.no_grad():
+            output = engine.network(micro.visual, micro.audio, objective.attention_view(micro))
+        leaves.append(output.map(lambda rows: rows.detach().requires_grad_()))
+        teacher_outputs.append(objective.teacher_output(micro))
+    of_teacher = [output for output in teacher_outputs if output is not None]
+    losses = objective.loss(
+        batch, Output.cat(leaves, num_current), Output.cat(of_teacher, num_current) if of_teacher else None
+    )
+    losses.parts["loss"].backward()
     for number, (micro, leaf) in enumerate(zip(micro_batches, leaves, strict=True)):
-        with _replayed(random[number], micro.audio.device):
-            output = engine(micro.visual, micro.audio, seeing.view(micro))
+        with _replayed(random_states[number], micro.audio.device):
+            output = engine(micro.visual, micro.audio, objective.attention_view(micro))
         pairs = zip(output.tensors(), leaf.tensors(), strict=True)
+        # The gradient of Σ output · dL/doutput with respect to the weights is that of the loss.
         terms = [(rows * cached.grad).sum() for rows, cached in pairs if cached.grad is not None]
         engine.backward(torch.stack(terms).sum(), is_last=number == count - 1)
-    return replace(done, parts={name: value.detach() for name, value in done.parts.items()})
+    return replace(losses, parts={name: value.detach() for name, value in losses.parts.items()})
 
 
 def split(batch: Batch, count: int) -> list[Batch]:
-    """Equal parts of a rank's batch, each with its share of the current rows and of the exemplars, in their order."""
-    current = batch.num_current // count
-    replayed = (len(batch.labels) - batch.num_current) // count
+    """Split a rank's batch into equal parts, each with its share of the current rows and of the exemplars, in order.
+
+    `Output.cat` puts the outputs of the parts together again.
+    """
+    num_current = batch.num_current // count
+    num_exemplars = (len(batch.labels) - batch.num_current) // count
 
     def part(rows: Tensor, number: int) -> Tensor:
-        first = rows[number * current : (number + 1) * current]
-        start = batch.num_current + number * replayed
-        return torch.cat([first, rows[start : start + replayed]]) if replayed else first
+        current = rows[number * num_current : (number + 1) * num_current]
+        first_exemplar = batch.num_current + number * num_exemplars
+        return torch.cat([current, rows[first_exemplar : first_exemplar + num_exemplars]]) if num_exemplars else current
 
     return [
         replace(
-            batch,
-            visual=part(batch.visual, number),
-            audio=part(batch.audio, number),
-            labels=part(batch.labels, number),
-            valid=part(batch.valid, number),
-            num_current=current,
+            batch.map(partial(part, number=number)),
+            num_current=num_current,
             clips=part(torch.from_numpy(batch.clips), number).numpy(),
         )
         for number in range(count)
     ]
 
 
-def join(outputs: Sequence[Output], num_current: int) -> Output:
-    """The output of a batch from those of its parts, each with `num_current` current rows: the inverse of `split`."""
-
-    def rows(parts: Sequence[Tensor | None]) -> Tensor | None:
-        there = [part for part in parts if part is not None]
-        ordered = [*(part[:num_current] for part in there), *(part[num_current:] for part in there)]
-        return torch.cat(ordered) if there else None
-
-    divergences = [output.divergence for output in outputs if output.divergence]
-    logits = rows([output.logits for output in outputs])
-    assert logits is not None
-    return Output(
-        logits=logits,
-        audio=rows([output.audio for output in outputs]),
-        visual=rows([output.visual for output in outputs]),
-        pooled=rows([output.pooled for output in outputs]),
-        divergence=Divergence(*map(torch.cat, zip(*divergences, strict=True))) if divergences else None,
-        importance=rows([output.importance for output in outputs]),
-    )
-
-
 def _random_state(device: torch.device) -> list[Tensor]:
+    """State of torch's generators on the CPU and on the device."""
     on_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
     return [torch.get_rng_state(), *on_device]
 
 
 @contextmanager
 def _replayed(state: list[Tensor], device: torch.device) -> Iterator[None]:
-    """A block that draws the random numbers that were drawn after `state`, and leaves no mark: dropout repeats."""
+    """Draw the random numbers that follow `state` in the block, and restore the generators after it.
+
+    So dropout has the same masks in both forward passes of a micro-batch.
+    """
     on_device = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(on_device):
         torch.set_rng_state(state[0])
@@ -172,7 +159,7 @@ def _replayed(state: list[Tensor], device: torch.device) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """What all ranks' rows gave together, in the plan's order, without the rows of damaged clips."""
+    """Rows of all ranks in the plan's order, without those of damaged clips."""
 
     targets: Targets
     output: Output
@@ -181,46 +168,29 @@ class GlobalBatch:
 
 
 def gather_batch(batch: Batch, output: Output, teacher: Output | None, *, num_bad: int | None = None) -> GlobalBatch:
-    """Gather a rank's rows with those of the others, with gradient; equal on all ranks.
+    """Gather the rows of all ranks, with gradient. Equal on all ranks.
 
-    `num_bad` rows of the global batch are damaged, where that is known: if none are, nothing waits for the device.
-    Pooled pictures are only compared with a teacher's, so without those they stay where they are.
+    `num_bad` is the number of damaged rows in the global batch, if known: if it is 0, the CPU does not wait for the
+    device. `pooled` is gathered only if the teacher has it too, because it is used only in comparison with it.
     """
     valid = gather_rows(batch.valid, batch.num_current)
     num_current = len(valid) * batch.num_current // len(batch.valid)
-
     if num_bad is None:
         num_bad = int((~valid).sum())
 
-    def good(rows: Tensor, valid: Tensor) -> Tensor:
-        return rows[valid] if num_bad else rows
-
     def gather(rows: Tensor) -> Tensor:
-        return good(gather_rows(rows, batch.num_current), valid)
-
-    def gather_present(rows: Tensor | None) -> Tensor | None:
-        return None if rows is None else gather(rows)
+        gathered = gather_rows(rows, batch.num_current)
+        return gathered[valid] if num_bad else gathered
 
     def gather_exemplars(rows: Tensor) -> Tensor:
-        return good(gather_rows(rows, len(rows)), valid[num_current:])
+        gathered = gather_rows(rows, len(rows))
+        return gathered[valid[num_current:]] if num_bad else gathered
 
-    def gather_output(rows: Output, *, with_pooled: bool) -> Output:
-        divergence = rows.divergence and Divergence(
-            gather_exemplars(rows.divergence.spatial), gather_exemplars(rows.divergence.temporal)
-        )
-        return Output(
-            logits=gather(rows.logits),
-            audio=gather_present(rows.audio),
-            visual=gather_present(rows.visual),
-            pooled=gather_present(rows.pooled) if with_pooled else None,
-            divergence=divergence,
-            importance=gather_present(rows.importance),
-        )
-
-    with_pooled = teacher is not None and teacher.pooled is not None
+    if teacher is None or teacher.pooled is None:
+        output = output._replace(pooled=None)
     return GlobalBatch(
         targets=Targets(gather(batch.labels), int(valid[:num_current].sum()) if num_bad else num_current),
-        output=gather_output(output, with_pooled=with_pooled),
-        teacher=None if teacher is None else gather_output(teacher, with_pooled=with_pooled),
+        output=output.map(gather, gather_exemplars),
+        teacher=None if teacher is None else teacher.map(gather, gather_exemplars),
         num_bad=num_bad,
     )

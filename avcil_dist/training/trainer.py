@@ -129,7 +129,7 @@ class Trainer:
         if answers is None:
             self.observer.message(f"the teacher is asked about {len(clips):,} clips, once")
             said = partial(teacher.output, method=self.method)
-            answers = build_teacher_cache(said, self.features, clips, between=self._stop_early)
+            answers = build_teacher_cache(said, self.features, clips, after_batch=self._stop_early)
             self.snapshots.keep("teacher", answers.to_state(manifest))
         return answers.to(self.device)
 

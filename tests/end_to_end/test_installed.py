@@ -6,6 +6,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+import avcil_dist
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -21,6 +23,9 @@ def test_an_installed_wheel_finds_its_configurations_from_any_directory(tmp_path
     packages = {path.name for path in site.iterdir() if not path.name.endswith(".dist-info")}
     assert packages == {"avcil_dist", "data_shards", "launch"}
     assert (site / "avcil_dist" / "reporting" / "report.html.j2").is_file()
+    assert all((site / package / "py.typed").is_file() for package in packages)
+    metadata = next(site.glob("*.dist-info/METADATA")).read_text()
+    assert f"Version: {avcil_dist.__version__}\n" in metadata
     code = (
         "import launch, sys; from launch.cli.main import cli; assert launch.__file__.startswith(sys.argv.pop(1)); cli()"
     )

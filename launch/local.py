@@ -1,14 +1,15 @@
-"""Runs a stream on the machine at hand: one set of processes per step.
+"""Run of a stream on this machine: one set of rank processes per step.
 
-The command line's process only supervises: it holds no model and no process group. Each step's
-ranks are fresh processes, so nothing leaks from step to step, and a step here is what a cluster
-job is. Under torchrun or srun every rank supervises one process of its own.
+The command's own process only supervises: it has no model and no process group. Each step's ranks are new
+processes, so that no state leaks from step to step and a step is the same as in a cluster job. Under torchrun or srun
+every process of the launcher supervises one rank.
 """
 
 import multiprocessing
 import os
 import socket
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from avcil_dist.config.schema import Config
 from avcil_dist.errors import AvcilError, StepStopped, WorldError
 from avcil_dist.exit_codes import INTERRUPTED, STOPPED, USER_ERROR
 from avcil_dist.signals import StopRequest, listening, shielding
-from avcil_dist.streams.stream import next_step, stream_url
+from avcil_dist.streams.stream import next_step, sole_runner, stream_url
 from avcil_dist.tracking.session import stream_run
 from avcil_dist.training.engine import name_accelerator
 from avcil_dist.training.preflight import check_run
@@ -29,35 +30,37 @@ from launch.resume_policy import KEEP_ALL, ResumePolicy, discard_state
 from launch.step_run import StepRun
 
 POLL_SECONDS = 0.5
-GRACE_SECONDS = 4  # for ranks to end by themselves when one has failed, before they are made to
+GRACE_SECONDS = 4  # for ranks to end by themselves when one has failed, before they are terminated
 PRELOADED = ["torch", "deepspeed", "avcil_dist.training.step", "avcil_dist.tracking.mlflow_writer"]
 
 
 def run_stream(config: Config, *, processes: int, policy: ResumePolicy = KEEP_ALL) -> str:
-    """Run all steps that are not committed yet; returns the stream's folder.
+    """Run all steps that are not committed yet. Returns the stream's folder.
 
-    With no launcher around, each step gets `processes` ranks on this machine; otherwise the
-    launcher's. Raises the step's AvcilError, WorldError when a process died, StepStopped when this
-    process was asked to stop and the step has.
+    Each step has `processes` ranks on this machine, under a launcher one rank for each of its processes. Raises the
+    step's AvcilError, WorldError when a rank's process died, ConfigError when another process trains the stream, and
+    StepStopped when this process received a stop signal and the step has stopped.
     """
-    place = world_from_environment(os.environ)
-    has_launcher = place.launcher != "none"
-    num_steps = check_run(config, place.size if has_launcher else processes, restart=policy.restart).num_steps
+    outer = world_from_environment(os.environ)
+    has_launcher = outer.launcher != "none"
+    num_steps = check_run(config, outer.size if has_launcher else processes, restart=policy.restart).num_steps
     stream = stream_url(config)
-    first = 0 if policy.restart else next_step(stream, num_steps)
-    if place.is_main:
-        discard_state(config, policy, num_steps)
-    with listening() as stop, stream_run(config, is_main=place.is_main, warn=print_warning) as run_id:
-        for step in range(first, num_steps):
-            worlds = (_rank_of(place, step),) if has_launcher else local_worlds(processes)
-            _run_job(StepRun(config, step, num_steps, run_id, policy.reset_optimizer and step == first), worlds, stop)
-            if stop.is_set() and step + 1 < num_steps:
-                raise StepStopped(f"stopped after step {step}; run the same command again and step {step + 1} begins")
+    first = 0 if policy.restart else next_step(stream, num_steps)  # before any waiting: all ranks must agree
+    with sole_runner(stream) if outer.is_main else nullcontext():
+        if outer.is_main:
+            discard_state(config, policy, num_steps)
+        with listening() as stop, stream_run(config, is_main=outer.is_main, warn=print_warning) as run_id:
+            for step in range(first, num_steps):
+                worlds = (_rank_of(outer, step),) if has_launcher else local_worlds(processes)
+                reset_optimizer = policy.reset_optimizer and step == first
+                _run_step(StepRun(config, step, num_steps, run_id, reset_optimizer), worlds, stop)
+                if stop.is_set() and step + 1 < num_steps:
+                    raise StepStopped(f"stopped after step {step}; run the same command again to continue")
     return stream
 
 
 def local_worlds(processes: int) -> tuple[World, ...]:
-    """The worlds of `processes` ranks on this machine, which meet at a port that is free now."""
+    """Return the worlds of `processes` ranks on this machine, with a master port that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -67,22 +70,22 @@ def local_worlds(processes: int) -> tuple[World, ...]:
 
 
 def current_world() -> World:
-    """The world of the launcher around this process, or a world of this process alone."""
+    """Return the world of the launcher around this process, or a world of this process alone."""
     world = world_from_environment(os.environ)
     return world if world.launcher != "none" else replace(local_worlds(1)[0], launcher="none")
 
 
-def _rank_of(place: World, step: int) -> World:
-    """The launcher's rank, with a port of its own for each step: the launcher itself uses the first."""
-    return replace(place, master_port=place.master_port + 1 + step)
+def _rank_of(outer: World, step: int) -> World:
+    """Return the launcher's world with another port for each step: the launcher itself uses the first."""
+    return replace(outer, master_port=outer.master_port + 1 + step)
 
 
-def _run_job(job: StepRun, worlds: tuple[World, ...], stop: StopRequest) -> None:
-    """Run the job's ranks to their end, each in a process of its own; the first to fail ends the others.
+def _run_step(run: StepRun, worlds: tuple[World, ...], stop: StopRequest) -> None:
+    """Run the step's ranks to their end, each in its own process; the first to fail ends the others.
 
-    A stop that is asked of this process is asked of them.
+    A stop signal of this process is forwarded to the ranks.
     """
-    # A forked process cannot use a GPU that its parent has looked at; without GPUs, forking saves seconds a step.
+    # A forked process cannot use a GPU that its parent has initialised; without GPUs, forking saves seconds per step.
     method = "spawn" if torch.cuda.is_available() else "forkserver"
     context = multiprocessing.get_context(method)
     context.set_forkserver_preload(PRELOADED)
@@ -90,29 +93,29 @@ def _run_job(job: StepRun, worlds: tuple[World, ...], stop: StopRequest) -> None
     errors = context.SimpleQueue()
     try:
         with shielding():
-            ranks = start_processes(_run_rank, (job, worlds, errors), len(worlds), join=False, start_method=method)
-        is_told = False
+            ranks = start_processes(_run_rank, (run, worlds, errors), len(worlds), join=False, start_method=method)
+        is_stopping = False
         while not ranks.join(POLL_SECONDS, GRACE_SECONDS):
-            if stop.is_set() and not is_told:
+            if stop.is_set() and not is_stopping:
                 for process in ranks.processes:
                     process.terminate()
-                is_told = True
+                is_stopping = True
     except ProcessExitedException as failure:
         if failure.exit_code == INTERRUPTED:
             raise KeyboardInterrupt from None
         if failure.exit_code in (USER_ERROR, STOPPED) and not errors.empty():
             raise errors.get() from None
-        how = f"signal {failure.signal_name}" if failure.signal_name else f"exit code {failure.exit_code}"
+        end = f"signal {failure.signal_name}" if failure.signal_name else f"exit code {failure.exit_code}"
         raise WorldError(
-            f"step {job.step}: the process of rank {worlds[failure.error_index].rank} ended with {how}; "
+            f"step {run.step}: the process of rank {worlds[failure.error_index].rank} ended with {end}; "
             "run the same command again to continue from the last snapshot"
         ) from None
 
 
-def _run_rank(index: int, job: StepRun, worlds: tuple[World, ...], errors: Any) -> None:
-    """One rank's process: run its part of the step, hand an error to the supervisor."""
+def _run_rank(index: int, run: StepRun, worlds: tuple[World, ...], errors: Any) -> None:
+    """Process of one rank: run the step, and pass an error to the supervisor."""
     try:
-        job.run(worlds[index], errors.put)
+        run.run(worlds[index], errors.put)
     except AvcilError as error:
         errors.put(error)
         sys.exit(USER_ERROR)

@@ -1,7 +1,7 @@
 """Streams on disk: folder, scenario, committed steps, next step, lock of the writer."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -39,13 +39,25 @@ def next_step(stream: str, num_steps: int) -> int:
     return next((step + 1 for step in reversed(range(num_steps)) if is_committed(stream, step)), 0)
 
 
-@contextmanager
-def sole_writer(stream: str) -> Iterator[None]:
-    """Lock a stream on a local folder, so that no other process trains it while the block runs.
+def sole_writer(stream: str) -> AbstractContextManager[None]:
+    """Lock a stream on a local folder, so that no other process trains a step of it while the block runs.
 
     Waits up to a minute for the lock: processes left by a killed start end within seconds. Raises ConfigError
     when another process still trains the stream.
     """
+    return _locked(stream, ".lock")
+
+
+def sole_runner(stream: str) -> AbstractContextManager[None]:
+    """Lock a stream on a local folder for a command that runs its steps, between which no step holds its lock.
+
+    Waits and raises as `sole_writer` does.
+    """
+    return _locked(stream, ".run.lock")
+
+
+@contextmanager
+def _locked(stream: str, suffix: str) -> Iterator[None]:
     path = storage.local_path(stream)
     if path is None:  # object storage has no locks
         yield
@@ -53,7 +65,7 @@ def sole_writer(stream: str) -> Iterator[None]:
     folder = Path(path)
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=LOCK_SECONDS):
+        with FileLock(folder.with_name(f".{folder.name}{suffix}"), timeout=LOCK_SECONDS):
             yield
     except Timeout:
         raise ConfigError(f"{stream}: another process trains this stream; wait for it, or end it") from None

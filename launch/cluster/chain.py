@@ -58,11 +58,14 @@ def submit_stream(
     """
     scheduler = scheduler_of(cluster.kind)
     scheduler.require()
-    chain = plan_chain(config, cluster, restart=policy.restart)
-    stream = stream_url(config)
-    if policy != KEEP_ALL:
-        _throw_away(config, chain, scheduler, policy)
-    with _submission_lock(Path(chain.folder)):
+    stream, chain = stream_url(config), plan_chain(config, cluster, restart=policy.restart)
+    with _submission_lock(stream, chain):
+        chain = _with_recorded_jobs(chain, stream)
+        if policy != KEEP_ALL:
+            if scheduler.live_jobs(stream, chain):
+                raise ConfigError(f"{stream}: its jobs wait or run; end them first: avcil cancel {stream}")
+            discard_state(config, policy, chain.num_steps)
+            chain = _with_recorded_jobs(chain, stream)
         first = next_step(stream, chain.num_steps)
         live = _live_jobs(scheduler, stream, chain, first)
         if live:
@@ -84,7 +87,6 @@ def plan_chain(config: Config, cluster: ClusterConfig, *, restart: bool = False)
     stream = stream_url(config)
     sizes = sorted({cluster.at(step).world_size for step in (0, *cluster.steps)})
     [num_steps] = {check_run(config, size, restart=restart).num_steps for size in sizes}
-    jobs = read_chain(stream).jobs if has_chain(stream) else {}
     path = storage.local_path(stream)
     if cluster.folder is not None:
         folder = Path(cluster.folder).expanduser() / config.stream_name
@@ -94,7 +96,7 @@ def plan_chain(config: Config, cluster: ClusterConfig, *, restart: bool = False)
         raise ConfigError(f"{stream} is not on a disk: set `folder` in the cluster file, on a disk of all nodes")
     # Streams of the same name in other folders are other streams.
     identity = storage.sha256(str(Path(path).absolute() if path else stream).encode())[:6]
-    return Chain(cluster.kind, f"{config.stream_name}-{identity}", str(folder.absolute()), num_steps, jobs=jobs)
+    return Chain(cluster.kind, f"{config.stream_name}-{identity}", str(folder.absolute()), num_steps)
 
 
 def script_texts(config: Config, cluster: ClusterConfig) -> dict[int, str]:
@@ -119,23 +121,25 @@ def _live_jobs(scheduler: Scheduler, stream: str, chain: Chain, first: int) -> d
     return live
 
 
-def _throw_away(config: Config, chain: Chain, scheduler: Scheduler, policy: ResumePolicy) -> None:
-    """Discard what the policy names. Raises ConfigError while jobs of the chain wait or run."""
-    stream = stream_url(config)
-    if scheduler.live_jobs(stream, chain):
-        raise ConfigError(f"{stream}: its jobs wait or run; end them first: avcil cancel {stream}")
-    discard_state(config, policy, chain.num_steps)
+def _with_recorded_jobs(chain: Chain, stream: str) -> Chain:
+    return replace(chain, jobs=read_chain(stream).jobs if has_chain(stream) else {})
 
 
 @contextmanager
-def _submission_lock(folder: Path) -> Iterator[None]:
-    """Lock against another submission of the same stream."""
-    folder.mkdir(parents=True, exist_ok=True)
+def _submission_lock(stream: str, chain: Chain) -> Iterator[None]:
+    """Lock against another submission of the same stream; the lock file is not among the files that can be discarded.
+
+    Raises SchedulerError when the other submission does not end within a minute.
+    """
+    path, folder = storage.local_path(stream), Path(chain.folder)
+    file = Path(path).with_name(f".{Path(path).name}.submit.lock") if path else folder / "submit.lock"
+    file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / "submit.lock", timeout=LOCK_SECONDS):
+        with FileLock(file, timeout=LOCK_SECONDS):
+            folder.mkdir(parents=True, exist_ok=True)
             yield
     except Timeout:
-        raise SchedulerError(f"{folder}: another submission of this stream is under way; try again") from None
+        raise SchedulerError(f"{stream}: another submission of this stream is under way; try again") from None
 
 
 def _freeze(config: Config, cluster: ClusterConfig, chain: Chain) -> Chain:

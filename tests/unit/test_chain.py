@@ -10,8 +10,8 @@ import pytest
 from avcil_dist import storage
 from avcil_dist.compose import load_config
 from avcil_dist.config.schema import Config
-from avcil_dist.errors import ConfigError
-from avcil_dist.streams.stream import stream_url
+from avcil_dist.errors import ConfigError, SchedulerError
+from avcil_dist.streams.stream import sole_writer, stream_url
 from avcil_dist.training.snapshot import snapshots_url
 from avcil_dist.world import World
 from launch.cluster import chain as chain_module
@@ -161,3 +161,55 @@ def test_restart_of_a_step_keeps_committed_steps(config: Config, scheduler: Reco
     assert submit(config, ResumePolicy(restart_step=True)).new == (2, 3)
     assert not snapshots.exists()
     assert Path(stream_url(config), "step_001", "COMMITTED.json").exists()
+
+
+def test_restart_discards_nothing_while_jobs_wait_or_run(config: Config, scheduler: RecordingScheduler) -> None:
+    commit_steps(config, 1)
+    scheduler.live = {1: waiting(1)}
+    with pytest.raises(ConfigError, match="wait or run; end them first"):
+        submit(config, RESTART)
+    assert Path(stream_url(config), "step_000", "COMMITTED.json").exists()
+
+
+def test_restart_discards_nothing_while_another_process_trains(
+    config: Config, scheduler: RecordingScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit_steps(config, 1)
+    monkeypatch.setattr("avcil_dist.streams.stream.LOCK_SECONDS", 0.1)
+    with sole_writer(stream_url(config)), pytest.raises(ConfigError, match="another process trains this stream"):
+        submit(config, RESTART)
+    assert Path(stream_url(config), "step_000", "COMMITTED.json").exists()
+
+
+def test_restart_discards_nothing_during_another_submission(
+    config: Config, scheduler: RecordingScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit_steps(config, 1)
+    monkeypatch.setattr(chain_module, "LOCK_SECONDS", 0.1)
+
+    def submit_again(kind: object, *_: object) -> dict[int, JobState]:
+        """While the outer submission holds the lock; it must refuse before it discards anything."""
+        monkeypatch.setattr(scheduler, "live_jobs", lambda *_: {})
+        with pytest.raises(SchedulerError, match="another submission"):
+            submit(config, RESTART)
+        assert Path(stream_url(config), "step_000", "COMMITTED.json").exists()
+        return {}
+
+    monkeypatch.setattr(scheduler, "live_jobs", submit_again)
+    assert submit(config).new == (1, 2, 3)
+
+
+def test_a_submission_stays_locked_after_it_has_discarded_the_stream(
+    config: Config, scheduler: RecordingScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit_steps(config, 1)
+    monkeypatch.setattr(chain_module, "LOCK_SECONDS", 0.1)
+    first = scheduler.submit
+
+    def submit_again(*arguments: object) -> Chain:
+        with pytest.raises(SchedulerError, match="another submission"):
+            submit(config)
+        return first(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(scheduler, "submit", submit_again)
+    assert submit(config, RESTART).new == (0, 1, 2, 3)

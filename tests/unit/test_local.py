@@ -1,0 +1,41 @@
+"""Supervision of a stream's steps on this machine, without training."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from avcil_dist import storage
+from avcil_dist.compose import load_config
+from avcil_dist.config.schema import Config
+from avcil_dist.errors import ConfigError
+from avcil_dist.streams.stream import sole_runner, sole_writer, stream_url
+from launch import local
+from launch.local import local_worlds, run_stream
+from launch.resume_policy import ResumePolicy
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """A stream of two steps, of which the first is committed."""
+    monkeypatch.setattr(local, "check_run", lambda *_, **__: SimpleNamespace(num_steps=2))
+    monkeypatch.setattr("avcil_dist.streams.stream.LOCK_SECONDS", 0.1)
+    found = load_config("demo", [f"output={tmp_path}/runs"])
+    storage.write_bytes(f"{stream_url(found)}/step_000/COMMITTED.json", b"{}")
+    return found
+
+
+@pytest.mark.parametrize("lock", [sole_writer, sole_runner])
+def test_restart_discards_nothing_while_another_process_trains(config: Config, lock: object) -> None:
+    with lock(stream_url(config)), pytest.raises(ConfigError, match="another process trains this stream"):  # type: ignore[operator]
+        run_stream(config, processes=1, policy=ResumePolicy(restart=True))
+    assert Path(stream_url(config), "step_000", "COMMITTED.json").exists()
+
+
+def test_ranks_of_one_machine_share_a_port() -> None:
+    worlds = local_worlds(3)
+    assert [(world.rank, world.local_rank, world.size, world.local_size) for world in worlds] == [
+        (rank, rank, 3, 3) for rank in range(3)
+    ]
+    assert len({world.master_port for world in worlds}) == 1
+    assert worlds[0].master_port > 0

@@ -14,11 +14,10 @@ from avcil_dist.data.plan import NO_CLIPS
 class Batch:
     """A rank's part of a global batch: `num_current` rows of the current step, then exemplars.
 
-    `visual` (B, …) and `audio` (B, …) are pictures and filterbanks, or features; `labels` (B,)
-    are positions in the class order; `valid` (B,) is false for padding and damaged clips, whose
-    rows are zero; `faults` say what was damaged; `counts` what reading took since the batch before, by
-    the names of `reader.COUNTS`, and "stall_seconds", the time that its taker waited for it; `clips` (B,)
-    are numbers in the manifest.
+    `visual` (B, …) and `audio` (B, …) are frames and filterbanks, or features. `labels` (B,) are positions in the
+    class order. `valid` (B,) is false for padding and for damaged clips; their rows are zero, and `faults` are the
+    error lines of the damaged ones. `counts` are the reader's counters since the batch before (`reader.COUNTS`), and
+    "stall_seconds", the time that the consumer waited for the batch. `clips` (B,) are numbers in the manifest.
     """
 
     visual: Tensor
@@ -41,7 +40,7 @@ class Batch:
         return replace(self, visual=visual, audio=audio, labels=labels, valid=valid)
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the batch on a device."""
+        """Return the batch on a device; the copy is asynchronous from page-locked memory."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def wait(self, event: torch.cuda.Event) -> None:
@@ -54,3 +53,18 @@ class Batch:
     def pin_memory(self) -> "Batch":
         """Return the batch in page-locked memory, for copies that overlap with compute."""
         return self.map(Tensor.pin_memory)
+
+
+@dataclass(frozen=True)
+class PartialBatch:
+    """A batch of which the rows in `is_read` (B,) were read: `visual` and `audio` hold only these rows.
+
+    The other rows are in the clip cache, which completes the batch (`ClipCache.complete`).
+    """
+
+    batch: Batch
+    is_read: np.ndarray
+
+    def pin_memory(self) -> "PartialBatch":
+        """Return the batch in page-locked memory; called by torch's loader."""
+        return replace(self, batch=self.batch.pin_memory())

@@ -1,16 +1,15 @@
-"""Clips at hand: what was read once in a step comes from memory from then on, of the device or of the host.
+"""Cache of decoded clips or features for the length of a step, in GPU memory or shared host memory.
 
-A store has a row for each clip, filled when the clip is first read and never emptied; a damaged clip is never in
-it, so it is met, and counted, each time. In host memory one store serves the ranks and decoding processes of a node.
-It is memory without a name: nothing is left of it when its processes end, however they do.
+The cache has a row for each of its clips. A row is filled when its clip is first read, and never removed. Damaged
+clips are not cached, so they are found, and counted, in each epoch. In host memory one cache serves the ranks and
+decoding processes of a node. Its memory has no name in the file system: it is freed when its processes end.
 """
 
 import math
 import mmap
 import os
 import weakref
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from avcil_dist.config.schema import ClipConfig
+from avcil_dist.data.batch import Batch, PartialBatch
 from avcil_dist.data.layout import TensorPair
 from avcil_dist.data.manifest import Manifest
 from avcil_dist.data.sampler import Request
@@ -27,7 +27,7 @@ PAGE = 4096
 
 @dataclass(frozen=True)
 class EntrySpec:
-    """What a clip's tensors are: the shapes of visual and audio, and their type."""
+    """Shapes of a clip's visual and audio tensors, and their type."""
 
     shapes: tuple[tuple[int, ...], tuple[int, ...]]
     dtype: torch.dtype
@@ -40,19 +40,19 @@ class EntrySpec:
 
     @classmethod
     def of(cls, manifest: Manifest, clip: ClipConfig) -> "EntrySpec":
-        """What the clips of a manifest become."""
+        """Return the shapes and the type of a manifest's clips after decoding."""
         if manifest.kind == "feature":
             shape = manifest.shape
             return cls(((shape["frames"], shape["positions"], shape["dim"]), (shape["dim"],)), torch.float16)
-        pictures = clip.frames, 3, clip.size, clip.size
-        return cls((pictures, (clip.mel_frames, clip.mel_bins)), torch.float32)
+        frames = clip.frames, 3, clip.size, clip.size
+        return cls((frames, (clip.mel_frames, clip.mel_bins)), torch.float32)
 
 
 class SharedMemory:
-    """Memory that other processes of the user can map by `path`, for as long as this object lives. Zero at first."""
+    """Memory that other processes of the user can map by `path` while this object lives. Initially zero."""
 
     def __init__(self, size: int, path: str | None = None) -> None:
-        """`path`: that of another process, to map the same. Raises OSError where that cannot be."""
+        """`path`: the path of another process, to map its memory. Raises OSError where that is impossible."""
         self.size = size
         if path is None:
             self._descriptor = os.memfd_create("avcil-clips")
@@ -64,7 +64,7 @@ class SharedMemory:
 
     @property
     def path(self) -> str:
-        """Where others find it."""
+        """Path by which other processes map the memory."""
         return f"/proc/{os.getpid()}/fd/{self._descriptor}"
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -72,86 +72,89 @@ class SharedMemory:
 
 
 class ClipCache:
-    """The rows of `clips` (n,), ascending numbers. Picklable: a copy in another process knows what is there.
+    """Cache with a row for each of `clips` (n,), ascending numbers.
 
-    In the tier `host` the rows are in shared memory, else on a device, where only the process that made it has them.
+    In the tier `host` the rows are in shared memory, in the tier `device` on the device of the process that made the
+    cache. Which rows are filled is in shared memory in both tiers: a pickled copy in a decoding process can mark the
+    missing rows of a request, but cannot add or return rows.
     """
 
     def __init__(
-        self, clips: np.ndarray, kind: EntrySpec, device: torch.device | None, path: str | None = None
+        self, clips: np.ndarray, spec: EntrySpec, device: torch.device | None, path: str | None = None
     ) -> None:
-        """`device` None: in host memory, at `path` where another process has made it."""
+        """`device` None: in host memory, mapped by `path` where another process has made it."""
         self.clips, self.tier = clips, "device" if device else "host"
-        starts = [0]  # of the marks of what is there, of visual, of audio
-        for size in (1, *kind.sizes):
+        starts = [0]  # of the flags of filled rows, of visual, of audio
+        for size in (1, *spec.sizes):
             starts.append(starts[-1] + -(-len(clips) * size // PAGE) * PAGE)
         self.memory = SharedMemory(starts[1] if device else starts[3], path)
-        self._rows: list[Tensor] = []
-        for shape, start, size in zip(kind.shapes, starts[1:3], kind.sizes, strict=True):
+        self._tensors: list[Tensor] = []
+        for shape, start, size in zip(spec.shapes, starts[1:3], spec.sizes, strict=True):
             if device:
-                self._rows.append(torch.empty((len(clips), *shape), dtype=kind.dtype, device=device))
+                self._tensors.append(torch.empty((len(clips), *shape), dtype=spec.dtype, device=device))
             else:
                 flat = torch.from_numpy(self.memory.bytes[start : start + len(clips) * size])
-                self._rows.append(flat.view(kind.dtype).view(len(clips), *shape))
+                self._tensors.append(flat.view(spec.dtype).view(len(clips), *shape))
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_rows": []}  # who reads a part of a batch asks only what is missing
+        return self.__dict__ | {"_tensors": []}  # decoding processes only mark missing rows
 
-    def missing(self, request: Request) -> Request:
-        """The part of a request that has to be read."""
-        mask = ~self._is_there(self._slots(request.clips))
-        return request if mask.all() else request.part(mask)
+    def mark_missing(self, request: Request) -> Request:
+        """Return the request with the rows to read: those that are not cached."""
+        missing = ~self._is_filled(self._slots(request.clips))
+        return replace(request, missing=None if missing.all() else missing)
+
+    def complete(self, partial: PartialBatch) -> Batch:
+        """Add the rows that were read to the cache, and return the batch with all its rows.
+
+        A batch with cached rows is on the device of the cache; in page-locked memory where the rows read are.
+        """
+        batch, is_read = partial.batch, partial.is_read
+        tensors = batch.visual, batch.audio
+        self.put(batch.clips[is_read], tensors, batch.valid.numpy()[is_read])
+        if is_read.all():
+            return batch
+        visual, audio = self._merge(batch.clips, is_read, tensors)
+        return replace(batch, visual=visual, audio=audio)
 
     def put(self, clips: np.ndarray, tensors: TensorPair, valid: np.ndarray) -> None:
-        """Keep the rows of visual and audio that are valid and have a place."""
+        """Add the rows of visual and audio that are valid and of clips that have a row."""
         slots = self._slots(clips)
-        fresh = np.flatnonzero((slots >= 0) & ~self._is_there(slots) & valid)
-        if not len(fresh):
+        new = np.flatnonzero((slots >= 0) & ~self._is_filled(slots) & valid)
+        if not len(new):
             return
-        for kept, read in zip(self._rows, tensors, strict=True):
-            chosen = read if len(fresh) == len(read) else read[torch.from_numpy(fresh)]
-            kept.index_copy_(0, self._index(slots[fresh]), chosen.to(kept.device, non_blocking=True))
-        self.memory.bytes[slots[fresh]] = 1  # last: who sees it finds the row
+        for cached, read in zip(self._tensors, tensors, strict=True):
+            chosen = read if len(new) == len(read) else read[torch.from_numpy(new)]
+            cached.index_copy_(0, self._index(slots[new]), chosen.to(cached.device, non_blocking=True))
+        self.memory.bytes[slots[new]] = 1  # last: a process that sees the flag finds the row
 
-    def whole(self, clips: np.ndarray, is_read: np.ndarray, tensors: TensorPair) -> TensorPair:
-        """Visual and audio of all `clips`, of which the rows in `is_read` were missing and are `tensors`.
-
-        They are on the store's device; page-locked where what was read is.
-        """
+    def _merge(self, clips: np.ndarray, is_read: np.ndarray, tensors: TensorPair) -> TensorPair:
+        """Return visual and audio of all `clips`: `tensors` are the rows in `is_read`, the others are cached."""
         slots = self._slots(clips)
-        slots[is_read] = slots[~is_read][0]  # any row that is there: it is written over
+        slots[is_read] = slots[~is_read][0]  # any filled row: it is overwritten
         rows = np.flatnonzero(is_read)
-        visual, audio = (self._gather(kept, slots, rows, read) for kept, read in zip(self._rows, tensors, strict=True))
+        visual, audio = (
+            self._gather(cached, slots, rows, read) for cached, read in zip(self._tensors, tensors, strict=True)
+        )
         return visual, audio
 
-    def _gather(self, kept: Tensor, slots: np.ndarray, rows: np.ndarray, read: Tensor) -> Tensor:
-        shape, is_pinned = (len(slots), *kept.shape[1:]), read.is_pinned() and kept.device.type == "cpu"
-        found = torch.empty(shape, dtype=kept.dtype, device=kept.device, pin_memory=is_pinned)
-        torch.index_select(kept, 0, self._index(slots), out=found)
+    def _gather(self, cached: Tensor, slots: np.ndarray, rows: np.ndarray, read: Tensor) -> Tensor:
+        shape, is_pinned = (len(slots), *cached.shape[1:]), read.is_pinned() and cached.device.type == "cpu"
+        gathered = torch.empty(shape, dtype=cached.dtype, device=cached.device, pin_memory=is_pinned)
+        torch.index_select(cached, 0, self._index(slots), out=gathered)
         if len(rows):
-            found.index_copy_(0, self._index(rows), read.to(kept.device, non_blocking=True))
-        return found
+            gathered.index_copy_(0, self._index(rows), read.to(cached.device, non_blocking=True))
+        return gathered
 
     def _index(self, rows: np.ndarray) -> Tensor:
         index = torch.from_numpy(rows)
-        device = self._rows[0].device
+        device = self._tensors[0].device
         return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index
 
     def _slots(self, clips: np.ndarray) -> np.ndarray:
-        """The row of each clip; -1 for one without."""
-        found = np.minimum(np.searchsorted(self.clips, clips), len(self.clips) - 1)
-        return np.where(self.clips[found] == clips, found, -1)
+        """Return the row of each clip in the cache; -1 for a clip without one."""
+        nearest = np.minimum(np.searchsorted(self.clips, clips), len(self.clips) - 1)
+        return np.where(self.clips[nearest] == clips, nearest, -1)
 
-    def _is_there(self, slots: np.ndarray) -> np.ndarray:
+    def _is_filled(self, slots: np.ndarray) -> np.ndarray:
         return (slots >= 0) & (self.memory.bytes[slots] == 1)
-
-
-@dataclass(frozen=True)
-class UncachedRequests:
-    """The parts of requests that a store has not, as they are asked for."""
-
-    source: Iterable[Request]
-    store: ClipCache
-
-    def __iter__(self) -> Iterator[Request]:
-        return map(self.store.missing, self.source)

@@ -1,7 +1,7 @@
-"""Batches as a rank trains on them: a WebDataset pipeline, plan → fetch → decode → collate.
+"""Loader of batches: a WebDataset pipeline of sampler, fetch, decode and collate, then the clip cache.
 
-Its source is the plan, its stages work on whole batches, and a batch keeps its shape when a clip
-is damaged: the row stays, marked as not valid, so that all ranks go on in step.
+The stages work on whole batches. A batch keeps its shape when a clip is damaged: the row stays, marked as not
+valid, so that all ranks have equally many batches of equal size.
 """
 
 import itertools
@@ -18,8 +18,8 @@ import torch.utils.data
 import webdataset
 
 from avcil_dist.config.schema import DataConfig
-from avcil_dist.data.batch import Batch
-from avcil_dist.data.clip_cache import ClipCache, UncachedRequests
+from avcil_dist.data.batch import Batch, PartialBatch
+from avcil_dist.data.clip_cache import ClipCache
 from avcil_dist.data.layout import BatchBuffers, ClipLayout, Faults, FeatureLayout, Layout, TensorPair
 from avcil_dist.data.manifest import Manifest
 from avcil_dist.data.plan import PADDING
@@ -30,25 +30,51 @@ from avcil_dist.signals import shielding
 
 
 def load_batches(
-    source: Iterable[Request],
+    sampler: Iterable[Request],
     *,
     manifest: Manifest,
     labels: Mapping[str, int],
     data: DataConfig,
     pin: bool = False,
-    store: ClipCache | None = None,
+    clip_cache: ClipCache | None = None,
 ) -> Iterator[Batch]:
-    """The batches of `source`, in its order, whatever the number of decoding processes.
+    """Yield the batches of `sampler` in its order, which is independent of the number of decoding processes.
 
-    `pin` puts them in page-locked memory. What `store` has is not read, and what is read it keeps; a batch with rows
-    of a store on a device has them there. Raises DataError and StorageError as the reader does.
+    `labels` maps a class name to its label. `pin` puts the batches in page-locked memory. Rows in `clip_cache` are
+    not read, and rows that are read are added to it; a batch with rows of a cache on a device is on that device.
+    Raises DataError and StorageError as the reader does.
     """
+    return _timed(_load(sampler, manifest, labels, data, pin, clip_cache))
+
+
+def load_on_device(
+    sampler: Iterable[Request],
+    *,
+    manifest: Manifest,
+    labels: Mapping[str, int],
+    data: DataConfig,
+    device: torch.device,
+    clip_cache: ClipCache | None = None,
+) -> Iterator[Batch]:
+    """Yield the batches of `load_batches` on a device; the next batch is read and copied while one is used."""
+    batches = _load(sampler, manifest, labels, data, device.type == "cuda", clip_cache)
+    return _timed(_prefetched(batches, device))
+
+
+def _load(
+    sampler: Iterable[Request],
+    manifest: Manifest,
+    labels: Mapping[str, int],
+    data: DataConfig,
+    pin: bool,
+    clip_cache: ClipCache | None,
+) -> Iterator[Batch]:
     is_clip = manifest.kind == "clip"
     layout: Layout = ClipLayout(manifest, data.clip, data.augment) if is_clip else FeatureLayout(manifest, pin=pin)
-    num_workers = data.decode_workers if is_clip else 0  # processes are for decoding
+    num_workers = data.decode_workers if is_clip else 0  # features need no decoding, and threads read them
     pipeline = webdataset.DataPipeline(
-        _EachWorkersShare(UncachedRequests(source, store) if store else source),
-        _Fetch(ShardReader(manifest, data), layout, store),
+        _WorkerShare(sampler),
+        _Fetch(ShardReader(manifest, data), layout, clip_cache),
         _Decode(layout),
         _Collate(manifest, manifest.shard_labels(labels)),
     )
@@ -59,31 +85,18 @@ def load_batches(
         multiprocessing_context="forkserver" if num_workers else None,
         pin_memory=pin,
     )
-    with shielding():  # a worker that dies of a stop signal would take the snapshot with it
-        batches = iter(loader)
-    if store:
-        batches = _completed(batches, source, store, manifest, labels)
-    return timed(batches)
+    with shielding():  # workers ignore stop signals: one that died would prevent the snapshot
+        partial_batches: Iterator[PartialBatch] = iter(loader)
+    if clip_cache:
+        return map(clip_cache.complete, partial_batches)
+    return (partial.batch for partial in partial_batches)
 
 
-def load_on_device(
-    source: Iterable[Request],
-    *,
-    manifest: Manifest,
-    labels: Mapping[str, int],
-    data: DataConfig,
-    device: torch.device,
-    store: ClipCache | None = None,
-) -> Iterator[Batch]:
-    """`load_batches`, on a device: one batch is read and brought there while the one before is used."""
-    batches = load_batches(source, manifest=manifest, labels=labels, data=data, pin=device.type == "cuda", store=store)
-    return timed(_one_ahead(batches, device))
-
-
-def _one_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+def _prefetched(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Yield the batches on the device; a thread reads and copies the next one."""
     stream = _copy_stream(device)
 
-    def bring() -> tuple[Batch | None, torch.cuda.Event | None]:
+    def load_next() -> tuple[Batch | None, torch.cuda.Event | None]:
         if stream is None:
             return next(batches, None), None
         with torch.cuda.stream(stream):
@@ -92,14 +105,14 @@ def _one_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch
 
     thread = ThreadPoolExecutor(1, thread_name_prefix="ahead")
     try:
-        coming = thread.submit(bring)
+        coming = thread.submit(load_next)
         while True:
-            batch, is_there = coming.result()
+            batch, copied = coming.result()
             if batch is None:
                 return
-            coming = thread.submit(bring)
-            if is_there:
-                batch.wait(is_there)
+            coming = thread.submit(load_next)
+            if copied:
+                batch.wait(copied)
             yield batch
     finally:
         thread.shutdown(wait=False, cancel_futures=True)
@@ -107,42 +120,12 @@ def _one_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch
 
 @cache
 def _copy_stream(device: torch.device) -> torch.cuda.Stream | None:
-    """One for all that is brought to a GPU, so that what a store keeps is there before it is looked up."""
+    """Return the stream of all copies to a GPU. One stream orders the writes of the clip cache before its reads."""
     return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
-def _completed(
-    batches: Iterator[Batch], source: Iterable[Request], store: ClipCache, manifest: Manifest, labels: Mapping[str, int]
-) -> Iterator[Batch]:
-    """The batches of `source`, from those of what was missing of them."""
-    shard_labels = manifest.shard_labels(labels)
-    for request, read in zip(source, batches, strict=True):
-        tensors = read.visual, read.audio
-        store.put(read.clips, tensors, read.valid.numpy())
-        is_read = np.isin(request.clips, read.clips)  # of a clip that comes twice, both rows are missing or neither
-        if is_read.all():
-            yield read
-            continue
-        visual, audio = store.whole(request.clips, is_read, tensors)
-        valid = np.ones(len(is_read), dtype=bool)
-        valid[is_read] = read.valid.numpy()
-        yield replace(
-            read,
-            visual=visual,
-            audio=audio,
-            labels=torch.from_numpy(_labels(request.clips, manifest, shard_labels)),
-            valid=torch.from_numpy(valid),
-            num_current=request.num_current,
-            clips=request.clips,
-        )
-
-
-def _labels(clips: np.ndarray, manifest: Manifest, shard_labels: np.ndarray) -> np.ndarray:
-    return np.where(clips != PADDING, shard_labels[manifest.shards_of(clips)], 0)
-
-
-def timed(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The batches, each with the seconds that its taker waited for it."""
+def _timed(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Yield the batches, each with the seconds that the consumer waited for it."""
     while True:
         started = time.monotonic()
         batch = next(batches, None)
@@ -151,59 +134,63 @@ def timed(batches: Iterator[Batch]) -> Iterator[Batch]:
         yield replace(batch, counts={**batch.counts, "stall_seconds": time.monotonic() - started})
 
 
-class _EachWorkersShare(torch.utils.data.IterableDataset):
-    """Worker w of W takes batches w, w + W, …: the loader asks the workers in turn, so the order stays."""
+class _WorkerShare(torch.utils.data.IterableDataset):
+    """Requests of this worker: worker w of W takes requests w, w + W, …; torch takes the results in that order."""
 
-    def __init__(self, source: Iterable[Request]) -> None:
-        self.source = source
+    def __init__(self, sampler: Iterable[Request]) -> None:
+        self.sampler = sampler
 
     def __iter__(self) -> Iterator[Request]:
         worker = torch.utils.data.get_worker_info()
-        return itertools.islice(self.source, worker.id, None, worker.num_workers) if worker else iter(self.source)
+        return itertools.islice(self.sampler, worker.id, None, worker.num_workers) if worker else iter(self.sampler)
 
 
 @dataclass
 class _Fetched:
-    """A batch whose bytes are there, but for the rows in `faults`."""
+    """The bytes of a request's missing rows; `faults` names those of these rows that have none."""
 
     request: Request
-    rows: BatchBuffers
+    buffers: BatchBuffers
     faults: Faults
     counts: Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class _Fetch:
-    """Clip numbers to bytes, some batches ahead of their turn."""
+    """Stage that reads the bytes of the rows that are not in the clip cache, some batches ahead."""
 
     reader: ShardReader
     layout: Layout
-    store: ClipCache | None = None
+    clip_cache: ClipCache | None
 
     def __call__(self, requests: Iterable[Request]) -> Iterator[_Fetched]:
         with self.reader.open() as reader:
             coming: deque[tuple[Request, Future[_Fetched]]] = deque()
-            for request in reader.ahead(requests):
+            for request in reader.ahead(map(self._without_cached, requests)):
                 coming.append((request, reader.submit(self._fetch, reader, request)))
                 if len(coming) > BATCHES_AHEAD:
                     yield self._finish(reader, *coming.popleft())
             while coming:
                 yield self._finish(reader, *coming.popleft())
 
-    def _fetch(self, reader: OpenReader, request: Request) -> _Fetched:
-        if self.store:  # it may have more than when the request was made
-            request = self.store.missing(request)
-        rows = self.layout.allocate(request.places)
-        found = reader.read(request, rows.segments)
-        faults = {row: self._named(request.places[row], fault) for row, fault in found.items()}
-        return _Fetched(request, rows, faults, {})
+    def _without_cached(self, request: Request) -> Request:
+        return self.clip_cache.mark_missing(request) if self.clip_cache else request
 
-    def _finish(self, reader: OpenReader, request: Request, future: "Future[_Fetched]") -> _Fetched:
+    def _fetch(self, reader: OpenReader, held: Request) -> _Fetched:
+        request = self._without_cached(held)  # again: the cache may have more rows than when the shards were opened
+        stored = request.to_read.stored_clips
+        buffers = self.layout.allocate(stored)
+        faults = reader.read(held, buffers.segments)
+        named = {row: self._named(stored[row], fault) for row, fault in faults.items()}
+        return _Fetched(request, buffers, named, {})
+
+    def _finish(self, reader: OpenReader, held: Request, future: "Future[_Fetched]") -> _Fetched:
         fetched = future.result()
-        reader.release(request)
+        reader.release(held)
         return replace(fetched, counts=reader.take_counts())
 
     def _named(self, clip: int, fault: DataError) -> DataError:
+        """Return the fault with url and key of its clip."""
         manifest = self.reader.manifest
         url = manifest.url(manifest.locate(clip)[0])
         return DataError(f"{url}: clip {manifest.key(clip)}: {str(fault).removeprefix(f'{url}: ')}")
@@ -211,35 +198,39 @@ class _Fetch:
 
 @dataclass(frozen=True)
 class _Decode:
-    """Bytes to tensors; a clip that cannot be decoded becomes its DataError."""
+    """Stage that decodes bytes to tensors; a clip that cannot be decoded is added to the faults."""
 
     layout: Layout
 
     def __call__(self, batches: Iterable[_Fetched]) -> Iterator[tuple[_Fetched, TensorPair]]:
         for fetched in batches:
-            yield fetched, self.layout.decode(fetched.rows, fetched.faults, fetched.request.draw)
+            seeds = fetched.request.to_read.augment_seeds
+            yield fetched, self.layout.decode(fetched.buffers, fetched.faults, seeds)
 
 
 @dataclass(frozen=True)
 class _Collate:
-    """Tensors to a Batch."""
+    """Stage that adds the labels and the state of all rows."""
 
     manifest: Manifest
     shard_labels: np.ndarray
 
-    def __call__(self, batches: Iterable[tuple[_Fetched, TensorPair]]) -> Iterator[Batch]:
+    def __call__(self, batches: Iterable[tuple[_Fetched, TensorPair]]) -> Iterator[PartialBatch]:
         for fetched, (visual, audio) in batches:
-            clips, faults = fetched.request.clips, fetched.faults
-            is_clip = clips != PADDING
-            labels = _labels(clips, self.manifest, self.shard_labels)
-            valid = is_clip & ~np.isin(np.arange(len(clips)), list(faults))
-            yield Batch(
+            request, faults = fetched.request, fetched.faults
+            is_read = np.ones(len(request.clips), dtype=bool) if request.missing is None else request.missing
+            is_clip = request.clips != PADDING
+            labels = np.where(is_clip, self.shard_labels[self.manifest.shards_of(request.clips)], 0)
+            valid = is_clip.copy()
+            valid[np.flatnonzero(is_read)[list(faults)]] = False
+            batch = Batch(
                 visual,
                 audio,
                 torch.from_numpy(labels),
                 torch.from_numpy(valid),
-                fetched.request.num_current,
+                request.num_current,
                 tuple(str(faults[row]) for row in sorted(faults)),
                 fetched.counts,
-                clips,
+                request.clips,
             )
+            yield PartialBatch(batch, is_read)

@@ -143,12 +143,14 @@ class OpenReader:
 
     def read(self, request: Request, segments: Sequence[Segment]) -> dict[int, DataError]:
         """Fill the segments' buffers. Returns the rows whose bytes cannot be had, each with its DataError."""
+        needed = {segment.shard for segment in segments}
         sources: dict[int, _Source | DataError] = {}
         for key in self._shards_of(request):
-            try:
-                sources[key[0]] = self._sources[key].result()
-            except DataError as error:
-                sources[key[0]] = error
+            if key[0] in needed:
+                try:
+                    sources[key[0]] = self._sources[key].result()
+                except DataError as error:
+                    sources[key[0]] = error
         waiting = deque(_runs(segments))  # the threads help themselves: a task for each run would cost more
         tasks = [
             self._threads.submit(self._read_runs, waiting, sources)
@@ -204,7 +206,7 @@ class OpenReader:
         return {}
 
     def _hold(self, request: Request) -> int:
-        """ResumePolicy to open the shards of a request; how many of them were not held."""
+        """Start to open the shards of a request. Returns the number of those that were not held before."""
         new = [key for key in self._shards_of(request) if not self._users[key]]
         for key in new:
             self._sources[key] = self._openers.submit(self._open, *key)
@@ -213,7 +215,8 @@ class OpenReader:
 
     def _shards_of(self, request: Request) -> list[tuple[int, bool]]:
         """The shards of a request, and whether each is wanted whole: exemplars are few clips of many shards."""
-        current, exemplars = request.places[: request.num_current], request.places[request.num_current :]
+        part = request.to_read
+        current, exemplars = np.split(part.stored_clips, [part.num_current])
         of_current = set(self.manifest.shards_of(current[current != PADDING]).tolist())
         of_exemplars = set(self.manifest.shards_of(exemplars[exemplars != PADDING]).tolist()) - of_current
         return [*((shard, True) for shard in of_current), *((shard, False) for shard in of_exemplars)]

@@ -1,4 +1,4 @@
-"""Samplers: the sequence of batches that a rank reads, as requests for clips by number."""
+"""Samplers: the sequence of batches that a rank reads, each a request for clips by number."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -14,46 +14,56 @@ from avcil_dist.world import World
 
 @dataclass(frozen=True)
 class AugmentSeeds:
-    """What the random choices for a batch's rows depend on: a seed of the step, and each row's epoch."""
+    """Seeds of the augmentation of a batch: one seed of the step, and the epoch of each row."""
 
     seed: int
     epochs: np.ndarray
 
     def seed_of(self, row: int, key: str) -> int:
-        """The seed of a row: its clip's in that epoch, whatever batch, rank or process it is in."""
+        """Return the seed of a row. It depends on clip and epoch, not on batch, rank or process."""
         return derive_seed(self.seed, "clip", key, int(self.epochs[row]))
 
 
 @dataclass(frozen=True)
 class Request:
-    """The clip numbers of a rank's batch, in row order; the first `num_current` are of the current step.
+    """Clip numbers (B,) of a rank's batch, in row order; the first `num_current` rows are of the current step.
 
-    Clips are varied as `draw` says, or not at all. They are read at `copies` (numbers), where these are given.
+    `augment_seeds` None: no augmentation. `copies` (B,) are the numbers of copies that are read instead of `clips`.
+    `missing` (B,) masks the rows to read, the others are in the clip cache; None: all rows.
     """
 
     clips: np.ndarray
     num_current: int
-    draw: AugmentSeeds | None = None
+    augment_seeds: AugmentSeeds | None = None
     copies: np.ndarray | None = None
+    missing: np.ndarray | None = None
 
     @property
-    def places(self) -> np.ndarray:
-        """The numbers of the clips that are read."""
+    def stored_clips(self) -> np.ndarray:
+        """Numbers (B,) of the clips whose bytes are read."""
         return self.clips if self.copies is None else self.copies
 
-    def part(self, rows: np.ndarray) -> "Request":
-        """The request for some of its rows (a mask)."""
-        draw = None if self.draw is None else replace(self.draw, epochs=self.draw.epochs[rows])
-        copies = None if self.copies is None else self.copies[rows]
-        return Request(self.clips[rows], int(rows[: self.num_current].sum()), draw, copies)
+    @property
+    def to_read(self) -> "Request":
+        """The request for the missing rows alone."""
+        rows = self.missing
+        if rows is None:
+            return self
+        seeds = self.augment_seeds
+        return Request(
+            self.clips[rows],
+            int(rows[: self.num_current].sum()),
+            None if seeds is None else replace(seeds, epochs=seeds.epochs[rows]),
+            None if self.copies is None else self.copies[rows],
+        )
 
 
 @dataclass(frozen=True)
 class TrainingSampler:
-    """All training batches of a step for one rank, from batch `start` on, epoch after epoch.
+    """All training batches of a step for one rank, from batch `start` to the end of the last epoch.
 
-    `exemplars` come in batches of their own beside the current clips; `joined` ones are among them. Where clips are
-    varied, the passes over the exemplars are their epochs.
+    `exemplars` form replay batches beside the current clips; `joined` exemplars are mixed into the current clips.
+    With augmentation, the epoch of an exemplar in a replay batch is its number of passes over the exemplars.
     """
 
     manifest: Manifest
@@ -69,12 +79,12 @@ class TrainingSampler:
 
     @property
     def clips(self) -> np.ndarray:
-        """All clips that may come in a batch, ascending."""
+        """All clips that may occur in a batch, ascending."""
         current = self.manifest.clips(self.classes, "train")
         return np.unique(np.concatenate([current, self.exemplars, self.joined]))
 
     def epoch_batches(self, epoch: int) -> np.ndarray:
-        """The epoch's global batches, (batches, optim.global_batch)."""
+        """Return the global batches of an epoch, (batches, optim.global_batch)."""
         return plan_epoch(
             self.manifest,
             self.classes,
@@ -88,30 +98,35 @@ class TrainingSampler:
         ).batches
 
     def __iter__(self) -> Iterator[Request]:
-        per_epoch = len(self.epoch_batches(0))
+        batches_per_epoch = len(self.epoch_batches(0))
+        for epoch in range(self.start // batches_per_epoch, self.optim.epochs):
+            yield from self._requests(epoch, first=max(self.start - epoch * batches_per_epoch, 0))
+
+    def _requests(self, epoch: int, first: int) -> Iterator[Request]:
+        """Yield the requests of an epoch from batch `first` on."""
+        batches = self.epoch_batches(epoch)
+        current = self._share(batches[first:])
+        rows, epochs = [current], [np.full_like(current, epoch)]
+        if len(self.exemplars):
+            span = {
+                "first": epoch * len(batches) + first,
+                "count": len(current),
+                "global_batch": self.optim.global_replay_batch,
+            }
+            rows.append(self._share(plan_replay(self.exemplars, seed=self.seed, step=self.step, **span)))
+            epochs.append(self._share(replay_passes(len(self.exemplars), **span)))
         seed = derive_seed(self.seed, "augment", self.step)
-        for epoch in range(self.start // per_epoch, self.optim.epochs):
-            first = max(self.start - epoch * per_epoch, 0)
-            current = rank_share(self.epoch_batches(epoch)[first:], self.world.rank, self.world.size)
-            rows, epochs = [current], [np.full_like(current, epoch)]
-            if len(self.exemplars):
-                span = {
-                    "first": epoch * per_epoch + first,
-                    "count": len(current),
-                    "global_batch": self.optim.global_replay_batch,
-                }
-                replay = plan_replay(self.exemplars, seed=self.seed, step=self.step, **span)
-                rows.append(rank_share(replay, self.world.rank, self.world.size))
-                passes = replay_passes(len(self.exemplars), **span)
-                epochs.append(rank_share(passes, self.world.rank, self.world.size))
-            for clips, of_rows in zip(np.concatenate(rows, axis=1), np.concatenate(epochs, axis=1), strict=True):
-                draw = AugmentSeeds(seed, of_rows) if self.data.augment.is_on else None
-                yield Request(clips, current.shape[1], draw)
+        for clips, row_epochs in zip(np.concatenate(rows, axis=1), np.concatenate(epochs, axis=1), strict=True):
+            seeds = AugmentSeeds(seed, row_epochs) if self.data.augment.is_on else None
+            yield Request(clips, current.shape[1], seeds)
+
+    def _share(self, batches: np.ndarray) -> np.ndarray:
+        return rank_share(batches, self.world.rank, self.world.size)
 
 
 @dataclass(frozen=True)
 class FixedSampler:
-    """One pass over given batches (batches, rows), as evaluation makes."""
+    """One pass over given batches (batches, rows), for evaluation and inference."""
 
     batches: np.ndarray
 

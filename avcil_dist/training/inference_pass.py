@@ -63,7 +63,7 @@ class InferencePass:
             labels=self.scenario.labels,
             data=self.data,
             device=self.device,
-            store=self.clip_cache,
+            clip_cache=self.clip_cache,
         ):
             num_good += batch.valid.sum()
             faults.extend(batch.faults)

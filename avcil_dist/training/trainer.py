@@ -92,7 +92,7 @@ class Trainer:
                 labels=labels,
                 data=self.config.data,
                 device=self.device,
-                store=self.features.clip_cache,
+                clip_cache=self.features.clip_cache,
             )
             best = self._train(engine, batches, state, manifest)
             engine.close()

@@ -29,7 +29,14 @@ def test_batches_on_the_device_are_those_of_the_processor(tmp_path: Path, tier: 
 
     def batches(device: torch.device, store: ClipCache | None) -> list[str]:
         labels = labels_of(manifest)
-        loaded = load_on_device(source, manifest=manifest, labels=labels, data=source.data, device=device, store=store)
+        loaded = load_on_device(
+            source,
+            manifest=manifest,
+            labels=labels,
+            data=source.data,
+            device=device,
+            clip_cache=store,
+        )
         return [digest(in_host_memory(batch)) for batch in loaded]
 
     device = torch.device("cuda", 0)

@@ -27,7 +27,7 @@ def found(world: World, url: str) -> dict[str, tuple[str, int]]:
             rows = torch.ones(4, 2, 3, 16).half(), torch.ones(4, 16).half()
             store.put(CLIPS[:4], rows, np.array([True, True, False, True]))
         dist.barrier()
-        results[tier] = said, len(CLIPS) - len(store.missing(Request(CLIPS, 6)).clips) if store else 0
+        results[tier] = said, len(CLIPS) - len(store.mark_missing(Request(CLIPS, 6)).to_read.clips) if store else 0
         dist.barrier()  # until then another rank may look
     return results
 

@@ -44,7 +44,9 @@ def store_of(manifest: Manifest, clips: np.ndarray, tier: str) -> ClipCache:
 
 def batches_of(source: TrainingSampler, store: ClipCache | None) -> list[Batch]:
     labels = labels_of(source.manifest)
-    loaded = load_on_device(source, manifest=source.manifest, labels=labels, data=source.data, device=CPU, store=store)
+    loaded = load_on_device(
+        source, manifest=source.manifest, labels=labels, data=source.data, device=CPU, clip_cache=store
+    )
     return list(loaded)
 
 
@@ -98,7 +100,7 @@ def test_host_memory_goes_to_other_processes_by_its_path_and_leaves_no_name(mani
     batches_of(source, store)
     copied = pickle.loads(pickle.dumps(store))
     request = next(iter(source))
-    assert len(copied.missing(request).clips) == len(store.missing(request).clips) <= 1
+    assert len(copied.mark_missing(request).to_read.clips) == len(store.mark_missing(request).to_read.clips) <= 1
     assert set(Path("/dev/shm").iterdir()) == before
     path = store.memory.path
     del store, copied

@@ -135,9 +135,9 @@ def test_every_appearance_of_a_clip_is_another_and_exemplars_are_augmented_too(c
     plain = rows(load(training(clips, AugmentConfig()), clips))
     assert len(set(plain)) == 4 + 3
     assert not set(rows(batches)) & set(plain)
-    passes = [request.draw.epochs.tolist() for request in source if request.draw]
+    passes = [request.augment_seeds.epochs.tolist() for request in source if request.augment_seeds]
     assert passes == [[0, 0, 0, 0], [0, 0, 0, 1], [1, 1, 1, 1], [1, 1, 2, 2]]
-    assert all(request.draw is None for request in training(clips, AugmentConfig()))
+    assert all(request.augment_seeds is None for request in training(clips, AugmentConfig()))
 
 
 @pytest.mark.slow
@@ -154,9 +154,13 @@ def test_the_draws_are_the_same_on_any_world_size_with_any_workers_and_after_a_r
 
 
 def test_seed_and_step_draw_anew(clips: Manifest) -> None:
-    first = [request.draw.seed_of(0, "cat-0") for request in training(clips) if request.draw]
+    first = [request.augment_seeds.seed_of(0, "cat-0") for request in training(clips) if request.augment_seeds]
     others = (training(clips, seed=4), training(clips, step=2))
-    assert all(request.draw and request.draw.seed_of(0, "cat-0") not in first for other in others for request in other)
+    assert all(
+        request.augment_seeds and request.augment_seeds.seed_of(0, "cat-0") not in first
+        for other in others
+        for request in other
+    )
 
 
 def test_one_pass_over_given_clips_is_never_augmented(clips: Manifest) -> None:
@@ -177,7 +181,7 @@ def test_one_pass_over_given_clips_is_never_augmented(clips: Manifest) -> None:
 def test_a_request_survives_the_way_to_another_process(clips: Manifest) -> None:
     request = next(iter(training(clips)))
     copied = pickle.loads(pickle.dumps(request))
-    assert copied.draw.seed_of(1, "cat-1") == request.draw.seed_of(1, "cat-1")
+    assert copied.augment_seeds.seed_of(1, "cat-1") == request.augment_seeds.seed_of(1, "cat-1")
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
-"""A part of a video file as a clip of its own, as mp4.
+"""Cuts: a time span of a video file as an mp4 clip.
 
-Where a key frame lies at the start, and the frames of the part are the next ones in the file, its packets are
-copied as they are. Else the part is decoded and encoded anew (H.264, AAC), which any start needs that is no key
-frame: pictures then are those shown from `start` to before `start + duration`, at their own times, and sound is
-exact to the sample. Copied sound begins at the next packet, at most some 25 ms later; it stays in step.
+If a key frame is at the start, and the frames of the span are the next ones in the file, its packets are copied.
+Otherwise the span is decoded and encoded again (H.264, AAC): the frames are those shown from `start` to before
+`start + duration`, at their own times, and the sound is exact to the sample. Copied sound begins at the next packet,
+at most some 25 ms later; it stays in step.
 """
 
 import io
@@ -28,9 +28,10 @@ QUALITY = {"preset": "veryfast", "crf": "18"}
 
 
 def cut_clip(path: str, start: float, duration: float | None) -> bytes:
-    """The part of the file from `start` seconds on, `duration` seconds long, or to the end.
+    """Cut the file from `start` seconds on, for `duration` seconds or to the end. Returns the bytes of an mp4.
 
-    The same file and times give the same bytes. Raises DataError for a file that cannot be read or ends before.
+    The same file and times give the same bytes. Raises DataError for a file that cannot be read, or that ends
+    before `start`.
     """
     end = math.inf if duration is None else start + duration
     with _opened(path) as container:
@@ -60,7 +61,7 @@ def _opened(path: str) -> Iterator[Any]:
 
 @dataclass
 class _Span:
-    """The part of a container between two times, in seconds from the container's beginning."""
+    """A time span of a container, in seconds from the container's beginning."""
 
     container: Any
     start: float
@@ -83,22 +84,22 @@ class _Span:
         return [stream for stream in (self.video, self.audio) if stream is not None]
 
     def time(self, stamped: Any, stream: Any) -> float:
-        """When a packet or frame of a stream is shown or heard."""
+        """Presentation time of a packet or frame, in seconds from the container's beginning."""
         return float(stamped.pts * stream.time_base) - self.origin
 
     def packets(self) -> list[Any]:
-        """All packets from the key frame at or before the start on, to the end, in the file's order."""
+        """All packets from the key frame at or before the start to the end, in the file's order."""
         self.container.seek(int((self.start + self.origin) * av.time_base), backward=True)
-        found, is_open = [], {stream.index for stream in self.streams}
+        packets, is_open = [], {stream.index for stream in self.streams}
         for packet in self.container.demux(*self.streams):
-            stamp = packet.pts if packet.dts is None else packet.dts  # some containers have not both
+            stamp = packet.pts if packet.dts is None else packet.dts  # some containers lack one of them
             if stamp is not None and float(stamp * packet.time_base) - self.origin >= self.end:
                 is_open.discard(packet.stream.index)
                 if not is_open:
                     break
             elif packet.size and packet.stream.index in is_open:
-                found.append(packet)
-        return found
+                packets.append(packet)
+        return packets
 
 
 def _can_copy(span: _Span, packets: list[Any]) -> bool:
@@ -111,7 +112,7 @@ def _can_copy(span: _Span, packets: list[Any]) -> bool:
     half_frame = 0.5 / float(span.video.average_rate or 25)
     if not video[0].is_keyframe or abs(span.time(video[0], span.video) - span.start) > half_frame:
         return False
-    # a frame shown after the end may be one that frames before the end are made from: then all are encoded anew
+    # frames before the end may refer to a frame shown after it: then all are encoded again
     first = span.time(video[0], span.video)
     return all(first <= span.time(packet, span.video) < span.end - CLOSE for packet in video)
 
@@ -146,29 +147,29 @@ def _encoded(span: _Span, packets: list[Any], path: str) -> bytes:
         video.width, video.height = pictures[0].width // 2 * 2, pictures[0].height // 2 * 2
         video.pix_fmt, video.thread_count, video.options = "yuv420p", 1, QUALITY
         video.codec_context.time_base = span.video.time_base
-        heard: Any = None
+        audio: Any = None
         if sound.samples.size:
-            heard = target.add_stream("aac", rate=sound.rate, layout=sound.layout)
+            audio = target.add_stream("aac", rate=sound.rate, layout=sound.layout)
         reformatter = av.video.reformatter.VideoReformatter()
         begin = round((span.start + span.origin) / span.video.time_base)
         for number, picture in enumerate(pictures):
             frame = reformatter.reformat(picture, width=video.width, height=video.height, format="yuv420p", threads=1)
-            # the first is the one that is shown at the start, since whenever
+            # the first frame is the one shown at the start, which may begin earlier
             frame.pts = max(picture.pts - begin, 0) if number else 0
             frame.time_base, frame.pict_type = span.video.time_base, av.video.frame.PictureType.NONE
             target.mux(video.encode(frame))
         target.mux(video.encode(None))
-        if heard:
+        if audio:
             block = av.AudioFrame.from_ndarray(sound.samples, format="fltp", layout=sound.layout)
-            # with a time stamp, the encoder says how many samples it puts in front, and players leave them out
+            # with a time stamp, the encoder records how many samples it puts in front, and players skip them
             block.sample_rate, block.pts, block.time_base = sound.rate, 0, Fraction(1, sound.rate)
-            target.mux(heard.encode(block))
-            target.mux(heard.encode(None))
+            target.mux(audio.encode(block))
+            target.mux(audio.encode(None))
     return buffer.getvalue()
 
 
 def _pictures(span: _Span, packets: list[Any]) -> list[Any]:
-    """The frames shown within the span, first the one that is shown when it starts."""
+    """The frames shown within the span; the first is the one shown at its start."""
     shown: list[Any] = []
     for frame in _frames(span.video, packets):
         if frame.pts is None or span.time(frame, span.video) >= span.end - CLOSE:
@@ -181,7 +182,7 @@ def _pictures(span: _Span, packets: list[Any]) -> list[Any]:
 
 
 class _Sound:
-    """The samples of the span, (channels, samples) float32, cut to the sample."""
+    """The samples of the span, (channels, samples) float32, exact to the sample."""
 
     def __init__(self, span: _Span, packets: list[Any]) -> None:
         self.samples = np.zeros((1, 0), dtype=np.float32)

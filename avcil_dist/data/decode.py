@@ -1,7 +1,7 @@
-"""From the bytes of one clip to frames and sound, with PyAV.
+"""Decoder of one clip: from the bytes of a video file to frames and sound, with PyAV.
 
-A container is opened and closed within one call, so that nothing outlives its clip. How frames
-and sound become the encoders' inputs is `transforms.py`.
+A container is opened and closed within one call, so that no decoder outlives its clip. `transforms.py` prepares
+frames and sound for the encoders.
 """
 
 import io
@@ -21,10 +21,10 @@ from avcil_dist.errors import DataError
 
 
 class SilentClipError(DataError):
-    """A clip without an audio track, or with nothing in it."""
+    """A clip without an audio track, or with an empty one."""
 
 
-# Containers that hold their own streams. Playlists are left out: they make a decoder open other files and urls.
+# Containers with their own streams. Playlists are not admitted: they make a decoder open other files and urls.
 CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf"
 
 
@@ -38,7 +38,7 @@ class DecodedClip:
 
 @dataclass(frozen=True)
 class ClipInfo:
-    """What a container says of its clip: seconds, Hz, pixels. `sample_rate` is None without an audio track."""
+    """Properties of a clip in its container: seconds, Hz, pixels. `sample_rate` is None without an audio track."""
 
     duration: float
     frames_per_second: float
@@ -49,7 +49,7 @@ class ClipInfo:
 
 
 def probe_clip(data: bytes, where: str) -> ClipInfo:
-    """What the container says, without decoding. Raises DataError, naming `where`, for what is no video."""
+    """Properties that the container declares; nothing is decoded. Raises DataError, naming `where`, for no video."""
     with _opened(data, where) as container:
         video = _video_stream(container, where)
         audio = container.streams.audio
@@ -66,11 +66,12 @@ def probe_clip(data: bytes, where: str) -> ClipInfo:
 def decode_clip(
     data: bytes, *, num_frames: int, sample_rate: int, silent: Literal["error", "silence"], where: str
 ) -> DecodedClip:
-    """Frames taken evenly by time and mono sound at `sample_rate`.
+    """Decode frames at evenly spaced times, and mono sound at `sample_rate`.
 
-    The clip is cut into `num_frames` equal spans; of each, the frame shown at its middle is taken. Times
-    beyond the last frame give the last frame. A clip without sound gives silence of the clip's length, or
-    DataError, as `silent` says. Raises DataError, naming `where`, for an empty, damaged or cut clip.
+    The clip is divided into `num_frames` equal spans; the frame shown at the middle of each span is taken. Times
+    beyond the last frame give the last frame. A clip without sound gives silence of the clip's length with
+    `silent="silence"`. Raises DataError, naming `where`, for an empty, damaged or truncated clip, and
+    SilentClipError for a clip without sound with `silent="error"`.
     """
     with _opened(data, where) as container:
         video = _video_stream(container, where)
@@ -79,17 +80,17 @@ def decode_clip(
             raise SilentClipError(f"{where}: no audio track; leave the clip out, or set clip.silent=silence")
         duration = _duration(container, video, where)
         start = float((video.start_time or 0) * video.time_base)
-        picker = _FramePicker([start + (i + 0.5) * duration / num_frames for i in range(num_frames)])
+        selector = _FrameSelector([start + (i + 0.5) * duration / num_frames for i in range(num_frames)])
         sound = _SoundCollector()
         for packet in container.demux(*(stream for stream in (video, audio) if stream is not None)):
             if packet.is_corrupt:
                 raise DataError(f"{where}: truncated or corrupt: a packet is cut short")
             for frame in packet.decode():
                 if packet.stream is video:
-                    picker.add(frame)
+                    selector.add(frame)
                 else:
                     sound.add(frame)
-        frames = picker.finish()
+        frames = selector.finish()
         if frames is None:
             raise DataError(f"{where}: truncated or corrupt: no frame could be decoded")
         waveform = sound.finish(sample_rate)
@@ -102,45 +103,45 @@ def decode_clip(
     return DecodedClip(frames=frames, waveform=waveform)
 
 
-class _FramePicker:
-    """Takes frames in order of time and keeps, as RGB, only those shown at the wanted times."""
+class _FrameSelector:
+    """Selects from frames in order of time those shown at given times, and converts them to RGB."""
 
     def __init__(self, times: list[float]) -> None:
         self._times = times
         self._latest: Any = None
-        self._picked: list[torch.Tensor] = []
+        self._selected: list[torch.Tensor] = []
         self._reformatter = av.video.reformatter.VideoReformatter()
 
     def add(self, frame: Any) -> None:
         if frame.time is not None:
-            self._pick_before(frame.time)
+            self._select_until(frame.time)
         self._latest = frame
 
     def finish(self) -> torch.Tensor | None:
-        """(T, 3, H, W), or None when there was no frame."""
+        """Selected frames (T, 3, H, W), or None without any frame."""
         if self._latest is None:
             return None
-        self._pick_before(math.inf)
-        return torch.stack(self._picked)
+        self._select_until(math.inf)
+        return torch.stack(self._selected)
 
-    def _pick_before(self, time: float) -> None:
-        """The latest frame is shown until `time`: it is taken for every wanted time before."""
+    def _select_until(self, time: float) -> None:
+        """Select the latest frame, which is shown until `time`, for every given time before it."""
         rgb = None
-        while self._latest is not None and len(self._picked) < len(self._times):
-            if self._times[len(self._picked)] >= time:
+        while self._latest is not None and len(self._selected) < len(self._times):
+            if self._times[len(self._selected)] >= time:
                 return
             rgb = self._to_rgb(self._latest) if rgb is None else rgb
-            self._picked.append(rgb)
+            self._selected.append(rgb)
 
     def _to_rgb(self, frame: Any) -> torch.Tensor:
-        # a stream may change its picture size midway; all frames get the size of the first taken
-        height, width = self._picked[0].shape[1:] if self._picked else (frame.height, frame.width)
+        # a stream may change its picture size midway; all frames get the size of the first selected one
+        height, width = self._selected[0].shape[1:] if self._selected else (frame.height, frame.width)
         picture = self._reformatter.reformat(frame, width=width, height=height, format="rgb24", threads=1).to_ndarray()
         return torch.from_numpy(picture).permute(2, 0, 1).contiguous()
 
 
 class _SoundCollector:
-    """Takes audio frames of any sample format and gives one mono waveform."""
+    """Collects audio frames of any sample format into one mono waveform."""
 
     def __init__(self) -> None:
         self._resampler: Any = None
@@ -150,12 +151,12 @@ class _SoundCollector:
     def add(self, frame: Any) -> None:
         if self._resampler is None:
             self._rate = frame.sample_rate
-            # only the sample format changes here; torchaudio's resampling is the one the encoders were trained with
+            # converts the sample format only; the encoders were trained with torchaudio's resampling
             self._resampler = av.AudioResampler(format="fltp", layout=frame.layout, rate=frame.sample_rate)
         self._parts += [part.to_ndarray() for part in self._resampler.resample(frame)]
 
     def finish(self, sample_rate: int) -> torch.Tensor | None:
-        """(samples,) float32, or None when there was no sample."""
+        """Waveform (samples,) float32, or None without any sample."""
         if self._resampler is not None:
             self._parts += [part.to_ndarray() for part in self._resampler.resample(None)]
         if not sum(part.size for part in self._parts):
@@ -166,13 +167,13 @@ class _SoundCollector:
 
 @lru_cache(maxsize=16)
 def _resampling(rate: int, sample_rate: int) -> torchaudio.transforms.Resample:
-    """The same filter for all clips of a rate: making it takes longer than its use."""
+    """Resampling filter, cached: its construction takes longer than its use."""
     return torchaudio.transforms.Resample(rate, sample_rate)
 
 
 @contextmanager
 def _opened(data: bytes, where: str) -> Iterator[Any]:
-    """The container, closed in any case; the decoder's faults become DataError."""
+    """Open a container and close it in any case; errors of the decoder become DataError."""
     if not data:
         raise DataError(f"{where}: empty (0 bytes)")
     container = None
@@ -198,9 +199,9 @@ def _video_stream(container: Any, where: str) -> Any:
 
 
 def _duration(container: Any, video: Any, where: str) -> float:
-    """Seconds of the video track, or of the whole where the track does not say."""
+    """Seconds of the video track, or of the container if the track has no duration."""
     if video.duration:
         return float(video.duration * video.time_base)
     if container.duration:
         return float(container.duration / av.time_base)
-    raise DataError(f"{where}: the container does not say how long the clip is")
+    raise DataError(f"{where}: the container has no duration")

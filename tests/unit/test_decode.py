@@ -1,6 +1,7 @@
 import io
 import resource
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -141,3 +142,31 @@ def test_memory_stays_flat_over_many_decodes() -> None:
     before = _resident_bytes()
     decode_many(500)
     assert _resident_bytes() - before < 20 << 20
+
+
+def _starting_at(second: float, levels: list[int], rate: int = 4) -> bytes:
+    """A clip of one grey per frame whose video track begins at `second` of its container."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mov") as target:
+        video = target.add_stream("libx264", rate=rate)
+        video.width, video.height, video.pix_fmt = 32, 32, "yuv420p"
+        video.options = {"preset": "ultrafast", "crf": "10"}
+        audio = target.add_stream("pcm_s16le", rate=8000, layout="mono")
+        block = av.AudioFrame.from_ndarray(np.full((1, 16000), 3000, dtype=np.int16), format="s16", layout="mono")
+        block.sample_rate = 8000
+        target.mux(audio.encode(block))
+        for number, level in enumerate(levels):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), level, dtype=np.uint8), format="rgb24")
+            frame.pts, frame.time_base = round((second + number / rate) * 1000), Fraction(1, 1000)
+            target.mux(video.encode(frame))
+        target.mux(video.encode(None))
+        target.mux(audio.encode(None))
+    return buffer.getvalue()
+
+
+def test_frames_of_a_video_that_begins_late_are_selected_from_its_beginning() -> None:
+    data = _starting_at(0.5, LEVELS)
+    with av.open(io.BytesIO(data)) as container:
+        video = container.streams.video[0]
+        assert float(video.start_time * video.time_base) == 0.5
+    assert _levels(data, 6) == [0, 1, 2, 3, 4, 5]

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -83,3 +84,47 @@ def test_a_higher_tone_fills_higher_bins() -> None:
         _, audio = ClipTransform(SMALL)(DecodedClip(frames, torch.sin(2 * torch.pi * pitch * times)))
         peaks.append(int(audio.mean(0).argmax()))
     assert peaks == sorted(set(peaks))
+
+
+def test_frames_are_normalised_with_the_numbers_of_imagenet() -> None:
+    frames = torch.tensor([0, 51, 255], dtype=torch.uint8)[None, :, None, None].expand(1, 3, 32, 32)
+    visual, _ = ClipTransform(SMALL)(DecodedClip(frames, torch.zeros(800)))
+    # (0 - 0.485) / 0.229, (0.2 - 0.456) / 0.224, (1 - 0.406) / 0.225
+    expected = torch.tensor([-2.1179039, -1.1428571, 2.64])
+    torch.testing.assert_close(visual, expected[None, :, None, None].expand(1, 3, 32, 32))
+
+
+def _reference_filterbank(wave: np.ndarray, rate: int, bins: int) -> np.ndarray:
+    """Kaldi's log-mel filterbank, from its definition, in float64: Hann windows of 25 ms, each 10 ms later."""
+    wave = wave.astype(np.float64) - wave.astype(np.float64).mean()
+    window, shift, length = rate * 25 // 1000, rate * 10 // 1000, 512
+    frames = np.stack([wave[first : first + window] for first in range(0, len(wave) - window + 1, shift)])
+    frames = frames - frames.mean(axis=1, keepdims=True)
+    before = np.concatenate([frames[:, :1], frames[:, :-1]], axis=1)
+    frames = (frames - 0.97 * before) * (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(window) / (window - 1)))
+    power = np.abs(np.fft.rfft(frames, length)) ** 2
+    mel = 1127 * np.log(1 + np.fft.rfftfreq(length, 1 / rate) / 700)
+    edges = np.linspace(1127 * np.log(1 + 20 / 700), 1127 * np.log(1 + rate / 2 / 700), bins + 2)
+    rising = (mel[:, None] - edges[:-2]) / np.diff(edges)[:-1]
+    falling = (edges[2:] - mel[:, None]) / np.diff(edges)[1:]
+    triangles = np.minimum(rising, falling).clip(0)
+    triangles[-1] = 0  # Kaldi leaves out the bin of half the rate
+    return np.log(np.maximum(power @ triangles, np.finfo(np.float32).eps))
+
+
+def test_filterbank_is_kaldis_with_the_numbers_of_audiomae() -> None:
+    generator = np.random.default_rng(0)
+    wave = generator.normal(0, 0.1, 16_000).astype(np.float32) + 0.05
+    frames = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    _, audio = ClipTransform(ClipConfig(size=32))(DecodedClip(frames, torch.from_numpy(wave)))
+    expected = (_reference_filterbank(wave, 16_000, 128) + 4.2677393) / (2 * 4.5689974)
+    assert expected.shape == (98, 128)
+    np.testing.assert_allclose(audio[:98].numpy(), expected, atol=2e-4)
+
+
+def test_smaller_frames_are_means_not_samples() -> None:
+    stripes = torch.zeros(1, 3, 128, 128, dtype=torch.uint8)
+    stripes[..., ::4] = 255  # every fourth column is white
+    visual, _ = ClipTransform(SMALL)(DecodedClip(stripes, torch.zeros(800)))
+    grey = (0.25 - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)
+    torch.testing.assert_close(visual[..., 2:-2], grey[None, :, None, None].expand(1, 3, 32, 28), atol=0.05, rtol=0)

@@ -1,4 +1,4 @@
-"""A grid of streams on the machine at hand, one after the other."""
+"""Grid of streams: every combination of several values of settings."""
 
 import itertools
 import re
@@ -11,48 +11,70 @@ from avcil_dist.errors import ConfigError
 from avcil_dist.training.preflight import check_run
 
 ABLATION = ("method.instance", "method.class_aware", "method.attention")
-IN_EVERY_NAME = ("method", "method.name", "seed")  # a stream's name has them already
-VALUE = re.compile(r"(?:[^,\[\]{}]|\[[^\]]*\]|\{[^}]*\})+")  # commas within brackets separate nothing
+IN_EVERY_NAME = ("method", "method.name", "seed")  # settings that every stream's name contains
+CLOSING = {"[": "]", "{": "}"}
 
 
 @dataclass(frozen=True)
 class GridPoint:
-    """One stream of a grid."""
+    """One stream of a grid; `overrides` are the settings that were chosen for it."""
 
     config: Config
-    words: tuple[str, ...]
+    overrides: tuple[str, ...]
 
 
 def make_grid(config: str, words: Sequence[str], *, ablation: bool, processes: int) -> list[GridPoint]:
-    """The streams of all combinations of `key=a,b,c`, each held against the data and the processes.
+    """Return the streams of all combinations of `key=a,b,c`, each checked against the data and the processes.
 
-    Settings other than method and seed become part of a stream's name. `ablation` adds every
-    combination of avcil's three parts. Raises ConfigError, before anything has run.
+    Settings other than method and seed become part of a stream's name. `ablation` adds every combination of avcil's
+    three parts. Raises ConfigError before anything has run.
     """
-    axes = [_values(word) for word in words]
+    axes = [split_values(word) for word in words]
     if ablation:
         name = load_config(config, [axis[0] for axis in axes]).method.name
         if name != "avcil":
-            raise ConfigError(f"--ablation: it is of avcil's parts, the method is {name}; say method=avcil")
+            raise ConfigError(f"--ablation varies the parts of avcil, and the method is {name}; set method=avcil")
         axes += [[f"{key}=true", f"{key}=false"] for key in ABLATION]
     varied = {axis[0].partition("=")[0] for axis in axes if len(axis) > 1}
     points = []
-    for chosen in itertools.product(*axes):
-        resolved = load_config(config, chosen)
-        suffix = "".join(f"-{_slug(word)}" for word in chosen if word.partition("=")[0] in varied and _slug(word))
-        point = GridPoint(resolved.model_copy(update={"name": resolved.name + suffix}), chosen)
+    for overrides in itertools.product(*axes):
+        resolved = load_config(config, overrides)
+        suffix = "".join(f"-{_slug(word)}" for word in overrides if word.partition("=")[0] in varied and _slug(word))
+        point = GridPoint(resolved.model_copy(update={"name": resolved.name + suffix}), overrides)
         check_run(point.config, processes, restart=False)
         points.append(point)
     return points
 
 
-def _values(word: str) -> list[str]:
+def split_values(word: str) -> list[str]:
+    """Split `key=a,b` into `key=a` and `key=b`; commas within brackets do not separate.
+
+    Raises ConfigError for an empty value and for brackets that do not match.
+    """
     key, equals, text = word.partition("=")
-    return [f"{key}={value}" for value in VALUE.findall(text)] if equals and text else [word]
+    if not (equals and text):
+        return [word]
+    values, expected = [""], ""
+    for letter in text:
+        if letter == "," and not expected:
+            values.append("")
+            continue
+        if letter in CLOSING:
+            expected = CLOSING[letter] + expected
+        elif letter in CLOSING.values():
+            if not expected.startswith(letter):
+                raise ConfigError(f"command line: {word}: {letter!r} without its opening bracket")
+            expected = expected[1:]
+        values[-1] += letter
+    if expected:
+        raise ConfigError(f"command line: {word}: {expected[0]!r} is missing")
+    if "" in values:
+        raise ConfigError(f"command line: {word}: an empty value between two commas, or before or after them")
+    return [f"{key}={value}" for value in values]
 
 
 def _slug(word: str) -> str:
-    """A setting in a name: `no_part` for a part switched off, nothing for one that is on."""
+    """Return a setting as part of a name: `no_part` for a part switched off, nothing for one that is on."""
     key, _, value = word.partition("=")
     name = key.rsplit(".", 1)[-1]
     if key in IN_EVERY_NAME or value == "true":

@@ -78,7 +78,7 @@ def sweep(config: str, words: tuple[str, ...], ablation: bool, processes: int, c
     points = make_grid(config, settings, ablation=ablation, processes=processes)
     folders = []
     for number, point in enumerate(points, start=1):
-        click.echo(f"{number}/{len(points)}  {point.config.stream_name}  {' '.join(point.words)}", err=True)
+        click.echo(f"{number}/{len(points)}  {point.config.stream_name}  {' '.join(point.overrides)}", err=True)
         folders.append(run_stream(point.config, processes=processes))
     print_comparison(in_rows(load_streams(folders)), Console())
 

@@ -73,7 +73,6 @@ UNDONE = {
     "launch/local.py",
     "launch/sandbox/cluster.py",
     "launch/sandbox/daemons.py",
-    "launch/sweep.py",
 }
 QUESTION = re.compile(r"(What|Where|How|Who|Which|Why)\b")  # "Whether …" is the form of a predicate
 # Verbs of people. A person may use them: "the user wants". "known" and "unknown" are adjectives.

@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -12,7 +11,8 @@ from rich.table import Table
 
 from avcil_dist import storage
 from avcil_dist.errors import ConfigError, DataError
-from avcil_dist.streams.artifact import is_committed, step_url
+from avcil_dist.streams.artifact import is_committed, load_metrics
+from avcil_dist.streams.stream import next_step
 from avcil_dist.tracking.session import close_run, unsent
 from launch.cluster.chain_record import Chain, read_chain
 from launch.cluster.schedulers.base import JobState, scheduler_of
@@ -43,12 +43,15 @@ class StepStatus:
 
 
 def chain_status(stream: str) -> tuple[Chain, list[StepStatus]]:
-    """Return the status of every step of a stream. Raises ConfigError where no jobs were submitted."""
+    """Return the status of every step of a stream.
+
+    Raises ConfigError where no jobs were submitted, ArtifactError for damaged metrics of a committed step.
+    """
     chain = read_chain(stream)
     scheduler = scheduler_of(chain.kind)
     live = scheduler.live_jobs(stream, chain)
     jobs = live | scheduler.past_jobs(chain, [step for step in range(chain.num_steps) if step not in live])
-    accuracies = _last_metrics(stream, chain.num_steps).get("seen_accuracy", [])
+    accuracies = _seen_accuracies(stream, chain.num_steps)
     steps: list[StepStatus] = []
     for step in range(chain.num_steps):
         accuracy = accuracies[step] if step < len(accuracies) else None
@@ -153,12 +156,10 @@ def _step_status(
     )
 
 
-def _last_metrics(stream: str, num_steps: int) -> dict[str, Any]:
-    """Return the metrics of the last committed step, which contain those of all steps before it."""
-    for step in reversed(range(num_steps)):
-        if is_committed(stream, step):
-            return dict(storage.read_json(storage.join(step_url(stream, step), "metrics.json")))
-    return {}
+def _seen_accuracies(stream: str, num_steps: int) -> tuple[float, ...]:
+    """Return the seen accuracy after each step up to the last committed one. Raises ArtifactError where damaged."""
+    committed = next_step(stream, num_steps)
+    return load_metrics(stream, committed - 1).seen_accuracy if committed else ()
 
 
 def _progress(chain: Chain, step: int) -> str:

@@ -35,7 +35,7 @@ from avcil_dist.inference import Predictor
 from avcil_dist.streams.artifact import load_artifact, load_summary, step_url
 from avcil_dist.streams.commit import COMMITTED
 from avcil_dist.streams.stream import scenario_of
-from avcil_dist.tracking.client import STREAM_TAG
+from avcil_dist.tracking.client import COMMITTED_TAG, STREAM_TAG
 
 ABOUT = "about.json"
 PLACE = "model"  # of the run's artifacts
@@ -53,7 +53,7 @@ def register_model(client: MlflowClient, run_id: str, stream: str, step: int, *,
     """
     committed = storage.sha256_file(storage.join(step_url(stream, step), COMMITTED))
     for held in client.search_model_versions(f"name = '{name}'"):
-        if held.run_id == run_id and held.tags.get("avcil.committed") == committed:
+        if held.run_id == run_id and held.tags.get(COMMITTED_TAG) == committed:
             return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, PLACE)
@@ -63,7 +63,7 @@ def register_model(client: MlflowClient, run_id: str, stream: str, step: int, *,
     if not any(held.name == name for held in client.search_registered_models(f"name = '{name}'")):
         client.create_registered_model(name)
     run = client.get_run(run_id)
-    tags = {"avcil.committed": committed, STREAM_TAG: run.data.tags[STREAM_TAG]}
+    tags = {COMMITTED_TAG: committed, STREAM_TAG: run.data.tags[STREAM_TAG]}
     client.create_model_version(name, source=f"{run.info.artifact_uri}/{PLACE}", run_id=run_id, tags=tags)
 
 

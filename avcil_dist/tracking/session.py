@@ -17,7 +17,16 @@ from avcil_dist.errors import TrackingError
 from avcil_dist.streams.artifact import committed_steps
 from avcil_dist.streams.identity import StreamIdentity, new_identity, read_identity, write_identity
 from avcil_dist.streams.stream import stream_url
-from avcil_dist.tracking.client import CHANGES_TAG, ORIGIN_RUN_TAG, ORIGIN_STEP_TAG, shown, tracking_uri, with_uri
+from avcil_dist.tracking.client import (
+    CHANGES_TAG,
+    FOLDER_TAG,
+    METHOD_TAG,
+    ORIGIN_RUN_TAG,
+    ORIGIN_STEP_TAG,
+    shown,
+    tracking_uri,
+    with_uri,
+)
 from avcil_dist.tracking.event_queue import EventQueue, queue_folder
 from avcil_dist.tracking.events import STREAM, StepTracker, end_status, unfinished_steps
 from avcil_dist.tracking.sender import EventWriter, Sender
@@ -45,7 +54,7 @@ def open_run(config: Config) -> str:
         "open",
         name=config.stream_name,
         parameters=flatten(config),
-        tags={"avcil.method": config.method.name, "avcil.stream": stream} | _history_tags(identity),
+        tags={METHOD_TAG: config.method.name, FOLDER_TAG: stream} | _history_tags(identity),
         tracking=config.tracking.model_dump(mode="json"),
         output=config.output,
     )

@@ -179,6 +179,16 @@ def test_methods_import_neither_storage_nor_process_groups(name: str) -> None:
     assert not [other for other in imports(name) if within(other, NOT_FOR_METHODS)]
 
 
+def test_the_tags_of_mlflow_runs_are_named_in_one_module() -> None:
+    literals = {
+        name
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"avcil\.\w+", node.value)
+    }
+    assert literals == {"avcil_dist.tracking.client"}
+
+
 def test_files_are_short() -> None:
     lengths = {path: len(path.read_text().splitlines()) for path in source_files(*PACKAGES, "tests")}
     assert not {str(path): length for path, length in lengths.items() if length > MAX_FILE_LINES}

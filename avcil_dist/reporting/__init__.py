@@ -1,1 +1,1 @@
-"""Tables and pages made from committed steps; no tracking server is needed."""
+"""Reports and comparisons of streams from their committed steps. No tracking server is needed."""

@@ -1,4 +1,4 @@
-"""Methods side by side: streams that differ in their seed alone are one row, with mean and deviation."""
+"""Comparison of streams: streams that differ only in their seed form one row, with mean and standard deviation."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,28 +15,28 @@ from avcil_dist.config.serialization import flatten
 from avcil_dist.reporting.report import StreamReport, percent
 from avcil_dist.streams.metrics import StreamMetrics
 
-# What a stream's row shows of it, beside the columns that it has anyway.
-SHOWN = ("name", "seed", "method.name")
+# Settings that have a column of their own and are left out of the variant.
+OWN_COLUMNS = ("name", "seed", "method.name")
 COLUMNS: dict[str, Callable[[StreamMetrics], float | None]] = {
     "mean accuracy": lambda metrics: metrics.mean_accuracy,
     "final accuracy": lambda metrics: metrics.seen_accuracy[-1],
     "average forgetting": lambda metrics: metrics.average_forgetting,
     "source-disjoint\nmean accuracy": lambda metrics: (
-        float(np.mean(metrics.source_disjoint.seen_accuracy)) if metrics.source_disjoint else None
+        metrics.source_disjoint.mean_accuracy if metrics.source_disjoint else None
     ),
 }
 
 
 @dataclass(frozen=True)
 class Row:
-    """Streams of one configuration: what sets it apart from the others of its method, and one stream a seed."""
+    """Streams of one configuration, one per seed. `variant`: the settings that differ within its method."""
 
     variant: str
     streams: tuple[StreamReport, ...]
 
 
-def compare(streams: Sequence[StreamReport]) -> list[Row]:
-    """The streams in rows, in order of first appearance."""
+def group_by_config(streams: Sequence[StreamReport]) -> list[Row]:
+    """Group streams whose settings differ only in the seed, in order of first appearance."""
     groups: dict[tuple[tuple[str, str], ...], list[StreamReport]] = {}
     for stream in streams:
         settings = tuple((key, str(value)) for key, value in _settings(stream.config).items() if key != "seed")
@@ -45,14 +45,12 @@ def compare(streams: Sequence[StreamReport]) -> list[Row]:
 
 
 def print_comparison(rows: Sequence[Row], console: Console) -> None:
-    """Print a table; numbers are %, `mean ± standard deviation` over the seeds where there are several."""
+    """Print the rows as a table. Numbers are %: `mean ± standard deviation` for several seeds."""
     table = Table(title="Streams (accuracy on test clips, %)", title_justify="left")
     for heading in ("benchmark", "method", "variant"):
         table.add_column(heading, overflow="fold")
-    wanted = [
-        name for name in COLUMNS if any(COLUMNS[name](s.metrics) is not None for row in rows for s in row.streams)
-    ]
-    for heading in ("seeds", "steps", *wanted):
+    shown = [name for name in COLUMNS if any(COLUMNS[name](s.metrics) is not None for row in rows for s in row.streams)]
+    for heading in ("seeds", "steps", *shown):
         table.add_column(heading, justify="right")
     for row in rows:
         config = row.streams[0].config
@@ -62,17 +60,17 @@ def print_comparison(rows: Sequence[Row], console: Console) -> None:
             escape(row.variant),
             ", ".join(str(stream.config.seed) for stream in row.streams),
             ", ".join(dict.fromkeys(stream.progress for stream in row.streams)),
-            *(spread([COLUMNS[name](stream.metrics) for stream in row.streams]) for name in wanted),
+            *(spread([COLUMNS[name](stream.metrics) for stream in row.streams]) for name in shown),
         )
     console.print(table)
 
 
 def spread(fractions: Sequence[float | None]) -> str:
-    """The mean of fractions as %, and their standard deviation (of a sample) where there are several."""
-    known = [value for value in fractions if value is not None]
-    if len(known) < 2:
-        return percent(known[0] if known else None)
-    return f"{percent(float(np.mean(known)))} ± {percent(float(np.std(known, ddof=1)))}"
+    """Format the mean of fractions as %, with the sample standard deviation where there are several."""
+    values = [value for value in fractions if value is not None]
+    if len(values) < 2:
+        return percent(values[0] if values else None)
+    return f"{percent(float(np.mean(values)))} ± {percent(float(np.std(values, ddof=1)))}"
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -81,11 +79,11 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def _variant(stream: StreamReport, streams: Sequence[StreamReport]) -> str:
-    """The settings of a stream in which not all streams of its method agree."""
+    """The settings of a stream that differ among the streams of its method."""
     own = _settings(stream.config)
     peers = [_settings(other.config) for other in streams if other.config.method.name == stream.config.method.name]
     return ", ".join(
         f"{key.removeprefix('method.')}={str(value).lower() if isinstance(value, bool) else value}"
         for key, value in own.items()
-        if key not in SHOWN and any(other.get(key) != value for other in peers)
+        if key not in OWN_COLUMNS and any(other.get(key) != value for other in peers)
     )

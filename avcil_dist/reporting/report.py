@@ -1,6 +1,6 @@
-"""What streams came to, read from their step artifacts: tables for a terminal, one page for a browser.
+"""Reports of streams, read from their step artifacts: tables for a terminal, one page for a browser.
 
-Only committed steps count. Nothing here talks to a tracking server.
+Only committed steps count. No tracking server is contacted.
 """
 
 import io
@@ -26,19 +26,19 @@ from avcil_dist.scenario import Scenario
 from avcil_dist.streams.artifact import committed_steps, load_summary
 from avcil_dist.streams.metrics import StreamMetrics
 
-NUM_COLOURS = 6  # as many as the page's style sheet names
+NUM_COLOURS = 6  # the number of colours in the page's style sheet
 
-# Colours that matplotlib writes into the drawing and the page's style sheet replaces, so that one
-# drawing serves light and dark screens.
+# Placeholder colours in the drawings. The page's style sheet replaces them, so that a drawing fits light and dark
+# screens.
 INK, RULE = "#abc001", "#abc002"
 SERIES = [f"#abc1{index:02x}" for index in range(NUM_COLOURS)]
 DASHES = ["-", "--", "-.", ":"]
-MARKERS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚"}  # as drawn, and as text
+MARKERS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚"}  # in drawings, and as text
 
 
 @dataclass(frozen=True)
 class StreamReport:
-    """A stream as of its last committed step."""
+    """A stream at its last committed step."""
 
     folder: str
     config: Config
@@ -47,12 +47,12 @@ class StreamReport:
 
     @property
     def label(self) -> str:
-        """Benchmark, method and seed, for people."""
+        """Benchmark, method and seed as a title."""
         return f"{self.config.name} · {self.config.method.name} · seed {self.config.seed}"
 
     @property
     def progress(self) -> str:
-        """Steps done of the steps there are."""
+        """Committed steps of all steps, such as 2/4."""
         return f"{self.metrics.step + 1}/{self.scenario.num_steps}"
 
     @property
@@ -62,28 +62,28 @@ class StreamReport:
 
 
 def load_streams(folders: Sequence[str]) -> list[StreamReport]:
-    """The streams in these folders; a folder of stream folders stands for all of them, in order of name.
+    """Load the streams in these folders; a folder of stream folders gives all of them, in order of name.
 
-    Raises ArtifactError for a folder without a committed step, and for a step that cannot be read.
+    Raises ArtifactError for a folder without a committed step, and for a damaged or unreadable step.
     """
     streams: dict[str, StreamReport] = {}
     for folder in folders:
-        found = {
-            place: stream
-            for place in (folder, *(storage.join(folder, name) for name in storage.list_folder(folder)))
-            if (stream := _load_stream(place.rstrip("/"))) is not None
+        loaded = {
+            path: stream
+            for path in (folder, *(storage.join(folder, name) for name in storage.list_folder(folder)))
+            if (stream := _load_stream(path.rstrip("/"))) is not None
         }
-        if not found:
+        if not loaded:
             raise ArtifactError(
-                f"{folder}: no committed step (looked for step_*/COMMITTED.json there and one folder down); "
-                "`avcil train` makes one, and its output folder is what to give here"
+                f"{folder}: no committed step (searched for step_*/COMMITTED.json there and one folder down); "
+                "give the output folder of `avcil train`"
             )
-        streams |= found
+        streams |= loaded
     return list(streams.values())
 
 
 def print_report(streams: Sequence[StreamReport], console: Console) -> None:
-    """Print a summary, a row for each stream, then each stream's accuracy matrix. Numbers are %."""
+    """Print a summary with a row per stream, then each stream's accuracy matrix. Numbers are %."""
     summary = Table(title="Streams (accuracy on test clips, %)", title_justify="left")
     for heading in ("benchmark", "method"):
         summary.add_column(heading)
@@ -112,7 +112,7 @@ def print_report(streams: Sequence[StreamReport], console: Console) -> None:
 
 
 def write_page(streams: Sequence[StreamReport], path: str) -> None:
-    """Write the report as one HTML file that needs no network and no scripts."""
+    """Write the report as one HTML file without scripts or external resources."""
     loader = PackageLoader("avcil_dist", "reporting")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters["percent"] = percent
@@ -134,12 +134,12 @@ def write_page(streams: Sequence[StreamReport], path: str) -> None:
 
 
 def percent(fraction: float | None) -> str:
-    """A fraction as % with one decimal, without the sign; – for none."""
+    """Format a fraction as % with one decimal, without the sign; None as –."""
     return "–" if fraction is None else f"{100 * fraction + 0.0:.1f}"
 
 
 def _load_stream(folder: str) -> StreamReport | None:
-    """The stream in `folder` as of its last committed step; None where no step is committed."""
+    """Load the stream in `folder` at its last committed step; None where no step is committed."""
     committed = committed_steps(folder)
     if not committed:
         return None
@@ -148,17 +148,17 @@ def _load_stream(folder: str) -> StreamReport | None:
 
 
 def _task_sizes(stream: StreamReport) -> list[int]:
-    """How many classes each task has that was learnt."""
+    """The number of classes of each task learnt so far."""
     return [len(stream.scenario.new(task)) for task in range(stream.metrics.step + 1)]
 
 
 def _points(values: Sequence[float], first: int) -> tuple[list[int], list[float]]:
-    """Steps and percentages of a curve whose first value belongs to step `first`."""
+    """Steps and percentages of a curve that begins at step `first`."""
     return list(range(first, first + len(values))), [100 * value for value in values]
 
 
 def _chart(curves: Sequence[tuple[list[int], list[float]]], name: str, num_steps: int) -> Markup:
-    """Curves over steps as an SVG element in the page's colours; `name` keeps its ids apart from other charts'."""
+    """Draw curves over steps as an SVG element in the page's colours; `name` prefixes its ids."""
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10}):
         figure = Figure(figsize=(5.2, 3.2), layout="constrained", facecolor="none")
         axes = figure.subplots(subplot_kw={"facecolor": "none"})
@@ -184,13 +184,13 @@ def _chart(curves: Sequence[tuple[list[int], list[float]]], name: str, num_steps
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.spines["bottom"].set_color(RULE)
         drawing = io.StringIO()
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # a page says nothing of when it was drawn
-        FigureCanvasSVG(figure).print_svg(drawing, metadata=nothing)
+        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # equal streams give equal pages
+        FigureCanvasSVG(figure).print_svg(drawing, metadata=no_metadata)
     return _in_page(drawing.getvalue(), name)
 
 
 def _in_page(svg: str, name: str) -> Markup:
-    """A drawing as part of a page: its own ids, the page's font and colours, transparent ground, any width."""
+    """Adapt a drawing to the page: unique ids, the page's font and colours, transparent background, any width."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", svg)
     svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font: \1 system-ui, sans-serif", svg)

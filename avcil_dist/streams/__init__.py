@@ -1,1 +1,1 @@
-"""Everything of a stream that outlives a process: commits, step artifacts, metrics, identity."""
+"""State of a stream that outlives a process: commits, step artifacts, metrics, identity, compatibility."""

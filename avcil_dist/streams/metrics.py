@@ -82,6 +82,11 @@ class SubsetMetrics:
     seen_accuracy: tuple[float, ...]
     num_test_clips: int
 
+    @property
+    def mean_accuracy(self) -> float:
+        """The mean of a_0 … a_step."""
+        return _mean(self.seen_accuracy)
+
 
 @dataclass(frozen=True)
 class StreamMetrics:
@@ -179,7 +184,7 @@ class StreamMetrics:
             "average_forgetting": self.average_forgetting,
         }
         if self.source_disjoint is not None:
-            record["source_disjoint"]["mean_accuracy"] = _mean(self.source_disjoint.seen_accuracy)
+            record["source_disjoint"]["mean_accuracy"] = self.source_disjoint.mean_accuracy
         return record
 
     @classmethod

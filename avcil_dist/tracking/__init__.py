@@ -1,1 +1,1 @@
-"""What a run leaves for people to look at: MLflow runs, tables and pages."""
+"""Tracking of streams in MLflow: event queue, sender, artifacts, sessions, resumption, model registry."""

@@ -1,12 +1,12 @@
-"""A stream's final model in MLflow's model registry, and what `mlflow.pyfunc.load_model` makes of it.
+"""Registration of a stream's final model in MLflow's model registry, and its loader for `mlflow.pyfunc.load_model`.
 
-The model holds the step artifact as it was committed (safetensors, json, yaml) or a reference to
-it, and names this module as its loader: nothing of it is unpickled or executed.
+The model contains the step artifact as committed (safetensors, json, yaml) or a reference to it, and names this
+module as its loader. Nothing of it is unpickled or executed.
 
-A model of raw clips takes a table with a column `clip` (the bytes of a video file) or `path`
-(a path or url of one). A model of features takes two arrays by name, `visual` (clips, frames, positions,
-dim) and `audio` (clips, dim). Both give a table: `class`, its `score`, and `scores`, one of each class
-in the order of the model's metadata `classes`. Scores are the method's own: the largest is the prediction.
+Inputs of a model of raw clips: a table with a column `clip` (bytes of a video file) or `path` (path or url of
+one). Inputs of a model of features: two arrays by name, `visual` (clips, frames, positions, dim) and `audio`
+(clips, dim). Output of both: a table with `class`, its `score`, and `scores`, one per class in the order of the
+model's metadata `classes`. Scores are those of the method: the largest is the prediction.
 """
 
 import io
@@ -38,38 +38,38 @@ from avcil_dist.streams.stream import scenario_of
 from avcil_dist.tracking.client import COMMITTED_TAG, STREAM_TAG
 
 ABOUT = "about.json"
-PLACE = "model"  # of the run's artifacts
-EXAMPLE_DECIMALS = 2  # an example is for people to see; a feature's digits would be tens of MB of text
-# What predicting needs, beside this package; the versions are those that the weights were trained with.
-NEEDED = ("mlflow", "torch", "torchvision", "torchaudio", "transformers", "timm", "safetensors", "av", "numpy")
-NEEDED_ALSO = ("pandas", "fsspec", "pydantic", "pyyaml", "deepspeed", "webdataset", "filelock", "tenacity")
+MODEL_FOLDER = "model"  # in the run's artifacts
+EXAMPLE_DECIMALS = 2  # all digits of an example's features would be tens of MB of text
+# Packages that prediction needs, pinned to the versions in use when the weights were trained.
+MODEL_PACKAGES = ("mlflow", "torch", "torchvision", "torchaudio", "transformers", "timm", "safetensors", "av", "numpy")
+BASE_PACKAGES = ("pandas", "fsspec", "pydantic", "pyyaml", "deepspeed", "webdataset", "filelock", "tenacity")
 
 
 def register_model(client: MlflowClient, run_id: str, stream: str, step: int, *, name: str, uri: str | None) -> None:
-    """Make the weights of a committed step a version of a registered model, once.
+    """Register the weights of a committed step as a version of a model, unless they are registered.
 
-    `uri` is where the step's files lie, for a model that refers to them; None for one that holds them. Raises
-    DataError where step or data are gone.
+    `uri`: the folder of the step's files for a model that refers to them; None for a model that contains them.
+    Raises ArtifactError or DataError when the step or its data no longer exist.
     """
     committed = storage.sha256_file(storage.join(step_url(stream, step), COMMITTED))
-    for held in client.search_model_versions(f"name = '{name}'"):
-        if held.run_id == run_id and held.tags.get(COMMITTED_TAG) == committed:
+    for existing in client.search_model_versions(f"name = '{name}'"):
+        if existing.run_id == run_id and existing.tags.get(COMMITTED_TAG) == committed:
             return
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary, PLACE)
+        folder = Path(temporary, MODEL_FOLDER)
         with storage.local_copy(step_url(stream, step)) as local:
             _save_model(folder, Path(local), stream, step, run_id, uri)
-        client.log_artifacts(run_id, str(folder), PLACE)
-    if not any(held.name == name for held in client.search_registered_models(f"name = '{name}'")):
+        client.log_artifacts(run_id, str(folder), MODEL_FOLDER)
+    if not any(model.name == name for model in client.search_registered_models(f"name = '{name}'")):
         client.create_registered_model(name)
     run = client.get_run(run_id)
     tags = {COMMITTED_TAG: committed, STREAM_TAG: run.data.tags[STREAM_TAG]}
-    client.create_model_version(name, source=f"{run.info.artifact_uri}/{PLACE}", run_id=run_id, tags=tags)
+    client.create_model_version(name, source=f"{run.info.artifact_uri}/{MODEL_FOLDER}", run_id=run_id, tags=tags)
 
 
 def _save_model(folder: Path, local: Path, stream: str, step: int, run_id: str, uri: str | None) -> None:
-    origin = load_summary(stream, step)
-    manifest = load_manifest(origin.config.data.manifest)
+    summary = load_summary(stream, step)
+    manifest = load_manifest(summary.config.data.manifest)
     committed = storage.sha256_file(str(local / COMMITTED))
     about = {"step": step, "shape": manifest.shape, "uri": uri, "committed": committed}
     with tempfile.TemporaryDirectory() as temporary:
@@ -78,16 +78,16 @@ def _save_model(folder: Path, local: Path, stream: str, step: int, run_id: str, 
         (data / ABOUT).write_text(json.dumps(about, indent=1))
         if uri is None:
             Path(data, step_url(".", step)).symlink_to(local)
-        scenario = scenario_of(origin.config, manifest)
+        scenario = scenario_of(summary.config, manifest)
         mlflow.pyfunc.save_model(
             str(folder),
             loader_module=__name__,
             data_path=str(data),
-            mlflow_model=Model(run_id=run_id, artifact_path=PLACE),
+            mlflow_model=Model(run_id=run_id, artifact_path=MODEL_FOLDER),
             signature=_signature(manifest),
             input_example=_example(manifest, scenario.classes[0]),
             pip_requirements=_requirements(),
-            metadata={"classes": list(scenario.seen(step)), "config": origin.config.stream_name, "step": step},
+            metadata={"classes": list(scenario.seen(step)), "config": summary.config.stream_name, "step": step},
         )
 
 
@@ -114,7 +114,7 @@ def _signature(manifest: Manifest) -> ModelSignature:
 
 
 def _example(manifest: Manifest, class_name: str) -> pd.DataFrame | dict[str, np.ndarray]:
-    """A test clip of the first class, in the form that `predict` takes."""
+    """A test clip of the class as an input of `predict`."""
     clips = manifest.clips([class_name], "test")
     if manifest.kind == "clip":
         return pd.DataFrame({"clip": [_member(manifest, "mp4", clips[:1])]})
@@ -136,24 +136,24 @@ def _member(manifest: Manifest, name: str, clip: np.ndarray) -> bytes:
 
 
 def _requirements() -> list[str]:
-    """Pinned, as they are here; this package itself comes from its wheel, which an index need not have."""
-    found = [f"avcil-dist=={avcil_dist.__version__}"]
-    for name in (*NEEDED, *NEEDED_ALSO):
+    """Pinned requirements of the installed versions. This package is among them; install it from its wheel."""
+    pinned = [f"avcil-dist=={avcil_dist.__version__}"]
+    for name in (*MODEL_PACKAGES, *BASE_PACKAGES):
         try:
-            found.append(f"{name}=={version(name).split('+')[0]}")
+            pinned.append(f"{name}=={version(name).split('+')[0]}")
         except PackageNotFoundError:
             continue
-    return found
+    return pinned
 
 
 def _load_pyfunc(path: str) -> "RegisteredModel":
-    """What MLflow calls with the model's data folder. Raises ArtifactError for files that are missing or damaged."""
+    """Load a model from its data folder; MLflow calls this. Raises ArtifactError for missing or damaged files."""
     about = storage.read_json(str(Path(path, ABOUT)))
     folder = step_url(path, about["step"]) if about["uri"] is None else str(about["uri"])
     try:
         digest = storage.sha256_file(storage.join(folder, COMMITTED))
     except DataError as error:
-        raise ArtifactError(f"{error}; the model is kept by reference and needs that place") from None
+        raise ArtifactError(f"{error}; the model refers to this folder and cannot be loaded without it") from None
     if digest != about["committed"]:
         raise ArtifactError(f"{folder}/{COMMITTED}: damaged, its digest is not the one registered")
     return RegisteredModel(Predictor(load_artifact(storage.parent(folder), about["step"]), about["shape"], folder))

@@ -151,7 +151,7 @@ def sync_stream(stream: str, *, uri: str | None, again: bool) -> str:
 
 
 class _LastOpen(NamedTuple):
-    """The last start of a stream: its id, its queue, and the settings that say where events go."""
+    """The last start of a stream: its id, its queue, and its tracking settings."""
 
     id: str
     queue: EventQueue

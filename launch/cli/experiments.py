@@ -34,11 +34,10 @@ def compare(folders: tuple[str, ...]) -> None:
     """
     from rich.console import Console
 
-    from avcil_dist.reporting.compare import compare as in_rows
-    from avcil_dist.reporting.compare import print_comparison
+    from avcil_dist.reporting.compare import group_by_config, print_comparison
     from avcil_dist.reporting.report import load_streams
 
-    print_comparison(in_rows(load_streams(folders)), Console())
+    print_comparison(group_by_config(load_streams(folders)), Console())
 
 
 @click.command()
@@ -64,8 +63,7 @@ def sweep(config: str, words: tuple[str, ...], ablation: bool, processes: int, c
     """
     from rich.console import Console
 
-    from avcil_dist.reporting.compare import compare as in_rows
-    from avcil_dist.reporting.compare import print_comparison
+    from avcil_dist.reporting.compare import group_by_config, print_comparison
     from avcil_dist.reporting.report import load_streams
     from launch.cli.jobs import split_words, submit_grid
     from launch.local import run_stream
@@ -80,7 +78,7 @@ def sweep(config: str, words: tuple[str, ...], ablation: bool, processes: int, c
     for number, point in enumerate(points, start=1):
         click.echo(f"{number}/{len(points)}  {point.config.stream_name}  {' '.join(point.overrides)}", err=True)
         folders.append(run_stream(point.config, processes=processes))
-    print_comparison(in_rows(load_streams(folders)), Console())
+    print_comparison(group_by_config(load_streams(folders)), Console())
 
 
 def _shown(value: Any) -> str:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from avcil_dist.compose import load_config
 from avcil_dist.errors import ConfigError
-from avcil_dist.reporting.compare import compare, print_comparison, spread
+from avcil_dist.reporting.compare import group_by_config, print_comparison, spread
 from avcil_dist.reporting.report import StreamReport
 from avcil_dist.scenario import Scenario
 from avcil_dist.streams.metrics import StreamMetrics, SubsetMetrics
@@ -27,13 +27,13 @@ def stream(seen: float, *words: str, disjoint: float | None = None) -> StreamRep
 
 def printed(streams: list[StreamReport]) -> str:
     text = io.StringIO()
-    print_comparison(compare(streams), Console(file=text, width=200))
+    print_comparison(group_by_config(streams), Console(file=text, width=200))
     return text.getvalue()
 
 
 def test_seeds_of_one_configuration_are_one_row_with_mean_and_deviation() -> None:
     streams = [stream(0.5, "seed=1"), stream(0.8, "method=joint"), stream(0.7, "seed=2", "output=elsewhere")]
-    rows = compare(streams)
+    rows = group_by_config(streams)
     assert [[s.config.seed for s in row.streams] for row in rows] == [[1, 2], [0]]
     text = printed(streams)
     assert "60.0 ± 14.1" in text  # of 50 and 70, as a sample
@@ -42,16 +42,18 @@ def test_seeds_of_one_configuration_are_one_row_with_mean_and_deviation() -> Non
 
 
 def test_configurations_of_one_method_are_told_apart_by_what_differs() -> None:
-    rows = compare([stream(0.5), stream(0.5, "method.attention=false"), stream(0.5, "method=joint", "optim.epochs=3")])
+    rows = group_by_config(
+        [stream(0.5), stream(0.5, "method.attention=false"), stream(0.5, "method=joint", "optim.epochs=3")]
+    )
     assert [row.variant for row in rows] == ["attention=true", "attention=false", ""]
 
 
 @pytest.mark.parametrize("setting", ["engine.precision=bf16", "engine.max_grad_norm=1.0"])
 def test_settings_of_the_engine_that_change_the_results_make_another_row(setting: str) -> None:
-    rows = compare([stream(0.5, "seed=1"), stream(0.7, setting, "seed=2")])
+    rows = group_by_config([stream(0.5, "seed=1"), stream(0.7, setting, "seed=2")])
     assert [[s.config.seed for s in row.streams] for row in rows] == [[1], [2]]
     assert rows[1].variant == setting
-    assert len(compare([stream(0.5, "seed=1"), stream(0.7, "engine.zero_stage=2", "seed=2")])) == 1
+    assert len(group_by_config([stream(0.5, "seed=1"), stream(0.7, "engine.zero_stage=2", "seed=2")])) == 1
 
 
 def test_columns_without_values_are_left_out() -> None:

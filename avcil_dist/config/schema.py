@@ -187,7 +187,9 @@ class OptimConfig(Section):
         "ranks.",
     )
     global_eval_batch: Operational[PositiveInt] = Field(
-        256, description="Number of clips per global batch of an evaluation. Must be a multiple of the number of ranks."
+        256,
+        description="Number of clips per global batch of an evaluation, rounded up to a multiple of the "
+        "number of ranks.",
     )
     keep_epoch: Fork[Literal["best_val", "last"]] = Field(
         "best_val",

@@ -90,8 +90,12 @@ def replay_passes(num_exemplars: int, *, first: int, count: int, global_batch: i
     return (np.arange(first * global_batch, (first + count) * global_batch) // num_exemplars).reshape(count, -1)
 
 
-def plan_evaluation(clips: np.ndarray, global_batch: int) -> np.ndarray:
-    """All clips in their order, (batches, global_batch), the last batch filled up with PADDING."""
+def plan_evaluation(clips: np.ndarray, global_batch: int, world_size: int = 1) -> np.ndarray:
+    """Return all clips in their order, (batches, global_batch), the last batch filled up with PADDING.
+
+    `global_batch` is rounded up to a multiple of `world_size`, so that any number of ranks can share the batches.
+    """
+    global_batch = -(-global_batch // world_size) * world_size
     num_batches = -(-len(clips) // global_batch)
     padded = np.full(num_batches * global_batch, PADDING, dtype=np.int64)
     padded[: len(clips)] = clips
@@ -99,7 +103,11 @@ def plan_evaluation(clips: np.ndarray, global_batch: int) -> np.ndarray:
 
 
 def rank_share(batches: np.ndarray, rank: int, world_size: int) -> np.ndarray:
-    """A rank's columns of global batches (batches, global_batch): equal, contiguous, in rank order."""
+    """Return a rank's columns of global batches (batches, global_batch): equal, contiguous, in rank order.
+
+    Raises ConfigError when the ranks cannot have equal shares.
+    """
+    check_batch_fits("global batch", batches.shape[1], world_size)
     share = batches.shape[1] // world_size
     return batches[:, rank * share : (rank + 1) * share]
 

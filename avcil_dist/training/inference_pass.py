@@ -51,10 +51,11 @@ class InferencePass:
     def batches(self, clips: np.ndarray, global_batch: int | None = None) -> Iterator[Batch]:
         """Read the rank's part of the clips onto its device. All ranks have equally many batches; padding is not valid.
 
-        `global_batch` is the number of clips of all ranks per batch, by default `ROWS` per rank. Raises DataError
-        at the end, on all ranks, when more clips are damaged than `data.max_bad_fraction` allows.
+        `global_batch` is the number of clips of all ranks per batch, rounded up to a multiple of the number of ranks;
+        by default `ROWS` per rank. Raises DataError at the end, on all ranks, when more clips are damaged than
+        `data.max_bad_fraction` allows.
         """
-        plan = plan_evaluation(clips, global_batch or ROWS * self.world.size)
+        plan = plan_evaluation(clips, global_batch or ROWS * self.world.size, self.world.size)
         source = FixedSampler(rank_share(plan, self.world.rank, self.world.size))
         num_good, faults = torch.zeros(1, dtype=torch.long, device=self.device), list[str]()
         for batch in load_on_device(

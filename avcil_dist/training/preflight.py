@@ -22,7 +22,6 @@ def check_run(config: Config, world_size: int, *, restart: bool) -> Scenario:
     scenario = scenario_of(config, manifest)
     check_method_fits(config, manifest, scenario)
     check_batch_fits("optim.global_batch", config.optim.global_batch, world_size)
-    check_batch_fits("optim.global_eval_batch", config.optim.global_eval_batch, world_size)
     check_batch_fits("optim.global_replay_batch", config.optim.global_replay_batch, world_size)
     if (manifest.kind == "feature") != (config.model.visual.kind == "precomputed"):
         raise ConfigError(

@@ -275,7 +275,23 @@ def test_evaluation_is_padded_only_at_the_end(num_clips: int, batch: int) -> Non
     assert (stream[num_clips:] == PADDING).all()
 
 
-def test_a_world_that_cannot_share_the_batch_is_told_the_sizes_that_fit() -> None:
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_any_number_of_ranks_evaluates_each_clip_once_in_order(world_size: int) -> None:
+    clips = np.arange(500) + 5
+    batches = plan_evaluation(clips, 256, world_size)
+    shares = [rank_share(batches, rank, world_size) for rank in range(world_size)]
+    assert {share.shape for share in shares} == {(2, -(-256 // world_size))}
+    evaluated = np.stack(shares).transpose(1, 0, 2).ravel()  # as the ranks' predictions are put together
+    np.testing.assert_array_equal(evaluated[:500], clips)
+    assert (evaluated[500:] == PADDING).all()
+
+
+def test_a_batch_is_never_shared_by_ranks_that_do_not_divide_it() -> None:
+    with pytest.raises(ConfigError, match="global batch=256 cannot be shared by 3 processes; it fits 1, 2, 4, 8, "):
+        rank_share(np.zeros((2, 256), dtype=np.int64), 0, 3)
+
+
+def test_a_world_that_cannot_share_the_batch_is_refused_with_the_sizes_that_fit() -> None:
     for world_size in (1, 2, 3, 4, 6, 12):
         check_batch_fits("optim.global_batch", 12, world_size)
     with pytest.raises(ConfigError) as caught:

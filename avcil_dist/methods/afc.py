@@ -1,6 +1,6 @@
 """Adaptive feature consolidation (Kang et al. 2022), as the baseline of Pian et al. 2023.
 
-A head of proxies, NCA loss, and features kept near the teacher's where its loss depends on them.
+A head of proxies, NCA loss, and a distillation of features, weighted by their importance for the teacher's loss.
 """
 
 from collections.abc import Sequence
@@ -22,20 +22,22 @@ from avcil_dist.models.outputs import Output
 class Afc(NearestMean):
     """NCA + λ √(step + 1) · feature discrepancy, on current clips and exemplars together.
 
-    The importance of a feature is that of the teacher with the new classes' imprinted proxies beside
-    its own, so that a clip of a new class has a loss there; it is a constant of the clip in a step.
+    The teacher has the new classes' imprinted proxies beside its own, so that its loss is defined for clips of new
+    classes. The importance of a clip's features is constant within a step.
     """
 
     class Options(Section):
-        """The head, the weight of the discrepancy, and how to predict."""
+        """Head, weight of the discrepancy, and prediction."""
 
-        predict: Literal["nme", "lsc"] = Field("nme", description="by the nearest mean of exemplars, or by the head")
-        num_proxies: PositiveInt = Field(10, description="proxies a class, K")
-        lambda_discrepancy: float = Field(0.5, ge=0, description="times the root of the number of steps so far")
+        predict: Literal["nme", "lsc"] = Field("nme", description="nearest mean of exemplars (nme), or the head (lsc)")
+        num_proxies: PositiveInt = Field(10, description="proxies per class, K")
+        lambda_discrepancy: float = Field(
+            0.5, ge=0, description="λ; multiplied by the square root of the number of steps so far"
+        )
 
     @property
     def needs(self) -> Needs:
-        """A teacher and its gradients, exemplars that join, and a head of proxies."""
+        """A teacher and its importance, exemplars among the current clips, and a head of proxies."""
         return Needs(
             teacher=True,
             memory="join",
@@ -46,12 +48,12 @@ class Afc(NearestMean):
         )
 
     def imprint(self, features: Sequence[Tensor], norm: float) -> Tensor:
-        """The centres of K clusters of each class's unit-norm features, as long as the old proxies are on average."""
+        """Return the centres of K clusters of each class's unit-norm features, scaled to the length `norm`."""
         centres = [cluster_centres(of_class, self.options.num_proxies) for of_class in features]
         return norm * F.normalize(torch.cat(centres), dim=1)
 
     def loss(self, targets: Targets, output: Output, teacher: Output | None) -> dict[str, Tensor]:
-        """CE_all at step 0; from then on NCA with the discrepancy."""
+        """Return CE_all at step 0, afterwards NCA with the discrepancy."""
         if teacher is None:
             return {"loss": cross_entropy(output.logits, targets.labels)}
         assert teacher.importance is not None
@@ -61,14 +63,14 @@ class Afc(NearestMean):
         return {"loss": nca + weight * discrepancy, "nca": nca, "discrepancy": discrepancy}
 
     def importance_loss(self, labels: Tensor, output: Output) -> Tensor:
-        """NCA of each clip."""
+        """Return the NCA loss of each clip."""
         return proxy_nca(output.logits, labels)
 
 
 def cluster_centres(features: Tensor, count: int) -> Tensor:
-    """(count, D): centres of k-means of unit-norm features (clips, D).
+    """Return the centres (count, D) of k-means of unit-norm features (clips, D).
 
-    With fewer different clips than centres the clips are the centres, taken in turn.
+    With fewer different clips than centres, the clips are the centres, repeated in turn.
     """
     from sklearn.cluster import KMeans  # a second to import, and only this method needs it
 
@@ -76,8 +78,8 @@ def cluster_centres(features: Tensor, count: int) -> Tensor:
     different = torch.unique(units.float().round(decimals=6), dim=0).to(units)
     if len(different) <= count:
         return different[torch.arange(count) % len(different)].float()
-    found = KMeans(count, n_init=1, random_state=0).fit(units.numpy())
-    return torch.from_numpy(found.cluster_centers_).float()
+    clusters = KMeans(count, n_init=1, random_state=0).fit(units.numpy())
+    return torch.from_numpy(clusters.cluster_centers_).float()
 
 
 METHOD = Afc

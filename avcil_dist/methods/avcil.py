@@ -26,9 +26,11 @@ class Avcil(Method):
     """The total is separated softmax + task-wise KD + λ_I L_I + λ_C L_C + λ L_S + (1 − λ) L_T."""
 
     class Options(Section):
-        """Weights and switches; a part that is switched off is not computed."""
+        """Weights and switches; a term that is switched off is not computed."""
 
-        variant: Literal["released", "paper"] = Field("released", description="the authors' program, or equation 7")
+        variant: Literal["released", "paper"] = Field(
+            "released", description="divisor of L_C: as in the authors' program (released), or in equation 7 (paper)"
+        )
         instance: bool = Field(True, description="instance-aware contrast L_I")
         class_aware: bool = Field(True, description="class-aware contrast L_C")
         attention: bool = Field(True, description="visual attention distillation L_S, L_T")
@@ -40,7 +42,7 @@ class Avcil(Method):
 
     @property
     def needs(self) -> Needs:
-        """A teacher, exemplars, and the divergence of attention where it is distilled."""
+        """A teacher, exemplars, and the divergence of attention if it is distilled."""
         options = self.options
         return Needs(
             teacher=True,
@@ -50,7 +52,7 @@ class Avcil(Method):
         )
 
     def loss(self, targets: Targets, output: Output, teacher: Output | None) -> dict[str, Tensor]:
-        """CE_all at step 0; from then on the whole of the method."""
+        """Return CE_all at step 0, afterwards the sum of all terms."""
         if teacher is None:
             return {"loss": cross_entropy(output.logits, targets.labels)}
         options, context, labels = self.options, self.context, targets.labels

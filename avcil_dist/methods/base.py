@@ -1,8 +1,8 @@
-"""What a class-incremental method is: the interface between an algorithm and the step that trains it.
+"""Class-incremental method: the interface between an algorithm and the step that trains it.
 
-A method never sees ranks, storage or the engine. The outputs that `loss` is given are those of
-the *global* batch, gathered with gradient, so a mean over rows is a mean over all ranks. What a
-method wants of a step it says in `needs`; what it needs not, it is not given.
+A method does not depend on ranks, storage or the engine. `needs` lists everything that it requires of a step; a step
+provides nothing else. The outputs passed to `loss` are those of the *global* batch, gathered with gradient, so
+a mean over rows is a mean over all ranks.
 """
 
 from abc import ABC, abstractmethod
@@ -20,46 +20,47 @@ from avcil_dist.scenario import Scenario
 
 @dataclass(frozen=True)
 class Needs:
-    """What a step must provide. A step 0 has no teacher and no exemplars, whatever a method needs."""
+    """Requirements of a method that a step must provide. Step 0 never has a teacher or exemplars."""
 
-    teacher: bool = False
-    memory: Literal["none", "replay", "join"] = "none"  # exemplars beside the current clips, or among them
-    selection: Literal["random", "herding"] = "random"  # of exemplars, as published
-    means: bool = False  # the exemplars' features at the end of a step
-    divergence: bool = False
-    importance: bool = False  # the teacher's, through `importance_loss`; the teacher's head then grows too
-    both_modalities: bool = False
-    all_data: bool = False
-    fresh_network: bool = False
-    validation: bool = False  # clips of each class, whatever selects the epoch
-    training: Literal["every step", "first step", "never"] = "every step"
-    network_spec: NetworkSpec = DEFAULT_SPEC
+    teacher: bool = False  # outputs of the previous step's network
+    # Exemplars: in batches of their own beside the current clips (replay), or among the current clips (join).
+    memory: Literal["none", "replay", "join"] = "none"
+    selection: Literal["random", "herding"] = "random"  # exemplar selection as published
+    means: bool = False  # features of all exemplars, passed to `end_step`
+    divergence: bool = False  # divergence of the student's attention from the teacher's, on exemplars
+    importance: bool = False  # the teacher's feature importance, from `importance_loss`; its head grows too
+    both_modalities: bool = False  # sound and pictures
+    all_data: bool = False  # training clips of all seen classes, not only of the new ones
+    fresh_network: bool = False  # a new network in every step, not the previous step's weights
+    validation: bool = False  # validation clips of every class, also where the epoch is not selected by them
+    training: Literal["every step", "first step", "never"] = "every step"  # steps that train by gradients
+    network_spec: NetworkSpec = DEFAULT_SPEC  # network after the encoders
 
     def trains_at(self, step: int) -> bool:
-        """Whether the network is trained at this step, by gradients."""
+        """Whether the network is trained by gradients at this step."""
         return self.training == "every step" or (self.training == "first step" and step == 0)
 
 
 @dataclass(frozen=True)
 class StepContext:
-    """Where in the class stream the method is."""
+    """Position of a step in the class stream."""
 
     scenario: Scenario
     step: int
 
     @property
     def num_old(self) -> int:
-        """Classes that the teacher knows."""
+        """Number of old classes, those of the teacher."""
         return self.scenario.num_old(self.step)
 
     @property
     def num_seen(self) -> int:
-        """Classes that are known at the end of the step."""
+        """Number of seen classes, those of the network after the step."""
         return self.scenario.num_seen(self.step)
 
     @property
     def old_tasks(self) -> tuple[slice, ...]:
-        """The head's slice of each earlier step."""
+        """Slice of the head for each earlier step's classes."""
         return self.scenario.head_slices(self.step)[:-1]
 
 
@@ -67,7 +68,7 @@ class StepContext:
 class Targets:
     """Labels (B,) of the global batch: `num_current` current clips first, then exemplars.
 
-    Exemplars that join the training clips are current clips.
+    With `memory="join"` exemplars count as current clips.
     """
 
     labels: Tensor
@@ -75,10 +76,10 @@ class Targets:
 
 
 class Method(ABC):
-    """A class-incremental algorithm."""
+    """Class-incremental algorithm."""
 
     class Options(Section):
-        """The method's settings; a method with settings has its own."""
+        """Settings of the method; a method with settings overrides this class."""
 
     context: StepContext
 
@@ -87,70 +88,74 @@ class Method(ABC):
 
     @property
     def needs(self) -> Needs:
-        """What the method asks of a step."""
+        """Requirements that a step must provide."""
         return Needs()
 
     def begin_step(self, context: StepContext) -> None:
-        """Called with the state of the step before loaded, before the network grows."""
+        """Begin a step. Called after the previous step's state is loaded, before the head grows."""
         self.context = context
 
     def imprint(self, features: Sequence[Tensor], norm: float) -> Tensor:
-        """Proxies (new classes · proxies, D) from each new class's features (clips, D), before training.
+        """Return proxies (new classes · proxies, D) from each new class's features (clips, D), before training.
 
-        `norm` is the mean length of the old proxies. Asked of a method whose head is of proxies.
+        `norm` is the mean length of the old proxies. Called only for a head of proxies.
         """
-        raise AssertionError(f"{type(self).__name__} asks for proxies and makes none")
+        raise AssertionError(f"{type(self).__name__} needs a head of proxies and does not define imprint")
 
     @abstractmethod
     def loss(self, targets: Targets, output: Output, teacher: Output | None) -> dict[str, Tensor]:
-        """`loss`, a scalar to minimise, and its parts by name."""
+        """Return the total as "loss", a scalar to minimise, and its terms by name."""
 
     def importance_loss(self, labels: Tensor, output: Output) -> Tensor:
-        """A teacher's loss of each clip (B,); the norms of its gradient by `output.features()` are the importance."""
-        raise AssertionError(f"{type(self).__name__} asks for importance and names no loss")
+        """Return the teacher's loss of each clip (B,).
+
+        The importance is the norm of its gradient with respect to each of `output.features()`.
+        """
+        raise AssertionError(f"{type(self).__name__} needs importance and does not define importance_loss")
 
     def end_step(self, exemplars: Sequence[Tensor] | None) -> None:  # noqa: B027 - most methods do nothing then
-        """Called with the step's weights selected and the memory updated, before the test.
+        """End a step. Called after the epoch is selected and the memory updated, before the test.
 
-        `exemplars` are the features (exemplars, D) of each seen class, where the method needs means.
+        `exemplars` are the features (exemplars, D) of each seen class if `needs.means`, otherwise None.
         """
 
     def scores(self, output: Output) -> Tensor:
-        """Class scores (B, C); the prediction is the largest. Asked during training too, to select an epoch."""
+        """Return class scores (B, C); the largest is the prediction. Also used in training, to select the epoch."""
         return output.logits
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain JSON values that the next step needs."""
+        """Return tensors and plain JSON values that the next step needs."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`."""
+        """Load the result of `state_dict`. Raises ValueError for a state that the method does not have."""
         if state:
-            raise ValueError(f"{type(self).__name__} keeps no state, was given {', '.join(state)}")
+            raise ValueError(f"{type(self).__name__} has no state, but the artifact has {', '.join(state)}")
 
 
 class ClosedFormMethod(Method):
-    """A method whose classifier comes in closed form from sums over clips: one pass, no gradient.
+    """Method with a classifier in closed form from statistics that are sums over clips: one pass, no gradient.
 
-    Each rank's method sums over its own clips; the step adds the ranks' sums up in between.
+    In each step: `accumulate` for each batch of the rank's clips; the step adds up the `statistics` of all ranks;
+    `solve`; `choose` one of the candidates by validation clips.
     """
 
     @abstractmethod
     def accumulate(self, output: Output, labels: Tensor) -> None:
-        """Add these clips (B rows) to the sums of this step."""
+        """Add these clips (B rows) to the statistics of this step."""
 
     @abstractmethod
     def statistics(self) -> list[Tensor]:
-        """The sums of this step. The step replaces their content by that over all ranks."""
+        """Return the statistics of this step's clips, to be summed over ranks in place."""
 
     @abstractmethod
     def solve(self) -> Tensor:
-        """The candidate classifiers after this step, stacked; from sums that are whole."""
+        """Return candidate classifiers, stacked, from the statistics of all ranks."""
 
     @abstractmethod
     def candidate_scores(self, output: Output, candidates: Tensor) -> Tensor:
-        """Class scores of every candidate, (candidates, B, C)."""
+        """Return class scores of every candidate, (candidates, B, C)."""
 
     @abstractmethod
     def choose(self, candidates: Tensor, accuracies: Sequence[float]) -> None:
-        """Keep the candidate that did best on the validation clips; the first, where there are no such clips."""
+        """Keep the candidate with the highest accuracy on validation clips; the first if `accuracies` is empty."""

@@ -1,4 +1,4 @@
-"""Fine-tuning on the new classes, keeping nothing of the old: the lower bound."""
+"""Fine-tuning on the new classes, without teacher or exemplars: the lower bound."""
 
 from torch import Tensor
 
@@ -11,7 +11,7 @@ class Finetune(Method):
     """Cross-entropy over all seen classes, on current clips."""
 
     def loss(self, targets: Targets, output: Output, teacher: Output | None) -> dict[str, Tensor]:
-        """CE_all."""
+        """Return CE_all."""
         return {"loss": cross_entropy(output.logits, targets.labels)}
 
 

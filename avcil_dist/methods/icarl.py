@@ -19,26 +19,27 @@ class Icarl(NearestMean):
     """CE_all + distillation of the old logits, on current clips and exemplars together."""
 
     class Options(Section):
-        """How to predict, and which form the distillation has."""
+        """Prediction, and the form of the distillation."""
 
         variant: Literal["released", "paper"] = Field(
-            "released", description="the authors' program, which takes the sigmoid twice, or once"
+            "released",
+            description="as in the authors' program (released), which applies the sigmoid twice, or once (paper)",
         )
-        predict: Literal["nme", "fc"] = Field("nme", description="by the nearest mean of exemplars, or by the head")
+        predict: Literal["nme", "fc"] = Field("nme", description="nearest mean of exemplars (nme), or the head (fc)")
 
     @property
     def needs(self) -> Needs:
-        """A teacher, exemplars that join, and their features to predict by."""
+        """A teacher, exemplars among the current clips, and their features for the class means."""
         return Needs(teacher=True, memory="join", selection="herding", means=self.options.predict == "nme")
 
     def loss(self, targets: Targets, output: Output, teacher: Output | None) -> dict[str, Tensor]:
-        """CE_all at step 0; from then on with distillation."""
+        """Return CE_all at step 0, afterwards with distillation."""
         cross = cross_entropy(output.logits, targets.labels)
         if teacher is None:
             return {"loss": cross}
         old = output.logits[:, : self.context.num_old]
-        distilled = sigmoid_distillation(old, teacher.logits, self.options.variant)
-        return {"loss": cross + distilled, "cross_entropy": cross, "distillation": distilled}
+        distillation = sigmoid_distillation(old, teacher.logits, self.options.variant)
+        return {"loss": cross + distillation, "cross_entropy": cross, "distillation": distillation}
 
 
 METHOD = Icarl

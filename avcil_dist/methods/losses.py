@@ -1,7 +1,7 @@
-"""Losses as pure functions of tensors. Every mean is over the batch given, which is the global batch.
+"""Losses as pure functions of tensors. Every mean is over the rows passed, those of the global batch.
 
-A batch is current clips followed by exemplars; labels are positions in the head. A term whose rows
-or classes are absent is 0 with a graph, so a sum of terms can always be backpropagated.
+A batch is current clips followed by exemplars; labels are positions in the head. A term without rows or classes
+is 0 with a graph, so that a sum of terms can always be backpropagated.
 Source: Pian et al. 2023; Ahn et al. 2021 for the separated softmax.
 """
 
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from avcil_dist.models.outputs import Divergence
 
-ROUNDING = 1e-6  # of the difference of two float32 unit vectors
+ROUNDING = 1e-6  # rounding error of the difference of two float32 unit vectors
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def separated_softmax(logits: Tensor, labels: Tensor, num_current: int, num_old: int) -> Tensor:
-    """Cross-entropy in which current clips see only new classes and exemplars only old ones.
+    """Cross-entropy over new classes only for current clips, and over old classes only for exemplars.
 
     The first `num_current` rows of `logits` (B, C) are current clips; the first `num_old`
     columns are old classes. Mean over all B rows.
@@ -51,21 +51,21 @@ def task_distillation(logits: Tensor, teacher_logits: Tensor, slices: Sequence[s
 
 
 def sigmoid_distillation(logits: Tensor, teacher_logits: Tensor, variant: Literal["released", "paper"]) -> Tensor:
-    """Binary cross-entropy of old logits (B, C_o) with the teacher's answers, mean over rows and classes.
+    """Binary cross-entropy of old logits (B, C_o) with the teacher's probabilities, mean over rows and classes.
 
-    `released`: the authors' program hands a sigmoid to a loss that takes one itself.
+    `released`: the authors' program passes probabilities to a loss that applies the sigmoid itself.
     """
-    ours = torch.sigmoid(logits) if variant == "released" else logits
-    answers = torch.sigmoid(teacher_logits.detach())
-    return F.binary_cross_entropy_with_logits(ours, answers, reduction="sum") / max(1, logits.numel())
+    inputs = torch.sigmoid(logits) if variant == "released" else logits
+    targets = torch.sigmoid(teacher_logits.detach())
+    return F.binary_cross_entropy_with_logits(inputs, targets, reduction="sum") / max(1, logits.numel())
 
 
 def proxy_nca(logits: Tensor, labels: Tensor) -> Tensor:
-    """NCA loss of each clip (B,), from similarities to classes (B, C), as the authors' program has it.
+    """NCA loss of each clip (B,) from similarities to classes (B, C), as in the authors' program.
 
-    Its margin is subtracted from every logit, so it cancels out; and where the sum is over the other
-    classes, the clip's own counts as the largest logit of the row. The maximum is part of the
-    function, not a shift that cancels, so it takes its share of the gradient.
+    Its margin is subtracted from every logit, so it cancels out. In the sum over the other classes, the clip's own
+    class counts with the largest logit of the row. So the maximum is part of the function, not a shift that
+    cancels, and has a gradient.
     """
     shifted = logits - logits.amax(dim=1, keepdim=True)
     own = F.one_hot(labels, logits.shape[1]).bool()
@@ -87,7 +87,7 @@ def feature_discrepancy(features: Sequence[Tensor], teacher_features: Sequence[T
 
 
 def instance_contrast(audio: Tensor, visual: Tensor, temperature: float) -> Tensor:
-    """L_I, eq. 6: each clip's sound against all pictures of the batch; its own is the target.
+    """L_I, eq. 6: each clip's sound is contrasted with all pictures of the batch; its own are the target.
 
     `audio` and `visual` (B, D) need not have unit norm. Direction audio → visual.
     """
@@ -97,10 +97,10 @@ def instance_contrast(audio: Tensor, visual: Tensor, temperature: float) -> Tens
 def class_contrast(
     audio: Tensor, visual: Tensor, labels: Tensor, temperature: float, variant: Literal["released", "paper"]
 ) -> Tensor:
-    """L_C, eq. 7: each clip's sound against all pictures of the batch; all of its class are targets.
+    """L_C, eq. 7: each clip's sound is contrasted with all pictures of the batch; those of its class are targets.
 
-    A clip's targets are summed and divided by the batch size (`released`, the authors' program)
-    or by their number (`paper`).
+    The sum over a clip's targets is divided by the batch size (`released`, as in the authors' program) or by
+    their number (`paper`).
     """
     batch = max(1, len(audio))
     targets = (labels[:, None] == labels[None, :]).to(audio.dtype)
@@ -116,20 +116,21 @@ def attention_distillation(divergence: Divergence, lambda_attention: float) -> T
 
 
 def _log_matches(audio: Tensor, visual: Tensor, temperature: float) -> Tensor:
-    """(B, B): log-probability that row i's sound belongs to row j's pictures."""
+    """Log-probabilities (B, B) that row i's sound belongs to row j's pictures."""
     scores = F.normalize(audio, dim=1) @ F.normalize(visual, dim=1).T
     return F.log_softmax(scores / temperature, dim=1)
 
 
 def _zero(logits: Tensor) -> Tensor:
-    """0 that has a graph: the sum of no rows, so that it stays 0 whatever the rows hold."""
+    """Zero with a graph: the sum of no rows, so it is 0 also for rows with infinite values."""
     return torch.sum(logits[:0])
 
 
 def _length(rows: Tensor) -> Tensor:
-    """Lengths (B,) of differences of unit vectors, with gradient 0 and not NaN at length 0.
+    """Lengths (B,) of differences of unit vectors, with gradient 0 instead of NaN at length 0.
 
-    What is shorter than float32 rounds counts as 0: its direction is noise, and the gradient would have length 1.
+    Lengths below `ROUNDING` count as 0: the direction of such a difference is noise, but its gradient would have
+    length 1.
     """
     squares = rows.square().sum(dim=1)
     is_there = squares > ROUNDING**2

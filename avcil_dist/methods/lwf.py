@@ -1,4 +1,4 @@
-"""Learning without forgetting: the old network's answers on new clips, no exemplars.
+"""Learning without forgetting: distillation from the previous network on new clips, no exemplars.
 
 Source: Li and Hoiem 2016, as the baseline of Pian et al. 2023.
 """
@@ -26,15 +26,15 @@ class Lwf(Method):
         return Needs(teacher=True)
 
     def loss(self, targets: Targets, output: Output, teacher: Output | None) -> dict[str, Tensor]:
-        """CE_all at step 0; from then on CE over new logits + task-wise KD."""
+        """Return CE_all at step 0, afterwards CE over new logits + task-wise KD."""
         if teacher is None:
             return {"loss": cross_entropy(output.logits, targets.labels)}
         context, labels = self.context, targets.labels
         new = separated_softmax(output.logits, labels, len(labels), context.num_old)
-        distilled = task_distillation(
+        distillation = task_distillation(
             output.logits, teacher.logits, context.old_tasks, self.options.distillation_temperature
         )
-        return {"loss": new + distilled, "new_classes": new, "task_distillation": distilled}
+        return {"loss": new + distillation, "new_classes": new, "task_distillation": distillation}
 
 
 METHOD = Lwf

@@ -1,4 +1,4 @@
-"""Prediction by the nearest mean of exemplars (Rebuffi et al. 2017), for the methods that offer it."""
+"""Prediction by the nearest mean of exemplars (Rebuffi et al. 2017), for the methods that support it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,37 +12,37 @@ from avcil_dist.models.outputs import Output
 
 
 class NearestMean(Method):
-    """A method that predicts by class means where its needs ask for them, and by its head otherwise.
+    """Method that predicts by class means if `needs.means`, otherwise by its head.
 
-    While a step trains, its classes have no means and the head predicts.
+    Within a step the new classes have no means yet, so the head predicts, also to select the epoch.
     """
 
     means: Tensor | None = None
 
     def begin_step(self, context: StepContext) -> None:
-        """The means were of the network of the step before."""
+        """Drop the means, which belong to the previous step's network."""
         super().begin_step(context)
         self.means = None
 
     def end_step(self, exemplars: Sequence[Tensor] | None) -> None:
-        """Take the means."""
+        """Compute the means from the exemplars' features."""
         self.means = None if exemplars is None else class_means(exemplars)
 
     def scores(self, output: Output) -> Tensor:
-        """Nearness to each class's mean, where there are means; else the logits."""
+        """Return the nearness to each class's mean if there are means, otherwise the logits."""
         return output.logits if self.means is None else nearness(output.feature, self.means)
 
     def state_dict(self) -> dict[str, Any]:
-        """The means, so that the step's artifact predicts as the step did."""
+        """Return the means, so that the step's artifact predicts as the step did."""
         return {} if self.means is None else {"means": self.means}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The means."""
+        """Load the means."""
         self.means = state.get("means")
 
 
 def class_means(exemplars: Sequence[Tensor]) -> Tensor:
-    """(C, D) float32: the mean of each class's unit-norm features (n, D); NaN for a class without exemplars."""
+    """Return means (C, D), float32, of each class's unit-norm features (n, D); NaN for a class without exemplars."""
     rows = [F.normalize(features.double(), dim=1) for features in exemplars]
     dim = next((features.shape[1] for features in rows if len(features)), 0)
     none = torch.full((dim,), torch.nan, dtype=torch.float64)
@@ -50,9 +50,9 @@ def class_means(exemplars: Sequence[Tensor]) -> Tensor:
 
 
 def nearness(feature: Tensor, means: Tensor) -> Tensor:
-    """(B, C): the negative squared distance of unit-norm features (B, D) to class means (C, D).
+    """Return the negative squared distance (B, C) of unit-norm features (B, D) to class means (C, D).
 
-    A class without a mean is infinitely far: it is never predicted.
+    A class without a mean has distance infinity, so it is never predicted.
     """
     units, centres = F.normalize(feature, dim=1), means.to(feature)
     distance = units.square().sum(1, keepdim=True) - 2 * units @ centres.T + centres.square().sum(1)

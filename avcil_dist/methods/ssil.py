@@ -10,7 +10,7 @@ from avcil_dist.models.outputs import Output
 
 
 class Ssil(Method):
-    """Separated softmax + task-wise distillation, with a batch of exemplars beside every current one."""
+    """Separated softmax + task-wise distillation, with a batch of exemplars beside each current batch."""
 
     class Options(Section):
         """Settings of the distillation."""
@@ -23,15 +23,15 @@ class Ssil(Method):
         return Needs(teacher=True, memory="replay")
 
     def loss(self, targets: Targets, output: Output, teacher: Output | None) -> dict[str, Tensor]:
-        """CE_all at step 0; from then on separated softmax + task-wise KD."""
+        """Return CE_all at step 0, afterwards separated softmax + task-wise KD."""
         if teacher is None:
             return {"loss": cross_entropy(output.logits, targets.labels)}
         context = self.context
         separated = separated_softmax(output.logits, targets.labels, targets.num_current, context.num_old)
-        distilled = task_distillation(
+        distillation = task_distillation(
             output.logits, teacher.logits, context.old_tasks, self.options.distillation_temperature
         )
-        return {"loss": separated + distilled, "separated_softmax": separated, "task_distillation": distilled}
+        return {"loss": separated + distillation, "separated_softmax": separated, "task_distillation": distillation}
 
 
 METHOD = Ssil

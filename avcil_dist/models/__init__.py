@@ -1,1 +1,1 @@
-"""Encoders, audio-guided attention, heads, and the network made of them."""
+"""Networks: encoders, audio-guided attention and heads."""

@@ -1,4 +1,4 @@
-"""Classifiers that grow with the class stream."""
+"""Classification heads that grow with the class stream."""
 
 import torch
 from torch import Tensor, nn
@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 
 class LinearHead(nn.Linear):
-    """One row and one bias a class, in the order of arrival."""
+    """Linear head: one row and one bias per class, in the order of arrival."""
 
     def __init__(
         self, dim: int, num_classes: int, device: torch.device | None = None, dtype: torch.dtype | None = None
@@ -15,20 +15,20 @@ class LinearHead(nn.Linear):
 
     @property
     def num_classes(self) -> int:
-        """How many classes the head knows."""
+        """Number of classes of the head."""
         return self.out_features
 
 
 class ProxyHead(nn.Module):
-    """Local similarity classifier: several proxies a class, those of old classes frozen.
+    """Local similarity classifier: several proxies per class, those of old classes frozen.
 
-    A clip's similarity to a proxy is the negative squared distance of their unit vectors; a class's
-    logit is the mean over its proxies, weighted by the softmax of the similarities themselves.
+    The similarity of a clip and a proxy is the negative squared distance of their unit vectors. A class's logit is
+    the mean of its proxies' similarities, weighted by their softmax.
     Source: Douillard et al. 2020 (PODNet), Kang et al. 2022 (AFC).
     """
 
     def __init__(self, dim: int, num_classes: int, num_frozen: int, num_proxies: int) -> None:
-        """The first `num_frozen` of the classes take no gradient."""
+        """Make random proxies; those of the first `num_frozen` classes take no gradient."""
         super().__init__()
         self.num_proxies = num_proxies
         self.frozen: Tensor
@@ -37,16 +37,16 @@ class ProxyHead(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        """How many classes the head knows."""
+        """Number of classes of the head."""
         return (len(self.frozen) + len(self.proxies)) // self.num_proxies
 
     @property
     def mean_norm(self) -> float:
-        """The mean length of all proxies."""
+        """Mean length of all proxies."""
         return float(torch.cat([self.frozen, self.proxies.detach()]).norm(dim=1).mean())
 
     def forward(self, feature: Tensor) -> Tensor:
-        """Logits (B, C) of features (B, D)."""
+        """Return logits (B, C) of features (B, D)."""
         proxies = F.normalize(torch.cat([self.frozen, self.proxies]), dim=1)
         similarity = 2 * F.normalize(feature, dim=1) @ proxies.T - 2  # of unit vectors: -|a - b|² = 2ab - 2
         by_class = similarity.unflatten(1, (-1, self.num_proxies))
@@ -57,10 +57,10 @@ Head = LinearHead | ProxyHead
 
 
 def grow_linear(head: LinearHead, num_classes: int) -> LinearHead:
-    """A new head for `num_classes` classes: old rows and biases as they were, new ones freshly drawn.
+    """Return a head for `num_classes` classes: a copy of the old rows and biases, and new ones freshly drawn.
 
-    New rows are nn.Linear's default initialisation from torch's global generator; their spread depends on
-    the dimension alone, so the size of the head leaves no mark on them. Raises ValueError when the head would shrink.
+    New rows have nn.Linear's default initialisation, from torch's global generator. Its spread depends on the
+    dimension only, not on the size of the head. Raises ValueError when the head would shrink.
     """
     old = head.num_classes
     if num_classes < old:
@@ -73,9 +73,9 @@ def grow_linear(head: LinearHead, num_classes: int) -> LinearHead:
 
 
 def grow_proxies(head: ProxyHead, num_classes: int, new: Tensor) -> ProxyHead:
-    """A new head for `num_classes` classes: the proxies there are, frozen, and `new` (new classes · proxies, D).
+    """Return a head for `num_classes` classes: all old proxies frozen, and `new` (new classes · proxies, D) trained.
 
-    Raises ValueError when `new` are not the proxies of as many classes as come in.
+    Raises ValueError when `new` has not the shape of the new classes' proxies.
     """
     dim = head.frozen.shape[1]
     if new.shape != ((num_classes - head.num_classes) * head.num_proxies, dim):

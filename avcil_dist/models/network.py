@@ -1,7 +1,7 @@
-"""Networks: encoders, and what follows them (`network_spec.py`).
+"""Networks: encoders, audio-guided attention over visual tokens, projections and a head.
 
-With sound and pictures that is audio-guided attention, a projection each, and a head; with one of
-the two, a projection and a head. Source: Pian et al. 2023, eq. 1-6.
+A network of one modality has a projection and a head. `network_spec.py` lists the variants that a method can need.
+Source: Pian et al. 2023, eq. 1-6.
 """
 
 from abc import ABC, abstractmethod
@@ -21,10 +21,11 @@ from avcil_dist.models.heads import Head, LinearHead, ProxyHead, grow_linear, gr
 from avcil_dist.models.network_spec import DEFAULT_SPEC, NetworkSpec
 from avcil_dist.models.outputs import Divergence, Output, sum_present
 from avcil_dist.models.precision import precision_context
+from avcil_dist.models.state_dict import mismatches
 
 
 class Network(nn.Module, ABC):
-    """A student or a teacher. It computes in `precision`; its weights and its output are float32."""
+    """Student or teacher network. It computes in `precision`; its weights and its output are float32."""
 
     precision: Precision = "float32"
     visual_encoder: Encoder | None
@@ -33,9 +34,9 @@ class Network(nn.Module, ABC):
     def forward(self, visual: Tensor, audio: Tensor, teacher: TeacherView | None = None) -> Output:
         """Classify a batch.
 
-        `visual` and `audio` are what the encoders take: features (B, T, S, D) and (B, D), or
-        pictures (B, frames, 3, H, W) and log-mel (B, mel_frames, mel_bins). `teacher` is a
-        teacher's view of the last rows; with it the output has a divergence.
+        `visual` and `audio` are inputs of the encoders: features (B, T, S, D) and (B, D), or pictures
+        (B, frames, 3, H, W) and log-mel (B, mel_frames, mel_bins). `teacher` is a teacher's view of the last rows;
+        with it the output has a divergence.
         """
         with precision_context(self.precision, audio.device):
             output = self.classify(visual, audio, teacher)
@@ -43,7 +44,10 @@ class Network(nn.Module, ABC):
 
     @torch.no_grad()
     def encode_frozen(self, visual: Tensor, audio: Tensor) -> tuple[Tensor, Tensor]:
-        """`visual` and `audio` as frozen encoders make them, others as they are: for every network with the same."""
+        """Encode `visual` and `audio` where the encoder is frozen, for all networks that share these encoders.
+
+        The input of an encoder that is not frozen is returned unchanged.
+        """
         with precision_context(self.precision, audio.device):
             return (
                 self.visual_encoder.encode_if_frozen(visual) if self.visual_encoder else visual,
@@ -52,11 +56,11 @@ class Network(nn.Module, ABC):
 
     @abstractmethod
     def classify(self, visual: Tensor, audio: Tensor, teacher: TeacherView | None) -> Output:
-        """`forward`, in the dtype of the block that it is called in."""
+        """Compute `forward` in the dtype of the surrounding autocast block."""
 
 
 class HeadedNetwork(Network):
-    """A network that ends in projections and a head."""
+    """Network with projections and a head."""
 
     audio_proj: nn.Linear
     visual_proj: nn.Linear
@@ -64,13 +68,13 @@ class HeadedNetwork(Network):
 
     @property
     def num_classes(self) -> int:
-        """How many classes the head knows."""
+        """Number of classes of the head."""
         return self.classifier.num_classes
 
     def grow(self, num_classes: int, new_proxies: Tensor | None = None) -> None:
-        """Replace the head by a larger one. Only before an engine is built: an engine would not see the new rows.
+        """Replace the head by a larger one, before the engine is built: an engine does not update later parameters.
 
-        A head of proxies is given those of the new classes.
+        A head of proxies needs `new_proxies`, those of the new classes.
         """
         if isinstance(self.classifier, LinearHead):
             self.classifier = grow_linear(self.classifier, num_classes)
@@ -81,13 +85,13 @@ class HeadedNetwork(Network):
     def project_and_classify(
         self, sound: Tensor | None, pooled: Tensor | None, divergence: Divergence | None = None
     ) -> Output:
-        """From encoded sound (B, D) and pooled pictures (B, D) to the output."""
+        """Project encoded sound (B, D) and pooled tokens (B, D), and classify their sum."""
         audio = None if sound is None else torch.relu(self.audio_proj(sound))
         visual = None if pooled is None else torch.relu(self.visual_proj(pooled))
         return Output(self.classifier(sum_present(audio, visual)), audio, visual, pooled, divergence)
 
     def trace_head(self, output: Output) -> Output:
-        """The same output, with a graph from its features to its logits and nothing before them."""
+        """Return the output with a graph that begins at its features: `audio`, `pooled`, and `visual` from `pooled`."""
         with torch.enable_grad():
             audio = None if output.audio is None else output.audio.detach().requires_grad_()
             pooled = None if output.pooled is None else output.pooled.detach().requires_grad_()
@@ -96,7 +100,7 @@ class HeadedNetwork(Network):
 
 
 class AudioVisualNetwork(HeadedNetwork):
-    """Sound and pictures. Both encoders have the same dimension D."""
+    """Network of sound and pictures. Both encoders have the same dimension D."""
 
     visual_encoder: Encoder
     audio_encoder: Encoder
@@ -114,20 +118,20 @@ class AudioVisualNetwork(HeadedNetwork):
         self.classifier = head or LinearHead(dim, num_classes)
 
     def classify(self, visual: Tensor, audio: Tensor, teacher: TeacherView | None) -> Output:
-        """Attend to the pictures as the sound guides, project both, classify their sum."""
+        """Pool the visual tokens by audio-guided attention, project both modalities, classify their sum."""
         sound = self.audio_encoder(audio)
         pooled, divergence = self.attention(sound, self.visual_encoder(visual), teacher)
         return self.project_and_classify(sound, pooled, divergence)
 
     @torch.no_grad()
     def attention_view(self, visual: Tensor, audio: Tensor, rows: slice) -> TeacherView:
-        """As a teacher: encode these rows of a batch for the student to compare its attention with."""
+        """Return the attention and the encoded `rows`: a teacher's side of the attention distillation."""
         with precision_context(self.precision, audio.device):
             return TeacherView(self.attention, self.audio_encoder(audio[rows]), self.visual_encoder(visual[rows]))
 
 
 class AudioNetwork(HeadedNetwork):
-    """Sound alone."""
+    """Network of sound alone."""
 
     visual_encoder: None = None
     audio_encoder: Encoder
@@ -139,12 +143,12 @@ class AudioNetwork(HeadedNetwork):
         self.classifier = head or LinearHead(encoder.dim, num_classes)
 
     def classify(self, visual: Tensor, audio: Tensor, teacher: TeacherView | None) -> Output:
-        """Project the sound and classify it; the pictures are not looked at."""
+        """Project and classify the sound; `visual` is ignored."""
         return self.project_and_classify(self.audio_encoder(audio), None)
 
 
 class VisualNetwork(HeadedNetwork):
-    """Pictures alone, pooled by the mean over their tokens."""
+    """Network of pictures alone, pooled by the mean over their tokens."""
 
     visual_encoder: Encoder
     audio_encoder: None = None
@@ -156,12 +160,12 @@ class VisualNetwork(HeadedNetwork):
         self.classifier = head or LinearHead(encoder.dim, num_classes)
 
     def classify(self, visual: Tensor, audio: Tensor, teacher: TeacherView | None) -> Output:
-        """Pool the pictures, project, classify; the sound is not listened to."""
+        """Pool, project and classify the pictures; `audio` is ignored."""
         return self.project_and_classify(None, self.visual_encoder(visual).mean(dim=(1, 2), dtype=torch.float32))
 
 
 class PooledTokens(Network):
-    """Encoders, and the mean of each cell of a grid of visual tokens. Nothing is learnt here."""
+    """Encoders, and the mean of each cell of a grid of visual tokens. It has no trained parameters of its own."""
 
     def __init__(self, visual_encoder: Encoder | None, audio_encoder: Encoder | None, grid: tuple[int, int]) -> None:
         super().__init__()
@@ -170,9 +174,9 @@ class PooledTokens(Network):
         self.grid = grid
 
     def classify(self, visual: Tensor, audio: Tensor, teacher: TeacherView | None) -> Output:
-        """`audio` (B, D) and `visual` (B, cells · D) as encoded; there are no logits, (B, 0).
+        """Return encoded `audio` (B, D) and pooled `visual` (B, cells · D); `logits` are empty, (B, 0).
 
-        A grid finer than the tokens is cut down to them: a mean of one token, taken twice, is no new feature.
+        A grid finer than the tokens is reduced to theirs, because repeated tokens would add no information.
         """
         sound = None if self.audio_encoder is None else self.audio_encoder(audio)
         if self.visual_encoder is None:
@@ -193,24 +197,24 @@ def build_network(
     num_frozen: int = 0,
     state_keys: Collection[str] | None = None,
 ) -> Network:
-    """Make a network with fresh weights (from torch's global generator), except those that the config names.
+    """Build a network with fresh weights (from torch's global generator), except those that the config names.
 
-    Where the caller goes on to put in a whole state, `state_keys` are its names, and no named weights are read.
-    `feature_shape` is the manifest's: frames, positions and dim of features, empty for clips. Of the
-    head's `num_classes`, proxies of the first `num_frozen` are frozen. Raises ConfigError when the
-    encoders do not fit the data or each other.
+    With `state_keys`, the keys of a whole state that the caller loads, no weights are read. `feature_shape` is the
+    manifest's: frames, positions and dim of features, empty for clips. In a head of proxies, those of the first
+    `num_frozen` of the `num_classes` are frozen. Raises ConfigError when the encoders do not fit the data or
+    each other.
     """
     dim = feature_shape.get("dim")
 
-    def names(encoder: str) -> list[str] | None:
-        own = None if state_keys is None else [name for name in state_keys if name.startswith(encoder)]
-        return own and [name.removeprefix(encoder) for name in own]
+    def keys_of(encoder: str) -> list[str] | None:
+        own = None if state_keys is None else [key for key in state_keys if key.startswith(encoder)]
+        return own and [key.removeprefix(encoder) for key in own]
 
     visual = audio = None
     if model.modality != "audio":
-        visual = build_visual_encoder(model.visual, clip, dim, names("visual_encoder."))
+        visual = build_visual_encoder(model.visual, clip, dim, keys_of("visual_encoder."))
     if model.modality != "visual":
-        audio = build_audio_encoder(model.audio, clip, dim, names("audio_encoder."))
+        audio = build_audio_encoder(model.audio, clip, dim, keys_of("audio_encoder."))
     if visual is not None and audio is not None and visual.dim != audio.dim:
         raise ConfigError(
             f"model: the visual encoder has dim {visual.dim}, the audio encoder {audio.dim}; "
@@ -219,12 +223,10 @@ def build_network(
     if network_spec.pool is not None:
         return PooledTokens(visual, audio, network_spec.pool)
 
-    def head(width: int) -> ProxyHead | None:
-        return (
-            ProxyHead(width, num_classes, num_frozen, network_spec.num_proxies)
-            if network_spec.head == "proxies"
-            else None
-        )
+    def head(dim: int) -> ProxyHead | None:
+        if network_spec.head == "linear":
+            return None
+        return ProxyHead(dim, num_classes, num_frozen, network_spec.num_proxies)
 
     if visual is None:
         assert audio is not None
@@ -237,20 +239,12 @@ def build_network(
 def load_whole_state(network: Network, weights: Mapping[str, Tensor], source: str) -> None:
     """Load a complete state dict, frozen parts and buffers included, into a network.
 
-    Raises ArtifactError, naming `source` and some of the names, for missing or unknown weights and other shapes.
+    Raises ArtifactError, naming `source` and some of the names, for weights that do not fit.
     """
-    expected = network.state_dict()
-    faults = {
-        "missing": [name for name in expected if name not in weights],
-        "unknown": [name for name in weights if name not in expected],
-        "of another shape": [
-            name for name in expected if name in weights and weights[name].shape != expected[name].shape
-        ],
-    }
-    texts = [f"{len(names)} {fault} ({', '.join(names[:3])})" for fault, names in faults.items() if names]
-    if texts:
+    problems = mismatches(network, weights)
+    if problems:
         raise ArtifactError(
-            f"{source}: its weights are not those of the network: {'; '.join(texts)}; use the configuration and the "
+            f"{source}: its weights are not those of the network: {problems}; use the configuration and the "
             "version of the program that made it, or begin anew with --restart"
         )
     network.load_state_dict(dict(weights))

@@ -1,4 +1,4 @@
-"""What kind of network a method asks for; which encoders it has is the configuration's."""
+"""Kind of network that a method needs. The encoders come from the configuration."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,11 +6,11 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """What follows the encoders.
+    """The part of a network after its encoders.
 
-    With `pool` (frames, positions) that is nothing but a mean over each cell of such a grid of
-    visual tokens: no attention, no projection, no head. Otherwise attention, projections and a
-    head: `linear`, or `proxies` with `num_proxies` a class.
+    With `pool`, a grid of (frames, positions), that is only a mean over each cell of the grid of visual tokens: no
+    attention, no projection, no head. Otherwise it is attention, projections and a head: `linear`, or `proxies`
+    with `num_proxies` per class.
     """
 
     head: Literal["linear", "proxies"] = "linear"

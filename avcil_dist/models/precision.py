@@ -1,7 +1,7 @@
-"""The dtype that networks compute in, which student, teacher and every evaluation share.
+"""Compute precision of networks, the same for student, teacher and evaluation.
 
-Weights, gradients and what a network gives are float32 whatever the precision: half precision is for what lies between,
-by torch's autocast, which knows the operations that must not be in it.
+Weights, gradients and outputs are always float32. Half precision is used between them, by torch's autocast, which
+keeps the operations that need float32 in float32.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -14,7 +14,7 @@ DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bf16": torch.
 
 
 def precision_context(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
-    """A block that computes in `precision`; float32 leaves all as it is."""
+    """Context in which torch computes in `precision`; for float32 it changes nothing."""
     if precision == "float32":
         return nullcontext()
     return torch.autocast(device.type, DTYPES[precision])

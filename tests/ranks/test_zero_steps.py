@@ -119,6 +119,6 @@ def test_weights_that_are_not_the_networks_are_named(streams: Streams, tmp_path:
     weights = whole_state(network)
     changed = {name: value for name, value in weights.items() if name != "audio_proj.bias"} | {"extra": torch.zeros(1)}
     changed["classifier.bias"] = torch.zeros(7)
-    said = r"here: .*1 missing \(audio_proj.bias\); 1 unknown \(extra\); 1 of another shape \(classifier.bias\)"
+    said = r"here: .*1 missing \(audio_proj.bias\); 1 unexpected \(extra\); 1 of another shape \(classifier.bias\)"
     with pytest.raises(ArtifactError, match=said):
         load_whole_state(network, changed, "here")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from avcil_dist.config.encoders import TransformerConfig
 from avcil_dist.errors import ConfigError
+from avcil_dist.models.state_dict import mismatches
 
 NESTED = ("model", "module")  # keys under which authors store the state dict in a file
 
@@ -59,17 +60,11 @@ def load_strictly(body: nn.Module, state: Mapping[str, Tensor], dropped: tuple[s
 
     Raises ConfigError, with examples, for parameters that are missing, unexpected or of another shape.
     """
-    expected = body.state_dict()
     kept = {key: tensor for key, tensor in state.items() if not key.startswith(dropped)}
-    faults = {
-        "missing": [key for key in expected if key not in kept],
-        "unexpected": [key for key in kept if key not in expected],
-        "of another shape": [key for key in kept if key in expected and kept[key].shape != expected[key].shape],
-    }
-    problems = [f"{len(keys)} {fault} ({', '.join(keys[:3])})" for fault, keys in faults.items() if keys]
+    problems = mismatches(body, kept)
     if problems:
         raise ConfigError(
-            f"{where}: weights do not fit the encoder: {'; '.join(problems)}; check dim, depth, heads and data.clip "
+            f"{where}: weights do not fit the encoder: {problems}; check dim, depth, heads and data.clip "
             f"(keys that begin with {', '.join(dropped)} are dropped)"
         )
     body.load_state_dict(kept)

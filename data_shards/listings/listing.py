@@ -72,7 +72,7 @@ def first_row(path: Path) -> list[str]:
 
 
 def csv_rows(path: Path, columns: int) -> Iterator[tuple[str, list[str]]]:
-    """The rows of a csv without header, each with its place (file and line) for error messages.
+    """The rows of a csv without header, each with its file and line for error messages.
 
     Raises DataError for a row with an empty column, or with another number of columns.
     """

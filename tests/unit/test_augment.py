@@ -50,7 +50,7 @@ def test_all_frames_of_a_clip_are_augmented_alike() -> None:
 
 
 @pytest.mark.parametrize("setting", ["crop", "flip", "brightness", "contrast", "saturation", "hue"])
-def test_each_setting_of_pictures_does_something_alone(setting: str) -> None:
+def test_each_setting_of_frames_has_an_effect_alone(setting: str) -> None:
     alone = AugmentConfig.model_validate({setting: getattr(ALL, setting)})
     made = {bytes(Augmentation(alone, 32).augment_frames(frames(1), seed).numpy()) for seed in range(20)}
     assert len(made) == 2 if setting == "flip" else len(made) > 15
@@ -62,7 +62,7 @@ def test_a_crop_of_everything_and_a_certain_flip_mirror_the_picture() -> None:
 
 
 @pytest.mark.parametrize(("setting", "axis"), [("time_mask", 0), ("mel_mask", 1)])
-def test_a_mask_sets_a_stretch_to_the_mean_and_leaves_the_rest(setting: str, axis: int) -> None:
+def test_mask_sets_a_span_to_the_mean_and_leaves_the_rest(setting: str, axis: int) -> None:
     log_mel = torch.rand(32, 16, generator=torch.Generator().manual_seed(0)) + 1
     longest, widths, starts = getattr(ALL, setting), set(), set()
     for seed in range(200):
@@ -78,13 +78,13 @@ def test_a_mask_sets_a_stretch_to_the_mean_and_leaves_the_rest(setting: str, axi
     assert len(starts) > 5
 
 
-def test_without_settings_a_clip_is_as_it_was() -> None:
+def test_without_settings_a_clip_is_unchanged() -> None:
     clip = DecodedClip(frames(2), torch.rand(8000))
     for plain, seeded in zip(ClipTransform(CLIP)(clip), ClipTransform(CLIP)(clip, 3), strict=True):
         assert torch.equal(plain, seeded)
 
 
-def test_the_seed_decides_alone_and_no_generator_moves() -> None:
+def test_augmentation_depends_on_the_seed_only_and_moves_no_generator() -> None:
     clip, transform = DecodedClip(frames(2), torch.rand(8000)), ClipTransform(CLIP, ALL)
     first = transform(clip, 7)
     torch.manual_seed(123)
@@ -178,7 +178,7 @@ def test_one_pass_over_given_clips_is_never_augmented(clips: Manifest) -> None:
     assert rows([batch]) == rows(plain)
 
 
-def test_a_request_survives_the_way_to_another_process(clips: Manifest) -> None:
+def test_request_can_be_pickled(clips: Manifest) -> None:
     request = next(iter(training(clips)))
     copied = pickle.loads(pickle.dumps(request))
     assert copied.augment_seeds.seed_of(1, "cat-1") == request.augment_seeds.seed_of(1, "cat-1")
@@ -194,7 +194,7 @@ def test_a_request_survives_the_way_to_another_process(clips: Manifest) -> None:
         ("demo", ["data.augment.cropp=0.5"], "data.augment.cropp: unknown key; did you mean 'crop'?"),
     ],
 )
-def test_what_cannot_be_augmented_is_refused_in_one_line(name: str, words: list[str], message: str) -> None:
+def test_impossible_augmentation_is_refused_in_one_line(name: str, words: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as raised:
         load_config(name, words)
     assert "\n" not in str(raised.value)

@@ -165,7 +165,7 @@ def test_strict_names_the_first_fault_and_writes_no_manifest(tmp_path: Path) -> 
     assert _build(source, tmp_path / "out").manifest.shards[0].count == 1
 
 
-def test_nothing_is_left_behind_when_no_clip_is_good(tmp_path: Path) -> None:
+def test_build_without_good_clips_leaves_no_output(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(b"text")
     with pytest.raises(DataError, match=r"no clip could be taken; the first is .*a\.mp4: not a video"):
         _build(_csv(tmp_path, [("a.mp4", "dog", "train")]), tmp_path / "out")
@@ -185,7 +185,7 @@ class _KilledError(Exception):
     """Stands for a kill: raised from the progress callback, between two class-splits."""
 
 
-def test_broken_build_continues_where_it_was(tmp_path: Path) -> None:
+def test_interrupted_build_does_not_repeat_finished_shards(tmp_path: Path) -> None:
     source = render_tiny(tmp_path / "clips")
     output = tmp_path / "out"
 
@@ -269,7 +269,7 @@ def test_resume_with_other_settings_leaves_no_unlisted_tar(tmp_path: Path) -> No
     assert names == ["c000-dog-0000.tar", "c000-dog-0002.tar"]
 
 
-def test_same_build_again_does_nothing_and_says_so(tmp_path: Path) -> None:
+def test_repeated_build_changes_nothing_and_is_reported_as_unchanged(tmp_path: Path) -> None:
     source = _faulty_source(tmp_path / "clips")
     first = _build(source, tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}

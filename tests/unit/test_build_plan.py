@@ -180,3 +180,12 @@ def test_commands_build_parts_and_merge_them(clips: Path, tmp_path: Path) -> Non
     )
     result = CliRunner().invoke(shards, ["build", str(clips), output, "--part", "1/2", "--strict"])
     assert isinstance(result.exception, ConfigError)
+
+
+def test_truncated_shard_is_built_again(clips: Path, tmp_path: Path) -> None:
+    build_part(clips, str(tmp_path), Part(0, 1), **SETTINGS)
+    shard = sorted(tmp_path.rglob("*.tar"))[0]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:1024])
+    build_part(clips, str(tmp_path), Part(0, 1), **SETTINGS)
+    assert shard.read_bytes() == whole

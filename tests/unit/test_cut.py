@@ -73,7 +73,7 @@ def test_cut_at_a_key_frame_copies_the_pictures_bit_for_bit(tmp_path: Path) -> N
         ("film.mkv", 3, "pcm_s16le", 2.0, 3.0),  # sound that mp4 does not take
     ],
 )
-def test_cut_anywhere_else_shows_just_the_frames_of_its_span(
+def test_cut_anywhere_else_has_the_frames_of_its_span(
     tmp_path: Path, name: str, b_frames: int, sound: str, start: float, duration: float
 ) -> None:
     path = film(tmp_path / name, b_frames=b_frames, sound=sound)
@@ -97,7 +97,7 @@ def test_cut_between_two_frames_begins_with_the_one_that_is_shown(tmp_path: Path
     assert _times(data)[:3] == pytest.approx([0.0, 0.06, 0.185], abs=0.002)
 
 
-def test_cut_to_the_end_or_beyond_takes_what_there_is(tmp_path: Path) -> None:
+def test_cut_to_the_end_or_beyond_has_the_frames_up_to_the_end(tmp_path: Path) -> None:
     path = film(tmp_path / "film.mp4")
     for duration in (None, 100.0):
         assert len(_pictures(cut_clip(str(path), 4.0, duration))) == 16

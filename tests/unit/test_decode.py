@@ -26,7 +26,7 @@ def _levels(data: bytes, num_frames: int) -> list[int]:
     ]
 
 
-def test_all_frames_come_in_order_when_as_many_are_asked_as_there_are() -> None:
+def test_as_many_frames_as_the_clip_has_are_all_frames_in_order() -> None:
     assert _levels(counting_clip(LEVELS), 6) == [0, 1, 2, 3, 4, 5]
 
 
@@ -63,7 +63,7 @@ def _with_longer_sound(data: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def test_sound_is_the_mean_of_the_channels_at_the_rate_asked_for() -> None:
+def test_sound_is_the_mean_of_the_channels_at_the_given_rate() -> None:
     data = counting_clip(LEVELS, stereo=(0.5, 0.1))
     for rate, samples in ((8000, 12000), (16000, 24000), (4000, 6000)):
         waveform = decode_clip(data, num_frames=1, sample_rate=rate, silent="error", where="clip").waveform
@@ -72,7 +72,7 @@ def test_sound_is_the_mean_of_the_channels_at_the_rate_asked_for() -> None:
         torch.testing.assert_close(waveform[200:-200], torch.full((samples - 400,), 0.3), atol=2e-3, rtol=0)
 
 
-def test_clip_without_sound_is_rejected_or_silent_as_asked() -> None:
+def test_clip_without_sound_is_rejected_or_silent_by_setting() -> None:
     data = remuxed(tiny_clip(), container="matroska", sound=False)
     with pytest.raises(DataError, match=r"dog\.mp4: no audio track"):
         decode_clip(data, num_frames=2, sample_rate=8000, silent="error", where="dog.mp4")
@@ -104,7 +104,7 @@ def test_cut_clip_with_its_index_in_front_is_rejected(kept: float, tmp_path: Pat
 
 
 @pytest.mark.parametrize("data", [b"a text\n" * 500, bytes(4000), b"#EXTM3U\n/etc/hostname\n"])
-def test_what_is_no_video_is_rejected(data: bytes) -> None:
+def test_data_that_is_no_video_is_rejected(data: bytes) -> None:
     with pytest.raises(DataError, match="x: not a video"):
         probe_clip(data, "x")
 
@@ -116,7 +116,7 @@ def test_a_playlist_that_names_a_good_clip_is_not_followed(tmp_path: Path) -> No
         decode_clip(playlist, num_frames=1, sample_rate=8000, silent="error", where="x")
 
 
-def test_probe_says_what_was_rendered() -> None:
+def test_probe_gives_the_properties_of_a_rendered_clip() -> None:
     info = probe_clip(tiny_clip(), "clip")
     assert (info.width, info.height, info.frames_per_second, info.sample_rate) == (32, 32, 8.0, 16000)
     assert info.duration == pytest.approx(1.0, abs=0.1)

@@ -97,7 +97,7 @@ def test_features_are_those_of_the_encoders_in_float16(clips: str, tmp_path: Pat
     np.testing.assert_allclose(np.load(io.BytesIO(features[1]["audio.npy"])), expected_audio[1], atol=2e-3)
 
 
-def test_ranks_and_parts_make_the_bytes_of_one_run(clips: str, tmp_path: Path) -> None:
+def test_ranks_and_parts_give_the_bytes_of_one_run(clips: str, tmp_path: Path) -> None:
     config = _config(clips)
     whole = make_features(config, f"{tmp_path}/whole", batch=2, device=CPU)
     for part in range(2):
@@ -122,14 +122,14 @@ def test_missing_clip_shard_stops_the_run_by_name(clips: str, tmp_path: Path) ->
     assert sum(shard.count for shard in resumed.manifest.shards) == 13
 
 
-def test_command_under_torchrun_does_a_ranks_share(clips: str, tmp_path: Path) -> None:
+def test_command_under_torchrun_encodes_the_share_of_its_rank(clips: str, tmp_path: Path) -> None:
     for rank in ("0", "1"):
         local = {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
         environment = {"RANK": rank, "WORLD_SIZE": "2"} | local
         words = ["shards", "features", clips, f"{tmp_path}/ranks", *TINY, "--batch", "2"]
         result = CliRunner(env=environment).invoke(cli, words)
         assert result.exit_code == 0, result.output
-        assert ("avcil shards merge" in result.output) == (rank == "0")  # one rank speaks for all
+        assert ("avcil shards merge" in result.output) == (rank == "0")  # rank 0 prints for all
     merged = merge_parts(f"{tmp_path}/ranks")
     whole = make_features(_config(clips), f"{tmp_path}/whole", batch=2, device=CPU)
     assert merged.manifest.content_hash == whole.manifest.content_hash
@@ -147,7 +147,7 @@ class _KilledError(Exception):
     """Stands for a kill: raised in the middle of a shard."""
 
 
-def test_killed_run_continues_with_the_shard_it_was_at(clips: str, tmp_path: Path) -> None:
+def test_killed_run_continues_with_its_unfinished_shard(clips: str, tmp_path: Path) -> None:
     def kill(done: int, total: int) -> None:
         if done == 7:
             raise _KilledError
@@ -166,7 +166,7 @@ def test_killed_run_continues_with_the_shard_it_was_at(clips: str, tmp_path: Pat
     assert make_features(config, str(output), batch=1, device=CPU).unchanged
 
 
-def test_other_weights_do_not_mix_with_features_that_are_there(clips: str, tmp_path: Path) -> None:
+def test_features_of_other_weights_do_not_mix(clips: str, tmp_path: Path) -> None:
     make_features_part(_config(clips), f"{tmp_path}/part", Part(0, 2), batch=2, device=CPU)
     with pytest.raises(ConfigError, match="other clips or settings"):
         make_features_part(_config(clips, "seed=1"), f"{tmp_path}/part", Part(1, 2), batch=2, device=CPU)
@@ -176,14 +176,16 @@ def test_other_weights_do_not_mix_with_features_that_are_there(clips: str, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (("model.visual.train=full",), r"model\.visual\.train: full"),
         (("model.audio.dim=64",), r"model\.visual\.dim=32, model\.audio\.dim=64"),
     ],
 )
-def test_encoders_that_make_no_features_are_refused(clips: str, tmp_path: Path, words: tuple[str], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_encoders_that_give_no_features_are_refused(
+    clips: str, tmp_path: Path, words: tuple[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
         make_features(_config(clips, *words), str(tmp_path), batch=2, device=CPU)
 
 

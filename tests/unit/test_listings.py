@@ -6,7 +6,7 @@ import pytest
 from avcil_dist.errors import ConfigError, DataError
 from data_shards.listings.listing import Listing
 from data_shards.listings.read import read_listing
-from data_shards.listings.splits import hold_out_validation
+from data_shards.listings.splits import hashed_split, hold_out_validation
 from tests.helpers.data import needs_published, published
 from tests.helpers.published_forms import (
     CLASS_NAMES,
@@ -26,7 +26,7 @@ def _touch(folder: Path, *names: str) -> Path:
     return folder
 
 
-def _found(source: Listing) -> dict[str, tuple[str, float, tuple[float, float | None] | None]]:
+def _clips_by_key(source: Listing) -> dict[str, tuple[str, float, tuple[float, float | None] | None]]:
     """Per key: the file, the second in the video, and the cut."""
     return {row.clip.key: (Path(row.clip.path).name, row.clip.start, row.clip.cut) for row in source.rows}
 
@@ -43,7 +43,7 @@ def test_vggsound_rows_find_files_by_all_their_usual_names(tmp_path: Path) -> No
     )
     source = read_listing(tmp_path / "vggsound.csv", videos)
     assert source.classes == ("bird chirping, tweeting", "dog barking")
-    assert _found(source) == {
+    assert _clips_by_key(source) == {
         "aaaaaaaaaaa_000030": ("aaaaaaaaaaa_000030.mp4", 30.0, None),
         "bb_bbbb-bbb_000005": ("bb_bbbb-bbb_5000_15000.mp4", 5.0, None),
         "ccccccccccc_000120": ("ccccccccccc.webm", 120.0, (120.0, 10.0)),
@@ -94,7 +94,7 @@ def _check_vggsound(folder: Path, counts: dict[str, int]) -> tuple[Listing, List
         keys = {
             split: {row.clip.key for row in source.rows if row.split == split} for split in ("train", "val", "test")
         }
-        assert {split: len(found) for split, found in keys.items()} == counts
+        assert {split: len(keys_of_split) for split, keys_of_split in keys.items()} == counts
     assert {tuple(row) for row in by_csv.rows} == {tuple(row) for row in by_lists.rows}
     return by_csv, by_lists
 
@@ -189,7 +189,7 @@ def test_csv_rows_may_cut_parts_out_of_a_file(tmp_path: Path) -> None:
         "a.mp4,cat,test,,3,\n"
     )
     source = read_listing(tmp_path / "clips.csv")
-    assert _found(source) == {
+    assert _clips_by_key(source) == {
         "a": ("a.mp4", 0.0, None),
         "a_2500_6500": ("a.mp4", 2.5, (2.5, 4.0)),
         "a_7000_end": ("a.mp4", 7.0, (7.0, None)),
@@ -215,3 +215,18 @@ def test_faulty_list_is_named_with_its_line(tmp_path: Path, name: str, text: str
         (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=words):
         read_listing(tmp_path / name, None if name == "clips.csv" else tmp_path)
+
+
+def test_hashed_split_gives_tenths_and_depends_on_class_and_key() -> None:
+    splits = [hashed_split("dog", f"k{i}") for i in range(5000)]
+    shares = [splits.count(split) / 5000 for split in ("train", "val", "test")]
+    assert shares == pytest.approx([0.8, 0.1, 0.1], abs=0.015)
+    assert [hashed_split("dog", f"k{i}") for i in range(8)] == splits[:8]
+    assert splits != [hashed_split("cat", f"k{i}") for i in range(5000)]
+
+
+def test_file_of_the_whole_video_comes_before_that_of_a_span(tmp_path: Path) -> None:
+    (tmp_path / "Annotations.txt").write_text(AVE + "Church bell&id-0&good&0&10\nChurch bell&id-1&good&0&10\n")
+    videos = _touch(tmp_path / "AVE", "id-0.mp4", "id-0_000010_000020.mp4", "id-1_000010_000020.mp4")
+    files = [Path(row.clip.path).name for row in read_listing(tmp_path / "Annotations.txt", videos).rows]
+    assert files == ["id-0.mp4", "id-1_000010_000020.mp4"]

@@ -21,13 +21,13 @@ def key_of(split: str, number: int, row: int) -> str:
     return f"{'a_b' if split == 'train' else split}{number}-{row}_000001"
 
 
-def test_the_source_is_what_comes_before_the_last_underscore() -> None:
+def test_source_video_is_the_text_before_the_last_underscore() -> None:
     assert source_of("X5p1pQzHKE0_000145") == "X5p1pQzHKE0"
     assert source_of("a_b_c_000030") == "a_b_c"
     assert source_of("nothing") == "nothing"
 
 
-def test_clips_that_share_a_video_with_any_training_clip_are_told(tmp_path: Path) -> None:
+def test_clips_that_share_a_video_with_a_training_clip_are_masked(tmp_path: Path) -> None:
     manifest = load_manifest(make_feature_shards(tmp_path, classes=2, clips={"train": 6, "test": 4}, key=key_of))
     clips = manifest.clips(["class_000", "class_001"], "test")
     assert source_disjoint(manifest, ["class_000", "class_001"], clips).tolist() == [False, True, False, True] * 2
@@ -54,4 +54,4 @@ def test_a_stream_reports_both_accuracies_and_its_confusions(tmp_path: Path) -> 
     right = {name: row.get(name, 0) / 10 for name, row in confusion.items()}
     assert right == record["per_class"]
     assert sum(right.values()) / 6 == record["seen_accuracy"][-1]
-    assert 0.3 < record["seen_accuracy"][-1] < 1  # there are confusions to tell
+    assert 0.3 < record["seen_accuracy"][-1] < 1  # some clips are confused

@@ -100,12 +100,12 @@ def test_malicious_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("evil", [_Evaluates(), _LoadsNumpy(), Path("x"), np.dtype("datetime64[s]"), np.zeros(3)])
-def test_what_is_not_admitted_is_refused(tmp_path: Path, evil: Any) -> None:
+def test_names_that_are_not_admitted_are_refused(tmp_path: Path, evil: Any) -> None:
     with pytest.raises(DataError, match="admitted"):
         read_pickled_dict(save_pickled_dict(tmp_path / "evil.npy", {"x": evil}))
 
 
-def test_a_pickle_cannot_change_what_it_names(tmp_path: Path) -> None:
+def test_pickle_cannot_change_an_admitted_name(tmp_path: Path) -> None:
     # BUILD would set attributes of what is on the stack: here of the name numpy.dtype, to be another callable
     program = b"\x80\x03cnumpy\ndtype\nN}X\x05\x00\x00\x00_makecbuiltins\nset\ns\x86b."
     with (tmp_path / "evil.npy").open("wb") as file:

@@ -23,7 +23,7 @@ def _decoded(number: int, index: int, spec: SyntheticSpec = SyntheticSpec()) -> 
     return decode_clip(data, num_frames=20, sample_rate=16000, silent="error", where="clip")
 
 
-def test_csv_lists_every_clip_once_and_all_are_there(tmp_path: Path) -> None:
+def test_csv_lists_every_clip_once_and_all_exist(tmp_path: Path) -> None:
     called = []
     path = render_dataset(tmp_path, SPEC, progress=lambda: called.append(1), processes=1)
     lines = path.read_text().splitlines()
@@ -35,7 +35,7 @@ def test_csv_lists_every_clip_once_and_all_are_there(tmp_path: Path) -> None:
         assert name.startswith(f"{split}/{label}/")
 
 
-def test_clips_are_h264_and_sound_of_the_length_asked_for() -> None:
+def test_clips_are_h264_and_have_sound_of_the_given_length() -> None:
     info = probe_clip(render_clip(SPEC, "train", 0, 0), "clip")
     assert (info.width, info.height, info.frames_per_second, info.sample_rate) == (32, 32, 8.0, 16000)
     assert info.duration == pytest.approx(1.0, abs=0.05)
@@ -55,7 +55,7 @@ def test_another_seed_gives_other_clips() -> None:
     assert render_clip(SPEC, "train", 0, 0) != render_clip(SPEC, "test", 0, 0)
 
 
-def test_second_run_keeps_what_is_there_and_adds_what_is_not(tmp_path: Path) -> None:
+def test_second_run_keeps_existing_clips_and_adds_missing_ones(tmp_path: Path) -> None:
     render_dataset(tmp_path, SPEC, processes=1)
     kept, lost = tmp_path / "train/class_000/train-000-00000.mp4", tmp_path / "train/class_001/train-001-00002.mp4"
     before = lost.read_bytes()

@@ -24,7 +24,7 @@ def test_default_shapes_are_those_of_the_encoders() -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 100), (100, 32), (33, 31), (16, 20), (32, 32)])
-def test_any_picture_shape_becomes_the_square(height: int, width: int) -> None:
+def test_frames_of_any_shape_become_squares(height: int, width: int) -> None:
     visual, _ = ClipTransform(SMALL)(_clip(height, width))
     assert visual.shape == (2, 3, 32, 32)
 
@@ -66,7 +66,7 @@ def test_a_constant_offset_of_the_sound_changes_nothing() -> None:
     torch.testing.assert_close(plain, moved, atol=1e-3, rtol=1e-3)
 
 
-def test_the_number_of_threads_leaves_no_mark() -> None:
+def test_number_of_threads_does_not_change_the_bits() -> None:
     clips = [_clip(samples=160_000 + offset) for offset in range(8)]
     alone = [ClipTransform(SMALL)(clip) for clip in clips]
     for threads in (2, 4):

@@ -33,7 +33,7 @@ def make_grid(config: str, words: Sequence[str], *, ablation: bool, processes: i
     if ablation:
         name = load_config(config, [axis[0] for axis in axes]).method.name
         if name != "avcil":
-            raise ConfigError(f"--ablation varies the parts of avcil, and the method is {name}; set method=avcil")
+            raise ConfigError(f"--ablation: it varies the parts of avcil, and the method is {name}; set method=avcil")
         axes += [[f"{key}=true", f"{key}=false"] for key in ABLATION]
     varied = {axis[0].partition("=")[0] for axis in axes if len(axis) > 1}
     points = []

@@ -1,21 +1,23 @@
-"""The commands `avcil sandbox up`, `down` and `status`."""
+"""Commands `avcil sandbox up`, `down` and `status`: a SLURM on this machine."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from launch.sandbox.cluster import Sandbox, default_folder
+if TYPE_CHECKING:
+    from launch.sandbox.cluster import Sandbox
 
 folder_option = click.option(
     "--folder",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Where its files are; default: avcil-sandbox in the cache folder (~/.cache).",
+    help="Folder of its files; default: avcil-sandbox in the cache folder (~/.cache).",
 )
 
 
 @click.group()
 def sandbox() -> None:
-    """A real two-node SLURM with accounting on this machine (Debian, root), to try `avcil submit`.
+    """Run a SLURM of two nodes with accounting on this machine (Debian, root), to try `avcil submit`.
 
     \b
       avcil sandbox up
@@ -28,7 +30,7 @@ def sandbox() -> None:
 @sandbox.command()
 @folder_option
 def up(folder: Path | None) -> None:
-    """Start it, or what of it does not run."""
+    """Start all daemons that do not run yet."""
     found = _sandbox(folder)
     found.up()
     click.echo(found.run("sinfo", "--format=%P %a %D %T %N").stdout, nl=False)
@@ -38,7 +40,7 @@ def up(folder: Path | None) -> None:
 @sandbox.command()
 @folder_option
 def down(folder: Path | None) -> None:
-    """Cancel its jobs and end it; its files stay."""
+    """Cancel all jobs and end all daemons; the files stay."""
     found = _sandbox(folder)
     found.down()
     click.echo(f"{found.folder}: nothing runs")
@@ -47,7 +49,7 @@ def down(folder: Path | None) -> None:
 @sandbox.command()
 @folder_option
 def status(folder: Path | None) -> None:
-    """Show which daemons run, the nodes and the jobs. Exit code 1 unless all run."""
+    """Show the daemons, the nodes and the jobs. Exit code 1 unless all daemons run."""
     found = _sandbox(folder)
     daemons = found.status()
     for name, pid in daemons.items():
@@ -59,5 +61,7 @@ def status(folder: Path | None) -> None:
     click.echo(f"To use it: export SLURM_CONF={found.conf}")
 
 
-def _sandbox(folder: Path | None) -> Sandbox:
+def _sandbox(folder: Path | None) -> "Sandbox":
+    from launch.sandbox.cluster import Sandbox, default_folder
+
     return Sandbox((folder or default_folder()).expanduser().absolute())

@@ -2,6 +2,9 @@
 
 import click
 
+from launch.cli.options import split_words
+from launch.cli.output import echo_once
+
 
 @click.command()
 @click.argument("run")
@@ -42,7 +45,6 @@ def resume(
     from avcil_dist.config.schema import TrackingConfig
     from avcil_dist.tracking.client import tracking_uri, with_uri
     from avcil_dist.tracking.resume import ResumeRequest, prepare_resume
-    from launch.cli.jobs import split_words
     from launch.local import run_stream
     from launch.progress import print_warning
 
@@ -61,7 +63,7 @@ def resume(
         click.echo(f"{submitted.stream}: {len(submitted.new)} submitted; see it with: avcil status {submitted.stream}")
         return
     stream = run_stream(resumption.config, processes=processes)
-    click.echo(f"{stream}: all steps are committed; see them with: avcil report {stream}")
+    echo_once(f"{stream}: all steps are committed; see them with: avcil report {stream}")
 
 
 @click.command()

@@ -42,7 +42,7 @@ class RankEntry:
     port: int = 0
 
     def __call__(self) -> None:
-        """Run this process's rank; the exit code says whether the job can be started again."""
+        """Run this process's rank. The exit code is REQUEUE for an error that may not occur again."""
         _end_with_parent()
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # pending until the step handles them, not submitit
         name_accelerator()

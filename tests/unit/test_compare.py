@@ -97,7 +97,7 @@ def test_an_ablation_is_every_combination_of_avcils_parts(tmp_path: Path) -> Non
 
 
 def test_an_ablation_of_another_method_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--ablation: .* the method is ssil; say method=avcil"):
+    with pytest.raises(ConfigError, match=r"--ablation: .* the method is ssil; set method=avcil"):
         make_grid(str(write_config(tmp_path)), ["method=ssil"], ablation=True, processes=1)
 
 

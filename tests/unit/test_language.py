@@ -51,10 +51,6 @@ UNDONE = {
     "launch/bench/step.py",
     "launch/bench/stream.py",
     "launch/cli/bench.py",
-    "launch/cli/jobs.py",
-    "launch/cli/main.py",
-    "launch/cluster/rank_entry.py",
-    "launch/local.py",
     "launch/sandbox/cluster.py",
     "launch/sandbox/daemons.py",
 }

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from avcil_dist.errors import ConfigError, SchedulerError
-from launch.cli.jobs import split_words
+from launch.cli.options import split_words
 from launch.cluster.code_snapshot import snapshot_code, snapshot_folder, source_folder
 from launch.cluster.resources import ClusterConfig, load_cluster
 from launch.cluster.schedulers.base import scheduler_of

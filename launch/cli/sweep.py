@@ -1,16 +1,20 @@
-"""Commands on many streams, and on methods: `methods`, `sweep`, `compare`."""
+"""Commands on methods and on many streams: `methods`, `sweep`, `compare`."""
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import click
 
+from launch.cli.options import split_words
+from launch.cli.output import is_main_rank
+
 
 @click.command()
 def methods() -> None:
-    """List the methods: what each needs of a step, and its options.
+    """List the methods: the requirements of each, and its options.
 
-    A method is one file of avcil_dist/methods and one yaml of configs/method.
+    A method is one file in avcil_dist/methods and one yaml in configs/method.
     """
     from avcil_dist.methods import method_class, method_names
     from avcil_dist.training.preflight import describe
@@ -21,16 +25,16 @@ def methods() -> None:
         click.echo(f"{click.style(name, bold=True)}: {summary}")
         click.echo(f"  needs    {', '.join(describe(kind(kind.Options()).needs)) or 'nothing'}")
         for option, field in kind.Options.model_fields.items():
-            said = f"  {field.description}" if field.description else ""
-            click.echo(f"  option   {option}={_shown(field.default)} ({_kind(field.annotation)}){said}")
+            description = f"  {field.description}" if field.description else ""
+            click.echo(f"  option   {option}={_shown(field.default)} ({_kind(field.annotation)}){description}")
 
 
 @click.command()
 @click.argument("folders", nargs=-1, required=True, metavar="RUN...")
 def compare(folders: tuple[str, ...]) -> None:
-    """Show methods side by side; streams that differ in their seed alone become one row, mean ± deviation.
+    """Show methods side by side; streams that differ in nothing but the seed are one row, mean ± deviation.
 
-    RUN is a stream's folder, or one that holds several. Example: avcil compare runs
+    RUN is a stream's folder, or a folder of several streams. Example: avcil compare runs
     """
     from rich.console import Console
 
@@ -49,11 +53,11 @@ def compare(folders: tuple[str, ...]) -> None:
     "--cluster", help="Submit each stream as a chain of jobs; a cluster file, or a shipped one: slurm, local."
 )
 def sweep(config: str, words: tuple[str, ...], ablation: bool, processes: int, cluster: str | None) -> None:
-    """Train the streams of all combinations of settings on this machine, one after the other, and compare them.
+    """Train a stream for every combination of settings, one after the other on this machine, and compare them.
 
-    Everything is checked before the first starts. Steps that are committed are not done again. With
-    --cluster the streams are chains of jobs, as of `avcil submit`, of which the cluster file's
-    max_parallel run at a time.
+    All streams are checked before the first starts. Committed steps are skipped. With --cluster each
+    stream is a chain of jobs as in `avcil submit`, and no more than max_parallel of the cluster file
+    run at the same time.
 
     \b
     Examples:
@@ -65,20 +69,42 @@ def sweep(config: str, words: tuple[str, ...], ablation: bool, processes: int, c
 
     from avcil_dist.reporting.compare import group_by_config, print_comparison
     from avcil_dist.reporting.report import load_streams
-    from launch.cli.jobs import split_words, submit_grid
     from launch.local import run_stream
     from launch.sweep import make_grid
 
     settings, of_cluster = split_words(words, cluster)
     if cluster is not None:
-        submit_grid(config, settings, cluster, of_cluster, ablation=ablation)
+        _submit_grid(config, settings, cluster, of_cluster, ablation=ablation)
         return
     points = make_grid(config, settings, ablation=ablation, processes=processes)
     folders = []
     for number, point in enumerate(points, start=1):
-        click.echo(f"{number}/{len(points)}  {point.config.stream_name}  {' '.join(point.overrides)}", err=True)
+        if is_main_rank():
+            click.echo(f"{number}/{len(points)}  {point.config.stream_name}  {' '.join(point.overrides)}", err=True)
         folders.append(run_stream(point.config, processes=processes))
-    print_comparison(group_by_config(load_streams(folders)), Console())
+    if is_main_rank():
+        print_comparison(group_by_config(load_streams(folders)), Console())
+
+
+def _submit_grid(
+    config: str, settings: Sequence[str], cluster: str, of_cluster: Sequence[str], *, ablation: bool
+) -> None:
+    """Submit the streams of all combinations as chains, in `max_parallel` queues of chains that follow one another."""
+    from launch.cluster.chain import submit_stream
+    from launch.cluster.resources import load_cluster
+    from launch.sweep import make_grid
+
+    resources = load_cluster(cluster, of_cluster)
+    points = make_grid(config, settings, ablation=ablation, processes=resources.world_size)
+    last_jobs: list[str | None] = [None] * resources.max_parallel
+    for number, point in enumerate(points):
+        queue = number % resources.max_parallel
+        submission = submit_stream(point.config, resources, after=last_jobs[queue])
+        last_jobs[queue] = submission.last or last_jobs[queue]
+        new, kept = len(submission.new), len(submission.kept)
+        click.echo(f"{submission.stream}: {new} submitted, {kept} wait or run already")
+    output = points[0].config.output
+    click.echo(f"see a stream with: avcil status FOLDER; compare all once they are done: avcil compare {output}")
 
 
 def _shown(value: Any) -> str:
@@ -86,6 +112,6 @@ def _shown(value: Any) -> str:
 
 
 def _kind(annotation: Any) -> str:
-    """An option's type as people write it: the values of a choice, else the type's name."""
+    """Return an option's type for display: the values of a choice, else the type's name."""
     choices = [str(choice) for choice in getattr(annotation, "__args__", ()) if isinstance(choice, str)]
     return " | ".join(choices) or getattr(annotation, "__name__", str(annotation))

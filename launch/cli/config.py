@@ -1,0 +1,32 @@
+"""Commands `avcil config …`: resolved configurations, and the reference of all settings."""
+
+import click
+
+
+@click.group()
+def config() -> None:
+    """Show configurations and the reference of all settings."""
+
+
+@config.command()
+@click.argument("name")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+def show(name: str, overrides: tuple[str, ...]) -> None:
+    """Print the configuration that results from NAME and the overrides.
+
+    NAME is a yaml file or the name of a shipped one.
+    """
+    from avcil_dist.compose import load_config
+    from avcil_dist.config.serialization import config_to_yaml
+
+    click.echo(config_to_yaml(load_config(name, overrides)), nl=False)
+
+
+@config.command()
+@click.option("--markdown", is_flag=True, help="Print the page docs/configuration.md.")
+def keys(markdown: bool) -> None:
+    """Print all settings: key, type, default, class of change and description."""
+    from avcil_dist.compose import method_options
+    from avcil_dist.config.reference import markdown_reference, text_reference
+
+    click.echo((markdown_reference if markdown else text_reference)(method_options()), nl=False)

@@ -1,0 +1,32 @@
+"""Options and arguments that several commands share."""
+
+from collections.abc import Callable, Sequence
+
+import click
+
+from avcil_dist.errors import ConfigError
+
+CLUSTER_PREFIX = "cluster."
+
+
+def resume_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of `ResumePolicy` to a command."""
+    options = (
+        click.option("--restart", is_flag=True, help="Delete the stream's committed steps and begin at step 0."),
+        click.option("--restart-step", is_flag=True, help="Delete the snapshots of the next step and begin it again."),
+        click.option("--reset-optimizer", is_flag=True, help="Continue from the snapshot with a fresh optimizer."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def split_words(words: Sequence[str], cluster: str | None) -> tuple[list[str], list[str]]:
+    """Separate the settings of the stream from those of the cluster file, which are returned without their prefix.
+
+    Raises ConfigError for settings of a cluster file where none is given.
+    """
+    of_cluster = [word.removeprefix(CLUSTER_PREFIX) for word in words if word.startswith(CLUSTER_PREFIX)]
+    if of_cluster and cluster is None:
+        raise ConfigError(f"{CLUSTER_PREFIX}{of_cluster[0]}: it changes a cluster file; give one with --cluster")
+    return [word for word in words if not word.startswith(CLUSTER_PREFIX)], of_cluster

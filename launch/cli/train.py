@@ -1,0 +1,64 @@
+"""Commands `avcil train` and `avcil eval`."""
+
+import json
+from typing import cast
+
+import click
+
+from launch.cli.options import resume_options
+from launch.cli.output import echo_once
+
+
+@click.command()
+@click.argument("config")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--processes", "-n", default=1, show_default=True, help="Processes (ranks) on this machine.")
+@resume_options
+def train(
+    config: str,
+    overrides: tuple[str, ...],
+    processes: int,
+    restart: bool,
+    restart_step: bool,
+    reset_optimizer: bool,
+) -> None:
+    """Train all steps of the stream of CONFIG.
+
+    CONFIG is a yaml file or the name of a shipped one. The same command continues an interrupted
+    stream: committed steps are skipped, and the next step continues from its newest snapshot.
+    SIGTERM and SIGUSR2 stop it with a snapshot and exit code 143. Under torchrun or srun each
+    process is one rank, and --processes is not used.
+
+    \b
+    Examples:
+      avcil train demo --processes 2
+      avcil train demo method=finetune optim.lr=3e-4 seed=1
+      torchrun --nproc-per-node 8 -m launch train my.yaml engine=zero2
+    """
+    from avcil_dist.compose import load_config
+    from launch.local import run_stream
+    from launch.resume_policy import ResumePolicy
+
+    if processes < 1:
+        raise click.BadParameter("at least 1", param_hint="--processes")
+    resolved = load_config(config, overrides)
+    stream = run_stream(resolved, processes=processes, policy=ResumePolicy(restart, restart_step, reset_optimizer))
+    echo_once(f"{stream}: all steps are committed; see them with: avcil report {stream}")
+
+
+@click.command(name="eval")
+@click.argument("stream")
+@click.option("--step", type=int, help="The step whose weights are evaluated; default: the last committed.")
+@click.option("--split", type=click.Choice(["train", "val", "test"]), default="test", show_default=True)
+@click.option("--manifest", help="Manifest of other shards than those that the step was trained on.")
+def evaluate(stream: str, step: int | None, split: str, manifest: str | None) -> None:
+    """Evaluate a committed step of STREAM (a folder such as runs/demo/demo-avcil-seed0) again.
+
+    Prints seen accuracy, accuracy per task and accuracy per class as JSON.
+    """
+    from avcil_dist.data.manifest import Split
+    from avcil_dist.inference import evaluate_step
+    from launch.local import current_world
+
+    results = evaluate_step(stream, step, cast(Split, split), manifest, world=current_world())
+    echo_once(json.dumps(results, indent=1))

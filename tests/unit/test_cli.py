@@ -1,0 +1,77 @@
+"""The `avcil` command: its start, and its output under a launcher."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from launch.cli.main import cli
+from tests.helpers.streams import avcil, write_config
+
+HEAVY = ("torch", "deepspeed", "mlflow", "submitit", "pydantic", "jinja2", "yaml", "numpy")
+RANK_1 = {
+    "RANK": "1",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "1",
+}
+
+
+@pytest.mark.slow
+def test_help_imports_none_of_the_large_libraries() -> None:
+    code = f"import sys, launch.cli.main; print(sorted(set({HEAVY}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_every_command_has_a_help_text() -> None:
+    def check(name: str, command: object) -> None:
+        result = CliRunner().invoke(cli, [*name.split(), "--help"])
+        assert result.exit_code == 0, result.output
+        assert getattr(command, "help", None), name
+        for child, inner in getattr(command, "commands", {}).items():
+            check(f"{name} {child}".strip(), inner)
+
+    check("", cli)
+
+
+@pytest.fixture(params=[0, 1])
+def rank(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The rank of this process under torchrun."""
+    for name, value in (RANK_1 | {"RANK": str(request.param), "LOCAL_RANK": str(request.param)}).items():
+        monkeypatch.setenv(name, value)
+    return int(request.param)
+
+
+def returning(value: object) -> Callable[..., object]:
+    return lambda *_, **__: value
+
+
+def test_only_the_main_rank_prints_the_results_of_eval(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("avcil_dist.inference.evaluate_step", returning({"seen_accuracy": 0.5}))
+    result = avcil("eval", "runs/stream")
+    assert result.exit_code == 0, result.output
+    assert result.output == ("" if rank else json.dumps({"seen_accuracy": 0.5}, indent=1) + "\n")
+
+
+def test_only_the_main_rank_prints_the_end_of_train(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.local.run_stream", returning("runs/stream"))
+    result = avcil("train", "demo")
+    assert result.exit_code == 0, result.output
+    assert result.output.count("all steps are committed") == 1 - rank
+
+
+def test_only_the_main_rank_prints_the_comparison_of_a_sweep(
+    rank: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("launch.local.run_stream", returning("runs/stream"))
+    monkeypatch.setattr("avcil_dist.reporting.report.load_streams", returning([]))
+    result = avcil("sweep", write_config(tmp_path), "seed=1,2")
+    assert result.exit_code == 0, result.output
+    assert bool(result.output) == (rank == 0)

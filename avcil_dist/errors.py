@@ -1,7 +1,7 @@
-"""What a user can do wrong, typed.
+"""Typed errors for faults outside the program: settings, data, storage, servers, schedulers.
 
-The command line prints such an error as one line and exits with code 2. Anything else that
-is raised is a bug of ours and keeps its traceback.
+The command line prints such an error as one line and exits with code 2. Any other exception is a bug and keeps its
+traceback.
 """
 
 
@@ -14,11 +14,11 @@ class ConfigError(AvcilError):
 
 
 class DataError(AvcilError):
-    """A clip, shard or manifest that is missing, damaged, or not what its record says."""
+    """A clip, shard or manifest that is missing, damaged, or different from the manifest."""
 
 
 class StorageError(AvcilError):
-    """A storage that refuses, has no such bucket, or still does not answer at the deadline."""
+    """A storage that refuses access, lacks the bucket, or does not respond before the deadline."""
 
 
 class ArtifactError(AvcilError):
@@ -26,24 +26,24 @@ class ArtifactError(AvcilError):
 
 
 class TrainingError(AvcilError):
-    """A training that cannot go on: such as a loss that is not finite."""
+    """A training that cannot continue, such as one with a loss that is not finite."""
 
 
 class RankError(TrainingError):
-    """Another rank failed, or is gone, by no known fault of the settings or data; its own log says more."""
+    """A failure of another rank, or its loss, without a known fault of settings or data; see that rank's log."""
 
 
 class SchedulerError(AvcilError):
-    """A SLURM that is not there, does not answer, or refuses; a job that ended for good."""
+    """A scheduler that is missing, does not respond, or refuses; a job that failed permanently."""
 
 
 class WorldError(AvcilError):
-    """A process environment that does not say who this process is."""
+    """A process environment without a rank or world size, or with contradictory ones."""
 
 
 class TrackingError(AvcilError):
-    """A tracking server or database that does not answer, or refuses."""
+    """A tracking server or database that does not respond, or refuses a request."""
 
 
-class StepStopped(Exception):  # noqa: N818 - no error: it was asked for
-    """A step that was asked to stop and has, on all ranks, with a snapshot committed; run again, it goes on there."""
+class StepStopped(Exception):  # noqa: N818 - not an error: the stop was requested
+    """A step that stopped on request, on all ranks, with a snapshot committed; the next run continues from it."""

@@ -1,7 +1,7 @@
-"""The class stream: which classes arrive at which step, and where they sit in the head.
+"""Scenario: the class stream, its partition into steps, and the slice of the head of each step.
 
-Labels are positions in the class order, so each step's classes are one slice of the head.
-Steps may have unequal sizes; nothing is derived from `label % classes_per_step`.
+Labels are positions in the class order, so the classes of a step are one slice of the head. Steps may have unequal
+sizes; nothing is derived from `label % classes_per_step`.
 """
 
 import itertools
@@ -15,13 +15,13 @@ from avcil_dist.seeds import generator
 
 @dataclass(frozen=True)
 class Scenario:
-    """The classes of each step, in order. Steps count from 0."""
+    """Classes of each step, in order. Steps count from 0."""
 
     steps: tuple[tuple[str, ...], ...]
 
     @property
     def num_steps(self) -> int:
-        """How many incremental steps there are."""
+        """Number of incremental steps."""
         return len(self.steps)
 
     @cached_property
@@ -35,27 +35,27 @@ class Scenario:
         return {name: label for label, name in enumerate(self.classes)}
 
     def new(self, step: int) -> tuple[str, ...]:
-        """The classes that arrive at `step`."""
+        """Return the classes that arrive at `step`."""
         return self.steps[step]
 
     def old(self, step: int) -> tuple[str, ...]:
-        """The classes that arrived before `step`."""
+        """Return the classes that arrived before `step`."""
         return self.classes[: self.num_old(step)]
 
     def seen(self, step: int) -> tuple[str, ...]:
-        """Old and new classes of `step`."""
+        """Return the old and new classes of `step`."""
         return self.classes[: self.num_seen(step)]
 
     def num_old(self, step: int) -> int:
-        """How many classes arrived before `step`."""
+        """Return the number of classes that arrived before `step`."""
         return sum(len(names) for names in self.steps[:step])
 
     def num_seen(self, step: int) -> int:
-        """How many classes are known at the end of `step`."""
+        """Return the number of classes that arrived up to and including `step`."""
         return self.num_old(step + 1)
 
     def head_slices(self, step: int) -> tuple[slice, ...]:
-        """The head's slice of each task 0 … `step`."""
+        """Return the head's slice of each task 0 … `step`."""
         return tuple(slice(self.num_old(task), self.num_seen(task)) for task in range(step + 1))
 
 
@@ -68,9 +68,9 @@ def make_scenario(
 ) -> Scenario:
     """Partition classes into steps.
 
-    `available` are the data's classes in listed order; `classes` chooses some of them, in its own
-    order; `shuffle` is a seed that reorders them. `steps` is the number of classes of every step,
-    or a list with the number of each. Raises ConfigError when a class would be in no step.
+    `available` are the classes of the data in listed order; `classes` selects some of them, in its own order;
+    `shuffle` is a seed that reorders them. `steps` is the number of classes of every step, or a list with the number
+    of each step. Raises ConfigError when a class would be in no step.
     """
     order = list(available if classes is None else classes)
     unknown = [name for name in order if name not in set(available)]
@@ -91,7 +91,7 @@ def make_scenario(
         )
     if sum(sizes) > len(order):
         raise ConfigError(
-            f"scenario.classes_per_step: they want {sum(sizes)} classes, there are {len(order)}; "
+            f"scenario.classes_per_step: the steps need {sum(sizes)} classes, there are {len(order)}; "
             "list unequal ones: [39, 30, ...]"
         )
     bounds = [sum(sizes[:k]) for k in range(len(sizes) + 1)]

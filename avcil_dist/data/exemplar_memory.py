@@ -1,4 +1,4 @@
-"""The memory: exemplars of old classes, as keys. The clips themselves stay in the shards.
+"""Exemplar memory: the keys of the exemplars of each class. The clips themselves stay in the shards.
 
 Pure: selection is a function of keys and seed, or of features, independent of ranks.
 """
@@ -15,29 +15,28 @@ DECIMALS = 6
 
 @dataclass(frozen=True)
 class ExemplarMemory:
-    """Class name to the keys of its exemplars, in order of importance."""
+    """Keys of the exemplars of each class, by class name, the most important first."""
 
     keys: Mapping[str, tuple[str, ...]]
 
     @property
     def count(self) -> int:
-        """Exemplars in all."""
+        """Number of exemplars of all classes."""
         return sum(len(keys) for keys in self.keys.values())
 
     def to_dict(self) -> dict[str, list[str]]:
-        """The memory as plain JSON values, classes in the order they were learnt."""
+        """Return the memory as plain JSON values, classes in their order of arrival."""
         return {name: list(keys) for name, keys in self.keys.items()}
 
     @classmethod
-    def from_dict(cls, record: Mapping[str, Sequence[str]]) -> "ExemplarMemory":
-        """The inverse of `to_dict`."""
-        return cls({name: tuple(keys) for name, keys in record.items()})
+    def from_dict(cls, values: Mapping[str, Sequence[str]]) -> "ExemplarMemory":
+        """Return the memory that `to_dict` wrote."""
+        return cls({name: tuple(keys) for name, keys in values.items()})
 
     def update(self, ranked: Mapping[str, Sequence[str]], size: int) -> "ExemplarMemory":
-        """The memory after a step that brought the classes of `ranked` (name to keys, the most wanted first).
+        """Return the memory after a step with the new classes of `ranked` (name to keys, the best first).
 
-        Every class gets `size // classes` and keeps its first ones; a class with fewer clips gives
-        what it has.
+        Every class keeps its first `size // classes` exemplars; a class with fewer clips keeps them all.
         """
         share = quota(size, len(self.keys) + len(ranked))
         return ExemplarMemory({name: tuple(keys[:share]) for name, keys in {**self.keys, **ranked}.items()})
@@ -47,36 +46,36 @@ EMPTY_MEMORY = ExemplarMemory({})
 
 
 def quota(size: int, num_classes: int) -> int:
-    """Exemplars a class."""
+    """Return the number of exemplars per class, rounded down: all classes together never exceed `size`."""
     return size // num_classes
 
 
 def random_order(name: str, keys: Sequence[str], seed: int) -> list[str]:
-    """A class's keys in an order that depends on its name and the seed alone."""
+    """Return the keys of a class in a random order that depends only on its name and the seed."""
     return [keys[i] for i in generator(seed, "memory", name).permutation(len(keys))]
 
 
 def herding_order(features: np.ndarray, count: int) -> list[int]:
-    """The rows of `features` (clips, D) whose running mean stays closest to the mean of all; at most `count`.
+    """Return the rows of `features` (clips, D) whose running mean is closest to the mean of all rows, the best first.
 
-    Unit-norm features, picked without replacement, the best first; of equal ones the first row.
+    At most `count` rows are selected, without replacement, on features of unit norm; ties select the first row.
     Source: Welling 2009, Rebuffi et al. 2017 (iCaRL), algorithm 4.
     """
     units = unit_rows(features)
     mean, total = units.sum(axis=0) / max(1, len(units)), np.zeros(units.shape[1])
-    left = np.ones(len(units), dtype=bool)
-    picked: list[int] = []
+    remaining = np.ones(len(units), dtype=bool)
+    selected: list[int] = []
     for number in range(1, min(count, len(units)) + 1):
         distance = np.square(units - (number * mean - total)).sum(axis=1)
-        best = int(np.where(left, distance.round(DECIMALS), np.inf).argmin())
-        picked.append(best)
-        left[best] = False
+        best = int(np.where(remaining, distance.round(DECIMALS), np.inf).argmin())
+        selected.append(best)
+        remaining[best] = False
         total += units[best]
-    return picked
+    return selected
 
 
 def unit_rows(features: np.ndarray) -> np.ndarray:
-    """Rows of unit length in float64, without the digits in which one machine differs from another; zero stays zero."""
+    """Return the rows with unit norm in float64, rounded to digits that agree on all machines; zero rows stay zero."""
     exact = features.astype(np.float64)
     lengths = np.linalg.norm(exact, axis=1, keepdims=True)
     return (exact / np.where(lengths > 0, lengths, 1)).round(DECIMALS)

@@ -1,8 +1,8 @@
-"""The manifest: the index of a set of shards, and the only list of them (nothing is globbed).
+"""Manifest: the index of a set of shards, and the only list of them; folders are never listed.
 
-A shard holds clips of one split of one class. Per shard the manifest has url (relative to the
-manifest's folder), class, split, bytes and sha256; per clip its key and where each member's
-bytes lie in the tar. Its content hash names the data set in every run's record.
+A shard contains clips of one split of one class. Per shard the manifest has url (relative to the manifest's folder),
+class, split, bytes and sha256; per clip its key, and offset and size of each member in the tar. Its content hash
+identifies the data set in every artifact and run.
 """
 
 import hashlib
@@ -23,13 +23,13 @@ FORMAT = 1
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]+")
 MEMBERS = {"clip": ("mp4", "json"), "feature": ("visual.npy", "audio.npy", "json")}
 Split = Literal["train", "val", "test"]
-QUESTIONS_AT_A_TIME = 16
+CONCURRENT_REQUESTS = 16
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar. `offsets[member][i]` and `sizes[member][i]` are the bytes of clip i's member."""
+    """One tar file. `offsets[member][i]` and `sizes[member][i]` locate the member of clip i."""
 
     url: str
     class_name: str
@@ -42,11 +42,11 @@ class Shard:
 
     @property
     def count(self) -> int:
-        """Clips in the shard."""
+        """Number of clips in the shard."""
         return len(self.keys)
 
     def to_dict(self) -> dict[str, Any]:
-        """The shard as plain JSON values."""
+        """Return the shard as plain JSON values."""
         return {
             "url": self.url,
             "class": self.class_name,
@@ -59,26 +59,26 @@ class Shard:
         }
 
     @classmethod
-    def from_dict(cls, record: dict[str, Any]) -> "Shard":
+    def from_dict(cls, values: dict[str, Any]) -> "Shard":
         """The inverse of `to_dict`."""
         return cls(
-            url=record["url"],
-            class_name=record["class"],
-            split=record["split"],
-            bytes=record["bytes"],
-            sha256=record["sha256"],
-            keys=tuple(record["keys"]),
-            offsets={name: np.asarray(spans[0], dtype=np.int64) for name, spans in record["members"].items()},
-            sizes={name: np.asarray(spans[1], dtype=np.int64) for name, spans in record["members"].items()},
+            url=values["url"],
+            class_name=values["class"],
+            split=values["split"],
+            bytes=values["bytes"],
+            sha256=values["sha256"],
+            keys=tuple(values["keys"]),
+            offsets={name: np.asarray(spans[0], dtype=np.int64) for name, spans in values["members"].items()},
+            sizes={name: np.asarray(spans[1], dtype=np.int64) for name, spans in values["members"].items()},
         )
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A set of shards. Clips are numbered through: shard 0's first, then shard 1's, and so on.
+    """A set of shards. Clips are numbered consecutively over the shards, from 0.
 
-    `shape` is empty for clips; for features it has frames T, positions S and dim D.
-    `root` is the folder that shard urls are relative to; it is not part of the content.
+    `shape` is empty for clips; for features it has frames T, positions S and dim D. `root` is the folder that shard
+    urls are relative to; it is not part of the content hash.
     """
 
     kind: Literal["clip", "feature"]
@@ -89,39 +89,39 @@ class Manifest:
 
     @cached_property
     def first_clips(self) -> np.ndarray:
-        """(shards + 1,): the number of each shard's first clip, and last the number of clips."""
+        """Number of the first clip of each shard, and the total number of clips, (shards + 1,)."""
         return np.concatenate([[0], np.cumsum([shard.count for shard in self.shards], dtype=np.int64)])
 
     @cached_property
     def content_hash(self) -> str:
-        """The sha256 of all but the place: equal for equal data, wherever it lies."""
+        """sha256 of everything but `root`: equal for equal data in any location."""
         digest = hashlib.sha256()
-        for part in self._parts():
+        for part in self._json_parts():
             digest.update(part)
         return digest.hexdigest()
 
     def url(self, shard: int) -> str:
-        """Where shard number `shard` lies."""
+        """Return the url of shard number `shard`."""
         return storage.join(self.root, self.shards[shard].url)
 
     def shard_numbers(self, classes: Iterable[str], split: Split) -> list[int]:
-        """The shards of these classes and this split, in the manifest's order."""
+        """Return the shards of these classes and this split, in the order of the manifest."""
         wanted = set(classes)
         return [
             number for number, shard in enumerate(self.shards) if shard.split == split and shard.class_name in wanted
         ]
 
     def clips(self, classes: Iterable[str], split: Split) -> np.ndarray:
-        """The numbers of these classes' clips of this split, in the manifest's order."""
+        """Return the clip numbers of these classes and this split, in the order of the manifest."""
         ranges = [np.arange(self.first_clips[n], self.first_clips[n + 1]) for n in self.shard_numbers(classes, split)]
         return np.concatenate([np.empty(0, dtype=np.int64), *ranges])
 
     def shards_of(self, clips: np.ndarray) -> np.ndarray:
-        """The shard number of each clip."""
+        """Return the shard number of each clip."""
         return np.searchsorted(self.first_clips, clips, side="right") - 1
 
     def spans(self, member: str, clips: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where each clip's member lies in its shard: the offset of its first byte, and its size."""
+        """Return offset and size of a member of each clip in its shard."""
         offsets, sizes = self._spans[member]
         return offsets[clips], sizes[clips]
 
@@ -137,25 +137,25 @@ class Manifest:
         }
 
     def shard_labels(self, labels: Mapping[str, int]) -> np.ndarray:
-        """(shards,): the label of each shard's class; -1 for a class without one."""
+        """Return the label of each shard's class, (shards,); -1 for a class without a label."""
         return np.array([labels.get(shard.class_name, -1) for shard in self.shards], dtype=np.int64)
 
     def locate(self, clip: int) -> tuple[int, int]:
-        """The shard number of a clip, and its row in that shard."""
+        """Return the shard number of a clip, and its row in that shard."""
         shard = int(np.searchsorted(self.first_clips, clip, side="right")) - 1
         return shard, int(clip - self.first_clips[shard])
 
     def key(self, clip: int) -> str:
-        """The clip's key."""
+        """Return the key of a clip."""
         shard, row = self.locate(clip)
         return self.shards[shard].keys[row]
 
     def class_of(self, clip: int) -> str:
-        """The clip's class."""
+        """Return the class of a clip."""
         return self.shards[self.locate(clip)[0]].class_name
 
     def clip_numbers(self, class_name: str, keys: Sequence[str]) -> np.ndarray:
-        """The numbers of a class's training clips by key. Raises DataError for a key that is not there."""
+        """Return the numbers of a class's training clips by key. Raises DataError for an unknown key."""
         numbers = {self.key(clip): clip for clip in self.clips([class_name], "train")}
         missing = [key for key in keys if key not in numbers]
         if missing:
@@ -163,13 +163,13 @@ class Manifest:
         return np.array([numbers[key] for key in keys], dtype=np.int64)
 
     def save(self, url: str) -> None:
-        """Write the manifest, its content hash included."""
-        first, *others = self._parts()
-        named = b'{"content_hash":' + json.dumps(self.content_hash).encode() + b"," + first.removeprefix(b"{")
-        storage.write_bytes(url, b"".join([named, *others]))
+        """Write the manifest with its content hash."""
+        first, *others = self._json_parts()
+        with_hash = b'{"content_hash":' + json.dumps(self.content_hash).encode() + b"," + first.removeprefix(b"{")
+        storage.write_bytes(url, b"".join([with_hash, *others]))
 
-    def _parts(self) -> Iterator[bytes]:
-        """All but the place as JSON with sorted keys, a shard at a time: as a whole it takes many times its size."""
+    def _json_parts(self) -> Iterator[bytes]:
+        """Yield the content as JSON with sorted keys, one shard at a time to bound the memory."""
         head = {"format": FORMAT, "kind": self.kind, "classes": list(self.classes), "shape": self.shape, "shards": []}
         yield _to_json(head).removesuffix(b"]}")
         for number, shard in enumerate(self.shards):
@@ -178,9 +178,9 @@ class Manifest:
 
 
 def load_manifest(url: str) -> Manifest:
-    """Read a manifest and hold it against its own hash.
+    """Read a manifest and verify its content hash.
 
-    Raises DataError for a file that is no manifest, was changed, or has keys a tar must not have.
+    Raises DataError for a file that is not a manifest, was modified, or contains invalid keys.
     """
     document = storage.read_json(url)
     if not isinstance(document, dict) or document.get("format") != FORMAT:
@@ -189,7 +189,7 @@ def load_manifest(url: str) -> Manifest:
         manifest = Manifest(
             kind=document["kind"],
             classes=tuple(document["classes"]),
-            shards=tuple(Shard.from_dict(record) for record in document["shards"]),
+            shards=tuple(Shard.from_dict(shard) for shard in document["shards"]),
             shape=dict(document["shape"]),
             root=storage.parent(url),
         )
@@ -208,14 +208,14 @@ def _to_json(value: object) -> bytes:
 
 
 def check_keys(where: str, keys: Iterable[str]) -> None:
-    """Raises DataError for a key that WebDataset would split or a path could abuse."""
+    """Check clip keys. Raises DataError for a key that WebDataset would split or that is unsafe in a path."""
     for key in keys:
         if not KEY_PATTERN.fullmatch(key):
             raise DataError(f"{where}: clip key {key!r}; keys are letters, digits, '_' and '-'")
 
 
 def check_shards(manifest: Manifest, numbers: Iterable[int]) -> None:
-    """Raises DataError, naming all of them, when shards are missing or of another size than recorded."""
+    """Check that shards exist with their recorded size. Raises DataError, with the number of faults, otherwise."""
 
     def fault(number: int) -> str | None:
         url, expected = manifest.url(number), manifest.shards[number].bytes
@@ -223,10 +223,10 @@ def check_shards(manifest: Manifest, numbers: Iterable[int]) -> None:
             found = storage.size(url)
         except DataError as error:
             return str(error)
-        return f"{url}: {found} bytes, the manifest says {expected}" if found != expected else None
+        return f"{url}: {found} bytes, the manifest has {expected}" if found != expected else None
 
-    with ThreadPoolExecutor(QUESTIONS_AT_A_TIME) as threads:
-        faults = [found for found in threads.map(fault, numbers) if found]
+    with ThreadPoolExecutor(CONCURRENT_REQUESTS) as threads:
+        faults = [line for line in threads.map(fault, numbers) if line]
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise DataError(f"{faults[0]}{more}; restore the shards, or build them again")

@@ -1,12 +1,12 @@
-"""The plan: which clip is in which batch of an epoch. Pure functions of numbers.
+"""Plan: the assignment of clips to the batches of an epoch. Pure functions of numbers.
 
-The plan never sees the world size; a rank takes its slice of every global batch. So each clip
-comes once per epoch, all ranks have equally many batches, the global batches are the same on 1,
-2 or 64 ranks, and to resume at batch b is to start at `batches[b:]`.
+The plan is independent of the world size; a rank takes its slice of every global batch. So each clip occurs once
+per epoch, all ranks have equally many batches, the global batches are the same on 1, 2 or 64 ranks, and resuming at
+batch b means starting at `batches[b:]`.
 
-The step's clips, in an order of shards fixed for the step, are cut into `canonical_nodes` equal
-ranges; each global batch is an equal share of each. A machine serves whole ranges, so it reads
-the same part in every epoch.
+The step's clips, in an order of shards fixed for the step, are divided into `canonical_nodes` equal ranges; each
+global batch takes an equal share of each range. A machine serves whole ranges, so it reads the same part of the
+data in every epoch.
 """
 
 import itertools
@@ -26,7 +26,7 @@ NO_CLIPS = np.empty(0, dtype=np.int64)
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """`batches` (batches, global_batch) of clip numbers; `rest`: the clips that fill no batch in this epoch."""
+    """`batches` (batches, global_batch) of clip numbers; `rest`: the clips of the incomplete last batch, not used."""
 
     batches: np.ndarray
     rest: np.ndarray
@@ -44,9 +44,9 @@ def plan_epoch(
     window: int,
     exemplars: np.ndarray = NO_CLIPS,
 ) -> EpochPlan:
-    """Plan one epoch over the training clips of `classes`, and `exemplars` (clip numbers) of others among them.
+    """Plan one epoch over the training clips of `classes`, mixed with `exemplars` (clip numbers) of other classes.
 
-    `window` is the number of shards that the shuffle mixes at a time within a range. Raises
+    `window` is the number of shards whose clips are shuffled together within a range. Raises
     ConfigError when `global_batch` is not a multiple of `canonical_nodes`.
     """
     if global_batch % canonical_nodes:
@@ -73,10 +73,9 @@ def plan_epoch(
 def plan_replay(
     exemplars: np.ndarray, *, seed: int, step: int, first: int, count: int, global_batch: int
 ) -> np.ndarray:
-    """Batches `first` … `first + count - 1` of exemplars, (count, global_batch), counted over the whole step.
+    """Return batches `first` … `first + count - 1` of exemplars, (count, global_batch), counted over the whole step.
 
-    The exemplars are gone through again and again, reshuffled at each pass; a batch may lie across
-    two passes.
+    The exemplars are repeated in passes, reshuffled for each pass; a batch may span two passes.
     """
     start, stop, size = first * global_batch, (first + count) * global_batch, len(exemplars)
     passes = range(start // size, -(-stop // size))
@@ -86,7 +85,7 @@ def plan_replay(
 
 
 def replay_passes(num_exemplars: int, *, first: int, count: int, global_batch: int) -> np.ndarray:
-    """(count, global_batch): of each row of `plan_replay`, how often the exemplars were gone through before."""
+    """Return the pass over the exemplars of each row of `plan_replay`, (count, global_batch); the first pass is 0."""
     return (np.arange(first * global_batch, (first + count) * global_batch) // num_exemplars).reshape(count, -1)
 
 
@@ -113,7 +112,7 @@ def rank_share(batches: np.ndarray, rank: int, world_size: int) -> np.ndarray:
 
 
 def check_batch_fits(setting: str, global_batch: int, world_size: int) -> None:
-    """Raises ConfigError, naming the sizes that fit, when the ranks cannot have equal shares."""
+    """Check that ranks have equal shares of a batch. Raises ConfigError, naming the numbers of ranks that fit."""
     if global_batch % world_size:
         fitting = [size for size in range(1, global_batch + 1) if global_batch % size == 0]
         raise ConfigError(
@@ -123,9 +122,9 @@ def check_batch_fits(setting: str, global_batch: int, world_size: int) -> None:
 
 
 def rows_at_a_time(current: int, replayed: int, most: int | None) -> int:
-    """The clips of a micro-batch: an equal part of a rank's current clips and exemplars, as many as `most` allows.
+    """Return the clips of a micro-batch: an equal part of a rank's current clips and exemplars, at most `most`.
 
-    Raises ConfigError, naming the numbers that fit, when even the smallest such part is more.
+    Raises ConfigError that lists the possible numbers when even the smallest such part is more.
     """
     common = math.gcd(current, replayed)
     fitting = [(current + replayed) // parts for parts in range(1, common + 1) if common % parts == 0]
@@ -139,16 +138,16 @@ def rows_at_a_time(current: int, replayed: int, most: int | None) -> int:
 
 
 def _spread(names: Sequence[str], counts: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """An order of segments in which each class's clips are spread evenly: any stretch has the classes in proportion."""
-    place = np.empty(len(names))
+    """Return an order of segments that spreads each class evenly: any part of it has the classes in proportion."""
+    positions = np.empty(len(names))
     of_class: dict[str, list[int]] = {}
     for index, name in enumerate(names):
         of_class.setdefault(name, []).append(index)
     for indices in of_class.values():
         shuffled = np.array(indices)[random.permutation(len(indices))]
         before = np.cumsum(counts[shuffled]) - counts[shuffled]
-        place[shuffled] = (before + random.random() * counts[shuffled]) / counts[shuffled].sum()
-    return np.argsort(place, kind="stable")
+        positions[shuffled] = (before + random.random() * counts[shuffled]) / counts[shuffled].sum()
+    return np.argsort(positions, kind="stable")
 
 
 def _shards_clips(manifest: Manifest, numbers: Sequence[int]) -> list[np.ndarray]:
@@ -156,14 +155,14 @@ def _shards_clips(manifest: Manifest, numbers: Sequence[int]) -> list[np.ndarray
 
 
 def _by_shard(manifest: Manifest, clips: np.ndarray) -> list[np.ndarray]:
-    """The clips by number, in parts that lie in one shard each."""
+    """Return the clips in ascending order, divided by shard."""
     ordered = np.sort(clips)
     shards = np.searchsorted(manifest.first_clips, ordered, side="right")
     return [part for part in np.split(ordered, np.flatnonzero(np.diff(shards)) + 1) if len(part)]
 
 
 def _shuffle_range(manifest: Manifest, clips: np.ndarray, random: np.random.Generator, window: int) -> np.ndarray:
-    """Put the range's segments (its parts of shards) in a new order, then mix clips over `window` segments."""
+    """Reorder the segments of a range (its parts of shards), then shuffle clips over `window` segments."""
     shards = np.searchsorted(manifest.first_clips, clips, side="right") - 1
     bounds = [0, *(np.flatnonzero(np.diff(shards)) + 1), len(clips)]
     segments = [clips[a:b] for a, b in itertools.pairwise(bounds) if b > a]
@@ -176,12 +175,12 @@ def _shuffle_range(manifest: Manifest, clips: np.ndarray, random: np.random.Gene
 
 
 def _mix(count: int, reach: float, random: np.random.Generator) -> np.ndarray:
-    """A permutation that moves no element further than about `reach / 2`: a moving window, without a loop.
+    """Return a permutation that moves no element further than about `reach / 2`: a moving window, without a loop.
 
-    Each element gets its place plus a uniform jitter, reflected at the ends (which keeps the
-    density even there), and places are sorted.
+    Each index is shifted by uniform noise, reflected at the ends (which keeps the density even there), and the
+    shifted indices are sorted.
     """
     if reach >= count:
         return random.permutation(count)
-    place = np.abs(np.arange(count) + 0.5 + reach * (random.random(count) - 0.5))
-    return np.argsort(np.where(place > count, 2 * count - place, place), kind="stable")
+    shifted = np.abs(np.arange(count) + 0.5 + reach * (random.random(count) - 0.5))
+    return np.argsort(np.where(shifted > count, 2 * count - shifted, shifted), kind="stable")

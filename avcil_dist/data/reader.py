@@ -1,8 +1,7 @@
-"""The bytes of clips: positional reads at the manifest's offsets. A tar is never walked.
+"""Reader of shards: positional reads of clips at the manifest's offsets, without scanning the tar.
 
-Three ways lead to the bytes: files that the operating system reads; whole shards in a local cache
-(`cache.py`), fetched ahead of the plan; ranged requests to object storage. What lies close together
-is asked for at once.
+A shard is read in one of three ways: as a local file, as a whole shard in the local cache (`shard_cache.py`), which
+is fetched before its first use, or by range requests to object storage. Neighbouring reads are merged into one.
 """
 
 import itertools
@@ -28,16 +27,16 @@ from avcil_dist.errors import DataError, StorageError
 
 T = TypeVar("T")
 
-GAP_BYTES = 64 << 10  # reading over a gap is cheaper than a further request
+GAP_BYTES = 64 << 10  # a larger read that includes a gap is cheaper than a second request
 RUN_BYTES, RUN_BUFFERS = 16 << 20, 512
-BATCHES_AHEAD = 2  # that are read while another is trained on
-REQUESTS_AHEAD = 64  # at most, when they bring no new shard
+BATCHES_AHEAD = 2  # batches that are read while another is trained on
+REQUESTS_AHEAD = 64  # limit where further requests need no new shard
 COUNTS = ("read_bytes", "fetched_bytes", "cache_hits", "cache_misses", "cache_full", "retries")
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Bytes of a shard from `start` on, for the `buffers` in turn; they belong to `row` of a batch."""
+    """Bytes of a shard from `start` on, to be read into `buffers` in order; they belong to `row` of a batch."""
 
     shard: int
     start: int
@@ -46,37 +45,37 @@ class Segment:
 
     @property
     def stop(self) -> int:
-        """The end of its bytes in the shard."""
+        """Offset of the first byte after the segment."""
         return self.start + sum(map(len, self.buffers))
 
 
-class _Source(Protocol):
-    """Where a shard's bytes come from."""
+class _Shard(Protocol):
+    """An open shard."""
 
     def read(self, start: int, buffers: Sequence[memoryview]) -> None:
         """Fill the buffers. Raises DataError where the shard is missing or cut."""
 
     def close(self) -> None:
-        """Let go of it."""
+        """Release the file, if any."""
 
 
 @dataclass(frozen=True)
 class ShardReader:
-    """How to read the shards of a manifest. Picklable; files and filesystems are opened in the process that reads."""
+    """Reader of a manifest's shards, not yet open. Picklable: the process that reads opens files and filesystems."""
 
     manifest: Manifest
     data: DataConfig
 
     def open(self) -> "OpenReader":
-        """A reader with its threads, for use in a `with` block."""
+        """Return a reader with its threads, for use in a `with` block."""
         return OpenReader(self.manifest, self.data)
 
 
 class OpenReader:
-    """Reads segments with `data.read_threads` threads, and holds shards from their first use in sight to their last.
+    """Reads segments with `data.read_threads` threads. Shards stay open from their first to their last known use.
 
-    Counts, by the names of `COUNTS`: bytes that batches took, bytes that crossed the network, shards that the cache
-    had, that were fetched into it, for which it had no room, and reads that were tried again.
+    Counters, by the names in `COUNTS`: bytes read for batches, bytes fetched over the network, shards found in the
+    cache, shards fetched into it, shards that did not fit into it, and retries of reads.
     """
 
     def __init__(self, manifest: Manifest, data: DataConfig) -> None:
@@ -88,7 +87,7 @@ class OpenReader:
         self._threads = ThreadPoolExecutor(data.read_threads, thread_name_prefix="read")
         self._openers = ThreadPoolExecutor(max(2, data.prefetch_shards), thread_name_prefix="open")
         self._fetchers = ThreadPoolExecutor(data.read_threads, thread_name_prefix="fetch")
-        self._sources: dict[tuple[int, bool], Future[_Source]] = {}
+        self._shards: dict[tuple[int, bool], Future[_Shard]] = {}
         self._users: Counter[tuple[int, bool]] = Counter()
         self._is_cached = _is_cached(manifest, data)
         self._cache = self._make_cache() if self._is_cached else None
@@ -100,16 +99,17 @@ class OpenReader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._is_closing = True
-        for pool in (self._batches, self._threads, self._openers, self._fetchers):  # each may wait for the next
+        # in this order: a task of a pool may wait for tasks of the next pool
+        for pool in (self._batches, self._threads, self._openers, self._fetchers):
             pool.shutdown(cancel_futures=True)
-        for key in list(self._sources):
+        for key in list(self._shards):
             self._close(key)
 
     def ahead(self, requests: Iterable[Request]) -> Iterator[Request]:
-        """The same requests; shards of those to come are held, and fetched, before it is their turn.
+        """Yield the requests; open, and fetch, the shards of later requests in advance.
 
-        With a cache, as far ahead as brings `data.prefetch_shards` shards that are not held yet; else one request.
-        The caller gives each request back with `release`.
+        With a cache, looks ahead until `data.prefetch_shards` new shards are being opened; otherwise one request.
+        The caller passes each request to `release` after use.
         """
         coming: deque[tuple[Request, int]] = deque()
         fresh, limit = 0, REQUESTS_AHEAD if self._is_cached else 1
@@ -130,7 +130,7 @@ class OpenReader:
             yield request
 
     def release(self, request: Request) -> None:
-        """Let go of the shards that no other request in sight needs."""
+        """Close the shards that no other request returned by `ahead` needs."""
         for key in self._shards_of(request):
             self._users[key] -= 1
             if not self._users[key]:
@@ -138,22 +138,22 @@ class OpenReader:
                 self._close(key)
 
     def submit(self, function: Callable[..., T], *arguments: Any) -> Future[T]:
-        """Call a function, which may use `read`, in the background, for `BATCHES_AHEAD` batches at a time."""
+        """Call a function, which may use `read`, in a thread; `BATCHES_AHEAD` calls run at a time."""
         return self._batches.submit(function, *arguments)
 
     def read(self, request: Request, segments: Sequence[Segment]) -> dict[int, DataError]:
-        """Fill the segments' buffers. Returns the rows whose bytes cannot be had, each with its DataError."""
+        """Fill the buffers of the segments. Returns the rows that cannot be read, each with its DataError."""
         needed = {segment.shard for segment in segments}
-        sources: dict[int, _Source | DataError] = {}
+        shards: dict[int, _Shard | DataError] = {}
         for key in self._shards_of(request):
             if key[0] in needed:
                 try:
-                    sources[key[0]] = self._sources[key].result()
+                    shards[key[0]] = self._shards[key].result()
                 except DataError as error:
-                    sources[key[0]] = error
-        waiting = deque(_runs(segments))  # the threads help themselves: a task for each run would cost more
+                    shards[key[0]] = error
+        waiting = deque(_runs(segments))  # a queue shared by the threads: one task per run would cost more
         tasks = [
-            self._threads.submit(self._read_runs, waiting, sources)
+            self._threads.submit(self._read_runs, waiting, shards)
             for _ in range(min(self.data.read_threads, len(waiting)))
         ]
         faults: dict[int, DataError] = {}
@@ -162,7 +162,7 @@ class OpenReader:
         return faults
 
     def _read_runs(
-        self, waiting: deque[list[Segment]], sources: Mapping[int, _Source | DataError]
+        self, waiting: deque[list[Segment]], shards: Mapping[int, _Shard | DataError]
     ) -> dict[int, DataError]:
         faults: dict[int, DataError] = {}
         while True:
@@ -170,10 +170,10 @@ class OpenReader:
                 run = waiting.popleft()
             except IndexError:
                 return faults
-            faults |= self._read_run(sources[run[0].shard], run)
+            faults |= self._read_run(shards[run[0].shard], run)
 
     def take_counts(self) -> Mapping[str, float]:
-        """What was counted since the last call."""
+        """Return the counters since the last call, and reset them."""
         with self._lock:
             taken, self._counts = self._counts, Counter()
         return dict(taken)
@@ -184,23 +184,23 @@ class OpenReader:
             self._counts[name] += amount
 
     def count_retry(self) -> None:
-        """Count a retry. Raises StorageError when nobody waits for what is read any more."""
+        """Count a retry. Raises StorageError when the reader is closing."""
         if self._is_closing:
-            raise StorageError(f"{self.manifest.root}: reading was ended")
+            raise StorageError(f"{self.manifest.root}: the reader was closed")
         self.count("retries", 1)
 
-    def _read_run(self, source: _Source | DataError, run: Sequence[Segment]) -> dict[int, DataError]:
-        """Read a run at once; where that fails, its segments one by one, so that a good row is not lost."""
-        if isinstance(source, DataError):
-            return {segment.row: source for segment in run}
+    def _read_run(self, shard: _Shard | DataError, run: Sequence[Segment]) -> dict[int, DataError]:
+        """Read a run at once; where that fails, segment by segment, so that only the damaged rows are lost."""
+        if isinstance(shard, DataError):
+            return {segment.row: shard for segment in run}
         try:
-            source.read(run[0].start, _buffers(run))
+            shard.read(run[0].start, _buffers(run))
         except DataError as error:
             if len(run) == 1:
                 return {run[0].row: error}
             faults: dict[int, DataError] = {}
             for segment in run:
-                faults |= self._read_run(source, [segment])
+                faults |= self._read_run(shard, [segment])
             return faults
         self.count("read_bytes", sum(segment.stop - segment.start for segment in run))
         return {}
@@ -209,19 +209,19 @@ class OpenReader:
         """Start to open the shards of a request. Returns the number of those that were not held before."""
         new = [key for key in self._shards_of(request) if not self._users[key]]
         for key in new:
-            self._sources[key] = self._openers.submit(self._open, *key)
+            self._shards[key] = self._openers.submit(self._open, *key)
         self._users.update(self._shards_of(request))
         return len(new)
 
     def _shards_of(self, request: Request) -> list[tuple[int, bool]]:
-        """The shards of a request, and whether each is wanted whole: exemplars are few clips of many shards."""
+        """Return the shards of a request, and whether each is cached whole: exemplars are few clips of many shards."""
         part = request.to_read
         current, exemplars = np.split(part.stored_clips, [part.num_current])
         of_current = set(self.manifest.shards_of(current[current != PADDING]).tolist())
         of_exemplars = set(self.manifest.shards_of(exemplars[exemplars != PADDING]).tolist()) - of_current
         return [*((shard, True) for shard in of_current), *((shard, False) for shard in of_exemplars)]
 
-    def _open(self, number: int, is_whole: bool) -> _Source:
+    def _open(self, number: int, is_whole: bool) -> _Shard:
         url, shard = self.manifest.url(number), self.manifest.shards[number]
         if self._cache is not None:
             wanted = shard.bytes, shard.sha256
@@ -239,9 +239,9 @@ class OpenReader:
             raise DataError(f"{url}: {error.strerror}") from None
 
     def _close(self, key: tuple[int, bool]) -> None:
-        source = self._sources.pop(key)
-        if not source.cancel():
-            source.add_done_callback(_close_opened)
+        shard = self._shards.pop(key)
+        if not shard.cancel():
+            shard.add_done_callback(_close_opened)
 
     def _make_cache(self) -> ShardCache:
         return ShardCache(
@@ -256,7 +256,7 @@ class OpenReader:
 
 @dataclass(frozen=True)
 class _File:
-    """A file of this machine."""
+    """A shard in a local file."""
 
     url: str
     descriptor: int
@@ -278,7 +278,7 @@ class _File:
 
 @dataclass(frozen=True)
 class _Ranges:
-    """An object in a storage, asked for by ranges."""
+    """A shard in object storage, read by range requests."""
 
     url: str
     reader: OpenReader
@@ -292,13 +292,13 @@ class _Ranges:
             on_retry=self.reader.count_retry,
         )
         self.reader.count("fetched_bytes", len(data))
-        whole, place = np.frombuffer(data, dtype=np.uint8), 0
+        whole, start = np.frombuffer(data, dtype=np.uint8), 0
         for buffer in buffers:
-            np.copyto(np.frombuffer(buffer, dtype=np.uint8), whole[place : place + len(buffer)])
-            place += len(buffer)
+            np.copyto(np.frombuffer(buffer, dtype=np.uint8), whole[start : start + len(buffer)])
+            start += len(buffer)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Nothing is open."""
 
 
 def _is_cached(manifest: Manifest, data: DataConfig) -> bool:
@@ -308,7 +308,7 @@ def _is_cached(manifest: Manifest, data: DataConfig) -> bool:
 
 
 def _runs(segments: Sequence[Segment]) -> list[list[Segment]]:
-    """The segments in runs that are read at once: of one shard, in order, with small gaps."""
+    """Group the segments into runs that are read at once: of one shard, in order, with small gaps."""
     runs: list[list[Segment]] = []
     num_buffers = stop = 0
     for segment in sorted(segments, key=lambda segment: (segment.shard, segment.start)):
@@ -331,7 +331,7 @@ def _runs(segments: Sequence[Segment]) -> list[list[Segment]]:
 
 
 def _buffers(run: Sequence[Segment]) -> list[memoryview]:
-    """The buffers of a run, with one for each gap."""
+    """Return the buffers of a run, with one for each gap."""
     buffers = list(run[0].buffers)
     for before, segment in itertools.pairwise(run):
         if segment.start > before.stop:
@@ -341,7 +341,7 @@ def _buffers(run: Sequence[Segment]) -> list[memoryview]:
 
 
 def _after(buffers: Sequence[memoryview], count: int) -> list[memoryview]:
-    """What is left to fill of the buffers once `count` bytes came."""
+    """Return the remaining buffers after `count` bytes were read."""
     left = []
     for buffer in buffers:
         if count < len(buffer):
@@ -350,6 +350,6 @@ def _after(buffers: Sequence[memoryview], count: int) -> list[memoryview]:
     return left
 
 
-def _close_opened(source: "Future[_Source]") -> None:
-    if not source.cancelled() and source.exception() is None:
-        source.result().close()
+def _close_opened(shard: "Future[_Shard]") -> None:
+    if not shard.cancelled() and shard.exception() is None:
+        shard.result().close()

@@ -1,4 +1,4 @@
-"""Files by url, local or remote; the functions of `files`, under the name of this package."""
+"""Storage: files by url, local or remote. The face of the package `files`."""
 
 from avcil_dist.storage.files import (
     CHUNK_BYTES,

@@ -1,7 +1,7 @@
-"""Trying again what a remote storage refuses for the moment: capped, jittered, with a deadline, counted.
+"""Retries of transient failures of remote storage: exponential backoff with jitter, a deadline and a count.
 
-What will not get better by itself (no credentials, no bucket, no file, a full disk) is not tried
-again. Every fault leaves here as one line that says what to do.
+Permanent failures (no credentials, no bucket, no file, a full disk) are not retried. Every fault is raised as a typed
+error of one line that names the remedy.
 """
 
 import errno
@@ -41,15 +41,14 @@ _warned_at = -SECONDS_BETWEEN_WARNINGS
 
 
 class ShortReadError(OSError):
-    """Fewer bytes than asked for, of a file that has them; worth another try."""
+    """Fewer bytes than requested, of a file that has them: a transient failure."""
 
 
 def with_retries(call: Callable[[], T], url: str, *, seconds: float, on_retry: Callable[[], None] | None = None) -> T:
-    """`call()`, again and again while it fails for the moment, for at most `seconds`.
+    """Return `call()`, retried after transient failures for at most `seconds`.
 
-    Waits are drawn at random below a cap that doubles from 0.1 s to 10 s. `on_retry` is called before each
-    further try. Raises DataError for a missing file; StorageError when the storage refuses, or still fails at
-    the deadline.
+    Waits are random below a cap that doubles from 0.1 s to 10 s. `on_retry` is called before each retry. Raises
+    DataError for a missing file, StorageError for a refused access and for a failure that lasts until the deadline.
     """
     tries = 1
 
@@ -93,10 +92,10 @@ def is_transient(error: BaseException) -> bool:
 
 
 def as_fault(url: str, error: Exception) -> AvcilError | None:
-    """A lasting fault of a storage as a typed error, or None for what is a bug of ours."""
+    """Return a permanent failure of a storage as a typed error; None for an error of the program."""
     protocol = url.split("://")[0] if "://" in url else "file"
-    wanted = ENVIRONMENT.get({"s3a": "s3", "gcs": "gs", "abfs": "az"}.get(protocol, protocol))
-    advice = f"check the credentials in the environment: {wanted}" if wanted else "check who may read and write it"
+    variables = ENVIRONMENT.get({"s3a": "s3", "gcs": "gs", "abfs": "az"}.get(protocol, protocol))
+    advice = f"check the credentials in the environment: {variables}" if variables else "check its permissions"
     if isinstance(error, AvcilError):
         return error
     if isinstance(error, IsADirectoryError):
@@ -117,14 +116,14 @@ def as_fault(url: str, error: Exception) -> AvcilError | None:
 
 
 def no_room(url: str, error: OSError) -> StorageError:
-    """The fault of a storage that takes no more."""
+    """Return the error of a storage that is full or read-only."""
     return StorageError(f"{url}: cannot be written ({_text(error)}); make room, or name another folder")
 
 
 def missing_bucket(url: str) -> StorageError:
-    """The fault of a url whose bucket is not there."""
+    """Return the error of a url whose bucket does not exist."""
     protocol, _, path = url.partition("://")
-    return StorageError(f"{url}: there is no bucket {protocol}://{path.split('/')[0]}; make it, or mend the url")
+    return StorageError(f"{url}: there is no bucket {protocol}://{path.split('/')[0]}; create it, or correct the url")
 
 
 def _client(error: BaseException) -> str:
@@ -132,22 +131,22 @@ def _client(error: BaseException) -> str:
 
 
 def _code(error: BaseException) -> str:
-    """The code that an S3 server gave, where the client passes it on."""
+    """Return the error code of an S3 server, where the client passes it on."""
     response = getattr(error.__cause__, "response", None)
     return str(response["Error"].get("Code", "")) if isinstance(response, dict) and "Error" in response else ""
 
 
 def _text(error: BaseException | None) -> str:
-    """The error in one line."""
+    """Return the error as one line."""
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__).rstrip(".")
 
 
 def _warn(url: str, error: BaseException | None, seconds: float) -> None:
-    """One line now and then: many reads fail at once when a storage is away."""
+    """Log at most one warning per 30 s: many reads fail at once when a storage is unreachable."""
     global _warned_at
     with _warned_lock:
         if time.monotonic() - _warned_at < SECONDS_BETWEEN_WARNINGS:
             return
         _warned_at = time.monotonic()
-    _logger.warning("%s: %s; trying again for up to %.0f s", url, _text(error), seconds)
+    _logger.warning("%s: %s; retrying for up to %.0f s", url, _text(error), seconds)

@@ -49,7 +49,7 @@ def test_shard_cut_short_is_named_before_training(tmp_path: Path) -> None:
     config = write_config(tmp_path)
     cut = sorted((tmp_path / "shards").rglob("test/c000*.tar"))[0]
     cut.write_bytes(cut.read_bytes()[:-512])
-    _refused(avcil("train", config), cut.name, "bytes, the manifest says")
+    _refused(avcil("train", config), cut.name, "bytes, the manifest has")
 
 
 def test_batch_that_the_processes_cannot_share(tmp_path: Path) -> None:

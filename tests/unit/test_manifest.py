@@ -171,11 +171,11 @@ def test_shards_that_are_missing_or_of_another_size_are_named(url: str) -> None:
     cut.write_bytes(cut.read_bytes()[:512])
     Path(manifest.url(3)).unlink()
     check_shards(manifest, [0, 2, 4])
-    with pytest.raises(DataError, match=rf"{cut}: 512 bytes, the manifest says \d+; restore the shards"):
+    with pytest.raises(DataError, match=rf"{cut}: 512 bytes, the manifest has \d+; restore the shards"):
         check_shards(manifest, [0, 1, 2])
     with pytest.raises(DataError, match=rf"{manifest.url(3)}: missing; restore the shards"):
         check_shards(manifest, [3])
-    with pytest.raises(DataError, match=r"512 bytes, the manifest says \d+ \(and 1 more\); restore the shards"):
+    with pytest.raises(DataError, match=r"512 bytes, the manifest has \d+ \(and 1 more\); restore the shards"):
         check_shards(manifest, everything)
 
 

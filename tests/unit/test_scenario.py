@@ -56,8 +56,8 @@ def test_equal_scenarios_are_equal() -> None:
         ({"steps": 5, "classes": ["ant", "fox"]}, "scenario.classes: 'fox' is not in the data; its classes are ant, "),
         ({"steps": 1, "classes": ["ant", "bee", "ant"]}, "scenario.classes: 'ant' is listed twice"),
         ({"steps": [2, 2]}, "scenario.classes_per_step: 2 steps hold 4 of 5 classes: 'eel' is in no step"),
-        ({"steps": 2}, "scenario.classes_per_step: they want 6 classes, there are 5"),
-        ({"steps": [3, 3]}, "scenario.classes_per_step: they want 6 classes, there are 5"),
+        ({"steps": 2}, "scenario.classes_per_step: the steps need 6 classes, there are 5"),
+        ({"steps": [3, 3]}, "scenario.classes_per_step: the steps need 6 classes, there are 5"),
     ],
 )
 def test_a_partition_that_does_not_fit_is_refused(arguments: dict, line: str) -> None:

@@ -63,7 +63,7 @@ def test_a_missing_object_is_named(s3: str, read: Any) -> None:
 def test_a_missing_bucket_is_named(s3: str, read: Any) -> None:
     with pytest.raises(StorageError) as caught:
         read("s3://nowhere/x.tar")
-    assert str(caught.value) == "s3://nowhere/x.tar: there is no bucket s3://nowhere; make it, or mend the url"
+    assert str(caught.value) == "s3://nowhere/x.tar: there is no bucket s3://nowhere; create it, or correct the url"
 
 
 def test_writing_to_a_missing_bucket_names_it(s3: str) -> None:

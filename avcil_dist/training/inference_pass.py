@@ -77,14 +77,19 @@ class InferencePass:
     def run(
         self, network: Network, clips: np.ndarray, global_batch: int | None = None
     ) -> Iterator[tuple[Batch, Output]]:
-        """Run the network on each of `batches`, in evaluation mode and without gradient."""
+        """Run the network on each of `batches`, in evaluation mode and without gradient.
+
+        The network's mode is restored at the end, also if the caller stops early or a batch raises an error.
+        """
         was_training = network.training
         network.eval()
-        for batch in self.batches(clips, global_batch):
-            with torch.no_grad():  # not inference_mode: ZeRO 3 gathers parameters here that are trained afterwards
-                output = network(batch.visual, batch.audio)
-            yield batch, output
-        network.train(was_training)
+        try:
+            for batch in self.batches(clips, global_batch):
+                with torch.no_grad():  # not inference_mode: ZeRO 3 gathers parameters here that are trained afterwards
+                    output = network(batch.visual, batch.audio)
+                yield batch, output
+        finally:
+            network.train(was_training)
 
     def class_features(self, network: Network, clips: Mapping[str, np.ndarray]) -> dict[str, ClassFeatures]:
         """Return `Output.feature` of each class's clips, by class name. The same on all ranks."""

@@ -19,8 +19,8 @@ from avcil_dist.streams.metrics import accuracy_row, per_class_accuracy, seen_ac
 from avcil_dist.training.build import network_after
 from avcil_dist.training.collectives import local_device, process_group
 from avcil_dist.training.engine import set_threads
-from avcil_dist.training.evaluation import Evaluator
-from avcil_dist.training.inference_pass import InferencePass
+from avcil_dist.training.evaluation import evaluate
+from avcil_dist.training.incremental_step import Step
 from avcil_dist.world import World
 
 CLIPS_PER_BATCH = 8
@@ -110,10 +110,8 @@ def evaluate_step(
     set_threads(world)
     with process_group(world, device, config.engine.timeout_minutes):
         network, method = restore_step(artifact, manifest.shape, step_url(stream, artifact.step))
-        network.to(device)
-        inference = InferencePass(manifest, scenario, config.data, world, device)
-        evaluator = Evaluator(inference, config.optim.global_eval_batch)
-        predicted = evaluator(network, method, split, artifact.step, on_batch=lambda: None)
+        restored = Step(config, manifest, scenario, artifact.step, method, world, device)
+        predicted = evaluate(restored, network.to(device), split, restored.inference())
     labels, predictions = predicted.labels, predicted.predictions
     return {
         "stream": stream,

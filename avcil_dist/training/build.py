@@ -1,15 +1,13 @@
-"""The networks of a step: the shape that a method's network has at each step, the student and the teacher."""
+"""Networks of a step: the student with its grown head, the teacher, and a network from a stored state."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from avcil_dist.config.schema import Config
-from avcil_dist.data.manifest import Manifest
 from avcil_dist.errors import DataError
-from avcil_dist.methods.base import Method, StepContext
+from avcil_dist.methods.base import Method
 from avcil_dist.models.encoders.base import Encoder
 from avcil_dist.models.heads import ProxyHead
 from avcil_dist.models.network import AudioVisualNetwork, HeadedNetwork, Network, build_network, load_whole_state
@@ -17,6 +15,7 @@ from avcil_dist.scenario import Scenario
 from avcil_dist.seeds import derive_seed
 from avcil_dist.streams.artifact import StepArtifact, step_url
 from avcil_dist.streams.stream import stream_url
+from avcil_dist.training.incremental_step import Step
 from avcil_dist.training.inference_pass import InferencePass
 from avcil_dist.training.teacher import Teacher
 
@@ -27,12 +26,12 @@ def network_after(
     scenario: Scenario,
     method: Method,
     step: int,
-    restored: Collection[str] | None = None,
+    state_keys: Collection[str] | None = None,
 ) -> Network:
-    """A network with the shape that it has at the end of `step`.
+    """Return a network with the shape that it has at the end of `step`.
 
     `feature_shape` is the manifest's: frames, positions and dim of features, empty for clips. The weights are
-    fresh, or for the caller to put in: `restored` are the names of that state.
+    initialised, or left to the caller, who loads a state with the names `state_keys`.
     """
     needs = method.needs
     trained = 0 if needs.training == "first step" else step
@@ -43,7 +42,7 @@ def network_after(
         scenario.num_seen(trained),
         network_spec=needs.network_spec,
         num_frozen=scenario.num_old(trained),
-        state_keys=restored,
+        state_keys=state_keys,
     )
     network.precision = config.engine.precision
     if isinstance(network, AudioVisualNetwork):
@@ -51,65 +50,70 @@ def network_after(
     return network
 
 
-@dataclass(frozen=True)
-class NetworkMaker:
-    """Makes the networks of one step."""
+def network_of_state(step: Step, state: Mapping[str, Tensor]) -> Network:
+    """Return a network with the weights at the end of `step`, on its device."""
+    network = _network(step, step.number, state.keys())
+    load_whole_state(network, state, f"step {step.number}, as trained")
+    return network.to(step.device)
 
-    config: Config
-    manifest: Manifest
-    context: StepContext
-    method: Method
-    features: InferencePass
-    device: torch.device
 
-    def make(self, previous: StepArtifact | None) -> tuple[Network, Teacher | None]:
-        """The student, its head grown, and the teacher where the method has one."""
-        needs, step = self.method.needs, self.context.step
-        torch.manual_seed(derive_seed(self.config.seed, "weights", step))
-        if previous is None:
-            return self._ready(self._after(step)), None
-        teacher = Teacher(self._as_it_was(previous), self.device) if needs.teacher else None
-        if needs.fresh_network:
-            student = self._after(step)
-        else:
-            student = self._as_it_was(previous)
-            if needs.trains_at(step):
-                self._grow(student, teacher)
-        if teacher and self.config.engine.teacher == "sharded":
-            teacher.shard(self.features.world)
-        return self._ready(student), teacher
+def build_networks(
+    step: Step, previous: StepArtifact | None, inference: InferencePass
+) -> tuple[Network, Teacher | None]:
+    """Return the student with its grown head, and the teacher if the method needs one.
 
-    def _ready(self, student: Network) -> Network:
-        if self.config.engine.activation_checkpointing:
-            for module in student.modules():
-                if isinstance(module, Encoder):
-                    module.checkpoint_activations()
-        return student.to(self.device)
+    Initial weights depend on the seed and the step's number alone.
+    """
+    torch.manual_seed(derive_seed(step.config.seed, "weights", step.number))
+    if previous is None:
+        return _prepared(step, _network(step, step.number)), None
+    teacher = Teacher(_previous_network(step, previous), step.device) if step.needs.teacher else None
+    if step.needs.fresh_network:
+        student = _network(step, step.number)
+    else:
+        student = _previous_network(step, previous)
+        if step.has_training:
+            _grow(step, student, teacher, inference)
+    if teacher and step.config.engine.teacher == "sharded":
+        teacher.shard(step.world)
+    return _prepared(step, student), teacher
 
-    def _after(self, step: int, origin: StepArtifact | None = None) -> Network:
-        restored = origin.model.keys() if origin else None
-        return network_after(self.config, self.manifest.shape, self.context.scenario, self.method, step, restored)
 
-    def _as_it_was(self, previous: StepArtifact) -> Network:
-        network = self._after(previous.step, previous)
-        load_whole_state(network, previous.model, step_url(stream_url(self.config), previous.step))
-        return network
+def _network(step: Step, number: int, state_keys: Collection[str] | None = None) -> Network:
+    return network_after(step.config, step.manifest.shape, step.scenario, step.method, number, state_keys)
 
-    def _grow(self, student: Network, teacher: Teacher | None) -> None:
-        assert isinstance(student, HeadedNetwork)
-        new = self._new_proxies(student) if self.method.needs.network_spec.head == "proxies" else None
-        student.grow(self.context.num_seen, new)
-        if teacher and self.method.needs.importance:
-            teacher.grow(self.context.num_seen, new)
 
-    def _new_proxies(self, student: HeadedNetwork) -> Tensor:
-        """Proxies of the new classes, from what the student makes of their clips before it has learnt them."""
-        names = self.context.scenario.new(self.context.step)
-        found = self.features.class_features(
-            student.to(self.device), {name: self.manifest.clips([name], "train") for name in names}
-        )
-        for name in names:
-            if not len(found[name].features):
-                raise DataError(f"class {name!r}: none of its training clips can be read; restore its shards")
-        assert isinstance(student.classifier, ProxyHead)
-        return self.method.imprint([found[name].features for name in names], student.classifier.mean_norm)
+def _previous_network(step: Step, previous: StepArtifact) -> Network:
+    """The network that the previous step committed."""
+    network = _network(step, previous.step, previous.model.keys())
+    load_whole_state(network, previous.model, step_url(stream_url(step.config), previous.step))
+    return network
+
+
+def _prepared(step: Step, student: Network) -> Network:
+    """The student on its device, with activation checkpointing where it is on."""
+    if step.config.engine.activation_checkpointing:
+        for module in student.modules():
+            if isinstance(module, Encoder):
+                module.checkpoint_activations()
+    return student.to(step.device)
+
+
+def _grow(step: Step, student: Network, teacher: Teacher | None, inference: InferencePass) -> None:
+    """Add outputs for the new classes to the student's head, and to the teacher's where its importance is needed."""
+    assert isinstance(student, HeadedNetwork)
+    new = _new_proxies(step, student, inference) if step.needs.network_spec.head == "proxies" else None
+    student.grow(step.context.num_seen, new)
+    if teacher and step.needs.importance:
+        teacher.grow(step.context.num_seen, new)
+
+
+def _new_proxies(step: Step, student: HeadedNetwork, inference: InferencePass) -> Tensor:
+    """Proxies of the new classes, from the features that the student has of their clips before training."""
+    clips = {name: step.manifest.clips([name], "train") for name in step.new_classes}
+    by_class = inference.class_features(student.to(step.device), clips)
+    for name in step.new_classes:
+        if not len(by_class[name].features):
+            raise DataError(f"class {name!r}: none of its training clips can be read; restore its shards")
+    assert isinstance(student.classifier, ProxyHead)
+    return step.method.imprint([by_class[name].features for name in step.new_classes], student.classifier.mean_norm)

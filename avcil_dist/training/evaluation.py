@@ -1,4 +1,4 @@
-"""Distributed evaluation: each clip exactly once, whatever the number of ranks and batches."""
+"""Distributed evaluation: each clip is predicted exactly once, whatever the number of ranks and batches."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from avcil_dist.methods.base import Method
 from avcil_dist.models.network import Network
 from avcil_dist.models.outputs import Output
 from avcil_dist.training.collectives import gather_rows
+from avcil_dist.training.incremental_step import Step
 from avcil_dist.training.inference_pass import InferencePass
 
 DAMAGED = -1
@@ -20,7 +21,7 @@ DAMAGED = -1
 
 @dataclass(frozen=True)
 class Predictions:
-    """Clip numbers, labels, predicted labels (clips,) in the manifest's order; a damaged clip is predicted DAMAGED."""
+    """Clip numbers, labels, predicted labels (clips,) in the manifest's order; DAMAGED for a damaged clip."""
 
     clips: np.ndarray
     labels: np.ndarray
@@ -32,29 +33,22 @@ class Predictions:
         return float((self.labels == self.predictions).mean())
 
 
-@dataclass(frozen=True)
-class Evaluator:
-    """Predicts clips of the seen classes with all ranks together, `global_batch` at a time."""
+def evaluate(
+    step: Step, network: Network, split: Split, inference: InferencePass, *, on_batch: Callable[[], None] = lambda: None
+) -> Predictions:
+    """Predict every clip of `split` of the seen classes, by all ranks together. The network keeps its mode.
 
-    features: InferencePass
-    global_batch: int
-
-    def __call__(
-        self, network: Network, method: Method, split: Split, step: int, *, on_batch: Callable[[], None]
-    ) -> Predictions:
-        """Predict every clip of `split` of the classes seen at `step`. The network comes back in its mode.
-
-        Raises DataError on all ranks when more clips are damaged than `data.max_bad_fraction` allows.
-        """
-        manifest, scenario = self.features.manifest, self.features.scenario
-        clips = manifest.clips(scenario.seen(step), split)
-        predicted: list[Tensor] = []
-        for batch, output in self.features.run(network, clips, self.global_batch):
-            predicted.append(_predict(method, output, batch.valid))
-            on_batch()
-        predictions = _in_order(torch.stack(predicted))[: len(clips)]
-        labels = manifest.shard_labels(scenario.labels)[manifest.shards_of(clips)]
-        return Predictions(clips, labels, predictions)
+    `on_batch` is called after each batch. Raises DataError on all ranks when more clips are damaged than
+    `data.max_bad_fraction` allows.
+    """
+    clips = step.manifest.clips(step.seen_classes, split)
+    predicted: list[Tensor] = []
+    for batch, output in inference.run(network, clips, step.config.optim.global_eval_batch):
+        predicted.append(_predict(step.method, output, batch.valid))
+        on_batch()
+    predictions = _in_order(torch.stack(predicted))[: len(clips)]
+    labels = step.manifest.shard_labels(step.scenario.labels)[step.manifest.shards_of(clips)]
+    return Predictions(clips, labels, predictions)
 
 
 @torch.no_grad()
@@ -63,7 +57,7 @@ def _predict(method: Method, output: Output, valid: Tensor) -> Tensor:
 
 
 def _in_order(predicted: Tensor) -> np.ndarray:
-    """From each rank's (batches, rows) to all clips in plan order."""
+    """Gather each rank's predictions (batches, rows) into those of all clips, in plan order."""
     num_batches = len(predicted)
     by_rank = gather_rows(predicted.flatten(), predicted.numel()).view(dist.get_world_size(), num_batches, -1)
     return by_rank.transpose(0, 1).flatten().cpu().numpy()

@@ -5,40 +5,31 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from avcil_dist.config.schema import Config
 from avcil_dist.data.exemplar_memory import ExemplarMemory, herding_order, quota, random_order
 from avcil_dist.data.manifest import Manifest
 from avcil_dist.data.plan import NO_CLIPS
-from avcil_dist.methods.base import Needs, StepContext
 from avcil_dist.models.network import Network
 from avcil_dist.training.collectives import decide_together
+from avcil_dist.training.incremental_step import Step
 from avcil_dist.training.inference_pass import InferencePass
 
 
-def update_memory(
-    memory: ExemplarMemory,
-    network: Network,
-    *,
-    config: Config,
-    context: StepContext,
-    needs: Needs,
-    inference: InferencePass,
-) -> ExemplarMemory:
+def update_memory(step: Step, memory: ExemplarMemory, network: Network, inference: InferencePass) -> ExemplarMemory:
     """Return `memory` with exemplars of the step's new classes added. Equal on all ranks.
 
     Herding uses the features of `network`, which has the weights that the step commits. Without a memory in
-    `needs`, `memory` is returned unchanged. Raises DataError as `InferencePass.batches` does.
+    the method's needs, `memory` is returned unchanged. Raises DataError as `InferencePass.batches` does.
     """
+    config, manifest, needs = step.config, step.manifest, step.needs
     if needs.memory == "none":
         return memory
-    manifest = inference.manifest
-    candidates = {name: manifest.clips([name], "train") for name in context.scenario.new(context.step)}
+    candidates = {name: manifest.clips([name], "train") for name in step.new_classes}
     selection = needs.selection if config.memory.selection == "published" else config.memory.selection
     if selection == "random":
         ranked = {name: random_order(name, _keys(manifest, clips), config.seed) for name, clips in candidates.items()}
     else:
         by_class = inference.class_features(network, candidates)
-        count = quota(config.memory.size, context.num_seen)
+        count = quota(config.memory.size, step.context.num_seen)
         # Rank 0 decides: the last digits of a sum may differ between types of machine.
         ranked = decide_together(
             lambda: {
@@ -49,13 +40,11 @@ def update_memory(
     return memory.update(ranked, config.memory.size)
 
 
-def exemplar_features(
-    memory: ExemplarMemory, network: Network, *, context: StepContext, inference: InferencePass
-) -> list[Tensor]:
+def exemplar_features(step: Step, memory: ExemplarMemory, network: Network, inference: InferencePass) -> list[Tensor]:
     """Return the exemplars' features (exemplars, D) of each seen class, in label order. Equal on all ranks."""
-    clips = {name: inference.manifest.clip_numbers(name, keys) for name, keys in memory.keys.items()}
+    clips = {name: step.manifest.clip_numbers(name, keys) for name, keys in memory.keys.items()}
     by_class = inference.class_features(network, clips)
-    return [by_class[name].features for name in context.scenario.seen(context.step)]
+    return [by_class[name].features for name in step.seen_classes]
 
 
 def exemplar_clips(manifest: Manifest, memory: ExemplarMemory) -> np.ndarray:

@@ -1,16 +1,18 @@
-"""Snapshots: where a step stands, so that a killed job goes on from there, to the same bits.
+"""Snapshots: checkpoints within a step. A killed step continues from its newest one and ends in the same bits.
 
-`step_003/000000120/`, named by the iterations done, holds `model.safetensors`, `best.safetensors` (the best
-epoch so far), `training.json`, the optimizer's state (one file, or one a rank where ZeRO shares it
-out), and last `COMMITTED.json`. The newest two are kept until the step is committed. Nothing in
-them is ever unpickled.
+`step_003/000000120/`, named by the number of iterations done, holds `model.safetensors`, `best.safetensors` (the
+weights of the best epoch so far), `training.json`, the optimizer's state (one file, or one per rank where ZeRO
+shards it), and `COMMITTED.json`, which is written last. The newest two are kept until the step is committed.
+Nothing in them is ever unpickled.
 """
 
 import json
 import logging
 import time
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import safetensors.torch
 import torch
@@ -39,18 +41,75 @@ from avcil_dist.streams.commit import (
 from avcil_dist.streams.stream import stream_url
 from avcil_dist.training.collectives import decide_together
 from avcil_dist.training.engine import Engine
-from avcil_dist.training.state import BestEpoch, EpochTotals, TrainingState
-from avcil_dist.world import World
+from avcil_dist.training.incremental_step import Step
 
 NUM_KEPT = 2
-SECONDS_A_MINUTE = 60
+SECONDS_PER_MINUTE = 60
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class BestEpoch:
+    """Weights of the epoch that becomes the step's result, its number and its accuracy on the validation clips."""
+
+    state: dict[str, Tensor]
+    epoch: int
+    val_accuracy: float | None
+
+
+@dataclass
+class EpochTotals:
+    """Sums over the iterations of an unfinished epoch.
+
+    `losses` are sums of the loss and its parts, scalars, equal on all ranks. `reading` holds this rank's counts of
+    reading. `num_bad` is the number of damaged clips of all ranks, `faults` are the descriptions of this rank's.
+    `seconds` is the time spent.
+    """
+
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    reading: Counter[str] = field(default_factory=Counter)
+    num_bad: int = 0
+    faults: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def to_dict(self, reading: Mapping[str, float], faults: list[str]) -> dict[str, Any]:
+        """The JSON form, with `reading` and `faults` of all ranks. A float32 is a JSON number, to the last bit."""
+        losses = {name: value.item() for name, value in self.losses.items()}
+        return {
+            "losses": losses,
+            "reading": dict(reading),
+            "num_bad": self.num_bad,
+            "faults": faults,
+            "seconds": self.seconds,
+        }
+
+    @classmethod
+    def from_dict(cls, totals: Mapping[str, Any], device: torch.device, *, is_main: bool) -> Self:
+        """The inverse of `to_dict`. Rank 0 takes over the sums over the ranks."""
+        losses = {name: torch.tensor(value, device=device) for name, value in totals["losses"].items()}
+        reading = Counter(totals["reading"]) if is_main else Counter()
+        faults = list(totals["faults"]) if is_main else []
+        return cls(losses, reading, totals["num_bad"], faults, totals["seconds"])
+
+
+@dataclass
+class TrainingState:
+    """Progress of a step's training: `iteration` iterations are done, `best` is the best epoch so far.
+
+    `counters` are the names of the reading counters that were not zero in some epoch so far: only these are
+    reported.
+    """
+
+    iteration: int = 0
+    best: BestEpoch | None = None
+    epoch: EpochTotals = field(default_factory=EpochTotals)
+    counters: set[str] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
 class Snapshot:
-    """What a step goes on from; `optimizer` is this rank's part, None where the optimizer begins anew."""
+    """A loaded snapshot. `optimizer` is this rank's state, or None for a fresh optimizer."""
 
     model: dict[str, Tensor]
     optimizer: dict[str, Any] | None
@@ -64,113 +123,114 @@ def snapshots_url(config: Config, step: int) -> str:
 
 
 def discard_stale(config: Config, step: int, *, own: bool) -> None:
-    """Remove snapshots where `step`, the next, has none; `own`: its own too. A kill after a commit leaves some."""
+    """Delete snapshots left behind by finished steps, as a kill after a commit leaves them.
+
+    Snapshots of `step`, the next to run, are kept unless `own` is true.
+    """
     folder = storage.parent(snapshots_url(config, step))
     names = storage.list_folder(folder)
     if own or not any(name.endswith(f"_{step:03d}") for name in names):
         storage.remove_tree(folder)
 
 
-@dataclass
 class SnapshotManager:
-    """Writes and finds the snapshots of one step; all ranks call it together.
+    """Writes, finds and loads the snapshots of one step. All ranks call it together.
 
-    `reset_optimizer` lets a snapshot go on with a fresh optimizer, whatever the number of ranks.
+    With `reset_optimizer`, training continues from a snapshot with a fresh optimizer, on any number of ranks.
     """
 
-    config: Config
-    manifest_hash: str
-    step: int
-    world: World
-    reset_optimizer: bool = False
-    _iteration: int = field(default=0, init=False)
-    _saved_at: float = field(default_factory=time.monotonic, init=False)
-
-    @property
-    def folder(self) -> str:
-        """Where they are."""
-        return snapshots_url(self.config, self.step)
+    def __init__(self, step: Step, reset_optimizer: bool = False) -> None:
+        self.step, self.reset_optimizer = step, reset_optimizer
+        self.folder = snapshots_url(step.config, step.number)
+        self._iteration, self._saved_at = 0, time.monotonic()
 
     def is_due(self, iteration: int) -> bool:
-        """Whether this rank holds that it is time for one, by its clock or by the number of iterations."""
-        settings, since = self.config.snapshot, iteration - self._iteration
+        """Whether a snapshot is due, by this rank's clock or by the number of iterations."""
+        settings, since = self.step.config.snapshot, iteration - self._iteration
         by_count = settings.every_iterations is not None and since >= settings.every_iterations
         return since > 0 and (
-            by_count or time.monotonic() - self._saved_at >= settings.every_minutes * SECONDS_A_MINUTE
+            by_count or time.monotonic() - self._saved_at >= settings.every_minutes * SECONDS_PER_MINUTE
         )
 
     def save(self, engine: Engine, state: TrainingState, totals: dict[str, Any]) -> None:
-        """Commit a snapshot; `totals` is the record of the epoch's totals over all ranks."""
+        """Commit a snapshot; `totals` are the epoch's totals over all ranks, as `EpochTotals.to_dict` returns them."""
         folder = storage.join(self.folder, f"{state.iteration:09d}")
         model = engine.state()
         files = self._optimizer_files(engine)
-        if self.world.is_main:
+        if self.step.world.is_main:
             files |= _encode(model, state, totals)
-        decide_together(lambda: storage.remove_tree(folder))  # an earlier one at this place may be damaged
-        records: list[FileDigests] = [{}] * self.world.size
-        dist.all_gather_object(records, write_files(folder, files))
-        decide_together(lambda: self._commit(folder, {name: part[name] for part in records for name in part}))
+        decide_together(lambda: storage.remove_tree(folder))  # an earlier one of the same name may be damaged
+        digests: list[FileDigests] = [{}] * self.step.world.size
+        dist.all_gather_object(digests, write_files(folder, files))
+        decide_together(lambda: self._commit_snapshot(folder, {name: part[name] for part in digests for name in part}))
         self._iteration, self._saved_at = state.iteration, time.monotonic()
 
-    def load_newest(self, device: torch.device) -> Snapshot | None:
-        """The newest whole snapshot; None where there is none. A damaged one is passed over with a warning.
+    def load_newest(self) -> Snapshot | None:
+        """Load the newest whole snapshot; None where there is none. A damaged one is skipped with a warning.
 
-        Raises ConfigError for one that was made with other settings, or whose optimizer does not fit these ranks.
+        Raises ConfigError for a snapshot with other settings, or whose optimizer state does not fit these ranks.
         """
-        found: str | None = decide_together(self._find)
-        if found is None:
+        folder: str | None = decide_together(self._find_newest)
+        if folder is None:
             return None
-        commit = read_commit(found)
-        training = json.loads(read_committed_file(found, "training.json", commit))
+        commit = read_commit(folder)
+        training = json.loads(read_committed_file(folder, "training.json", commit))
         best = training["best"]
         if best is not None:
-            weights = safetensors.torch.load(read_committed_file(found, "best.safetensors", commit))
+            weights = safetensors.torch.load(read_committed_file(folder, "best.safetensors", commit))
             best = BestEpoch(weights, best["epoch"], best["val_accuracy"])
-        totals = EpochTotals.from_dict(training["totals"], device, is_main=self.world.is_main)
+        totals = EpochTotals.from_dict(training["totals"], self.step.device, is_main=self.step.world.is_main)
         self._iteration = training["iteration"]
         return Snapshot(
-            safetensors.torch.load(read_committed_file(found, "model.safetensors", commit)),
-            None if self.reset_optimizer else self._read_optimizer(found, commit),
+            safetensors.torch.load(read_committed_file(folder, "model.safetensors", commit)),
+            None if self.reset_optimizer else self._read_optimizer(folder, commit),
             TrainingState(training["iteration"], best, totals, set(training["counters"])),
         )
 
-    def keep(self, name: str, state: dict[str, Any]) -> None:
-        """Commit what is made once a step, and not in each snapshot; all ranks give the same."""
-        folder = self._kept(name)
+    def save_extra(self, name: str, state: dict[str, Any]) -> None:
+        """Commit a state that is made once per step, beside the snapshots. It is the same on all ranks."""
+        folder = self._extra_folder(name)
 
         def write() -> None:
             storage.remove_tree(folder)
-            self._seal(folder, write_files(folder, encode_state(name, state)))
+            self._commit(folder, write_files(folder, encode_state(name, state)))
 
         decide_together(write)
 
-    def kept(self, name: str) -> dict[str, Any] | None:
-        """What `keep` committed in this step, with the settings of now; None where there is none, or it is damaged."""
-        folder = self._kept(name)
-        commit: dict[str, Any] | None = decide_together(lambda: self._find_kept(folder))
+    def load_extra(self, name: str) -> dict[str, Any] | None:
+        """Load a state that `save_extra` committed in this step with the same settings.
+
+        None where there is none, or it is damaged.
+        """
+        folder = self._extra_folder(name)
+        commit: dict[str, Any] | None = decide_together(lambda: self._find_extra(folder))
         if commit is None:
             return None
         return decode_state(name, {file: read_committed_file(folder, file, commit) for file in commit["files"]})
 
     def discard(self) -> None:
-        """Remove all of the step's snapshots: it is committed."""
+        """Delete all snapshots and extra states of the step, once it is committed."""
         decide_together(lambda: storage.remove_tree(storage.parent(self.folder)))
 
-    @property
     def _identity(self) -> dict[str, Any]:
-        """What a snapshot must agree in with the step that goes on from it."""
-        before = storage.join(step_url(stream_url(self.config), self.step - 1), COMMITTED)
+        """Values that must match before a snapshot may be resumed."""
+        number = self.step.number
+        commit = storage.join(step_url(stream_url(self.step.config), number - 1), COMMITTED)
         return {
-            "manifest_hash": self.manifest_hash,
-            "previous_step": storage.sha256(storage.read_bytes(before)) if self.step else None,
+            "manifest_hash": self.step.manifest.content_hash,
+            "previous_step": storage.sha256(storage.read_bytes(commit)) if number else None,
         }
 
+    def _is_of_this_step(self, commit: Mapping[str, Any]) -> bool:
+        return all(commit[key] == value for key, value in self._identity().items())
+
     def _optimizer_name(self) -> str:
-        return f"optimizer_rank{self.world.rank:03d}" if self.config.engine.zero_stage else "optimizer"
+        is_sharded = self.step.config.engine.zero_stage
+        return f"optimizer_rank{self.step.world.rank:03d}" if is_sharded else "optimizer"
 
     def _optimizer_files(self, engine: Engine) -> dict[str, bytes]:
-        """Without ZeRO all ranks hold the same; one writes it, and any number of ranks can read it."""
-        if not (self.world.is_main or self.config.engine.zero_stage):
+        """Without ZeRO, rank 0 alone writes the state, which any number of ranks can read."""
+        if not (self.step.world.is_main or self.step.config.engine.zero_stage):
             return {}
         return encode_state(self._optimizer_name(), engine.optimizer_state())
 
@@ -179,10 +239,14 @@ class SnapshotManager:
         parts = (f"{name}.safetensors", f"{name}.json")
         return decode_state(name, {part: read_committed_file(folder, part, commit) for part in parts})
 
-    def _kept(self, name: str) -> str:
-        return storage.join(storage.parent(self.folder), f"{name}_{self.step:03d}")
+    def _optimizer_fits(self, commit: Mapping[str, Any]) -> bool:
+        stage = self.step.config.engine.zero_stage
+        return commit["zero_stage"] == stage and (stage == 0 or commit["world_size"] == self.step.world.size)
 
-    def _find_kept(self, folder: str) -> dict[str, Any] | None:
+    def _extra_folder(self, name: str) -> str:
+        return storage.join(storage.parent(self.folder), f"{name}_{self.step.number:03d}")
+
+    def _find_extra(self, folder: str) -> dict[str, Any] | None:
         if not has_commit(folder):
             return None
         try:
@@ -190,25 +254,26 @@ class SnapshotManager:
         except ArtifactError as error:
             _logger.warning("%s; it is made again", error)
             return None
-        is_ours = all(commit[key] == value for key, value in self._identity.items())
-        return commit if is_ours and not result_changes(commit["settings"], flatten(self.config)) else None
+        changes = result_changes(commit["settings"], flatten(self.step.config))
+        return commit if self._is_of_this_step(commit) and not changes else None
 
-    def _commit(self, folder: str, records: FileDigests) -> None:
-        self._seal(folder, records)
+    def _commit_snapshot(self, folder: str, digests: FileDigests) -> None:
+        """Commit, and delete all but the newest snapshots."""
+        self._commit(folder, digests)
         for name in storage.list_folder(self.folder)[:-NUM_KEPT]:
             storage.remove_tree(storage.join(self.folder, name))
 
-    def _seal(self, folder: str, records: FileDigests) -> None:
+    def _commit(self, folder: str, digests: FileDigests) -> None:
         write_commit(
             folder,
-            records,
-            settings=flatten(self.config),
-            world_size=self.world.size,
-            zero_stage=self.config.engine.zero_stage,
-            **self._identity,
+            digests,
+            settings=flatten(self.step.config),
+            world_size=self.step.world.size,
+            zero_stage=self.step.config.engine.zero_stage,
+            **self._identity(),
         )
 
-    def _find(self) -> str | None:
+    def _find_newest(self) -> str | None:
         for name in reversed(storage.list_folder(self.folder)):
             folder = storage.join(self.folder, name)
             if not has_commit(folder):
@@ -216,35 +281,35 @@ class SnapshotManager:
             try:
                 commit = read_verified_commit(folder)
             except ArtifactError as error:
-                _logger.warning("%s; passing over this snapshot", error)
+                _logger.warning("%s; skipping this snapshot", error)
                 continue
-            if any(commit[key] != value for key, value in self._identity.items()):
-                _logger.warning("%s: of other data or of another step before; passing over this snapshot", folder)
+            if not self._is_of_this_step(commit):
+                _logger.warning("%s: of other data or of another previous step; skipping this snapshot", folder)
                 continue
             self._check_fits(folder, commit)
             return folder
         return None
 
     def _check_fits(self, folder: str, commit: dict[str, Any]) -> None:
-        for change in result_changes(commit["settings"], flatten(self.config)):
+        config, number = self.step.config, self.step.number
+        for change in result_changes(commit["settings"], flatten(config)):
             raise ConfigError(
-                f"{folder}: step {self.step} was begun with {change.key}={change.before}, not {change.after}; "
+                f"{folder}: step {number} was begun with {change.key}={change.before}, not {change.after}; "
                 "choose another name=, or begin the step anew with --restart-step"
             )
-        size, stage = commit["world_size"], commit["zero_stage"]
-        fits = stage == self.config.engine.zero_stage and (stage == 0 or size == self.world.size)
-        if not fits and not self.reset_optimizer:
+        if not self._optimizer_fits(commit) and not self.reset_optimizer:
             raise ConfigError(
-                f"{folder}: its optimizer is that of {size} processes at ZeRO stage {stage}, these are "
-                f"{self.world.size} at stage {self.config.engine.zero_stage}; start it as it was, keep weights and "
-                "position with --reset-optimizer, or begin the step anew with --restart-step"
+                f"{folder}: its optimizer state is that of {commit['world_size']} processes at ZeRO stage "
+                f"{commit['zero_stage']}, these are {self.step.world.size} at stage {config.engine.zero_stage}; start "
+                "it as it was, keep weights and position with --reset-optimizer, or begin the step anew with "
+                "--restart-step"
             )
 
 
 def _encode(model: dict[str, Tensor], state: TrainingState, totals: dict[str, Any]) -> dict[str, bytes]:
     best = state.best
-    selected = None if best is None else {"epoch": best.epoch, "val_accuracy": best.val_accuracy}
-    training = {"iteration": state.iteration, "best": selected, "totals": totals, "counters": sorted(state.counters)}
+    epoch = None if best is None else {"epoch": best.epoch, "val_accuracy": best.val_accuracy}
+    training = {"iteration": state.iteration, "best": epoch, "totals": totals, "counters": sorted(state.counters)}
     files = {
         "model.safetensors": safetensors.torch.save(model),
         "training.json": encode_json(training),

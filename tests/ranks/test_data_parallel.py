@@ -19,8 +19,8 @@ from avcil_dist.models.network import Network, build_network
 from avcil_dist.scenario import Scenario
 from avcil_dist.streams.stream import scenario_of
 from avcil_dist.training.engine import Engine
-from avcil_dist.training.evaluation import Evaluator
-from avcil_dist.training.inference_pass import InferencePass
+from avcil_dist.training.evaluation import evaluate
+from avcil_dist.training.incremental_step import Step
 from avcil_dist.training.optim import build_optimizer
 from avcil_dist.training.teacher import Teacher
 from avcil_dist.training.train_step import gather_batch
@@ -132,8 +132,9 @@ def _evaluate(world: World, config: Config, global_batch: int) -> tuple[list[int
     method = make_method(config.method)
     torch.manual_seed(0)
     network = build_network(config.model, config.data.clip, manifest.shape, 6)
-    evaluator = Evaluator(InferencePass(manifest, scenario_of(config, manifest), config.data, world, CPU), global_batch)
-    found = evaluator(network, method, "test", 2, on_batch=lambda: None)
+    config = config.model_copy(update={"optim": config.optim.model_copy(update={"global_eval_batch": global_batch})})
+    step = Step(config, manifest, scenario_of(config, manifest), 2, method, world, CPU)
+    found = evaluate(step, network, "test", step.inference())
     return found.labels.tolist(), found.predictions.tolist()
 
 

@@ -11,8 +11,8 @@ from avcil_dist.data.manifest import load_manifest
 from avcil_dist.methods import make_method
 from avcil_dist.models.network import build_network
 from avcil_dist.streams.stream import scenario_of
-from avcil_dist.training.evaluation import Evaluator, Predictions
-from avcil_dist.training.inference_pass import InferencePass
+from avcil_dist.training.evaluation import Predictions, evaluate
+from avcil_dist.training.incremental_step import Step
 from avcil_dist.world import World
 from tests.helpers.features import make_feature_shards
 from tests.helpers.ranks import CPU, run_ranks
@@ -24,8 +24,9 @@ def predict(world: World, config: Config) -> Predictions:
     scenario = scenario_of(config, manifest)
     torch.manual_seed(0)
     network = build_network(config.model, config.data.clip, manifest.shape, scenario.num_seen(1))
-    evaluator = Evaluator(InferencePass(manifest, scenario, config.data, world, CPU), global_batch=16)
-    return evaluator(network, make_method(config.method), "test", 1, on_batch=lambda: None)
+    assert config.optim.global_eval_batch == 16
+    step = Step(config, manifest, scenario, 1, make_method(config.method), world, CPU)
+    return evaluate(step, network, "test", step.inference())
 
 
 def test_three_ranks_predict_each_clip_as_one_rank_does(tmp_path: Path) -> None:

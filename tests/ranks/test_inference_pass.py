@@ -20,6 +20,7 @@ from avcil_dist.models.network import HeadedNetwork, build_network
 from avcil_dist.streams.stream import scenario_of
 from avcil_dist.training.closed_form import train_closed_form
 from avcil_dist.training.exemplars import exemplar_features, update_memory
+from avcil_dist.training.incremental_step import Step
 from avcil_dist.training.inference_pass import InferencePass
 from avcil_dist.world import World
 from tests.helpers.features import damage, make_feature_shards
@@ -88,10 +89,10 @@ def herded(world: World, config: Config) -> tuple[dict[str, tuple[str, ...]], np
     features, network, context = prepare(world, config)
     method = make_method(config.method.model_copy(update={"name": "afc"}))
     memory = EMPTY_MEMORY
-    for step in (0, 1):
-        context = StepContext(context.scenario, step)
-        memory = update_memory(memory, network, config=config, context=context, needs=method.needs, inference=features)
-    means = class_means(exemplar_features(memory, network, context=context, inference=features))
+    for number in (0, 1):
+        step = Step(config, features.manifest, context.scenario, number, method, world, CPU)
+        memory = update_memory(step, memory, network, features)
+    means = class_means(exemplar_features(step, memory, network, features))
     names = context.scenario.new(1)
     new = features.class_features(network, {name: features.manifest.clips([name], "train") for name in names})
     proxies = method.imprint([new[name].features for name in names], 2.0)
@@ -146,8 +147,8 @@ def summed(world: World, config: Config) -> tuple[float, np.ndarray, np.ndarray]
         network = build_network(
             config.model, config.data.clip, manifest.shape, 1, network_spec=method.needs.network_spec
         )
-        features = InferencePass(manifest, scenario, config.data, world, CPU)
-        train_closed_form(method, network, features, manifest, StepContext(scenario, step))
+        value = Step(config, manifest, scenario, step, method, world, CPU)
+        train_closed_form(value, network, value.inference())
         state = method.state_dict()
     return state["gamma"], state["weights"].numpy(), state["gram_000"].numpy()
 

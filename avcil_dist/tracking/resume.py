@@ -2,7 +2,7 @@
 
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,14 +68,47 @@ def prepare_resume(
         for change in setting_changes(before, after):
             if change.key != "tracking.uri":
                 show(f"  {change.key}: {change.before} -> {change.after}  ({change.change_class})")
-        changes = _allowed_changes(before, after, step, request, tracked)
+        changes = allowed_changes(before, after, step, request, _committed_steps(tracked))
         identity = _identity(tracked, temporary, step, changes, request)
         _install(temporary, stream_url(config), step, identity)
     return Resumption(config, step, identity)
 
 
+def allowed_changes(
+    before: Mapping[str, Any], after: Mapping[str, Any], step: int, request: ResumeRequest, committed: Collection[int]
+) -> tuple[Change, ...]:
+    """Return the changes that affect results, of two flattened configurations.
+
+    `committed`: the committed steps of the run that is resumed after `step`. Raises ConfigError for the first
+    change that the request does not allow.
+    """
+    changes = result_changes(before, after)
+    changed = [change for change in changes if change.key != "name"]
+    for change in changed if not request.force else ():
+        text = f"{change.key}: {change.before} -> {change.after}"
+        if change.change_class is ChangeClass.INCOMPARABLE:
+            raise ConfigError(
+                f"{text}: the steps before and after would not be comparable; keep the old value, or add --force, "
+                "which the run and its artifacts record"
+            )
+        if not request.fork:
+            raise ConfigError(f"{text}: that makes another stream; add --fork for a run of its own")
+    later = [other for other in committed if other > step]
+    if changed and later and not request.fork:
+        raise ConfigError(
+            f"step {min(later)} is in this run already, made with the old settings; add --fork for another run"
+        )
+    recorded = [*changed, *(change for change in changes if change.key == "name")]
+    return tuple(Change(step, change.key, change.before, change.after, forced=request.force) for change in recorded)
+
+
+def _committed_steps(tracked: TrackedStream) -> list[int]:
+    """The steps that are committed on the server, in order."""
+    return sorted(step for step, run in tracked.steps.items() if COMMITTED_TAG in run.data.tags)
+
+
 def _choose_step(tracked: TrackedStream, uri: str, wanted: int | None) -> int:
-    committed = sorted(step for step, run in tracked.steps.items() if COMMITTED_TAG in run.data.tags)
+    committed = _committed_steps(tracked)
     name = f"{shown(uri)}: run {tracked.run.info.run_id}"
     if not committed:
         raise TrackingError(f"{name}: no step is committed there; begin the stream anew with avcil train")
@@ -94,30 +127,6 @@ def _resumed_config(made_with: Config, uri: str, request: ResumeRequest) -> Conf
     if not request.fork and config.name != made_with.name:
         raise ConfigError(f"name={config.name}: the stream is {made_with.name}; a new name needs a new run: add --fork")
     return config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": uri})})
-
-
-def _allowed_changes(
-    before: dict[str, Any], after: dict[str, Any], step: int, request: ResumeRequest, tracked: TrackedStream
-) -> tuple[Change, ...]:
-    """The changes that affect results. Raises ConfigError for the first that the request does not allow."""
-    changes = result_changes(before, after)
-    changed = [change for change in changes if change.key != "name"]
-    for change in changed if not request.force else ():
-        text = f"{change.key}: {change.before} -> {change.after}"
-        if change.change_class is ChangeClass.INCOMPARABLE:
-            raise ConfigError(
-                f"{text}: the steps before and after would not be comparable; keep the old value, or add --force, "
-                "which the run and its artifacts record"
-            )
-        if not request.fork:
-            raise ConfigError(f"{text}: that makes another stream; add --fork for a run of its own")
-    later = [other for other, run in tracked.steps.items() if other > step and COMMITTED_TAG in run.data.tags]
-    if changed and later and not request.fork:
-        raise ConfigError(
-            f"step {min(later)} is in this run already, made with the old settings; add --fork for another run"
-        )
-    recorded = [*changed, *(change for change in changes if change.key == "name")]
-    return tuple(Change(step, change.key, change.before, change.after, forced=request.force) for change in recorded)
 
 
 def _identity(

@@ -9,12 +9,8 @@ import pytest
 import torch
 
 from avcil_dist import storage
-from avcil_dist.config.schema import Config
-from avcil_dist.data.exemplar_memory import ExemplarMemory
 from avcil_dist.errors import ArtifactError
-from avcil_dist.scenario import Scenario
 from avcil_dist.streams.artifact import (
-    StepArtifact,
     committed_steps,
     is_committed,
     load_artifact,
@@ -26,7 +22,7 @@ from avcil_dist.streams.artifact import (
 )
 from avcil_dist.streams.commit import COMMITTED, read_commit, read_verified_commit, write_commit, write_files
 from avcil_dist.streams.identity import Change, new_identity, read_identity, write_identity
-from avcil_dist.streams.metrics import StreamMetrics
+from tests.helpers.artifacts import make_artifact
 
 FILES = (
     "model.safetensors",
@@ -37,37 +33,6 @@ FILES = (
     "metrics.json",
     "config.yaml",
 )
-
-
-def make_artifact(step: int = 0) -> StepArtifact:
-    config = Config.model_validate(
-        {
-            "name": "tiny",
-            "data": {"manifest": "manifest.json"},
-            "scenario": {"classes_per_step": [2, 1]},
-            "method": {"name": "avcil"},
-            "model": {"visual": {"kind": "precomputed"}, "audio": {"kind": "precomputed"}},
-        }
-    )
-    metrics = StreamMetrics(
-        step=step,
-        accuracy=tuple((0.5,) * (row + 1) for row in range(step + 1)),
-        seen_accuracy=(0.5,) * (step + 1),
-        per_class={"dog": 0.25},
-        num_test_clips=8,
-        epoch=3,
-        val_accuracy=0.75,
-    )
-    return StepArtifact(
-        step=step,
-        model={"weight": torch.arange(6.0).reshape(2, 3)},
-        method={"means": torch.ones(2), "count": 3},
-        memory=ExemplarMemory({"dog": ("a", "b"), "cat": ("c",)}),
-        scenario=Scenario((("dog", "cat"), ("bus",))),
-        metrics=metrics,
-        config=config,
-        manifest_hash="m",
-    )
 
 
 def rewrite(stream: Path, file: str, data: bytes) -> None:
@@ -205,7 +170,7 @@ def test_a_file_of_another_version_is_an_artifact_error(tmp_path: Path, file: st
 
 def test_steps_are_counted_by_their_number_and_only_with_a_commit(tmp_path: Path) -> None:
     for step in (0, 2, 10, 1000):
-        save_artifact(str(tmp_path), make_artifact(step))
+        write_commit(step_url(str(tmp_path), step), {}, step=step)
     (tmp_path / "step_003").mkdir()
     (tmp_path / "events").mkdir()
     (tmp_path / "step_11").mkdir()

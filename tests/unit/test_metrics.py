@@ -1,11 +1,13 @@
 """Metrics on numbers worked out by hand."""
 
 import json
+from dataclasses import MISSING, fields, replace
 
 import pytest
 
 from avcil_dist.streams.metrics import (
     StreamMetrics,
+    SubsetMetrics,
     accuracy_row,
     confusion,
     forgetting,
@@ -36,7 +38,7 @@ def make_metrics(rows: list[list[float]], seen: list[float]) -> StreamMetrics:
     return metrics
 
 
-def test_each_task_is_judged_on_its_own_clips_whatever_its_size() -> None:
+def test_the_accuracy_of_a_task_is_over_its_own_clips() -> None:
     assert accuracy_row(LABELS, PREDICTIONS, TASKS) == pytest.approx([3 / 4, 1 / 3, 2 / 3])
 
 
@@ -149,3 +151,35 @@ def test_an_incomplete_record_is_refused() -> None:
     del record["seen_accuracy"]
     with pytest.raises(ValueError, match="seen_accuracy"):
         StreamMetrics.from_dict(record)
+
+
+def test_a_record_from_before_an_optional_metric_reads_with_its_default() -> None:
+    record = make_metrics([[0.9]], [0.9]).to_dict()
+    del record["confusion"], record["source_disjoint"]
+    assert StreamMetrics.from_dict(record) == make_metrics([[0.9]], [0.9])
+
+
+def test_a_metric_of_a_later_version_is_ignored() -> None:
+    metrics = make_metrics([[0.9]], [0.9])
+    assert StreamMetrics.from_dict(metrics.to_dict() | {"calibration": 0.3}) == metrics
+
+
+def test_every_metric_added_after_the_first_version_has_a_default() -> None:
+    required = {field.name for field in fields(StreamMetrics) if field.default is field.default_factory is MISSING}
+    assert required == {"step", "accuracy", "seen_accuracy", "per_class", "num_test_clips", "epoch", "val_accuracy"}
+
+
+def test_scalars_are_the_numbers_of_the_last_step() -> None:
+    metrics = make_metrics([[0.9], [0.5, 0.8], [0.6, 0.3, 0.7]], [0.9, 0.6, 0.45])
+    assert metrics.scalars() == pytest.approx(
+        {"seen_accuracy": 0.45, "mean_accuracy": 0.65, "forgetting": 0.4, "average_forgetting": 0.4}
+    )
+    assert set(make_metrics([[0.5]], [0.5]).scalars()) == {"seen_accuracy", "mean_accuracy"}
+    subset = replace(metrics, source_disjoint=SubsetMetrics((0.1, 0.2, 0.3), 4))
+    assert subset.scalars()["source_disjoint_accuracy"] == 0.3
+    assert subset.to_dict()["source_disjoint"]["mean_accuracy"] == pytest.approx(0.2)
+
+
+def test_the_number_of_seen_accuracies_must_fit_the_step() -> None:
+    with pytest.raises(ValueError, match="seen accuracies"):
+        StreamMetrics(1, ((0.9,), (0.5, 0.8)), (0.9,), {}, 1, 0, None)

@@ -1,0 +1,110 @@
+"""Streams on disk: the next step, the single writer, and whether a stream may continue."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from avcil_dist import storage
+from avcil_dist.config.schema import Config
+from avcil_dist.errors import ArtifactError, ConfigError
+from avcil_dist.streams import stream as stream_module
+from avcil_dist.streams.artifact import save_artifact
+from avcil_dist.streams.compat import check_continues, load_previous
+from avcil_dist.streams.identity import Change, new_identity, write_identity
+from avcil_dist.streams.stream import next_step, sole_writer, stream_url
+from tests.helpers.artifacts import make_artifact
+
+
+def manifest(content_hash: str = "m") -> Any:
+    return SimpleNamespace(content_hash=content_hash)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    """The configuration of a stream whose steps 0 and 1 are committed."""
+    for step in range(2):
+        artifact = make_artifact(step, str(tmp_path))
+        save_artifact(stream_url(artifact.config), artifact)
+    return artifact.config
+
+
+def changed(config: Config, **sections: dict[str, Any]) -> Config:
+    return Config.model_validate(config.model_dump() | {k: config.model_dump()[k] | v for k, v in sections.items()})
+
+
+def test_the_next_step_follows_the_last_committed_one(config: Config, tmp_path: Path) -> None:
+    stream = stream_url(config)
+    assert next_step(str(tmp_path / "nothing"), 4) == 0
+    assert next_step(stream, 4) == 2
+    assert next_step(stream, 2) == 2
+    storage.remove_tree(f"{stream}/step_000")  # as after resuming on another machine
+    assert next_step(stream, 4) == 2
+
+
+def test_a_stream_continues_with_the_settings_and_data_that_it_was_made_with(config: Config) -> None:
+    check_continues(config, manifest(), 2)
+    check_continues(changed(config, data={"read_threads": 3}, snapshot={"every_minutes": 99}), manifest(), 2)
+    assert load_previous(config, manifest(), 0) is None
+    previous = load_previous(config, manifest(), 2)
+    assert previous is not None
+    assert previous.step == 1
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"optim": {"lr": 0.5}}, r"step 1 was made with optim\.lr=.*, not 0\.5; choose another name="),
+        ({"engine": {"precision": "bf16"}}, r"engine\.precision=.*, not bf16"),
+        ({"scenario": {"classes_per_step": [1, 2]}}, r"scenario\.classes_per_step=\[2, 1\], not \[1, 2\]"),
+    ],
+)
+def test_other_settings_do_not_continue_a_stream(config: Config, sections: Any, message: str) -> None:
+    for check in (check_continues, load_previous):
+        with pytest.raises(ConfigError, match=message):
+            check(changed(config, **sections), manifest(), 2)
+
+
+def test_other_data_does_not_continue_a_stream(config: Config) -> None:
+    with pytest.raises(ConfigError, match=r"step 1 was made from other data than manifest\.json"):
+        check_continues(config, manifest("other"), 2)
+
+
+def test_a_recorded_change_continues_the_stream_after_its_step_only(config: Config) -> None:
+    lr, after = config.optim.lr, changed(config, optim={"lr": 0.5})
+    identity = new_identity()
+    for change, passes in (
+        (Change(1, "optim.lr", lr, 0.5, forced=False), True),
+        (Change(0, "optim.lr", lr, 0.5, forced=False), False),
+        (Change(1, "optim.lr", lr, 0.6, forced=False), False),
+    ):
+        write_identity(stream_url(config), replace(identity, changes=(change,)))
+        if passes:
+            check_continues(after, manifest(), 2)
+        else:
+            with pytest.raises(ConfigError, match="optim"):
+                check_continues(after, manifest(), 2)
+
+
+def test_a_stream_without_the_previous_step_does_not_continue(config: Config) -> None:
+    with pytest.raises(ArtifactError, match=r"step_002: no committed step artifact"):
+        load_previous(config, manifest(), 3)
+
+
+def test_a_stream_has_one_writer_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream_module, "LOCK_SECONDS", 0.1)
+    stream = str(tmp_path / "runs" / "tiny")
+    with sole_writer(stream):
+        with sole_writer(str(tmp_path / "runs" / "other")):
+            pass
+        with pytest.raises(ConfigError, match="another process trains this stream"), sole_writer(stream):
+            pass
+    with sole_writer(stream):  # free again
+        assert not Path(stream).exists()  # the lock lies beside the folder, which may be removed
+
+
+def test_a_stream_on_object_storage_has_no_lock() -> None:
+    with sole_writer("memory://runs/tiny"), sole_writer("memory://runs/tiny"):
+        pass

@@ -7,7 +7,6 @@ every process of the launcher supervises one rank.
 
 import multiprocessing
 import os
-import socket
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -25,6 +24,7 @@ from avcil_dist.tracking.session import stream_run
 from avcil_dist.training.engine import name_accelerator
 from avcil_dist.training.preflight import check_run
 from avcil_dist.world import World, world_from_environment
+from launch.local_worlds import local_worlds
 from launch.progress import print_warning
 from launch.resume_policy import KEEP_ALL, ResumePolicy, discard_state
 from launch.step_run import StepRun
@@ -57,22 +57,6 @@ def run_stream(config: Config, *, processes: int, policy: ResumePolicy = KEEP_AL
                 if stop.is_set() and step + 1 < num_steps:
                     raise StepStopped(f"stopped after step {step}; run the same command again to continue")
     return stream
-
-
-def local_worlds(processes: int) -> tuple[World, ...]:
-    """Return the worlds of `processes` ranks on this machine, with a master port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return tuple(
-        World(rank, processes, rank, processes, "127.0.0.1", port, launcher="local") for rank in range(processes)
-    )
-
-
-def current_world() -> World:
-    """Return the world of the launcher around this process, or a world of this process alone."""
-    world = world_from_environment(os.environ)
-    return world if world.launcher != "none" else replace(local_worlds(1)[0], launcher="none")
 
 
 def _rank_of(outer: World, step: int) -> World:

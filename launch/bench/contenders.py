@@ -5,7 +5,6 @@ the network, method `avcil`, its teacher, and the engine, on one rank.
 """
 
 import resource
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,8 +30,8 @@ from avcil_dist.training.optim import build_optimizer
 from avcil_dist.training.teacher import Teacher
 from avcil_dist.training.teacher_cache import TeacherCache
 from avcil_dist.training.train_step import train_step
-from avcil_dist.world import World
 from launch.bench.eager_reference import EagerNetwork, avcil_loss
+from launch.local_worlds import local_worlds
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 COPIED = 1 << 28  # bytes
@@ -166,7 +165,7 @@ def our_side(setting: Setting, batch: Batch, watch: Stopwatch, *, given: bool) -
         build_optimizer(student, optim),
         config=config,
         rows=len(batch.labels),
-        world=local_world(),
+        world=local_worlds(1)[0],
         device=device,
     )
     engine.network.train()
@@ -236,13 +235,6 @@ def ceiling_side(setting: Setting, watch: Stopwatch) -> Iterator[Callable[[], fl
     yield run
 
 
-def local_world() -> World:
-    """One rank on this machine, at a free port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return World(0, 1, 0, 1, "127.0.0.1", probe.getsockname()[1], launcher="local")
-
-
 def synchronize(device: torch.device) -> None:
     """Wait for what a GPU was told to do."""
     if device.type == "cuda":
@@ -267,7 +259,7 @@ def serve(name: SideName, setting: Setting, connection: Connection) -> None:
     The word "time" asks for the seconds of its parts, "memory" for their peaks in bytes; None ends.
     """
     torch.set_num_threads(setting.threads)
-    device, world = torch.device(setting.device), local_world()
+    device, world = torch.device(setting.device), local_worlds(1)[0]
     with process_group(world, device, timeout_minutes=30):
         if name in ("ours", "logits given"):
             import_deepspeed(world)

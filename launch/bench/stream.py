@@ -20,7 +20,7 @@ from avcil_dist.training.engine import name_accelerator
 from avcil_dist.training.observer import Observer
 from avcil_dist.training.step import run_step
 from data_shards.random_features import make_feature_shards
-from launch.bench.contenders import local_world
+from launch.local_worlds import local_worlds
 
 CLASSES = 4  # of each of the two steps
 # VS100-CI: steps, epochs, training clips a step, and validation clips of all steps, each counted at every step it is in
@@ -77,7 +77,7 @@ def measure_stream(
 
 def _run(config: Config, step: int) -> _EpochTimes:
     watch = _EpochTimes()
-    run_step(config, step, world=local_world(), observers=(watch,), stop=StopRequest())
+    run_step(config, step, world=local_worlds(1)[0], observers=(watch,), stop=StopRequest())
     return watch
 
 

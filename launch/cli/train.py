@@ -58,7 +58,7 @@ def evaluate(stream: str, step: int | None, split: str, manifest: str | None) ->
     """
     from avcil_dist.data.manifest import Split
     from avcil_dist.inference import evaluate_step
-    from launch.local import current_world
+    from launch.local_worlds import current_world
 
     results = evaluate_step(stream, step, cast(Split, split), manifest, world=current_world())
     echo_once(json.dumps(results, indent=1))

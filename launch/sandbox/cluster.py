@@ -209,7 +209,7 @@ def _check_machine(folder: Path) -> None:
     missing = sorted({package for command, package in PACKAGES.items() if not _which(command)})
     if missing:
         raise SandboxError(
-            f"not installed: {', '.join(missing)}; install them with `bash launch/test.sh --with-system` "
+            f"not installed: {', '.join(missing)}; install them with `bash launch/system.sh` "
             f"or `apt-get install {' '.join(missing)}` (Debian, as root)"
         )
     if os.geteuid() != 0:

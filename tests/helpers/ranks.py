@@ -11,7 +11,8 @@ from torch.multiprocessing.spawn import start_processes
 from avcil_dist.training.collectives import process_group
 from avcil_dist.training.engine import name_accelerator
 from avcil_dist.world import World
-from launch.local import PRELOADED, local_worlds
+from launch.local import PRELOADED
+from launch.local_worlds import local_worlds
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,7 @@ def missing() -> str | None:
     path = f"{os.environ['PATH']}:{SYSTEM_PATHS}"
     packages = sorted({package for command, package in PACKAGES.items() if not shutil.which(command, path=path)})
     if packages:
-        return f"needs {', '.join(packages)}: bash launch/test.sh --with-system"
+        return f"needs {', '.join(packages)}: bash launch/system.sh"
     return None if os.geteuid() == 0 else "the sandbox's SLURM is started by root"
 
 

@@ -182,4 +182,4 @@ def test_the_sandbox_says_which_packages_are_missing(monkeypatch: pytest.MonkeyP
     result = avcil("sandbox", "up", "--folder", tmp_path)
     assert result.exit_code == 2
     assert "mariadb-server, munge, slurm-wlm, slurmdbd" in result.output
-    assert "launch/test.sh --with-system" in result.output
+    assert "bash launch/system.sh" in result.output

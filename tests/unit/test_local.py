@@ -11,7 +11,8 @@ from avcil_dist.config.schema import Config
 from avcil_dist.errors import ConfigError
 from avcil_dist.streams.stream import sole_runner, sole_writer, stream_url
 from launch import local
-from launch.local import local_worlds, run_stream
+from launch.local import run_stream
+from launch.local_worlds import local_worlds
 from launch.resume_policy import ResumePolicy
 
 

@@ -18,7 +18,7 @@ from launch.cluster.chain_record import read_chain, write_chain
 from launch.cluster.mark_failed import fail_stream
 from launch.cluster.rank_entry import RankEntry
 from launch.cluster.schedulers.local import LOCK, PID, POLL_SECONDS, is_supervised
-from launch.local import local_worlds
+from launch.local_worlds import local_worlds
 from launch.step_run import StepRun
 
 

@@ -13,7 +13,7 @@ class ResumePolicy:
     """Existing state to discard before a stream continues; by default none.
 
     `restart`: all committed steps and snapshots. `restart_step`: the snapshots of the next step. `reset_optimizer`:
-    the optimizer's state in the snapshot of the next step.
+    the optimizer's state in the snapshot of the next step, where it does not fit the ranks or the ZeRO stage.
     """
 
     restart: bool = False

@@ -136,7 +136,9 @@ def discard_stale(config: Config, step: int, *, own: bool) -> None:
 class SnapshotManager:
     """Writes, finds and loads the snapshots of one step. All ranks call it together.
 
-    With `reset_optimizer`, training continues from a snapshot with a fresh optimizer, on any number of ranks.
+    A snapshot whose optimizer state does not fit the ranks or the ZeRO stage is an error, unless `reset_optimizer`
+    permits a fresh optimizer in that case. A state that fits is always loaded: a job that is requeued with the same
+    arguments must not lose it again.
     """
 
     def __init__(self, step: Step, reset_optimizer: bool = False) -> None:
@@ -183,7 +185,7 @@ class SnapshotManager:
         self._iteration = training["iteration"]
         return Snapshot(
             safetensors.torch.load(read_committed_file(folder, "model.safetensors", commit)),
-            None if self.reset_optimizer else self._read_optimizer(folder, commit),
+            self._read_optimizer(folder, commit) if self._optimizer_fits(commit) else None,
             TrainingState(training["iteration"], best, totals, set(training["counters"])),
         )
 

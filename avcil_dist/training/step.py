@@ -58,10 +58,10 @@ def run_step(
 ) -> StepArtifact:
     """Train, test and commit step `number`; every rank calls it. Returns the committed artifact.
 
-    A step with a snapshot continues from its newest one. With `reset_optimizer` it does so with a fresh
-    optimizer. Raises StepStopped, on all ranks,
-    when `stop` is set on one and a snapshot is committed. Raises an AvcilError, the same on all ranks, for faults
-    in settings, data or artifacts; an error that a rank cannot raise is passed to `report`, and the process ends.
+    A step with a snapshot continues from its newest one. `reset_optimizer` permits a fresh optimizer where the
+    snapshot's does not fit the ranks or the ZeRO stage. Raises StepStopped, on all ranks, when `stop` is set on one
+    and a snapshot is committed. Raises an AvcilError, the same on all ranks, for faults in settings, data or
+    artifacts; an error that a rank cannot raise is passed to `report`, and the process ends.
     """
     device = local_device(world)
     set_threads(world)

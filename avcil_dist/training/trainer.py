@@ -78,7 +78,9 @@ class Trainer:
             self.teacher.use_cache(self._teacher_cache)
         with local_exemplars(replace(self.sampler, start=state.iteration)) as (source, manifest):
             engine = self._make_engine(student)
-            if snapshot and snapshot.optimizer is not None:
+            if snapshot and snapshot.optimizer is None:
+                self.observer.message("continues with a fresh optimizer: the snapshot's does not fit these ranks")
+            elif snapshot and snapshot.optimizer is not None:
                 engine.load_optimizer_state(snapshot.optimizer)
             batches = load_on_device(
                 source,

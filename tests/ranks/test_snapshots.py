@@ -131,6 +131,21 @@ def test_on_another_number_of_ranks_a_snapshot_goes_on_exactly_or_says_what_to_d
         torch.testing.assert_close(ours.model[name], value, rtol=1e-5, atol=1e-5)
 
 
+def stop_and_reset(world: World, config: Config) -> int:
+    """A step that is stopped and continues with --reset-optimizer, as a requeued job does again and again."""
+    run_steps(world, config, [0])
+    stopped_step(world, config, 9)
+    return resumed_step(world, config, reset_optimizer=True)
+
+
+def test_reset_optimizer_keeps_the_state_of_a_snapshot_that_fits(tmp_path: Path) -> None:
+    file = write_config(tmp_path)
+    whole, broken = (resolved(file, f"output={tmp_path}/{name}") for name in ("whole", "broken"))
+    run_ranks(run_steps, 1, whole, [0, STEP])
+    assert run_ranks(stop_and_reset, 1, broken) == [10]
+    assert weights_digest(stream_url(broken), STEP) == weights_digest(stream_url(whole), STEP)
+
+
 def stop_and_go_on(world: World, config: Config, damage: str) -> tuple[int, list[str]]:
     """Stop a step, damage its newest snapshot, go on; from where, and what was said."""
     if not storage.exists(stream_url(config)):
@@ -154,7 +169,7 @@ def test_a_damaged_snapshot_is_passed_over_for_the_one_before_with_a_warning(tmp
     config = resolved(write_config(tmp_path, **EVERY))
     [(begun, said)] = run_ranks(stop_and_go_on, 1, config, damage)
     assert begun == 8
-    assert any("model.safetensors: damaged" in text and "passing over" in text for text in said)
+    assert any("model.safetensors: damaged" in text and "skipping" in text for text in said)
 
 
 def test_a_snapshot_does_not_go_on_with_other_settings(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ class JobStart:
 
     `run_id`: the stream's id, see `open_run`. `first_step`: the first step that is not committed. `after`: the
     `last_job` of another chain; the first step starts once it has ended, successfully or not. `reset_optimizer`:
-    the first step continues from its snapshot with a fresh optimizer.
+    the first step may continue from its snapshot with a fresh optimizer, in each start of its job.
     """
 
     run_id: str

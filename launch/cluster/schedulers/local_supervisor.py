@@ -29,6 +29,7 @@ class Supervisor:
         self.stream, self.run_id, self.reset_optimizer = stream, run_id, reset_optimizer
         self.chain = read_chain(stream)
         self.config, self.cluster = self.chain.config(), self.chain.cluster()
+        self.first_step = next_step(stream, self.chain.num_steps)
         self.stop_requested = False
 
     def run(self, after: str) -> None:
@@ -36,7 +37,7 @@ class Supervisor:
         signal.signal(signal.SIGTERM, self._request_stop)
         while after and is_supervised(after) and not self.stop_requested:
             time.sleep(POLL_SECONDS)
-        for step in range(next_step(self.stream, self.chain.num_steps), self.chain.num_steps):
+        for step in range(self.first_step, self.chain.num_steps):
             if not self._run_step(step):
                 return
 
@@ -66,8 +67,8 @@ class Supervisor:
             stderr_to_stdout=True,
         )
         num_steps, progress_file = self.chain.num_steps, self.chain.progress_file(step)
-        run = StepRun(self.config, step, num_steps, self.run_id, self.reset_optimizer, progress_file)
-        self.reset_optimizer = False
+        reset_optimizer = self.reset_optimizer and step == self.first_step  # in each start of the first step's job
+        run = StepRun(self.config, step, num_steps, self.run_id, reset_optimizer, progress_file)
         port = local_worlds(resources.tasks)[0].master_port
         job = executor.submit(RankEntry(run, self.chain.folder, self.chain.kind, port))
         self.chain = self.chain.with_job(step, str(job.job_id))

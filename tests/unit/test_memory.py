@@ -1,8 +1,16 @@
 import json
 
 import numpy as np
+import pytest
 
-from avcil_dist.data.exemplar_memory import EMPTY_MEMORY, ExemplarMemory, herding_order, random_order
+from avcil_dist.data.exemplar_memory import (
+    EMPTY_MEMORY,
+    ExemplarMemory,
+    herding_order,
+    quota,
+    random_order,
+    unit_rows,
+)
 
 
 def keys_of(name: str, count: int) -> list[str]:
@@ -13,6 +21,18 @@ def test_every_class_gets_an_equal_quota_of_its_first() -> None:
     memory = EMPTY_MEMORY.update({name: keys_of(name, 20) for name in "abc"}, size=10)
     assert memory.keys == {name: tuple(keys_of(name, 3)) for name in "abc"}
     assert memory.count == 9
+
+
+@pytest.mark.parametrize(("size", "classes", "each"), [(11, 3, 3), (1500, 309, 4), (2, 3, 0), (12, 3, 4), (0, 5, 0)])
+def test_the_quota_is_rounded_down_and_the_memory_never_exceeds_its_size(size: int, classes: int, each: int) -> None:
+    assert quota(size, classes) == each
+    names = [f"c{number}" for number in range(classes)]
+    memory = EMPTY_MEMORY.update({name: keys_of(name, 9) for name in names}, size)
+    assert memory.count == each * classes <= size
+    half = classes // 2
+    grown = EMPTY_MEMORY.update({name: keys_of(name, 9) for name in names[:half]}, size) if half else EMPTY_MEMORY
+    assert grown.update({name: keys_of(name, 9) for name in names[half:]}, size).keys.keys() == memory.keys.keys()
+    assert grown.update({name: keys_of(name, 9) for name in names[half:]}, size).count <= size
 
 
 def test_old_classes_keep_their_first_exemplars() -> None:
@@ -78,6 +98,18 @@ def test_herding_knows_direction_and_not_length() -> None:
     features = np.random.default_rng(0).normal(size=(20, 4))
     lengths = np.random.default_rng(1).uniform(0.1, 10, size=(20, 1))
     assert herding_order(features, 8) == herding_order(features * lengths, 8)
+
+
+def test_herding_does_not_follow_digits_in_which_machines_differ() -> None:
+    features = np.random.default_rng(0).normal(size=(20, 4))
+    noise = 1 + 1e-9 * np.random.default_rng(1).normal(size=features.shape)
+    assert herding_order(features * noise, 20) == herding_order(features, 20)
+
+
+def test_rows_have_unit_norm_in_six_decimals_and_zero_rows_stay_zero() -> None:
+    rows = unit_rows(np.array([[3.0, 4.0], [0.0, 0.0], [1.0, 1.0]], dtype=np.float32))
+    assert rows.dtype == np.float64
+    assert rows.tolist() == [[0.6, 0.8], [0.0, 0.0], [0.707107, 0.707107]]
 
 
 def test_the_first_of_a_herding_are_the_herding_of_fewer() -> None:

@@ -1,9 +1,11 @@
 """Reading batches: the same from every source, damaged shards, resumption, what is counted."""
 
+import gc
 import io
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -248,6 +250,39 @@ def test_what_was_read_is_counted(shards: Path, tmp_path: Path, place: Callable[
         assert counts["fetched_bytes"] >= counts["read_bytes"]
     else:
         assert counts["fetched_bytes"] == 0
+
+
+def open_shards() -> int:
+    """The shards that this process has open, in the cache or as files."""
+    paths = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):  # closed in the meantime, such as the one of the listing
+            paths.append(descriptor.readlink())
+    return sum(path.suffix == ".tar" for path in paths)
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["local files", "shard cache"])
+def test_shards_are_closed_after_their_last_use(tmp_path: Path, cached: bool) -> None:
+    folder = tmp_path / "many"
+    url = make_feature_shards(folder, classes=40, clips={"train": 2}, clips_per_shard=2)
+    settings: dict[str, object] = {"shard_cache": str(tmp_path / "cache")} if cached else {"shard_cache": "none"}
+    before = open_shards()
+    opened = [open_shards() - before for _ in training_batches(url, epochs=2, batch=2, **settings)]
+    assert len(opened) == 80
+    assert max(opened) > 0
+    assert max(opened) <= 16  # of 40: those of the batches ahead
+    assert open_shards() == before
+
+
+def test_a_reader_that_is_left_early_closes_its_shards(tmp_path: Path) -> None:
+    url = make_feature_shards(tmp_path / "many", classes=10, clips={"train": 2}, clips_per_shard=2)
+    before = open_shards()
+    batches = training_batches(url, epochs=2, batch=2)
+    next(batches)
+    assert open_shards() > before
+    del batches
+    gc.collect()
+    assert open_shards() == before
 
 
 def test_exemplars_do_not_bring_whole_shards_into_the_cache(shards: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 import resource
 import uuid
 from collections.abc import Iterator
@@ -178,6 +179,55 @@ def _write_half(url: str) -> None:
     with storage.new_file(url) as file:
         file.write(b"half")
         raise KeyboardInterrupt
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The order of syncs to disk and renames."""
+    made: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def record_fsync(descriptor: int) -> None:
+        made.append(f"fsync {os.fstat(descriptor).st_size}")
+        fsync(descriptor)
+
+    def record_replace(path: Path, target: Path) -> Path:
+        made.append(f"rename {path.stat().st_size}")
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(Path, "replace", record_replace)
+    return made
+
+
+def test_the_whole_file_is_on_disk_before_it_gets_its_name(tmp_path: Path, calls: list[str]) -> None:
+    storage.write_bytes(f"{tmp_path}/a.bin", bytes(5000))
+    assert calls == ["fsync 5000", "rename 5000"]
+    calls.clear()
+    storage.upload(tmp_path / "a.bin", f"{tmp_path}/b.bin")
+    assert calls == ["fsync 5000", "rename 5000"]
+    calls.clear()
+    with storage.new_file(f"{tmp_path}/c.bin") as file:
+        file.write(bytes(7000))
+        assert calls == []
+    assert calls == ["fsync 7000", "rename 7000"]
+
+
+def test_a_range_is_read_exactly_or_refused(root: str) -> None:
+    url = storage.join(root, "x.bin")
+    storage.write_bytes(url, bytes(range(100)))
+    assert storage.read_range(url, 10, 20) == bytes(range(10, 20))
+    assert storage.read_range(url, 90, 100) == bytes(range(90, 100))
+    for start, stop in ((95, 101), (100, 110), (200, 210)):
+        with pytest.raises(DataError, match=rf"^{url}: 100 bytes, {stop} are needed; the shard is cut"):
+            storage.read_range(url, start, stop)
+
+
+def test_a_folder_is_listed_by_sorted_names_and_a_missing_one_is_empty(root: str) -> None:
+    for name in ("b.txt", "a.txt", "deep/c.txt"):
+        storage.write_bytes(storage.join(root, "folder", name), b"x")
+    assert storage.list_folder(storage.join(root, "folder")) == ["a.txt", "b.txt", "deep"]
+    assert storage.list_folder(storage.join(root, "gone")) == []
 
 
 def test_new_file_that_fails_leaves_the_old_one(tmp_path: Path) -> None:

@@ -67,3 +67,25 @@ def test_a_clip_without_importance_adds_nothing() -> None:
     theirs = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
     loss = feature_discrepancy([ours], [theirs], torch.tensor([[0.0], [2.0]]))
     assert loss.item() == pytest.approx(math.sqrt(2) / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("distance", [5e-4, 5e-5])
+def test_a_small_distance_counts_and_has_a_gradient(distance: float) -> None:
+    angle = 2 * math.asin(distance / 2)
+    ours, theirs = leaf([[math.cos(angle), math.sin(angle)]]), torch.tensor([[1.0, 0.0]])
+    loss = feature_discrepancy([ours], [theirs], torch.ones(1, 1))
+    loss.backward()
+    assert loss.item() == pytest.approx(distance, rel=2e-3)
+    assert ours.grad.norm().item() == pytest.approx(1, abs=2e-3)
+
+
+def test_a_distance_of_rounding_errors_counts_as_none() -> None:
+    torch.manual_seed(0)
+    ours = torch.randn(100, 8).requires_grad_()
+    scaled = (3 * ours).detach()
+    lengths = (torch.nn.functional.normalize(ours, dim=1) - torch.nn.functional.normalize(scaled, dim=1)).norm(dim=1)
+    assert lengths.max() > 0
+    loss = feature_discrepancy([ours], [scaled], torch.ones(100, 1))
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(ours.grad, torch.zeros_like(ours))

@@ -1,0 +1,271 @@
+"""Each method's total loss, needs and state, against numbers worked out by hand."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from avcil_dist.config.schema import MethodConfig
+from avcil_dist.errors import ConfigError
+from avcil_dist.methods import make_method, method_class, method_names
+from avcil_dist.methods.base import Method, Needs, StepContext, Targets
+from avcil_dist.methods.nearest_mean import NearestMean
+from avcil_dist.models.network_spec import NetworkSpec
+from avcil_dist.models.outputs import Divergence, Output
+from avcil_dist.scenario import Scenario
+
+LOG2, LOG3, LOG4, LOG6, LOG8 = (math.log(number) for number in (2, 3, 4, 6, 8))
+SCENARIO = Scenario((("a", "b"), ("c", "d")))
+# Two clips of new classes and an exemplar; exponentials of the logits are (1, 1, 1, 3) twice, and (1, 1, 2, 4).
+LOGITS = torch.tensor([[0, 0, 0, LOG3], [0, 0, 0, LOG3], [0, 0, LOG2, LOG4]])
+TARGETS = Targets(torch.tensor([2, 3, 0]), num_current=2)
+CROSS_ENTROPY = (LOG6 + LOG2 + LOG8) / 3
+SEPARATED = (LOG4 + math.log(4 / 3) + LOG2) / 3
+# At T = 4 the teacher's old classes are (3/4, 1/4), the student's (1/2, 1/2).
+TEACHER = Output(torch.tensor([[4 * LOG3, 0.0]] * 3))
+DISTILLATION = 16 * (0.75 * math.log(1.5) + 0.25 * math.log(0.5))
+METHODS = ["afc", "analytic", "avcil", "finetune", "icarl", "joint", "lwf", "ssil"]
+
+
+def method_of(name: str, step: int = 1, **options: Any) -> Method:
+    method = make_method(MethodConfig.model_validate({"name": name} | options))
+    method.begin_step(StepContext(SCENARIO, step))
+    return method
+
+
+def values(losses: dict[str, torch.Tensor]) -> dict[str, float]:
+    return {name: value.item() for name, value in losses.items()}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_step_0_trains_by_cross_entropy_over_all_classes(name: str) -> None:
+    losses = method_of(name, step=0).loss(TARGETS, Output(LOGITS), None)
+    assert values(losses) == pytest.approx({"loss": CROSS_ENTROPY}, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["finetune", "joint"])
+def test_methods_without_distillation_are_cross_entropy_in_every_step(name: str) -> None:
+    losses = method_of(name).loss(TARGETS, Output(LOGITS), TEACHER)
+    assert values(losses) == pytest.approx({"loss": CROSS_ENTROPY}, rel=1e-6)
+
+
+def test_ssil_is_separated_softmax_and_task_distillation() -> None:
+    losses = method_of("ssil", distillation_temperature=4).loss(TARGETS, Output(LOGITS), TEACHER)
+    expected = {"separated_softmax": SEPARATED, "task_distillation": DISTILLATION, "loss": SEPARATED + DISTILLATION}
+    assert values(losses) == pytest.approx(expected, rel=1e-6)
+
+
+def test_lwf_is_cross_entropy_over_new_classes_and_task_distillation() -> None:
+    targets = Targets(torch.tensor([2, 3, 2]), num_current=3)
+    losses = method_of("lwf", distillation_temperature=4).loss(targets, Output(LOGITS), TEACHER)
+    new = (LOG4 + math.log(4 / 3) + LOG3) / 3
+    expected = {"new_classes": new, "task_distillation": DISTILLATION, "loss": new + DISTILLATION}
+    assert values(losses) == pytest.approx(expected, rel=1e-6)
+
+
+# Axes as features: at temperature 1 / log 3 a sound's own pictures weigh 3, both others 1.
+AVCIL = {"contrast_temperature": 1 / LOG3, "distillation_temperature": 4, "lambda_instance": 0.5, "lambda_class": 2.0}
+AVCIL_OUTPUT = Output(LOGITS, torch.eye(3), torch.eye(3), divergence=Divergence(torch.ones(1), torch.full((1,), 3.0)))
+TERMS = {
+    "separated_softmax": SEPARATED,
+    "task_distillation": DISTILLATION,
+    "instance": math.log(5 / 3),
+    "class_aware": math.log(5 / 3) / 3,
+    "attention": 0.25 * 1 + 0.75 * 3,
+}
+WEIGHTS = {"separated_softmax": 1, "task_distillation": 1, "instance": 0.5, "class_aware": 2, "attention": 1}
+
+
+def test_avcil_is_the_weighted_sum_of_its_terms() -> None:
+    losses = method_of("avcil", lambda_attention=0.25, **AVCIL).loss(TARGETS, AVCIL_OUTPUT, TEACHER)
+    total = sum(WEIGHTS[name] * value for name, value in TERMS.items())
+    assert values(losses) == pytest.approx({"loss": total} | TERMS, rel=1e-6)
+
+
+def test_avcil_as_in_the_paper_divides_by_the_number_of_targets() -> None:
+    losses = method_of("avcil", variant="paper", lambda_attention=0.25, **AVCIL).loss(TARGETS, AVCIL_OUTPUT, TEACHER)
+    terms = TERMS | {"class_aware": math.log(5 / 3)}
+    assert values(losses) == pytest.approx(
+        {"loss": sum(WEIGHTS[name] * value for name, value in terms.items())} | terms, rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("switch", ["instance", "class_aware", "attention"])
+def test_a_term_of_avcil_that_is_switched_off_is_left_out(switch: str) -> None:
+    method = method_of("avcil", lambda_attention=0.25, **AVCIL, **{switch: False})
+    output = AVCIL_OUTPUT if switch != "attention" else AVCIL_OUTPUT._replace(divergence=None)
+    terms = {name: value for name, value in TERMS.items() if name != switch}
+    total = sum(WEIGHTS[name] * value for name, value in terms.items())
+    assert values(method.loss(TARGETS, output, TEACHER)) == pytest.approx({"loss": total} | terms, rel=1e-6)
+    assert method.needs.divergence is (switch != "attention")
+    assert method.needs.both_modalities
+
+
+def test_icarl_is_cross_entropy_and_distillation_of_old_logits() -> None:
+    teacher = Output(torch.tensor([[2 * LOG3, 0.0]] * 3))  # probabilities 9/10 and 1/2
+    # The student's old logits are 0: of their own, binary cross-entropy is log 2 whatever the target.
+    losses = method_of("icarl", variant="paper").loss(TARGETS, Output(LOGITS), teacher)
+    expected = {"cross_entropy": CROSS_ENTROPY, "distillation": LOG2, "loss": CROSS_ENTROPY + LOG2}
+    assert values(losses) == pytest.approx(expected, rel=1e-6)
+    # With the sigmoid taken twice the logits are 1/2: the mean target is 7/10.
+    positive = 1 / (1 + math.exp(-0.5))
+    distillation = -0.7 * math.log(positive) - 0.3 * math.log(1 - positive)
+    losses = method_of("icarl").loss(TARGETS, Output(LOGITS), teacher)
+    expected = {"cross_entropy": CROSS_ENTROPY, "distillation": distillation, "loss": CROSS_ENTROPY + distillation}
+    assert values(losses) == pytest.approx(expected, rel=1e-6)
+
+
+def test_afc_is_nca_and_a_discrepancy_that_weighs_more_with_every_step() -> None:
+    sound, pictures = torch.tensor([[1.0, 0.0]] * 3), torch.tensor([[0.0, 2.0]] * 3)
+    student = Output(LOGITS, sound, pictures)
+    turned = torch.tensor([[0.0, 3.0]] * 3)  # at a right angle to the student's sound: distance √2
+    teacher = Output(TEACHER.logits, turned, pictures, importance=torch.tensor([[3.0, 1.0]] * 3))
+    nca = math.log(8 * 2 * 11) / 3
+    discrepancy = 0.75 * math.sqrt(2)
+    for step, weight in ((1, math.sqrt(2)), (3, 2)):
+        method = make_method(MethodConfig.model_validate({"name": "afc", "lambda_discrepancy": 0.4}))
+        method.begin_step(StepContext(Scenario((("a",), ("b",), ("c",), ("d",))), step))
+        losses = method.loss(TARGETS, student, teacher)
+        expected = {"nca": nca, "discrepancy": discrepancy, "loss": nca + 0.4 * weight * discrepancy}
+        assert values(losses) == pytest.approx(expected, rel=1e-6)
+    importance_loss = method.importance_loss(TARGETS.labels, student)
+    assert importance_loss.tolist() == pytest.approx([LOG8, LOG2, math.log(11)], rel=1e-6)
+
+
+def test_afc_imprints_proxies_of_the_norm_class_by_class() -> None:
+    features = [torch.tensor([[3.0, 0.0], [5.0, 0.0]]), torch.tensor([[0.0, 4.0]])]
+    proxies = method_of("afc", num_proxies=2).imprint(features, norm=1.5)
+    torch.testing.assert_close(proxies, torch.tensor([[1.5, 0], [1.5, 0], [0, 1.5], [0, 1.5]]))
+
+
+PROXIES = NetworkSpec(head="proxies", num_proxies=10)
+GRID = NetworkSpec(pool=(8, 1))
+NEEDS: list[tuple[dict[str, Any], Needs]] = [
+    ({"name": "finetune"}, Needs()),
+    ({"name": "joint"}, Needs(all_data=True, fresh_network=True)),
+    ({"name": "lwf"}, Needs(teacher=True)),
+    ({"name": "ssil"}, Needs(teacher=True, memory="replay")),
+    ({"name": "avcil"}, Needs(teacher=True, memory="replay", divergence=True, both_modalities=True)),
+    (
+        {"name": "avcil", "instance": False, "class_aware": False, "attention": False},
+        Needs(teacher=True, memory="replay"),
+    ),
+    ({"name": "icarl"}, Needs(teacher=True, memory="join", selection="herding", means=True)),
+    ({"name": "icarl", "predict": "fc"}, Needs(teacher=True, memory="join", selection="herding")),
+    (
+        {"name": "afc"},
+        Needs(teacher=True, memory="join", selection="herding", means=True, importance=True, network_spec=PROXIES),
+    ),
+    (
+        {"name": "afc", "predict": "lsc"},
+        Needs(teacher=True, memory="join", selection="herding", importance=True, network_spec=PROXIES),
+    ),
+    ({"name": "analytic"}, Needs(training="never", validation=True, network_spec=GRID)),
+    ({"name": "analytic", "gammas": [1.0]}, Needs(training="never", network_spec=GRID)),
+    ({"name": "analytic", "features": "network"}, Needs(training="first step", validation=True)),
+]
+
+
+@pytest.mark.parametrize(("options", "needs"), NEEDS, ids=[str(options) for options, _ in NEEDS])
+def test_each_method_needs_what_it_is_published_with(options: dict[str, Any], needs: Needs) -> None:
+    assert make_method(MethodConfig.model_validate(options)).needs == needs
+
+
+def test_every_method_has_its_needs_and_its_losses_tested() -> None:
+    assert method_names() == METHODS
+    assert {options["name"] for options, _ in NEEDS} == set(METHODS)
+    for name in METHODS:
+        assert method_class(name).__module__ == f"avcil_dist.methods.{name}"
+    with pytest.raises(ConfigError, match=r"method\.name: 'losses' is none of afc, analytic"):
+        method_class("losses")
+
+
+def test_defaults_are_those_of_the_papers() -> None:
+    avcil = make_method(MethodConfig(name="avcil")).options
+    assert (avcil.variant, avcil.instance, avcil.class_aware, avcil.attention) == ("released", True, True, True)
+    assert (avcil.lambda_instance, avcil.lambda_class, avcil.lambda_attention) == (0.1, 1.0, 0.5)
+    assert (avcil.contrast_temperature, avcil.distillation_temperature) == (0.05, 2.0)
+    for name in ("lwf", "ssil"):
+        assert make_method(MethodConfig(name=name)).options.distillation_temperature == 2.0
+    icarl, afc = make_method(MethodConfig(name="icarl")).options, make_method(MethodConfig(name="afc")).options
+    assert (icarl.variant, icarl.predict) == ("released", "nme")
+    assert (afc.predict, afc.num_proxies, afc.lambda_discrepancy) == ("nme", 10, 0.5)
+    analytic = make_method(MethodConfig(name="analytic")).options
+    assert (analytic.features, analytic.pool, analytic.expansion, analytic.expansion_seed) == ("tokens", (8, 1), 0, 0)
+    assert analytic.gammas == [10.0**power for power in range(-2, 7)]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("avcil", {"lambda_instance": -0.1}),
+        ("avcil", {"lambda_class": -0.1}),
+        ("avcil", {"lambda_attention": 1.1}),
+        ("avcil", {"lambda_attention": -0.1}),
+        ("avcil", {"contrast_temperature": 0}),
+        ("afc", {"num_proxies": 0}),
+        ("afc", {"lambda_discrepancy": -0.1}),
+        ("analytic", {"gammas": []}),
+        ("analytic", {"gammas": [0.0]}),
+        ("analytic", {"expansion": -1}),
+        ("analytic", {"pool": [0, 1]}),
+        ("finetune", {"unknown": 1}),
+    ],
+)
+def test_settings_without_meaning_are_refused(name: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        make_method(MethodConfig.model_validate({"name": name} | options))
+
+
+def test_a_weight_of_zero_is_allowed() -> None:
+    make_method(MethodConfig.model_validate({"name": "avcil", "lambda_instance": 0, "lambda_class": 0}))
+    make_method(MethodConfig.model_validate({"name": "avcil", "lambda_attention": 0}))
+    make_method(MethodConfig.model_validate({"name": "avcil", "lambda_attention": 1}))
+    make_method(MethodConfig.model_validate({"name": "afc", "lambda_discrepancy": 0}))
+
+
+def test_steps_that_train_by_gradients() -> None:
+    for training, trains in (("every step", [True, True]), ("first step", [True, False]), ("never", [False, False])):
+        needs = Needs(training=training)  # type: ignore[arg-type]
+        assert [needs.trains_at(step) for step in (0, 1)] == trains
+
+
+def test_a_context_counts_old_and_seen_classes() -> None:
+    context = StepContext(Scenario((("a", "b"), ("c",), ("d", "e"))), 2)
+    assert (context.num_old, context.num_seen) == (3, 5)
+    assert context.old_tasks == (slice(0, 2), slice(2, 3))
+
+
+def test_a_method_without_state_refuses_one() -> None:
+    method = method_of("finetune")
+    assert method.state_dict() == {}
+    method.load_state_dict({})
+    with pytest.raises(ValueError, match="Finetune has no state, but the artifact has means"):
+        method.load_state_dict({"means": torch.zeros(1)})
+    assert method.scores(Output(LOGITS)) is LOGITS
+    for unused in (lambda: method.imprint([], 1.0), lambda: method.importance_loss(TARGETS.labels, Output(LOGITS))):
+        with pytest.raises(AssertionError, match="Finetune needs"):
+            unused()
+
+
+@pytest.mark.parametrize("name", ["icarl", "afc"])
+def test_means_predict_after_a_step_and_the_head_within_the_next(name: str) -> None:
+    first = method_of(name, step=0)
+    assert isinstance(first, NearestMean)
+    features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    output = Output(LOGITS, features)
+    assert first.scores(output) is LOGITS
+    first.end_step([torch.tensor([[0.0, 2.0]]), torch.tensor([[3.0, 0.0], [1.0, 0.0]])])
+    assert first.scores(output).tolist() == [[-2, 0], [0, -2], [-2, 0]]
+    # In the next step, the means of the one before select no epoch.
+    second = make_method(MethodConfig(name=name))
+    second.load_state_dict(first.state_dict())
+    assert second.scores(output).tolist() == first.scores(output).tolist()
+    second.begin_step(StepContext(SCENARIO, 1))
+    assert second.context.step == 1
+    assert second.scores(output) is LOGITS
+    assert second.state_dict() == {}
+    second.end_step(None)
+    assert second.scores(output) is LOGITS

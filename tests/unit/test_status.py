@@ -1,40 +1,110 @@
-"""Status of a chain, read from its record and from committed steps."""
+"""The status of a chain's steps, from jobs, status files and committed steps that are given."""
 
 import json
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from avcil_dist.errors import ArtifactError
-from avcil_dist.streams.artifact import step_url
-from avcil_dist.streams.commit import write_commit, write_files
-from avcil_dist.streams.metrics import StreamMetrics
-from launch.cluster.chain_record import Chain, write_chain
-from launch.cluster.status import chain_status
-
-METRICS = StreamMetrics(1, ((0.9,), (0.5, 0.8)), (0.9, 0.625), {}, 10, 3, None)
-
-
-def make_chain(stream: Path) -> None:
-    """A chain of three steps on this machine, two of them committed."""
-    write_chain(str(stream), Chain(kind="local", name="tiny", folder=str(stream / "jobs"), num_steps=3))
-    first = StreamMetrics(0, ((0.9,),), (0.9,), {}, 5, 3, None)
-    for metrics in (first, METRICS):
-        folder = step_url(str(stream), metrics.step)
-        data = json.dumps(metrics.to_dict()).encode()
-        write_commit(folder, write_files(folder, {"metrics.json": data}), step=metrics.step)
+from avcil_dist import storage
+from avcil_dist.errors import ConfigError
+from launch.cluster import status as status_module
+from launch.cluster.chain_record import Chain, read_chain, write_chain
+from launch.cluster.mark_failed import mark_failed
+from launch.cluster.schedulers.base import JobState
+from launch.cluster.status import chain_status, log_file, log_text
 
 
-def test_committed_steps_have_their_seen_accuracy(tmp_path: Path) -> None:
-    make_chain(tmp_path)
-    _, steps = chain_status(str(tmp_path))
-    assert [step.state for step in steps] == ["COMMITTED", "COMMITTED", "NOT SUBMITTED"]
-    assert [step.seen_accuracy for step in steps] == [0.9, 0.625, None]
+def job(number: int, state: str, *, is_live: bool) -> JobState:
+    return JobState(str(number), f"job-{number}", state, "node1", "reason", is_live)
 
 
-def test_changed_metrics_of_a_committed_step_are_refused_by_name(tmp_path: Path) -> None:
-    make_chain(tmp_path)
-    path = tmp_path / "step_001" / "metrics.json"
-    path.write_text(path.read_text().replace("0.625", "0.925"))
-    with pytest.raises(ArtifactError, match=r"step_001/metrics\.json: damaged"):
+@pytest.fixture
+def stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A stream of four steps with jobs 10 to 13, of which the first is committed."""
+    folder = f"{tmp_path}/stream"
+    write_chain(folder, Chain("slurm", "x", f"{folder}/jobs", 4, jobs={step: (f"1{step}",) for step in range(4)}))
+    Path(folder, "jobs").mkdir()
+    storage.write_bytes(f"{folder}/step_000/COMMITTED.json", b"{}")
+    monkeypatch.setattr(status_module, "_seen_accuracies", lambda *_: (0.75,))
+    set_jobs(monkeypatch, {}, {})
+    return folder
+
+
+def set_jobs(monkeypatch: pytest.MonkeyPatch, live: dict[int, JobState], past: dict[int, JobState]) -> None:
+    scheduler = SimpleNamespace(
+        live_jobs=lambda stream, chain: live,
+        past_jobs=lambda chain, steps: {step: state for step, state in past.items() if step in steps},
+    )
+    monkeypatch.setattr(status_module, "scheduler_of", lambda kind: scheduler)
+
+
+def states(stream: str) -> list[tuple[str, str, bool]]:
+    return [(step.state, step.reason, step.is_live) for step in chain_status(stream)[1]]
+
+
+def test_a_step_is_live_while_its_job_is(stream: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    live = {step: job(10 + step, state, is_live=True) for step, state in ((0, "COMPLETING"), (1, "STAGE_OUT"))}
+    set_jobs(monkeypatch, live, {1: job(9, "FAILED", is_live=False)})
+    assert states(stream) == [
+        ("COMMITTED", "", False),
+        ("STAGE_OUT", "reason", True),
+        ("ENDED", "", False),
+        ("ENDED", "", False),
+    ]
+    assert [step.seen_accuracy for step in chain_status(stream)[1]] == [0.75, None, None, None]
+
+
+def test_a_status_file_decides_once_the_job_is_over(stream: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chain = read_chain(stream)
+    mark_failed(chain.folder, 1, "shard 3 is missing")
+    set_jobs(monkeypatch, {1: job(11, "RUNNING", is_live=True)}, {})
+    assert states(stream)[1] == ("RUNNING", "reason", True)
+    set_jobs(monkeypatch, {}, {1: job(11, "COMPLETED", is_live=False)})
+    assert states(stream)[1] == ("FAILED", "reason", False)
+    assert chain_status(stream)[1][1].failure == "shard 3 is missing"
+    set_jobs(monkeypatch, {}, {})
+    assert states(stream)[1] == ("FAILED", "", False)
+    chain.clear_status(1)
+    assert chain_status(stream)[1][1].failure is None
+
+
+def test_cancelled_steps_name_the_step_that_failed(stream: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cancelled = {step: job(10 + step, "CANCELLED", is_live=False) for step in (2, 3)}
+    set_jobs(monkeypatch, {}, {1: job(11, "FAILED", is_live=False)} | cancelled)
+    assert [reason for _, reason, _ in states(stream)[1:]] == ["reason", "step 1 failed", "step 1 failed"]
+    set_jobs(monkeypatch, {1: job(11, "RUNNING", is_live=True)}, cancelled)
+    assert [reason for _, reason, _ in states(stream)[1:]] == ["reason", "reason", "reason"]
+
+
+@pytest.mark.parametrize(("age", "shown"), [(0, "25%  loss 1"), (120, "25%  loss 1  (120 s ago)")])
+def test_progress_has_its_age_when_it_is_old(
+    stream: str, monkeypatch: pytest.MonkeyPatch, age: int, shown: str
+) -> None:
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
+    progress = {"done": 5, "total": 20, "values": "loss 1", "time": now - age}
+    Path(read_chain(stream).progress_file(1)).write_text(json.dumps(progress))
+    set_jobs(monkeypatch, {1: job(11, "RUNNING", is_live=True)}, {})
+    assert chain_status(stream)[1][1].progress == shown
+
+
+def test_the_log_is_that_of_the_newest_job_and_the_rank(stream: str) -> None:
+    chain = read_chain(stream).with_job(1, "21")
+    write_chain(stream, chain)
+    chain.log_folder(1).mkdir()
+    for name in ("11_0", "21_0", "21_1"):
+        (chain.log_folder(1) / f"{name}_log.out").write_text(f"log of {name}")
+    assert "".join(log_text(stream, 1, 0, follow=False)) == "log of 21_0"
+    assert "".join(log_text(stream, 1, 1, follow=False)) == "log of 21_1"
+    assert log_file(chain, 1, 2) is None
+    with pytest.raises(ConfigError, match="no log of rank 2"):
+        list(log_text(stream, 1, 2, follow=False))
+    with pytest.raises(ConfigError, match="no step 4; it has steps 0 to 3"):
+        list(log_text(stream, 4, 0, follow=False))
+
+
+def test_a_folder_without_a_chain_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no jobs were submitted"):
         chain_status(str(tmp_path))

@@ -1,4 +1,4 @@
-"""A real MLflow server, to be killed and started again on the same port."""
+"""A real MLflow server that can be killed and restarted on the same port."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ START_SECONDS = 180.0
 
 
 class TrackingServer:
-    """`mlflow server` over a sqlite database, artifacts passed on to a destination."""
+    """`mlflow server` over a sqlite database, artifacts stored at a destination."""
 
     def __init__(self, folder: Path, destination: str, environment: Mapping[str, str]) -> None:
         self.folder, self.destination, self.port = folder, destination, free_port()
@@ -28,8 +28,8 @@ class TrackingServer:
         return f"http://127.0.0.1:{self.port}"
 
     def launch(self) -> None:
-        """Start it; it answers some seconds later."""
-        words = [
+        """Start the server; it answers some seconds later."""
+        arguments = [
             "--backend-store-uri",
             f"sqlite:///{self.folder}/server.db",
             "--workers",
@@ -37,10 +37,10 @@ class TrackingServer:
             "--port",
             str(self.port),
         ]
-        words += ["--host", "127.0.0.1", "--artifacts-destination", self.destination]
+        arguments += ["--host", "127.0.0.1", "--artifacts-destination", self.destination]
         with (self.folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "mlflow", "server", *words],
+                [sys.executable, "-m", "mlflow", "server", *arguments],
                 stdout=log,
                 stderr=log,
                 env=os.environ | self.environment,
@@ -48,7 +48,7 @@ class TrackingServer:
             )
 
     def start(self) -> None:
-        """Start it and wait until it answers."""
+        """Start the server and wait until it answers."""
         self.launch()
         deadline = time.monotonic() + START_SECONDS
         while not self.answers():
@@ -58,7 +58,7 @@ class TrackingServer:
             time.sleep(0.1)
 
     def kill(self) -> None:
-        """End it as a power cut does, with all its processes."""
+        """Kill all processes of the server, as a power cut does."""
         if self._process is not None:
             os.killpg(self._process.pid, 9)
             self._process.wait()

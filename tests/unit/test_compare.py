@@ -17,8 +17,8 @@ from launch.sweep import make_grid
 from tests.helpers.streams import write_config
 
 
-def stream(seen: float, *words: str, disjoint: float | None = None) -> StreamReport:
-    config = load_config("demo", words)
+def stream(seen: float, *overrides: str, disjoint: float | None = None) -> StreamReport:
+    config = load_config("demo", overrides)
     metrics = StreamMetrics(0, ((seen,),), (seen,), {}, 10, 0, None)
     if disjoint is not None:
         metrics = replace(metrics, source_disjoint=SubsetMetrics((disjoint,), 5))
@@ -41,7 +41,7 @@ def test_seeds_of_one_configuration_are_one_row_with_mean_and_deviation() -> Non
     assert "80.0" in text
 
 
-def test_configurations_of_one_method_are_told_apart_by_what_differs() -> None:
+def test_variants_of_one_method_are_named_by_the_settings_that_differ() -> None:
     rows = group_by_config(
         [stream(0.5), stream(0.5, "method.attention=false"), stream(0.5, "method=joint", "optim.epochs=3")]
     )
@@ -90,7 +90,7 @@ def test_an_ablation_is_every_combination_of_avcils_parts(tmp_path: Path) -> Non
     points = make_grid(str(write_config(tmp_path)), [], ablation=True, processes=1)
     options = [point.config.method.model_extra or {} for point in points]
     parts = ("instance", "class_aware", "attention")
-    assert len({tuple(found[part] for part in parts) for found in options}) == 8
+    assert len({tuple(option[part] for part in parts) for option in options}) == 8
     names = {point.config.stream_name for point in points}
     assert len(names) == 8
     assert {"tiny-avcil-seed0", "tiny-no_instance-no_class_aware-no_attention-avcil-seed0"} <= names

@@ -202,10 +202,10 @@ def test_the_step_run_has_every_class_and_the_stream_run_the_source_disjoint_cli
         with StepTracker(stream.queue, 0) as tracker:
             tracker.publish(stream.folder)
     runs = stream.send_all()
-    found = client.get_run(runs["0"]).data.metrics
-    assert found["class_accuracy/railroad car_ train wagon"] == 0.25
-    assert found["class_accuracy/dog"] == 1.0
-    assert len([key for key in found if key.startswith("class_accuracy/")]) == 1502
+    logged = client.get_run(runs["0"]).data.metrics
+    assert logged["class_accuracy/railroad car_ train wagon"] == 0.25
+    assert logged["class_accuracy/dog"] == 1.0
+    assert len([key for key in logged if key.startswith("class_accuracy/")]) == 1502
     assert len(client.get_metric_history(runs["0"], "class_accuracy/dog")) == 1
     assert client.get_run(runs[STREAM]).data.metrics["test/source_disjoint_accuracy"] == 0.375
 
@@ -215,8 +215,8 @@ def test_a_downloaded_artifact_equals_the_uploaded_one(stream: Stream, tmp_path:
     with StepTracker(stream.queue, 1) as tracker:
         tracker.publish(stream.folder)
     stream.send_all()
-    found = find_stream(stream.uri, stream.queue.cursor(stream.uri).runs["1"])
-    download_step(found.client, stream.uri, found.steps[1], 1, f"{tmp_path}/back")
+    tracked = find_stream(stream.uri, stream.queue.cursor(stream.uri).runs["1"])
+    download_step(tracked.client, stream.uri, tracked.steps[1], 1, f"{tmp_path}/back")
     went, back = Path(stream.folder, "step_001"), tmp_path / "back" / "step_001"
     assert {path.name: path.read_bytes() for path in back.iterdir()} == {
         path.name: path.read_bytes() for path in went.iterdir()

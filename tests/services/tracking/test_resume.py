@@ -128,8 +128,8 @@ def test_a_stream_continues_as_a_chain_of_jobs(folder: Path, tmp_path: Path) -> 
     assert chain.cluster().tasks_per_node == 2
     wait_for(lambda: not is_supervised(chain.folder), "the end of the chain")
     assert committed_steps(stream) == [1, 2]
-    found = find_stream(uri_of(f"{folder}/runs"), "chained-avcil-seed0")
-    assert (found.run.info.status, sorted(found.steps)) == ("FINISHED", [1, 2])
+    tracked = find_stream(uri_of(f"{folder}/runs"), "chained-avcil-seed0")
+    assert (tracked.run.info.status, sorted(tracked.steps)) == ("FINISHED", [1, 2])
 
 
 def test_force_is_recorded(folder: Path, tmp_path: Path) -> None:
@@ -159,8 +159,8 @@ def test_another_stream_in_the_folder_is_left_alone(folder: Path, tmp_path: Path
 
 def test_a_flipped_byte_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
-    found = find_stream(uri_of(f"{folder}/runs"), NAME)
-    [path] = Path(folder, "runs/mlartifacts").rglob(f"{found.steps[1].info.run_id}/artifacts/step_001/memory.json")
+    tracked = find_stream(uri_of(f"{folder}/runs"), NAME)
+    [path] = Path(folder, "runs/mlartifacts").rglob(f"{tracked.steps[1].info.run_id}/artifacts/step_001/memory.json")
     whole = path.read_bytes()
     path.write_bytes(whole.replace(b"0", b"1", 1))
     try:

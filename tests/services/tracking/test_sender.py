@@ -43,12 +43,12 @@ def test_a_sender_killed_before_its_cursor_is_saved_duplicates_nothing(tmp_path:
         command = [sys.executable, "-c", KILLED, stream.folder, stream.output, str(kill_at)]
         assert subprocess.run(command, cwd=PROJECT, check=False).returncode == -signal.SIGKILL
     runs = stream.send_all()
-    found = find_stream(stream.uri, runs[STREAM])
-    experiment = found.run.info.experiment_id
-    assert len(found.client.search_runs([experiment])) == 3
+    tracked = find_stream(stream.uri, runs[STREAM])
+    experiment = tracked.run.info.experiment_id
+    assert len(tracked.client.search_runs([experiment])) == 3
     for step in range(2):
         expected = {"loss": [(e, e + step / 2) for e in range(5)], "lr": [(e, 0.1) for e in range(5)]}
-        assert histories(found.client, runs[str(step)]) == expected
+        assert histories(tracked.client, runs[str(step)]) == expected
 
 
 def test_a_server_that_hangs_costs_the_training_nothing_and_its_end_a_bounded_wait(tmp_path: Path) -> None:
@@ -89,5 +89,5 @@ def test_one_process_sends_at_a_time_and_another_sees_that_everything_is_sent(tm
     assert second.close(60.0)
     assert first.close(60.0)
     runs = stream.queue.cursor(stream.uri).runs
-    found = find_stream(stream.uri, runs[STREAM])
-    assert histories(found.client, runs["0"]) == {"loss": [(epoch, 1.0 * epoch) for epoch in range(20)]}
+    tracked = find_stream(stream.uri, runs[STREAM])
+    assert histories(tracked.client, runs["0"]) == {"loss": [(epoch, 1.0 * epoch) for epoch in range(20)]}

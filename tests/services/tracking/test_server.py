@@ -33,12 +33,12 @@ from tests.helpers.streams import STEPS, avcil, last_artifact, run_tracked, weig
 SEED, KILLS = 20, 5
 
 
-def config_of(folder: Path, server: TrackingServer, *words: str) -> Config:
+def config_of(folder: Path, server: TrackingServer, *settings: str) -> Config:
     shared = folder / "shared"
     shared.mkdir(exist_ok=True)
     named = f"tracking.experiment={folder.name}"
     return load_config(
-        str(write_config(shared)), [f"output={folder}/runs", f"tracking.uri={server.uri}", named, *words]
+        str(write_config(shared)), [f"output={folder}/runs", f"tracking.uri={server.uri}", named, *settings]
     )
 
 
@@ -76,9 +76,9 @@ def test_a_stream_is_resumed_from_the_server_and_s3_alone(
     [[begun]] = run_ranks(run_tracked, 1, [config_of(tmp_path, server, "name=half", f"output={tmp_path}/gone")], [0, 1])
     before = find_stream(server.uri, "half-avcil-seed0")
     shutil.rmtree(tmp_path / "gone")
-    words = ["resume", before.run.info.run_id, "--uri", server.uri, f"output={tmp_path}/elsewhere"]
+    command = ["resume", before.run.info.run_id, "--uri", server.uri, f"output={tmp_path}/elsewhere"]
 
-    result = avcil(*words)
+    result = avcil(*command)
 
     assert result.exit_code == 0, result.output
     stream = f"{tmp_path}/elsewhere/{Path(begun).name}"
@@ -95,7 +95,7 @@ def test_a_stream_is_resumed_from_the_server_and_s3_alone(
     check_predicts(server, "whole-avcil")
 
     _flip_a_byte(s3_server, after.steps[2].info.run_id, "step_002/model.safetensors")
-    refused = avcil(*words[:-1], f"output={tmp_path}/third")
+    refused = avcil(*command[:-1], f"output={tmp_path}/third")
     assert refused.exit_code == 2
     assert "step_002/model.safetensors: damaged" in refused.output
     assert "--from-step" in refused.output
@@ -105,13 +105,13 @@ def test_a_stream_is_resumed_from_the_server_and_s3_alone(
 def test_a_reference_leaves_the_bytes_where_they_are_and_is_resumed_from(
     server: TrackingServer, s3_server: S3Server, tmp_path: Path
 ) -> None:
-    place = f"s3://{BUCKET}/{tmp_path.name}"
-    config = config_of(tmp_path, server, "name=lean", "tracking.artifacts=reference", f"tracking.artifact_uri={place}")
+    target = f"s3://{BUCKET}/{tmp_path.name}"
+    config = config_of(tmp_path, server, "name=lean", "tracking.artifacts=reference", f"tracking.artifact_uri={target}")
     [[stream]] = run_ranks(run_tracked, 1, [config])
     digest = weights_digest(stream)
-    found = find_stream(server.uri, "lean-avcil-seed0")
-    held = {item.path for item in found.client.list_artifacts(found.steps[2].info.run_id, "step_002")}
-    assert held == {"step_002/COMMITTED.json", "step_002/REFERENCE.json"}
+    tracked = find_stream(server.uri, "lean-avcil-seed0")
+    files = {item.path for item in tracked.client.list_artifacts(tracked.steps[2].info.run_id, "step_002")}
+    assert files == {"step_002/COMMITTED.json", "step_002/REFERENCE.json"}
     shutil.rmtree(stream)
     ready = prepare_resume(server.uri, "lean-avcil-seed0", ResumeRequest((f"output={tmp_path}/elsewhere",)))
     assert ready.step == 2
@@ -119,7 +119,7 @@ def test_a_reference_leaves_the_bytes_where_they_are_and_is_resumed_from(
 
     check_predicts(server, "lean-avcil")
 
-    uri = found.steps[2].data.tags["avcil.artifact_uri"]
+    uri = tracked.steps[2].data.tags["avcil.artifact_uri"]
     data = bytearray(storage.read_bytes(f"{uri}/method.json"))
     storage.write_bytes(f"{uri}/method.json", bytes(data) + b" ")
     with pytest.raises(ArtifactError, match=r"step_002/method\.json: damaged"):
@@ -151,8 +151,8 @@ def test_a_stream_whose_server_is_unavailable_ends_well_and_is_synced_later(
     server: TrackingServer, tmp_path: Path
 ) -> None:
     closed = f"http://127.0.0.1:{free_port()}"
-    words = [f"tracking.uri={closed}", "name=late", "tracking.wait_seconds=0.2"]
-    config = config_of(tmp_path, server, *words)
+    settings = [f"tracking.uri={closed}", "name=late", "tracking.wait_seconds=0.2"]
+    config = config_of(tmp_path, server, *settings)
     [[stream]] = run_ranks(run_tracked, 1, [config])
     path = tmp_path / "late.yaml"
     path.write_text(config_to_yaml(config))
@@ -181,15 +181,15 @@ def test_a_stream_on_object_storage_is_tracked(
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))  # where the queue of such a stream is
     closed = f"http://127.0.0.1:{free_port()}"
-    words = [f"tracking.uri={closed}", "name=far", "tracking.wait_seconds=0.2"]
+    settings = [f"tracking.uri={closed}", "name=far", "tracking.wait_seconds=0.2"]
     [[stream]] = run_ranks(
-        run_tracked, 1, [config_of(tmp_path, server, f"output=s3://{BUCKET}/{tmp_path.name}", *words)]
+        run_tracked, 1, [config_of(tmp_path, server, f"output=s3://{BUCKET}/{tmp_path.name}", *settings)]
     )
     assert stream.startswith("s3://")
     synced = avcil("sync", stream, "--uri", server.uri)
     assert synced.exit_code == 0, synced.output
-    found = find_stream(server.uri, "far-avcil-seed0")
-    download_step(found.client, server.uri, found.steps[2], 2, f"{tmp_path}/back")
+    tracked = find_stream(server.uri, "far-avcil-seed0")
+    download_step(tracked.client, server.uri, tracked.steps[2], 2, f"{tmp_path}/back")
     assert weights_digest(f"{tmp_path}/back") == weights_digest(stream)
     check_predicts(server, "far-avcil")
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import avcil_dist
 from avcil_dist import storage
 from avcil_dist.errors import ArtifactError
 from avcil_dist.streams.artifact import (
@@ -20,7 +21,14 @@ from avcil_dist.streams.artifact import (
     save_artifact,
     step_url,
 )
-from avcil_dist.streams.commit import COMMITTED, read_commit, read_verified_commit, write_commit, write_files
+from avcil_dist.streams.commit import (
+    COMMITTED,
+    encode_json,
+    read_commit,
+    read_verified_commit,
+    write_commit,
+    write_files,
+)
 from avcil_dist.streams.identity import Change, new_identity, read_identity, write_identity
 from tests.helpers.artifacts import make_artifact
 
@@ -99,7 +107,9 @@ def test_a_second_attempt_removes_the_files_of_the_first(tmp_path: Path) -> None
 
 def test_the_commit_has_size_and_digest_of_every_file(tmp_path: Path) -> None:
     folder = Path(save_artifact(str(tmp_path), make_artifact()))
-    files = read_verified_commit(str(folder))["files"]
+    commit = read_verified_commit(str(folder))
+    files = commit["files"]
+    assert (commit["step"], commit["manifest_hash"], commit["code_version"]) == (0, "m", avcil_dist.__version__)
     assert set(files) == set(FILES)
     for name, digest in files.items():
         data = (folder / name).read_bytes()
@@ -140,6 +150,17 @@ def test_a_damaged_commit_is_an_artifact_error(tmp_path: Path, text: str) -> Non
         load_artifact(str(tmp_path), 0)
 
 
+def test_a_commit_of_another_format_is_refused_with_both_formats(tmp_path: Path) -> None:
+    path = Path(save_artifact(str(tmp_path), make_artifact()), COMMITTED)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 7}))
+    with pytest.raises(ArtifactError, match=r"step_000: of format 7, this program reads 1"):
+        load_artifact(str(tmp_path), 0)
+
+
+def test_equal_values_give_equal_bytes() -> None:
+    assert encode_json({"b": [1], "a": {"d": 2, "c": 3}}) == encode_json({"a": {"c": 3, "d": 2}, "b": [1]})
+
+
 @pytest.mark.parametrize(
     ("file", "data"),
     [
@@ -173,7 +194,7 @@ def test_steps_are_counted_by_their_number_and_only_with_a_commit(tmp_path: Path
         write_commit(step_url(str(tmp_path), step), {}, step=step)
     (tmp_path / "step_003").mkdir()
     (tmp_path / "events").mkdir()
-    (tmp_path / "step_11").mkdir()
+    write_commit(str(tmp_path / "step_11"), {}, step=11)  # not a name that this program gives
     assert committed_steps(str(tmp_path)) == [0, 2, 10, 1000]
 
 

@@ -1,5 +1,6 @@
 """Streams on disk: the next step, the single writer, and whether a stream may continue."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,17 +10,27 @@ import pytest
 
 from avcil_dist import storage
 from avcil_dist.config.schema import Config
+from avcil_dist.data.manifest import SPLITS
 from avcil_dist.errors import ArtifactError, ConfigError
 from avcil_dist.streams import stream as stream_module
 from avcil_dist.streams.artifact import save_artifact
 from avcil_dist.streams.compat import check_continues, load_previous
 from avcil_dist.streams.identity import Change, new_identity, write_identity
-from avcil_dist.streams.stream import next_step, sole_writer, stream_url
+from avcil_dist.streams.stream import next_step, scenario_of, shards_of, sole_writer, stream_url
 from tests.helpers.artifacts import make_artifact
 
 
 def manifest(content_hash: str = "m") -> Any:
     return SimpleNamespace(content_hash=content_hash)
+
+
+class ListedShards:
+    """A manifest of three classes with one shard for each class and split."""
+
+    classes = ("bus", "cat", "dog")
+
+    def shard_numbers(self, classes: Sequence[str], split: str) -> list[int]:
+        return [10 * self.classes.index(name) + SPLITS.index(split) for name in classes]
 
 
 @pytest.fixture
@@ -108,3 +119,21 @@ def test_a_stream_has_one_writer_at_a_time(tmp_path: Path, monkeypatch: pytest.M
 def test_a_stream_on_object_storage_has_no_lock() -> None:
     with sole_writer("memory://runs/tiny"), sole_writer("memory://runs/tiny"):
         pass
+
+
+def test_the_scenario_has_the_classes_sizes_and_order_of_the_configuration(config: Config) -> None:
+    listed: Any = ListedShards()
+    scenario = scenario_of(changed(config, scenario={"classes": ["dog", "bus", "cat"], "shuffle_seed": None}), listed)
+    assert scenario.steps == (("dog", "bus"), ("cat",))
+    orders = {
+        scenario_of(changed(config, scenario={"shuffle_seed": seed}), listed).classes for seed in (None, *range(9))
+    }
+    assert len(orders) > 2
+    assert {frozenset(order) for order in orders} == {frozenset(listed.classes)}
+
+
+def test_a_step_may_read_the_shards_of_all_seen_classes_and_splits(config: Config) -> None:
+    listed: Any = ListedShards()
+    scenario = scenario_of(changed(config, scenario={"classes": ["dog", "bus", "cat"], "shuffle_seed": None}), listed)
+    assert sorted(shards_of(listed, scenario, 0)) == [0, 1, 2, 20, 21, 22]
+    assert sorted(shards_of(listed, scenario, 1)) == [0, 1, 2, 10, 11, 12, 20, 21, 22]

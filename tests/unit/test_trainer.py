@@ -1,0 +1,216 @@
+"""Training loop on one rank: metrics of an epoch, the best epoch, and what a snapshot preserves of both."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from avcil_dist import storage
+from avcil_dist.compose import load_config
+from avcil_dist.config.schema import Config
+from avcil_dist.errors import StepStopped
+from avcil_dist.signals import StopRequest
+from avcil_dist.streams.artifact import StepArtifact, load_artifact, step_url
+from avcil_dist.streams.stream import stream_url
+from avcil_dist.training import trainer
+from avcil_dist.training.evaluation import Predictions
+from avcil_dist.training.observer import Observer
+from avcil_dist.training.step import step_in_group
+from avcil_dist.training.train_step import StepLosses, train_step
+from avcil_dist.world import World
+from tests.helpers.features import damage, make_feature_shards
+from tests.helpers.streams import weights_digest, write_config
+
+pytestmark = pytest.mark.slow  # DeepSpeed starts a compiler as it is imported
+
+CPU = torch.device("cpu")
+PER_EPOCH, EPOCHS = 6, 4  # 72 clips of 3 classes, 12 a batch
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_rank() -> Iterator[None]:
+    """One process group for the module: DeepSpeed keeps the first that it sees."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return resolve(tmp_path)
+
+
+def resolve(folder: Path, *words: str) -> Config:
+    return load_config(
+        str(write_config(folder)), ["scenario.classes_per_step=3", f"optim.epochs={EPOCHS}", "memory.size=12", *words]
+    )
+
+
+class Recorder(Observer):
+    """Everything that a step reports; requests a stop after `count` batches."""
+
+    def __init__(self, count: int = 0) -> None:
+        self.count, self.stop = count, StopRequest()
+        self.started_from = -1
+        self.epochs: list[dict[str, float]] = []
+        self.messages: list[str] = []
+
+    def begin(self, step: int, num_epochs: int, num_batches: int, num_done: int) -> None:
+        self.started_from = num_done
+
+    def advance(self) -> None:
+        self.count -= 1
+        if self.count == 0:
+            self.stop.set()
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+    def epoch(self, epoch: int, values: Mapping[str, float]) -> None:
+        self.epochs.append(dict(values))
+
+
+def run(config: Config, number: int = 0, *observers: Observer, **options: Any) -> Recorder:
+    """Run a step to its end."""
+    recorder = Recorder()
+    step_in_group(
+        config,
+        number,
+        world=World(),
+        observers=[recorder, *observers],
+        device=CPU,
+        stop=recorder.stop,
+        **options,
+    )
+    return recorder
+
+
+def stop_after(config: Config, count: int, number: int = 0) -> Recorder:
+    """Run a step until it stops with a snapshot, one batch after `count`."""
+    recorder = Recorder(count)
+    with pytest.raises(StepStopped):
+        step_in_group(config, number, world=World(), observers=[recorder], device=CPU, stop=recorder.stop)
+    return recorder
+
+
+def accuracies(monkeypatch: pytest.MonkeyPatch, values: Sequence[float]) -> None:
+    """Let the validations of the following epochs have these accuracies."""
+    coming = iter(values)
+
+    def evaluate(*_: Any) -> Predictions:
+        right = round(10 * next(coming))
+        clips, labels = np.arange(10), np.zeros(10, dtype=np.int64)
+        return Predictions(clips, labels, np.where(clips < right, 0, 1))
+
+    monkeypatch.setattr(trainer, "evaluate", evaluate)
+
+
+def artifact_of(config: Config, number: int = 0) -> StepArtifact:
+    return load_artifact(stream_url(config), number)
+
+
+def test_the_loss_of_an_epoch_is_the_mean_of_its_iterations(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses: list[float] = []
+
+    def recorded(*arguments: Any, **options: Any) -> StepLosses:
+        done = train_step(*arguments, **options)
+        losses.append(done.parts["loss"].item())
+        return done
+
+    monkeypatch.setattr(trainer, "train_step", recorded)
+    reported = run(config).epochs
+    assert len(losses) == PER_EPOCH * EPOCHS
+    for epoch, values in enumerate(reported):
+        mean = np.mean(losses[epoch * PER_EPOCH : (epoch + 1) * PER_EPOCH])
+        assert values["loss/total"] == pytest.approx(mean, rel=1e-6)
+
+
+def test_the_first_of_equally_good_epochs_is_the_result(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    accuracies(monkeypatch, [0.5, 0.9, 0.9, 0.7])
+    run(config)
+    assert (artifact_of(config).metrics.epoch, artifact_of(config).metrics.val_accuracy) == (1, 0.9)
+
+
+def test_a_step_that_stopped_after_its_best_epoch_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, broken = resolve(tmp_path, f"output={tmp_path}/whole"), resolve(tmp_path, f"output={tmp_path}/broken")
+    accuracies(monkeypatch, [0.9, 0.5, 0.6, 0.7])
+    run(whole)
+    accuracies(monkeypatch, [0.9, 0.5])
+    stop_after(broken, 2 * PER_EPOCH + 2)
+    accuracies(monkeypatch, [0.6, 0.7])
+    assert run(broken).started_from == 2 * PER_EPOCH + 3
+    assert (artifact_of(broken).metrics.epoch, artifact_of(broken).metrics.val_accuracy) == (0, 0.9)
+    assert weights_digest(stream_url(broken), 0) == weights_digest(stream_url(whole), 0)
+
+
+def test_a_step_that_stopped_within_an_epoch_reports_the_whole_of_it(tmp_path: Path) -> None:
+    words = "data.max_bad_fraction=0.2", "data.clip_cache=none"
+    whole, broken = (resolve(tmp_path, f"output={tmp_path}/{name}", *words) for name in ("whole", "broken"))
+    for row in range(3):
+        damage(tmp_path / "shards", f"train-001-{row:05d}")
+    reported = run(whole).epochs
+    first = stop_after(broken, PER_EPOCH + 2)
+    rest = run(broken).epochs
+    assert (len(first.epochs), len(rest)) == (1, EPOCHS - 1)
+    broken_epochs = [*first.epochs, *rest]
+    for found, expected in zip(broken_epochs, reported, strict=True):
+        assert found["data/damaged_clips"] == expected["data/damaged_clips"] == 3
+        assert found["loss/total"] == expected["loss/total"]
+        assert found["val/accuracy"] == expected["val/accuracy"]
+    read, planned = (sum(values["data/read_bytes"] for values in epochs) for epochs in (broken_epochs, reported))
+    assert read >= planned  # batches that were read ahead as the step stopped are read again
+
+
+def test_a_counter_is_reported_from_its_first_value_that_is_not_zero(tmp_path: Path) -> None:
+    reported = run(resolve(tmp_path, "data.clip_cache=host")).epochs
+    assert reported[0]["data/read_bytes"] > 0
+    assert [values["data/read_bytes"] for values in reported[1:]] == [0] * (EPOCHS - 1)
+    assert not [name for values in reported for name in values if "retries" in name or "damaged" in name]
+    assert all(values.keys() == reported[0].keys() for values in reported)
+    assert {name.split("/")[0] for name in reported[0]} == {"loss", "val", "data", "speed"}
+
+
+def test_a_snapshot_of_other_data_is_skipped(config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stop_after(config, 9)
+    make_feature_shards(tmp_path / "shards", classes=6, clips={"train": 24, "val": 6, "test": 10}, separation=0.7)
+    with caplog.at_level(logging.WARNING):
+        assert run(config).started_from == 0
+    assert "of other data or of another previous step; skipping this snapshot" in caplog.text
+
+
+def test_a_snapshot_of_another_previous_step_is_skipped_and_so_is_its_teacher_cache(
+    config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(config)
+    assert [text for text in stop_after(config, 9, 1).messages if "teacher cache" in text]
+    storage.remove_tree(step_url(stream_url(config), 0))
+    folder = tmp_path / "elsewhere"
+    saved = stream_url(config)
+    Path(saved, "snapshots").rename(folder)  # step 0 discards all that it finds
+    other = resolve(tmp_path, "data.read_threads=3")  # another step 0: its config.yaml differs
+    run(other)
+    folder.rename(Path(saved, "snapshots"))
+    with caplog.at_level(logging.WARNING):
+        second = run(other, 1)
+    assert second.started_from == 0
+    assert [text for text in second.messages if "teacher cache" in text]
+    assert "of another previous step; skipping" in caplog.text
+
+
+def test_the_teacher_cache_is_loaded_when_the_step_continues(config: Config) -> None:
+    run(config)
+    stop_after(config, 9, 1)
+    assert not [text for text in run(config, 1).messages if "teacher cache" in text]
+
+
+def test_reset_optimizer_keeps_the_state_of_a_snapshot_that_fits(tmp_path: Path) -> None:
+    whole, broken = (resolve(tmp_path, f"output={tmp_path}/{name}") for name in ("whole", "broken"))
+    run(whole)
+    stop_after(broken, 9)
+    assert run(broken, reset_optimizer=True).started_from == 10
+    assert weights_digest(stream_url(broken), 0) == weights_digest(stream_url(whole), 0)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
@@ -76,8 +77,10 @@ class Trainer:
         if self.teacher and not self.step.config.data.augment.is_on:  # an augmented clip is new in each epoch
             self._teacher_cache = self._load_teacher_cache(self.teacher)
             self.teacher.use_cache(self._teacher_cache)
-        with local_exemplars(replace(self.sampler, start=state.iteration)) as (source, manifest):
-            engine = self._make_engine(student)
+        with (
+            local_exemplars(replace(self.sampler, start=state.iteration)) as (source, manifest),
+            closing(self._make_engine(student)) as engine,
+        ):
             if snapshot and snapshot.optimizer is None:
                 self.observer.message("continues with a fresh optimizer: the snapshot's does not fit these ranks")
             elif snapshot and snapshot.optimizer is not None:
@@ -90,9 +93,7 @@ class Trainer:
                 device=self.step.device,
                 clip_cache=self.inference.clip_cache,
             )
-            best = self._train(engine, batches, state, manifest)
-            engine.close()
-        return best
+            return self._train(engine, batches, state, manifest)
 
     def _train(self, engine: Engine, batches: Iterator[Batch], state: TrainingState, manifest: Manifest) -> BestEpoch:
         self.observer.begin(self.step.number, self.step.config.optim.epochs, self.num_iterations, state.iteration)

@@ -18,6 +18,7 @@ from avcil_dist.signals import StopRequest
 from avcil_dist.streams.artifact import StepArtifact, load_artifact, step_url
 from avcil_dist.streams.stream import stream_url
 from avcil_dist.training import trainer
+from avcil_dist.training.engine import Engine
 from avcil_dist.training.evaluation import Predictions
 from avcil_dist.training.observer import Observer
 from avcil_dist.training.step import step_in_group
@@ -214,3 +215,24 @@ def test_reset_optimizer_keeps_the_state_of_a_snapshot_that_fits(tmp_path: Path)
     stop_after(broken, 9)
     assert run(broken, reset_optimizer=True).started_from == 10
     assert weights_digest(stream_url(broken), 0) == weights_digest(stream_url(whole), 0)
+
+
+class FailsAt(Observer):
+    """Raises at the first batch."""
+
+    def advance(self) -> None:
+        raise ZeroDivisionError("a bug")
+
+
+def test_the_engine_is_closed_when_training_fails(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[Engine] = []
+    close = Engine.close
+
+    def recorded(engine: Engine) -> None:
+        closed.append(engine)
+        close(engine)
+
+    monkeypatch.setattr(Engine, "close", recorded)
+    with pytest.raises(ZeroDivisionError):
+        run(config, 0, FailsAt())
+    assert len(closed) == 1

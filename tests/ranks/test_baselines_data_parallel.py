@@ -60,8 +60,8 @@ def loss_and_gradient(world: World, name: str, modality: str) -> tuple[float, di
     engine = Engine(
         student, build_optimizer(student, OptimConfig()), config=config, rows=len(batch.labels), world=world, device=CPU
     )
-    taught = teacher.output(batch, method)
-    gathered = gather_batch(batch, engine(batch.visual, batch.audio, None), taught)
+    teacher_output = teacher.output(batch, method)
+    gathered = gather_batch(batch, engine(batch.visual, batch.audio, None), teacher_output)
     loss = method.loss(gathered.targets, gathered.output, gathered.teacher)["loss"]
     engine.backward(loss)
     gradients = {key: safe_get_full_grad(value).numpy().copy() for key, value in student.named_parameters()}

@@ -1,4 +1,4 @@
-"""The feature pass, herding, means, k-means and sums: the same on any number of ranks."""
+"""Inference pass, herding, class means, k-means and statistics are the same on any number of ranks."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from tests.helpers.features import damage, make_feature_shards
 from tests.helpers.ranks import CPU, run_ranks
 from tests.helpers.streams import write_config
 
-CLIPS = 150  # a class: more than a pass sees at a time, and no multiple of it
+CLIPS = 150  # clips of a class: more than a pass has in a batch, and no multiple of it
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def features_of_classes(world: World, config: Config) -> dict[str, Any]:
     return {name: (of_class.clips, of_class.features.numpy()) for name, of_class in found.items()}
 
 
-def test_features_are_bit_for_bit_those_of_one_rank_in_the_order_asked_for(config: Config) -> None:
+def test_features_are_bit_for_bit_those_of_one_rank_in_the_requested_order(config: Config) -> None:
     manifest = load_manifest(config.data.manifest)
     [one] = run_ranks(features_of_classes, 1, config)
     assert list(one) == ["class_004", "class_001"]
@@ -64,7 +64,7 @@ def test_features_are_bit_for_bit_those_of_one_rank_in_the_order_asked_for(confi
             assert np.array_equal(found[name][1], features)
 
 
-def test_features_are_what_the_head_classifies(config: Config) -> None:
+def test_features_are_the_input_of_the_head(config: Config) -> None:
     [found] = run_ranks(features_of_classes, 1, config)
     [heads] = run_ranks(logits_of_features, 1, config, found)
     assert heads < 1e-5

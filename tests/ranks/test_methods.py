@@ -48,7 +48,7 @@ class Three(NamedTuple):
 
 @pytest.fixture(scope="module")
 def streams(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Three]:
-    """Each variant's stream on one process, on two, and on one that is replaced by another after two steps."""
+    """Each variant's stream on one process, on two, and on one that another replaces after two steps."""
     folder = tmp_path_factory.mktemp("methods")
     optim = {"epochs": 3, "global_batch": 12, "global_replay_batch": 6, "global_eval_batch": 16, "lr": 3e-4}
     path = write_config(folder, optim=optim, scenario={"classes_per_step": list(SIZES)})
@@ -71,7 +71,7 @@ def last(stream: str) -> StepArtifact:
     return load_artifact(stream, len(SIZES) - 1)
 
 
-def test_every_method_is_here() -> None:
+def test_every_method_is_covered() -> None:
     assert {name.split()[0] for name in VARIANTS} == set(method_names())
 
 

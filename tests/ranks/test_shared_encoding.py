@@ -1,4 +1,4 @@
-"""Encoders that student and teacher have in common run once for both; the losses are those of running them twice."""
+"""Encoders shared by student and teacher run once for both, with the losses of running them twice."""
 
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ ROWS, CURRENT = 6, 4
 CASES = [(0, 6, "replicated"), (0, 3, "replicated"), (3, 6, "replicated"), (3, 3, "sharded")]
 
 
-class Seen(NamedTuple):
+class Counts(NamedTuple):
     """How often a body ran in two iterations (teacher's and student's VideoMAE, student's AudioMAE); the losses."""
 
     teacher: int
@@ -37,7 +37,7 @@ class Seen(NamedTuple):
 
 
 def make_network(num_classes: int) -> AudioVisualNetwork:
-    """VideoMAE frozen, AudioMAE whole; the encoders are the same at every call, as a teacher's and a student's are."""
+    """VideoMAE frozen, AudioMAE trained in full; every call has the same encoders, as student and teacher have."""
     config = {"visual": {"kind": "videomae", **TINY}, "audio": {"kind": "audiomae", "train": "full", **TINY}}
     torch.manual_seed(0)
     network = build_network(ModelConfig.model_validate(config), CLIP, {}, num_classes)
@@ -58,16 +58,16 @@ def count_runs(module: nn.Module) -> list[None]:
     return runs
 
 
-def see(world: World, stage: int, rows: int, kind: str, shared: bool) -> Seen:
+def count_and_train(world: World, stage: int, rows: int, kind: str, shared: bool) -> Counts:
     method = make_method(MethodConfig(name="avcil"))
     method.begin_step(StepContext(SCENARIO, 1))
-    student, taught = make_network(5), make_network(3)
+    student, teacher_network = make_network(5), make_network(3)
     if not shared:  # still without gradient, but as an encoder that each of them runs for itself
-        student.visual_encoder.frozen = taught.visual_encoder.frozen = False
-    teacher = Teacher(taught, CPU)
+        student.visual_encoder.frozen = teacher_network.visual_encoder.frozen = False
+    teacher = Teacher(teacher_network, CPU)
     if kind == "sharded":
         teacher.shard(world)
-    bodies = taught.visual_encoder.body, student.visual_encoder.body, student.audio_encoder.body
+    bodies = teacher_network.visual_encoder.body, student.visual_encoder.body, student.audio_encoder.body
     runs = [count_runs(body) for body in bodies]
     config = EngineConfig(zero_stage=stage, micro_batch=rows)
     engine = Engine(
@@ -76,15 +76,15 @@ def see(world: World, stage: int, rows: int, kind: str, shared: bool) -> Seen:
     batches = [make_batch(world, seed) for seed in range(2)]
     losses = [train_step(engine, batch, method=method, teacher=teacher).parts["loss"].item() for batch in batches]
     engine.close()
-    return Seen(*map(len, runs), losses)
+    return Counts(*map(len, runs), losses)
 
 
-def see_all(world: World) -> list[tuple[Seen, Seen]]:
-    return [(see(world, *case, shared=True), see(world, *case, shared=False)) for case in CASES]
+def all_cases(world: World) -> list[tuple[Counts, Counts]]:
+    return [(count_and_train(world, *case, shared=True), count_and_train(world, *case, shared=False)) for case in CASES]
 
 
 def test_a_frozen_encoder_runs_once_for_student_and_teacher() -> None:
-    found = run_ranks(see_all, 2)[0]
+    found = run_ranks(all_cases, 2)[0]
     for (stage, rows, kind), (shared, alone) in zip(CASES, found, strict=True):
         micro_batches = ROWS // rows
         case = f"ZeRO {stage}, {rows} rows at a time, teacher {kind}"

@@ -1,4 +1,4 @@
-"""Encoders frozen, in part and whole under DeepSpeed: at every ZeRO stage what trains moves as in plain torch."""
+"""Frozen, partly and fully trained encoders under DeepSpeed: every ZeRO stage updates them as plain torch does."""
 
 from typing import NamedTuple
 
@@ -22,10 +22,10 @@ STAGES = (0, 1, 2, 3)
 
 
 class Found(NamedTuple):
-    """Weights of the engine, and whether one built anew from weights and optimizer state ended in the same bits."""
+    """Weights of the engine, and whether an engine rebuilt from weights and optimizer state ends in the same bits."""
 
     weights: dict[str, Tensor]
-    goes_on: bool
+    continues: bool
 
 
 def make_network(pair: str) -> Network:
@@ -82,7 +82,7 @@ def with_deepspeed(world: World) -> dict[tuple[int, str], Found]:
     return found
 
 
-def test_at_every_zero_stage_what_trains_moves_as_in_plain_torch_and_nothing_else_does() -> None:
+def test_every_zero_stage_updates_exactly_the_trained_parameters_as_plain_torch_does() -> None:
     found = run_ranks(with_deepspeed, 2)[0]
     for pair in PAIRS:
         network, expected = make_network(pair), in_plain_torch(pair)
@@ -90,9 +90,9 @@ def test_at_every_zero_stage_what_trains_moves_as_in_plain_torch_and_nothing_els
         trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
         assert 0 < len(trained) < len(before)
         for stage in STAGES:
-            weights, goes_on = found[stage, pair]
+            weights, continues = found[stage, pair]
             moved = {name for name, value in weights.items() if not torch.equal(value, before[name])}
             assert moved == trained, f"ZeRO {stage}, {pair}"
             for name in trained:
                 torch.testing.assert_close(weights[name], expected[name], rtol=1e-5, atol=1e-5)
-            assert goes_on, f"ZeRO {stage}, {pair}"
+            assert continues, f"ZeRO {stage}, {pair}"

@@ -89,7 +89,7 @@ def test_sums_in_several_panels_and_many_clips_at_a_time_are_the_same() -> None:
     np.testing.assert_allclose(method.weights.numpy(), ridge(scenario, 10.0, dim), rtol=0, atol=1e-8)
 
 
-def test_many_clips_are_summed_in_several_goes() -> None:
+def test_many_clips_are_summed_in_several_products() -> None:
     scenario = Scenario((tuple(f"c{n}" for n in range(40)),))  # 1,200 clips
     method = learn(scenario, choose=[0.0, 1.0, 0.0], batch=30)
     np.testing.assert_allclose(method.weights.numpy(), ridge(scenario, 10.0), rtol=0, atol=1e-8)

@@ -163,7 +163,7 @@ def test_a_partial_encoder_trains_its_last_blocks_and_final_norm_alone(make, inp
 
 
 @pytest.mark.parametrize(("make", "inputs"), [(videomae, pictures), (audiomae, log_mel)])
-def test_what_a_frozen_encoder_made_takes_the_place_of_its_inputs(make, inputs) -> None:
+def test_a_frozen_encoder_passes_its_own_outputs_through(make, inputs) -> None:
     frozen, batch = make(), inputs(2)
     encoded = frozen.encode_if_frozen(batch)
     assert torch.equal(encoded, frozen(batch))
@@ -173,28 +173,28 @@ def test_what_a_frozen_encoder_made_takes_the_place_of_its_inputs(make, inputs) 
 
 
 @pytest.mark.parametrize(("make", "inputs"), [(videomae, pictures), (audiomae, log_mel)])
-def test_nothing_is_kept_for_backward_below_the_blocks_that_train(make, inputs) -> None:
-    # What autograd keeps grows with the blocks that train, not with those below; frozen, there is nothing.
-    def kept(**options: object) -> int:
+def test_nothing_is_saved_for_backward_below_the_trained_blocks(make, inputs) -> None:
+    # Memory of autograd grows with the trained blocks, not with those below; a frozen encoder saves nothing.
+    def saved_bytes(**options: object) -> int:
         sizes: dict[int, int] = {}
 
         def count(tensor: Tensor) -> Tensor:
             sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            held.append(tensor)
+            tensors.append(tensor)
             return tensor
 
-        held: list[Tensor] = []
+        tensors: list[Tensor] = []
         encoder, batch = make(**options), inputs(8)
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             encoder(batch)
         own = {tensor.untyped_storage().data_ptr() for tensor in encoder.state_dict().values()}
-        return sum(size for place, size in sizes.items() if place not in own)
+        return sum(size for address, size in sizes.items() if address not in own)
 
-    assert kept(depth=4) == 0
-    one = kept(train="partial", last_blocks=1, depth=1)
-    assert kept(train="partial", last_blocks=1, depth=4) == one
-    assert kept(train="partial", last_blocks=2, depth=4) > 1.8 * one
-    assert kept(train="full", depth=4) > 3.6 * one
+    assert saved_bytes(depth=4) == 0
+    one = saved_bytes(train="partial", last_blocks=1, depth=1)
+    assert saved_bytes(train="partial", last_blocks=1, depth=4) == one
+    assert saved_bytes(train="partial", last_blocks=2, depth=4) > 1.8 * one
+    assert saved_bytes(train="full", depth=4) > 3.6 * one
 
 
 @pytest.mark.parametrize(("make", "inputs"), [(videomae, pictures), (audiomae, log_mel)])
@@ -317,7 +317,7 @@ def test_a_path_without_a_file_is_a_config_error(tmp_path: Path) -> None:
         videomae(tmp_path)
 
 
-def test_a_hub_that_cannot_be_reached_asks_for_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_an_unreachable_hub_suggests_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match="nobody/nothing-of-this-name is neither a path nor reachable on the hub"):
         videomae("nobody/nothing-of-this-name")
@@ -363,7 +363,7 @@ def test_encoders_must_agree_with_each_other_and_with_the_data() -> None:
         build_network(model_config(small, small), CLIP, {"frames": 2, "positions": 5, "dim": 6}, num_classes=3)
 
 
-def test_a_network_whose_state_is_put_in_reads_no_weights(tmp_path: Path) -> None:
+def test_a_network_whose_state_is_loaded_later_reads_no_weights(tmp_path: Path) -> None:
     # Fine-tuned checkpoints: one has no norm over its tokens, the other has it after the mean.
     shown = {name: tensor for name, tensor in weights_of(videomae()).items() if not name.startswith("layernorm.")}
     heard = {re.sub(r"^norm\.", "fc_norm.", name): tensor for name, tensor in weights_of(audiomae()).items()}

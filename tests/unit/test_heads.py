@@ -41,7 +41,7 @@ def test_growing_follows_the_global_generator() -> None:
     assert not torch.equal(rows[0], rows[2])
 
 
-def test_the_type_of_numbers_is_kept() -> None:
+def test_a_grown_head_has_the_dtype_of_the_old_one() -> None:
     assert grow_linear(LinearHead(4, 3, dtype=torch.float64), 5).weight.dtype == torch.float64
 
 

@@ -81,14 +81,14 @@ def test_task_distillation_without_old_tasks_is_zero() -> None:
     assert_zero_with_a_graph(task_distillation(logits, torch.zeros(1, 0), [], temperature=2), logits)
 
 
-def test_instance_contrast_wants_the_clips_own_pictures() -> None:
+def test_instance_contrast_has_the_clips_own_pictures_as_target() -> None:
     # Unit features are the axes, so scores are 1 on the diagonal and 0 beside it, whatever the norms.
     audio, visual = leaf([[3.0, 0.0], [0.0, 0.1]]), leaf([[1.0, 0.0], [0.0, 7.0]])
     loss = instance_contrast(audio, visual, temperature=1 / LOG3)
     assert loss.item() == pytest.approx(-math.log(3 / 4))
 
 
-def test_instance_contrast_goes_from_sound_to_pictures() -> None:
+def test_instance_contrast_normalises_over_the_pictures_of_each_sound() -> None:
     # Both sounds are nearest to the first pictures: rows are (3, 1)/4 both; by columns it would be 1/2.
     audio, visual = leaf([[1.0, 0.0], [1.0, 0.0]]), leaf([[1.0, 0.0], [0.0, 1.0]])
     loss = instance_contrast(audio, visual, temperature=1 / LOG3)

@@ -47,7 +47,7 @@ def test_a_network_has_no_weights_for_the_other_modality() -> None:
     assert {name.split(".")[0] for name in network("visual").state_dict()} == {"visual_proj", "classifier"}
 
 
-def test_an_encoder_that_is_not_used_is_not_made() -> None:
+def test_an_unused_encoder_is_not_built() -> None:
     gone = {"kind": "videomae", "weights": "/no/such/weights"}
     config = {"visual": gone, "audio": {"kind": "small"}, "modality": "audio"}
     build_network(ModelConfig.model_validate(config), ClipConfig(), {}, 3)

@@ -1,4 +1,4 @@
-"""The head of proxies, where its proxies come from, and prediction by nearest means."""
+"""Head of proxies, proxies from cluster centres, and prediction by nearest means."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def test_a_logit_is_the_similarity_to_the_nearest_proxies() -> None:
     assert logits[0, 1].item() == pytest.approx(opposite)
 
 
-def test_growing_freezes_what_there_was_and_takes_the_new_as_given() -> None:
+def test_growing_freezes_the_old_proxies_and_copies_the_new_ones() -> None:
     head = ProxyHead(DIM, 2, 0, PROXIES)
     new = torch.randn(PROXIES, DIM)
     grown = grow_proxies(head, 3, new)

@@ -1,4 +1,4 @@
-"""The network and the losses against what the authors' released program computes on the same inputs."""
+"""Network and losses compared with those of the authors' released program on the same inputs."""
 
 import json
 from typing import NamedTuple
@@ -72,12 +72,12 @@ class Case(NamedTuple):
             + facts["lambda_class"] * terms["class_released"]
             + losses.attention_distillation(output.divergence, facts["lambda_attention"])
         )
-        taught = Output(self.tensors["teacher_logits"], None, None)
+        teacher_output = Output(self.tensors["teacher_logits"], None, None)
         num_old = scenario.num_old(last)
         new_labels = num_old + labels % facts["classes_per_task"][last]  # as the reference labels its batch for this
-        terms["icarl_released"] = self.loss_of("icarl", output, taught, labels)
-        terms["ssil_total"] = self.loss_of("ssil", output, taught, labels)
-        terms["lwf_total"] = self.loss_of("lwf", output, taught, new_labels)
+        terms["icarl_released"] = self.loss_of("icarl", output, teacher_output, labels)
+        terms["ssil_total"] = self.loss_of("ssil", output, teacher_output, labels)
+        terms["lwf_total"] = self.loss_of("lwf", output, teacher_output, new_labels)
         return terms
 
     @property

@@ -1,4 +1,4 @@
-"""`python -m launch` is `avcil`, for launchers that want a module."""
+"""`python -m launch` runs `avcil`, for launchers such as torchrun that take a module."""
 
 from launch.cli.main import cli
 

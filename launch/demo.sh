@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main job, end to end: render videos, pack shards, train two methods on 2 processes, report.
+# Demonstration from videos to a report: render videos, pack shards, train two methods on 2 processes, report.
 # Usage: bash launch/demo.sh [FOLDER]     (default: runs/demo; the second run continues the first)
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 ensure_environment
@@ -24,7 +24,7 @@ cat <<END
 
 Done in $((SECONDS - started)) s. What next:
   open the page          $folder/report.html
-  look at the runs       $VENV/bin/mlflow ui --backend-store-uri sqlite:///$(cd "$folder" && pwd)/mlflow.db
+  show the runs          $VENV/bin/mlflow ui --backend-store-uri sqlite:///$(cd "$folder" && pwd)/mlflow.db
   train on your videos   $avcil shards build VIDEOS SHARDS    (VIDEOS/<split>/<class>/*.mp4)
                          $avcil train demo data.manifest=SHARDS/manifest.json scenario.classes_per_step=[2,2]
 END

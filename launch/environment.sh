@@ -1,4 +1,4 @@
-# Sourced by the other scripts: makes .venv if there is none and installs the project into it.
+# Sourced by the other scripts: creates .venv if there is none and installs the project into it.
 # Usage: ensure_environment [EXTRAS]; sets VENV.
 set -euo pipefail
 
@@ -11,12 +11,12 @@ ensure_environment() {
     wanted=$(cksum < "$PROJECT/setup.py")
     if [ ! -x "$VENV/bin/python" ]; then
         "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-            || { echo "Python 3.11 or newer is needed; name one with PYTHON=/path/to/python3.11" >&2; exit 2; }
-        echo "Making $VENV"
+            || { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11" >&2; exit 2; }
+        echo "Creating $VENV"
         "${PYTHON:-python3}" -m venv "$VENV"
     fi
     if [ ! -e "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
-        echo "Installing avcil-dist and what it stands on (several GB the first time)"
+        echo "Installing avcil-dist and its dependencies (several GB the first time)"
         "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$PROJECT${extras}"
         echo "$wanted" > "$stamp"
     fi

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Installs what the tests need of the system: on Debian, as root; elsewhere it says what it leaves out.
-# Usage: bash launch/system.sh     (again and again, if you like: what is there is left alone)
-# The S3 server of the tests is no part of this: it comes as a Python package, with the extra `test`.
+# Installs the system packages of the tests and of `avcil sandbox`: on Debian, as root; elsewhere it lists them.
+# Usage: bash launch/system.sh     (installed packages are skipped)
+# The S3 server of the tests is a Python package of the extra `test`.
 set -euo pipefail
 
 PYTHON=${PYTHON:-python3}
 POLICY=/usr/sbin/policy-rc.d
 
-# quietly COMMAND...: run it while no package may start a service; what the machine says of that itself stays.
+# quietly COMMAND...: run it without output; no package may start a service unless the system has a policy of its own.
 quietly() {
     local made=""
     if [ ! -e $POLICY ]; then
@@ -37,7 +37,7 @@ need() {
         || { apt-get -qq update && quietly apt-get -qq install -y --no-install-recommends $packages; }
 }
 
-# has COMMANDS...: whether all are there; daemons are not on everyone's path.
+# has COMMANDS...: whether all are installed; not every user has the folders of daemons on the path.
 has() {
     local command
     for command in "$@"; do PATH="$PATH:/usr/sbin:/sbin" command -v "$command" || return 1; done

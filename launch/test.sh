@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Lint, types and the whole test suite, in the project's own environment.
 # Usage: bash launch/test.sh [--with-system] [PYTEST ARGUMENTS]
-#   --with-system   first install the services that some tests start, where allowed (Debian, root)
+#   --with-system   first run launch/system.sh, which installs the services that some tests start
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 if [ "${1:-}" = "--with-system" ]; then

@@ -1,7 +1,7 @@
-"""The sandbox as a whole: its files, its daemons in their order, its nodes' names in the hosts file.
+"""Sandbox: a SLURM of two nodes with accounting on this machine, as root and without systemd or cgroups.
 
-Everything lies in one folder, but for one line of the hosts file: ranks on two nodes find each other by name.
-It installs nothing, and touches no SLURM of the system's own.
+All of its files are in one folder, except for one line of the hosts file, by which ranks on two nodes find each
+other. It installs nothing and does not change a SLURM of the system.
 """
 
 import functools
@@ -37,37 +37,37 @@ HOSTS = Path("/etc/hosts")
 MARK = "# avcil sandbox"
 MAX_SOCKET_PATH = 100
 START_SECONDS, STOP_SECONDS = 60.0, 15.0
-SYSTEM_PATHS = "/usr/local/sbin:/usr/sbin:/sbin"  # where daemons are; not on everyone's path
+SYSTEM_PATHS = "/usr/local/sbin:/usr/sbin:/sbin"  # folders of daemons, which not every user has on the path
 
 
 def default_folder() -> Path:
-    """Where the sandbox is unless told otherwise."""
+    """Return the default folder of the sandbox."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "avcil-sandbox"
 
 
 @dataclass(frozen=True)
 class Sandbox:
-    """A sandbox by its folder, whether it runs or not."""
+    """The sandbox of a folder, whether it runs or not."""
 
     folder: Path
 
     @property
     def conf(self) -> Path:
-        """What SLURM_CONF must name for sbatch, squeue and the like to find this SLURM."""
+        """The file for SLURM_CONF, by which sbatch, squeue and the like find this SLURM."""
         return self.folder / "slurm.conf"
 
     @property
     def daemons(self) -> Daemons:
-        """Its daemons."""
+        """The daemons of the sandbox."""
         return Daemons(self.folder)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Its daemons' names, in the order in which they start."""
+        """The names of the daemons, in the order in which they start."""
         return ("munged", "mariadb", "slurmdbd", "slurmctld", *(f"slurmd-{node}" for node in NODES))
 
     def up(self) -> None:
-        """Start what does not run. Raises SandboxError for packages that are missing, and for a daemon that fails."""
+        """Start all daemons that do not run. Raises SandboxError for missing packages and for a daemon that fails."""
         _check_machine(self.folder)
         (self.folder / "log").mkdir(parents=True, exist_ok=True)
         self.folder.chmod(0o755)
@@ -77,7 +77,7 @@ class Sandbox:
             self._start_slurm()
 
     def down(self) -> None:
-        """Cancel all jobs and end all daemons; what jobs left running is killed."""
+        """Cancel all jobs, end all daemons, and kill processes that jobs left behind."""
         daemons = self.daemons
         if daemons.is_running("slurmctld"):
             if jobs := self._jobs():
@@ -91,34 +91,35 @@ class Sandbox:
         self._write_hosts(())
 
     def leftovers(self) -> list[int]:
-        """What jobs left running, the daemons of their steps first.
+        """Return the processes that jobs left behind, slurmstepd first.
 
-        Such a daemon whose slurmd is gone kills on and on, by process numbers that may be others' by then.
+        A slurmstepd without its slurmd continues to kill the process ids of its job, which by then may be those of
+        other processes.
         """
         found = processes_with(f"SLURM_CONF={self.conf}")
         steps = [pid for pid in found if command_of(pid).startswith("slurmstepd")]
         return steps + [pid for pid in processes_with(f"SLURM_CONF={self.conf}", "SLURM_JOB_ID=") if pid not in steps]
 
     def status(self) -> dict[str, int | None]:
-        """Each daemon's process; None for one that does not run."""
+        """Return each daemon's process id; None for a daemon that does not run."""
         return {name: self.daemons.pid(name) for name in self.names}
 
     def run(self, *command: str, check: bool = True) -> "subprocess.CompletedProcess[str]":
-        """Run one of SLURM's commands on this sandbox. Raises SandboxError for a failure, if it counts."""
+        """Run a command of SLURM on this sandbox. Raises SandboxError when it fails, unless `check` is false."""
         done = subprocess.run(command, env=self.environment(), capture_output=True, text=True)
         if check and done.returncode:
             raise SandboxError(f"{' '.join(command)}: {(done.stderr or done.stdout).strip()}")
         return done
 
     def environment(self) -> dict[str, str]:
-        """The environment of this process, and in it the way to this SLURM."""
+        """Return the environment of this process with the variables that select this SLURM."""
         return os.environ | {"SLURM_CONF": str(self.conf), "PATH": f"{os.environ['PATH']}:{SYSTEM_PATHS}"}
 
     def _jobs(self) -> list[str]:
         return self.run("squeue", "--noheader", "--format=%i", check=False).stdout.split()
 
     def _write_files(self) -> None:
-        """The configuration, made once: a second `up` must not change the ports of what runs."""
+        """Write the configuration. Ports are chosen once: a second `up` must not change those of running daemons."""
         settings_file = self.folder / "settings.json"
         if not settings_file.exists():
             names = ["slurmctld", "slurmdbd", "mariadb", *NODES]
@@ -153,7 +154,7 @@ class Sandbox:
             (self.folder / name).mkdir(exist_ok=True)
 
     def _write_hosts(self, names: tuple[str, ...]) -> None:
-        """Let the hosts file name these nodes; of another sandbox's line it knows nothing."""
+        """Replace this sandbox's line of the hosts file; lines of other sandboxes stay."""
         mark = f"{MARK} {self.folder}"
         text = HOSTS.read_text()
         lines = [line for line in text.splitlines() if not line.endswith(mark)]
@@ -191,7 +192,7 @@ class Sandbox:
     def _start_slurm(self) -> None:
         daemons, environment = self.daemons, self.environment()
         self._write_hosts(NODES)
-        self.run("sacctmgr", "--immediate", "add", "cluster", "avcil-sandbox", check=False)  # there already: no error
+        self.run("sacctmgr", "--immediate", "add", "cluster", "avcil-sandbox", check=False)  # fails where it exists
         daemons.start("slurmctld", ["slurmctld", "-D", "-f", str(self.conf)], environment)
         daemons.require("slurmctld", lambda: not self.run("scontrol", "ping", check=False).returncode, START_SECONDS)
         for node in NODES:
@@ -200,7 +201,7 @@ class Sandbox:
             daemons.require(f"slurmd-{node}", functools.partial(self._is_ready, node), START_SECONDS)
 
     def _is_ready(self, node: str) -> bool:
-        """Whether the controller would give the node a job."""
+        """Whether the controller accepts jobs for the node."""
         state = self.run("sinfo", "--noheader", f"--nodes={node}", "--partition=low", "--format=%T", check=False).stdout
         return state.strip() in ("idle", "mixed", "allocated", "completing")
 
@@ -214,11 +215,11 @@ def _check_machine(folder: Path) -> None:
         )
     if os.geteuid() != 0:
         raise SandboxError(
-            "the sandbox's SLURM runs jobs of any user and names its nodes in the hosts file: start it as root"
+            "the sandbox's SLURM runs jobs of any user and adds its nodes to the hosts file: start it as root"
         )
     longest = folder / "munge.socket"
     if len(str(longest)) > MAX_SOCKET_PATH:
-        raise SandboxError(f"{longest}: too long for a socket ({MAX_SOCKET_PATH} letters); give a shorter --folder")
+        raise SandboxError(f"{longest}: too long for a socket (at most {MAX_SOCKET_PATH} letters); shorten --folder")
 
 
 def _which(command: str) -> str | None:
@@ -226,7 +227,7 @@ def _which(command: str) -> str | None:
 
 
 def _render(template: str, settings: dict[str, Any]) -> str:
-    # Configuration files, no HTML: nothing is escaped.
+    # Configuration files are not HTML: nothing is escaped.
     environment = Environment(loader=PackageLoader("launch.sandbox", "."), undefined=StrictUndefined, autoescape=False)  # noqa: S701
     return environment.get_template(template).render(settings) + "\n"
 

@@ -28,15 +28,12 @@ UNDONE = {
     "avcil_dist/training/preflight.py",
     "avcil_dist/training/trainer.py",
     "avcil_dist/world.py",
-    "launch/__main__.py",
     "launch/bench/contenders.py",
     "launch/bench/eager_reference.py",
     "launch/bench/loader.py",
     "launch/bench/step.py",
     "launch/bench/stream.py",
     "launch/cli/bench.py",
-    "launch/sandbox/cluster.py",
-    "launch/sandbox/daemons.py",
 }
 QUESTION = re.compile(r"(What|Where|How|Who|Which|Why)\b")  # "Whether …" is the form of a predicate
 # Verbs of people. A person may use them: "the user wants". "known" and "unknown" are adjectives.

@@ -179,6 +179,12 @@ def test_methods_import_neither_storage_nor_process_groups(name: str) -> None:
     assert not [other for other in imports(name) if within(other, NOT_FOR_METHODS)]
 
 
+@pytest.mark.parametrize("name", [name for name in MODULES if within(name, ("avcil_dist",))])
+def test_the_library_needs_no_command_line_and_prints_nothing(name: str) -> None:
+    assert not [other for other in imports(name) if within(other, ("click",))]
+    assert not [line for function, _, line in calls(TREES[name]) if function == "print"]
+
+
 def test_the_tags_of_mlflow_runs_are_named_in_one_module() -> None:
     literals = {
         name

@@ -169,6 +169,7 @@ def test_equal_values_give_equal_bytes() -> None:
         ("metrics.json", b"{"),
         ("scenario.json", b"[]"),
         ("scenario.json", b'{"steps": 3}'),
+        ("scenario.json", b"{}"),
         ("config.yaml", b"a: 1"),
         ("config.yaml", b"\xff"),
         ("memory.json", b"[]"),

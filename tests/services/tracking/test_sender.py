@@ -11,7 +11,7 @@ from pathlib import Path
 from avcil_dist.tracking.client import find_stream
 from avcil_dist.tracking.events import STREAM, StepTracker
 from tests.helpers.sent_events import histories
-from tests.unit.test_tracking import Stream
+from tests.helpers.stream_folder import StreamFolder
 
 PROJECT = Path(__file__).parents[3]
 
@@ -20,7 +20,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from avcil_dist.tracking.event_queue import EventQueue
-from tests.unit.test_tracking import Stream
+from tests.helpers.stream_folder import StreamFolder
 offsets, save = [], EventQueue.save_cursor
 def save_or_die(self, uri, cursor):  # the server has the events, the cursor does not move
     offsets.append(cursor.offset)
@@ -28,12 +28,12 @@ def save_or_die(self, uri, cursor):  # the server has the events, the cursor doe
         os.kill(os.getpid(), signal.SIGKILL)
     save(self, uri, cursor)
 EventQueue.save_cursor = save_or_die
-Stream(Path(sys.argv[1]), sys.argv[2]).send()
+StreamFolder(Path(sys.argv[1]), sys.argv[2]).send()
 """
 
 
 def test_a_sender_killed_before_its_cursor_is_saved_duplicates_nothing(tmp_path: Path) -> None:
-    stream = Stream(tmp_path / "stream", str(tmp_path))
+    stream = StreamFolder(tmp_path / "stream", str(tmp_path))
     stream.open(seed=0)
     for step in range(2):
         with StepTracker(stream.queue, step) as tracker:
@@ -52,7 +52,7 @@ def test_a_sender_killed_before_its_cursor_is_saved_duplicates_nothing(tmp_path:
 
 
 def test_a_server_that_hangs_costs_the_training_nothing_and_its_end_a_bounded_wait(tmp_path: Path) -> None:
-    def cost(stream: Stream) -> float:
+    def cost(stream: StreamFolder) -> float:
         seconds = []
         with StepTracker(stream.queue, 0) as tracker:
             for epoch in range(50):
@@ -64,8 +64,8 @@ def test_a_server_that_hangs_costs_the_training_nothing_and_its_end_a_bounded_wa
     with socket.socket() as hanging:  # takes connections, answers nothing
         hanging.bind(("127.0.0.1", 0))
         hanging.listen()
-        stream = Stream(tmp_path / "hung", str(tmp_path), uri=f"http://127.0.0.1:{hanging.getsockname()[1]}")
-        alone = cost(Stream(tmp_path / "alone", str(tmp_path)))
+        stream = StreamFolder(tmp_path / "hung", str(tmp_path), uri=f"http://127.0.0.1:{hanging.getsockname()[1]}")
+        alone = cost(StreamFolder(tmp_path / "alone", str(tmp_path)))
         stream.open()
         sender = stream.sender()
         sender.start()
@@ -78,7 +78,7 @@ def test_a_server_that_hangs_costs_the_training_nothing_and_its_end_a_bounded_wa
 
 
 def test_one_process_sends_at_a_time_and_another_sees_that_everything_is_sent(tmp_path: Path) -> None:
-    stream = Stream(tmp_path / "stream", str(tmp_path))
+    stream = StreamFolder(tmp_path / "stream", str(tmp_path))
     stream.open()
     first, second = stream.sender(), stream.sender()
     first.start()

@@ -1,6 +1,5 @@
 """Runs in a real MLflow on sqlite: structure, duplicates, artifacts, statuses, many processes."""
 
-import json
 import multiprocessing
 import subprocess
 import sys
@@ -12,16 +11,12 @@ from mlflow import MlflowClient
 
 from avcil_dist.config.schema import TrackingConfig
 from avcil_dist.errors import ConfigError, StepStopped, TrackingError
-from avcil_dist.streams.commit import write_commit, write_files
 from avcil_dist.streams.metrics import StreamMetrics
 from avcil_dist.tracking.artifacts import download_step
 from avcil_dist.tracking.client import connect, find_stream, tracking_uri
-from avcil_dist.tracking.event_queue import EventQueue
 from avcil_dist.tracking.events import STREAM, StepTracker, unfinished_steps
-from avcil_dist.tracking.mlflow_writer import MlflowWriter
-from avcil_dist.tracking.sender import Sender
+from tests.helpers.stream_folder import TRACKING, StreamFolder
 
-TRACKING = TrackingConfig(experiment="streams")
 METRICS = StreamMetrics(
     step=1,
     accuracy=((0.9,), (0.5, 0.8)),
@@ -44,45 +39,9 @@ def client(output: str) -> MlflowClient:
     return MlflowClient(tracking_uri=tracking_uri(TRACKING, output))
 
 
-class Stream:
-    """A stream's folder and queue, and a sender for them."""
-
-    def __init__(self, folder: Path, output: str, uri: str | None = None) -> None:
-        self.folder, self.output, self.id = str(folder), output, folder.name
-        self.uri = uri or tracking_uri(TRACKING, output)
-        self.queue = EventQueue(folder / "events")
-
-    def open(self, **parameters: object) -> None:
-        self.queue.append("open", name="tiny-avcil-seed0", parameters=parameters, tags={"version": "1"})
-
-    def sender(self) -> Sender:
-        def connect(runs: dict[str, str]) -> MlflowWriter:
-            return MlflowWriter(
-                self.uri, TRACKING, output=self.output, stream=self.folder, stream_id=self.id, runs=runs
-            )
-
-        return Sender(self.queue, self.uri, connect, shown=self.uri)
-
-    def send(self, patience: float = 60.0) -> bool:
-        sender = self.sender()
-        sender.start()
-        return sender.close(patience)
-
-    def send_all(self) -> dict[str, str]:
-        """Send everything; return the ids of the runs."""
-        assert self.send()
-        return self.queue.cursor(self.uri).runs
-
-    def commit(self, metrics: StreamMetrics, **files: bytes) -> None:
-        """A step's folder with these metrics."""
-        folder = f"{self.folder}/step_{metrics.step:03d}"
-        contents = {"metrics.json": json.dumps(metrics.to_dict()).encode()} | files
-        write_commit(folder, write_files(folder, contents), step=metrics.step)
-
-
 @pytest.fixture
-def stream(tmp_path: Path, output: str) -> Stream:
-    stream = Stream(tmp_path, output)
+def stream(tmp_path: Path, output: str) -> StreamFolder:
+    stream = StreamFolder(tmp_path, output)
     stream.open(seed=0)
     return stream
 
@@ -103,7 +62,7 @@ def test_a_database_on_object_storage_and_an_unknown_uri_are_refused() -> None:
         tracking_uri(TrackingConfig(uri="file:runs"), "runs")
 
 
-def test_a_step_run_is_the_child_of_its_stream_run(stream: Stream, client: MlflowClient) -> None:
+def test_a_step_run_is_the_child_of_its_stream_run(stream: StreamFolder, client: MlflowClient) -> None:
     with StepTracker(stream.queue, 3):
         running = client.get_run(stream.send_all()["3"])
     runs = stream.send_all()
@@ -116,7 +75,7 @@ def test_a_step_run_is_the_child_of_its_stream_run(stream: Stream, client: Mlflo
     assert client.get_run(runs[STREAM]).info.run_name == "tiny-avcil-seed0"
 
 
-def test_parameters_are_logged_once_and_truncated(stream: Stream, client: MlflowClient) -> None:
+def test_parameters_are_logged_once_and_truncated(stream: StreamFolder, client: MlflowClient) -> None:
     many = {f"part.key{i}": i for i in range(150)}
     stream.open(**many, classes="x" * 10_000)
     stream.queue.append("end", run=STREAM, status="FAILED")
@@ -132,7 +91,7 @@ def test_parameters_are_logged_once_and_truncated(stream: Stream, client: Mlflow
     assert set(run.data.params["classes"]) == {"x"}
 
 
-def test_a_deleted_run_is_created_again_with_all_its_values(stream: Stream, client: MlflowClient) -> None:
+def test_a_deleted_run_is_created_again_with_all_its_values(stream: StreamFolder, client: MlflowClient) -> None:
     with StepTracker(stream.queue, 0) as tracker:
         tracker.metrics({"loss": 1.0}, 0)
     before = stream.send_all()
@@ -145,7 +104,7 @@ def test_a_deleted_run_is_created_again_with_all_its_values(stream: Stream, clie
     assert history(client, after["1"], "loss") == [(0, 2.0)]
 
 
-def test_a_resumed_step_continues_its_run_without_duplicate_metrics(stream: Stream, client: MlflowClient) -> None:
+def test_a_resumed_step_continues_its_run_without_duplicate_metrics(stream: StreamFolder, client: MlflowClient) -> None:
     first = StepTracker(stream.queue, 0)
 
     def interrupted() -> None:
@@ -167,7 +126,7 @@ def test_a_resumed_step_continues_its_run_without_duplicate_metrics(stream: Stre
     assert [position for position, _ in history(client, before, "lr")] == [1, 2, 3, 4]
 
 
-def test_the_stream_run_has_the_streams_metrics_by_step(stream: Stream, client: MlflowClient) -> None:
+def test_the_stream_run_has_the_streams_metrics_by_step(stream: StreamFolder, client: MlflowClient) -> None:
     first = StreamMetrics(0, ((0.9,),), (0.9,), {}, 5, 1, None)
     for metrics in (first, METRICS, METRICS):  # the last step is done twice, as after a kill before its commit
         stream.commit(metrics)
@@ -183,7 +142,7 @@ def test_the_stream_run_has_the_streams_metrics_by_step(stream: Stream, client: 
 
 
 def test_the_step_run_has_every_class_and_the_stream_run_the_source_disjoint_clips(
-    stream: Stream, client: MlflowClient
+    stream: StreamFolder, client: MlflowClient
 ) -> None:
     classes = {"railroad car, train wagon": 0.25, "dog": 1.0} | {f"class {number}": 0.5 for number in range(1500)}
     metrics = StreamMetrics.after(
@@ -210,7 +169,7 @@ def test_the_step_run_has_every_class_and_the_stream_run_the_source_disjoint_cli
     assert client.get_run(runs[STREAM]).data.metrics["test/source_disjoint_accuracy"] == 0.375
 
 
-def test_a_downloaded_artifact_equals_the_uploaded_one(stream: Stream, tmp_path: Path) -> None:
+def test_a_downloaded_artifact_equals_the_uploaded_one(stream: StreamFolder, tmp_path: Path) -> None:
     stream.commit(METRICS, **{"model.safetensors": bytes(range(256)), "part.json": b"[1]"})
     with StepTracker(stream.queue, 1) as tracker:
         tracker.publish(stream.folder)
@@ -234,7 +193,7 @@ def test_a_downloaded_artifact_equals_the_uploaded_one(stream: Stream, tmp_path:
     ],
 )
 def test_the_status_of_the_run_is_how_the_step_ended(
-    stream: Stream, client: MlflowClient, error: BaseException, status: str
+    stream: StreamFolder, client: MlflowClient, error: BaseException, status: str
 ) -> None:
     with pytest.raises(type(error)), StepTracker(stream.queue, 0):
         raise error
@@ -243,7 +202,7 @@ def test_the_status_of_the_run_is_how_the_step_ended(
     assert client.get_run(runs[STREAM]).info.status == status
 
 
-def test_a_step_whose_process_was_killed_is_unfinished(stream: Stream) -> None:
+def test_a_step_whose_process_was_killed_is_unfinished(stream: StreamFolder) -> None:
     with StepTracker(stream.queue, 0):
         assert unfinished_steps(stream.queue) == ["0"]
     StepTracker(stream.queue, 1).__enter__()
@@ -253,7 +212,7 @@ def test_a_step_whose_process_was_killed_is_unfinished(stream: Stream) -> None:
 
 
 def test_an_event_that_the_server_rejects_is_skipped_with_a_warning(
-    stream: Stream, client: MlflowClient, caplog: pytest.LogCaptureFixture
+    stream: StreamFolder, client: MlflowClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     with StepTracker(stream.queue, 0) as tracker:
         tracker.metrics({"loss": 1.0}, 0)
@@ -266,7 +225,7 @@ def test_an_event_that_the_server_rejects_is_skipped_with_a_warning(
 
 def test_a_run_name_of_several_streams_or_of_none_is_an_error(output: str, tmp_path: Path) -> None:
     for name in ("a", "b"):
-        stream = Stream(tmp_path / name, output)
+        stream = StreamFolder(tmp_path / name, output)
         stream.queue.append("open", name=f"twin-{tmp_path.name}", parameters={}, tags={})
         stream.send_all()
     with pytest.raises(TrackingError, match=r"several streams are called twin-.*: \w{32}, \w{32}; give the id"):
@@ -276,7 +235,7 @@ def test_a_run_name_of_several_streams_or_of_none_is_an_error(output: str, tmp_p
 
 
 def run_stream_of(folder: str, output: str) -> None:
-    stream = Stream(Path(folder), output)
+    stream = StreamFolder(Path(folder), output)
     stream.queue.append("open", name=Path(folder).name, parameters={"name": folder}, tags={})
     with StepTracker(stream.queue, 0) as tracker:
         tracker.metrics({"loss": 1.0}, 0)
@@ -303,7 +262,7 @@ def test_a_database_whose_creation_was_killed_is_created_again(tmp_path: Path) -
 def test_eight_processes_at_once_on_a_new_database_all_send_everything(tmp_path: Path) -> None:
     output = str(tmp_path / "runs")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.unit.test_tracking"])
+    context.set_forkserver_preload(["tests.unit.test_mlflow_writer"])
     processes = [context.Process(target=run_stream_of, args=(f"{tmp_path}/stream{i}", output)) for i in range(8)]
     for process in processes:
         process.start()

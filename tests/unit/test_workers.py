@@ -52,6 +52,7 @@ def test_item_that_crashes_every_worker_ends_the_run() -> None:
         map_in_workers(_double, [[1], [13] * 9], processes=1)
 
 
+@pytest.mark.slow
 def test_error_in_a_worker_is_raised_in_the_parent() -> None:
     with pytest.raises(DataError, match="item 1 is wrong"):
         map_in_workers(_refuse, [0, 1, 2], processes=2)

@@ -1,4 +1,4 @@
-"""What a user can do wrong: one line, exit code 2, no traceback, nothing half-written."""
+"""Errors of a user: one line, exit code 2, no traceback, nothing half-written."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -141,7 +141,7 @@ def test_clips_damaged_after_the_build_stop_the_step_by_name(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("words", [("train",), ("train", "demo", "-n", "0"), ("shards", "ls")])
-def test_wrong_usage_says_how(words: tuple[str, ...]) -> None:
+def test_wrong_usage_prints_the_usage(words: tuple[str, ...]) -> None:
     result = avcil(*words)
     assert result.exit_code == 2
     assert "Usage:" in result.output

@@ -1,4 +1,4 @@
-"""A stream that is killed again and again, in any of its processes, ends in the bits of one that never was."""
+"""A stream whose processes are killed again and again ends with the bits of an undisturbed one."""
 
 import os
 import random
@@ -26,7 +26,7 @@ LONG = {
 
 
 def ranks_of(launcher: psutil.Process) -> list[psutil.Process]:
-    """The processes of the ranks: children of the launcher's fork server."""
+    """Return the processes of the ranks: children of the launcher's fork server."""
     try:
         servers = [child for child in launcher.children() if "multiprocessing.forkserver" in " ".join(child.cmdline())]
         return [rank for server in servers for rank in server.children()]
@@ -35,12 +35,12 @@ def ranks_of(launcher: psutil.Process) -> list[psutil.Process]:
 
 
 def newest(stream: Path) -> str:
-    """What of the stream was committed last; folders may go while this looks."""
+    """Return the last committed folder of the stream; folders may disappear during the walk."""
     return max((folder for folder, _, files in os.walk(stream) if "COMMITTED.json" in files), default="")
 
 
 def run_and_kill(command: list[str], stream: Path, kind: str, moment: random.Random) -> int:
-    """Run the command and kill it as `kind` says, at a moment drawn from its start or from its training."""
+    """Run the command and kill the processes that `kind` selects, at a random moment of its start or training."""
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True)
     launcher, before = psutil.Process(process.pid), newest(stream)
     if moment.random() < 0.8:  # else while it starts
@@ -58,12 +58,12 @@ def run_and_kill(command: list[str], stream: Path, kind: str, moment: random.Ran
     for victim in victims:
         if victim.is_running():
             os.kill(victim.pid, number)
-    said = process.communicate(timeout=120)[1]
-    assert "Traceback" not in said or kind != "stop", said
+    errors = process.communicate(timeout=120)[1]
+    assert "Traceback" not in errors or kind != "stop", errors
     return process.returncode
 
 
-def test_a_stream_killed_twenty_times_ends_in_the_bits_of_one_that_never_was(tmp_path: Path) -> None:
+def test_a_stream_killed_twenty_times_ends_with_the_bits_of_an_undisturbed_one(tmp_path: Path) -> None:
     config = write_config(tmp_path, **LONG)
     whole = train(config, f"output={tmp_path}/whole", "-n", 2)
     moment = random.Random(5)

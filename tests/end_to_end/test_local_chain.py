@@ -1,4 +1,4 @@
-"""The chain of jobs on this machine, by submitit's local executor: it outlives the command, and a killed rank."""
+"""Chain of jobs on this machine with submitit's local executor: it outlives the command and a killed rank."""
 
 import json
 import os
@@ -17,16 +17,16 @@ from tests.helpers.sent_events import uri_of
 from tests.helpers.streams import STEPS, avcil, last_artifact, train, weights_digest, write_config
 
 
-def wait_for(is_so: Callable[[], bool], stream: str) -> None:
+def wait_for(condition: Callable[[], bool], stream: str) -> None:
     deadline = time.monotonic() + 200
-    while not is_so():
+    while not condition():
         assert time.monotonic() < deadline, Path(read_chain(stream).folder, LOG).read_text()
         time.sleep(0.2)
 
 
 def progress(stream: str, step: int) -> int:
-    note = Path(read_chain(stream).progress_file(step))
-    return int(json.loads(note.read_text())["done"]) if note.exists() else 0
+    file = Path(read_chain(stream).progress_file(step))
+    return int(json.loads(file.read_text())["done"]) if file.exists() else 0
 
 
 def running() -> list[psutil.Process]:
@@ -57,7 +57,7 @@ def test_a_local_chain_survives_and_ends_with_the_bits_of_the_plain_run(tmp_path
     stream = submit(config, *away).splitlines()[-1].split(":")[0]
     wait_for(lambda: progress(stream, 0) > 0, stream)
     supervisor = supervisor_of(stream)
-    assert os.getsid(supervisor) != os.getsid(0)  # the end of this shell is not the chain's
+    assert os.getsid(supervisor) != os.getsid(0)  # it does not end with this shell
     assert "waits or runs already" in submit(config, *away)
     shown = avcil("status", stream).output
     assert "RUNNING" in shown
@@ -65,7 +65,7 @@ def test_a_local_chain_survives_and_ends_with_the_bits_of_the_plain_run(tmp_path
 
     [rank] = ranks(supervisor)
     rank.kill()  # as a machine short of memory does
-    wait_for(lambda: len(read_chain(stream).jobs.get(0, ())) == 2, stream)  # it begins again
+    wait_for(lambda: len(read_chain(stream).jobs.get(0, ())) == 2, stream)  # it is started again
     wait_for(lambda: progress(stream, 1) > 0, stream)
     assert "1 ended" in avcil("cancel", stream).output
     assert not is_supervised(read_chain(stream).folder)
@@ -85,7 +85,7 @@ def test_a_local_chain_survives_and_ends_with_the_bits_of_the_plain_run(tmp_path
     assert f"avcil sync {stream}" in shown
 
 
-def test_a_step_that_dies_at_each_start_is_given_up_and_its_runs_have_failed(tmp_path: Path) -> None:
+def test_a_step_that_dies_at_each_start_fails_with_its_runs(tmp_path: Path) -> None:
     config = write_config(
         tmp_path, optim={"epochs": 1000, "global_batch": 12, "global_replay_batch": 6, "global_eval_batch": 16}
     )

@@ -1,4 +1,4 @@
-"""Whole streams through the command line: bits, resume, behaviour, what MLflow and the report hold."""
+"""Whole streams through the command line: bits, resume, behaviour, contents of MLflow and of the report."""
 
 import json
 import os
@@ -110,7 +110,7 @@ def test_mlflow_holds_a_stream_run_and_a_run_for_each_step(tmp_path: Path) -> No
     assert {"step_002/model.safetensors", "step_002/COMMITTED.json"} <= files
 
 
-def test_what_was_committed_but_not_uploaded_is_uploaded_at_the_next_start(tmp_path: Path) -> None:
+def test_committed_steps_that_were_not_uploaded_are_uploaded_at_the_next_start(tmp_path: Path) -> None:
     config = write_config(tmp_path)
     stream = train(config)
     shutil.rmtree(Path(stream, "events"))  # as after a kill between the commit and its event

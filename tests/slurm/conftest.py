@@ -1,4 +1,4 @@
-"""The sandbox of these tests: a real SLURM of two nodes, started once."""
+"""Sandbox of these tests: a real SLURM of two nodes, started once."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ from launch.sandbox.cluster import HOSTS, PACKAGES, SYSTEM_PATHS, Sandbox
 
 
 def missing() -> str | None:
-    """What keeps the sandbox from being started here."""
+    """Return why the sandbox cannot be started on this machine, None if it can."""
     path = f"{os.environ['PATH']}:{SYSTEM_PATHS}"
     packages = sorted({package for command, package in PACKAGES.items() if not shutil.which(command, path=path)})
     if packages:
@@ -22,7 +22,7 @@ def missing() -> str | None:
 
 @pytest.fixture(scope="session")
 def sandbox() -> Iterator[Sandbox]:
-    """A running sandbox, which the commands that the tests run find. Nothing of it is left afterwards."""
+    """A running sandbox, selected by SLURM_CONF. Nothing of it is left afterwards."""
     if reason := missing():
         pytest.skip(reason)
     folder = Path(tempfile.mkdtemp(prefix="avcil-slurm-"))  # a socket's path must be short

@@ -1,4 +1,4 @@
-"""A stream as SLURM jobs over two nodes: through every disturbance, the bits of the local run."""
+"""A stream as SLURM jobs on two nodes: with every disturbance the bits of the local run."""
 
 import os
 import signal
@@ -26,14 +26,14 @@ TWO_NODES = ("--cluster", "slurm", "cluster.nodes=2", "cluster.cpus_per_task=1")
 
 
 def submit(config: Path, *words: object) -> str:
-    """Submit a stream; its folder."""
+    """Submit a stream. Returns its folder."""
     result = avcil("submit", config, *TWO_NODES, *words)
     assert result.exit_code == 0, result.output
     return result.output.splitlines()[-1].split(":")[0]
 
 
 def high_priority_job(sandbox: Sandbox) -> None:
-    """A job that takes both nodes, for a moment."""
+    """Submit a job that takes both nodes for a moment."""
     words = ("--partition=high", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=4", "--output=/dev/null")
     sandbox.run("sbatch", *words, "--wrap=sleep 1")
 
@@ -65,7 +65,7 @@ def test_a_disturbed_chain_ends_with_the_bits_of_the_local_run(sandbox: Sandbox,
     sandbox.run("scontrol", "requeue", jobs[1])
 
     wait_until_it_trains(stream, 2)
-    hold_ranks(sandbox, jobs[2])  # or they are done before the shortest time limit is over
+    hold_ranks(sandbox, jobs[2])  # otherwise they end before the shortest time limit
     limit_time(sandbox, jobs[2])
     wait_for_restart(sandbox, jobs[2], 1)
 
@@ -74,19 +74,17 @@ def test_a_disturbed_chain_ends_with_the_bits_of_the_local_run(sandbox: Sandbox,
     log = avcil("logs", stream, "--step", 2).output
     assert "step 2 stopped after" in log
     assert "requeued, it continues from its last snapshot" in log
-    assert [job_of(stream, step) for step in range(3)] == jobs  # nothing was doubled
+    assert [job_of(stream, step) for step in range(3)] == jobs  # no job was submitted twice
     assert weights_digest(stream) == weights_digest(whole)
     assert last_artifact(stream).metrics == last_artifact(whole).metrics
     assert "all steps are committed" in avcil("submit", config, *TWO_NODES).output
 
 
-def test_ranks_that_answer_nothing_are_requeued_in_time_and_given_up_in_the_end(
-    sandbox: Sandbox, tmp_path: Path
-) -> None:
+def test_ranks_that_do_not_react_are_requeued_in_time_and_fail_in_the_end(sandbox: Sandbox, tmp_path: Path) -> None:
     optim = {"epochs": 100_000, "global_batch": 12, "global_replay_batch": 6, "global_eval_batch": 16}
     config = write_config(tmp_path, optim=optim, snapshot={"every_iterations": 20})
-    deaf = "cluster.extra={signal: CONT@60}"  # the ranks are never told that their time is up
-    stream = submit(config, "cluster.hours=0.016", "cluster.signal_seconds=60", "cluster.max_requeues=1", deaf)
+    unwarned = "cluster.extra={signal: CONT@60}"  # the ranks receive no warning of the time limit
+    stream = submit(config, "cluster.hours=0.016", "cluster.signal_seconds=60", "cluster.max_requeues=1", unwarned)
     job = job_of(stream, 0)
     wait_for_restart(sandbox, job, 1)
     wait_until_it_trains(stream, 0)
@@ -113,7 +111,7 @@ def test_a_failing_step_cancels_the_rest_and_status_says_why(sandbox: Sandbox, t
     assert [step.reason for step in chain_status(stream)[1]][1:] == ["step 0 failed"] * 2
     assert "manifest.json" in avcil("logs", stream, "--step", 0).output
 
-    broken.write_text(whole)  # mended, the chain is submitted anew: and cancelled, which ends all of it
+    broken.write_text(whole)  # repaired, submitted again, and cancelled, which ends all jobs
     first = job_of(stream, 0)
     submit(config)
     assert job_of(stream, 0) != first
@@ -125,9 +123,9 @@ def test_a_failing_step_cancels_the_rest_and_status_says_why(sandbox: Sandbox, t
     assert "nothing waits or runs" in avcil("cancel", stream).output
 
 
-def test_a_sweep_is_chains_of_which_so_many_run_at_a_time(sandbox: Sandbox, tmp_path: Path) -> None:
+def test_a_sweep_runs_no_more_chains_at_a_time_than_max_parallel(sandbox: Sandbox, tmp_path: Path) -> None:
     config = write_config(tmp_path)
-    sandbox.run("scontrol", "update", "PartitionName=low", "State=DOWN")  # nothing begins
+    sandbox.run("scontrol", "update", "PartitionName=low", "State=DOWN")  # no job starts
     try:
         words = ("method=finetune,lwf", "seed=1,2", "cluster.max_parallel=2")
         result = avcil("sweep", config, *words, *TWO_NODES)
@@ -167,7 +165,7 @@ def test_the_sandbox_is_started_once_and_shows_what_runs(sandbox: Sandbox) -> No
         assert name in shown
 
 
-def test_a_sandbox_that_never_was_is_not_running(sandbox: Sandbox, tmp_path: Path) -> None:
+def test_a_sandbox_that_was_never_started_is_not_running(sandbox: Sandbox, tmp_path: Path) -> None:
     before = sandbox.status()
     result = avcil("sandbox", "down", "--folder", tmp_path / "never")
     assert (result.exit_code, result.output) == (0, f"{tmp_path}/never: nothing runs\n")
@@ -176,7 +174,7 @@ def test_a_sandbox_that_never_was_is_not_running(sandbox: Sandbox, tmp_path: Pat
     assert not (tmp_path / "never").exists()
 
 
-def test_the_sandbox_says_which_packages_are_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_sandbox_names_missing_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr("launch.sandbox.cluster.SYSTEM_PATHS", "")
     result = avcil("sandbox", "up", "--folder", tmp_path)

@@ -120,6 +120,28 @@ def test_jobs_that_wait_or_run_are_kept_and_recorded(config: Config, scheduler: 
     assert jobs == {step: (f"new-{step}", f"old-{step}" if step < 2 else f"new-{step}") for step in range(NUM_STEPS)}
 
 
+def test_a_job_is_recorded_once(config: Config, scheduler: RecordingScheduler) -> None:
+    submit(config)
+    scheduler.live = {step: JobState(f"new-{step}", "", "PENDING", "", "", is_live=True) for step in range(3)}
+    done = submit(config)
+    assert done.chain.jobs == {0: ("new-0",), 1: ("new-1",), 2: ("new-2",), 3: ("new-3", "new-3")}
+
+
+def test_the_stream_is_checked_for_every_number_of_ranks(
+    config: Config, scheduler: RecordingScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[tuple[int, bool]] = []
+
+    def check(config: Config, world_size: int, *, restart: bool) -> SimpleNamespace:
+        checked.append((world_size, restart))
+        return SimpleNamespace(num_steps=NUM_STEPS)
+
+    monkeypatch.setattr(chain_module, "check_run", check)
+    cluster = ClusterConfig.model_validate({"kind": "slurm", "steps": {1: {"nodes": 2}, 3: {"nodes": 4}}})
+    submit_stream(config, cluster, run_id="id", policy=RESTART)
+    assert checked == [(1, True), (2, True), (4, True)]
+
+
 def test_other_settings_than_those_of_the_live_jobs_are_refused(config: Config, scheduler: RecordingScheduler) -> None:
     submit(config)
     scheduler.live = {step: waiting(step) for step in range(NUM_STEPS)}

@@ -1,4 +1,4 @@
-"""Cluster files, and the scripts that sbatch is given: held against files of their text."""
+"""Cluster files, job scripts (compared with files of their text), and the copy of the code for jobs."""
 
 import re
 import subprocess
@@ -58,27 +58,29 @@ def script(cluster: ClusterConfig, step: int, code: str | None, dependency: str 
         ("grown_step.sh", script(LARGE, 4, f"{JOBS}/code-0123456789ab", "afterok:4711")),
     ],
 )
-def test_sbatch_is_given_this_script(name: str, text: str) -> None:
+def test_the_job_script_equals_the_golden_file(name: str, text: str) -> None:
     assert text == (GOLDEN / name).read_text()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["first_step.sh", "grown_step.sh"])
-def test_the_script_is_one_for_a_shell(name: str) -> None:
+def test_the_job_script_is_valid_bash(name: str) -> None:
     subprocess.run(["bash", "-n", GOLDEN / name], check=True)
 
 
-def run_end(tmp_path: Path, code: int, *, state: str, restarts: int = 0, mark: str = "") -> tuple[int, list[str], str]:
-    """The end of a script whose ranks gave `code`, with a scontrol that says `state`.
+def run_end(
+    tmp_path: Path, code: int, *, state: str, restarts: int = 0, status: str = ""
+) -> tuple[int, list[str], str]:
+    """Run the end of a script whose ranks exited with `code`, with a scontrol that prints `state`.
 
-    Its exit code, what scontrol was asked, and the words that Python was given.
+    Returns its exit code, the subcommands of scontrol, and the arguments of Python.
     """
-    asked = tmp_path / "asked"
+    calls = tmp_path / "calls"
     scontrol = tmp_path / "scontrol"
-    scontrol.write_text(f'#!/bin/sh\necho "$1" >> {asked}\necho "JobId=7 JobState={state} Reason=None"\n')
+    scontrol.write_text(f'#!/bin/sh\necho "$1" >> {calls}\necho "JobId=7 JobState={state} Reason=None"\n')
     scontrol.chmod(0o755)
-    if mark:
-        (tmp_path / f"step_002.{mark}").touch()
+    if status:
+        (tmp_path / f"step_002.{status}").touch()
     parameters = sbatch_parameters(
         ClusterConfig(kind="slurm", max_requeues=3),
         2,
@@ -92,32 +94,32 @@ def run_end(tmp_path: Path, code: int, *, state: str, restarts: int = 0, mark: s
     text = re.sub(r"sleep \d+", "exit 99", text)
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts)}
     done = subprocess.run(["bash", "-c", text], env=environment, capture_output=True, text=True)
-    return done.returncode, asked.read_text().split() if asked.exists() else [], done.stdout
+    return done.returncode, calls.read_text().split() if calls.exists() else [], done.stdout
 
 
 @pytest.mark.slow
-def test_a_step_that_is_done_or_failed_is_not_begun_again(tmp_path: Path) -> None:
-    assert run_end(tmp_path, 0, state="RUNNING", mark="done")[:2] == (0, [])
+def test_a_step_that_is_done_or_failed_is_not_started_again(tmp_path: Path) -> None:
+    assert run_end(tmp_path, 0, state="RUNNING", status="done")[:2] == (0, [])
     (tmp_path / "step_002.done").unlink()
-    assert run_end(tmp_path, 2, state="RUNNING", mark="failed")[:2] == (2, [])
+    assert run_end(tmp_path, 2, state="RUNNING", status="failed")[:2] == (2, [])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("code", [0, 1, 75, 137])  # srun gives 0 when it lost a node's daemon
-def test_a_step_that_is_neither_is_requeued(tmp_path: Path, code: int) -> None:
+def test_a_step_that_is_neither_done_nor_failed_is_requeued(tmp_path: Path, code: int) -> None:
     assert run_end(tmp_path, code, state="RUNNING", restarts=2)[:2] == (99, ["show", "requeue"])
 
 
 @pytest.mark.slow
-def test_a_job_that_slurm_is_ending_is_left_to_it(tmp_path: Path) -> None:
+def test_a_job_that_slurm_itself_ends_is_not_requeued(tmp_path: Path) -> None:
     assert run_end(tmp_path, 143, state="COMPLETING") == (1, ["show"], "")
 
 
 @pytest.mark.slow
-def test_a_step_that_never_gets_done_fails_in_the_end(tmp_path: Path) -> None:
-    code, asked, said = run_end(tmp_path, 137, state="RUNNING", restarts=3)
-    assert (code, asked) == (1, ["show"])
-    assert said.startswith(
+def test_a_step_fails_after_the_last_requeue(tmp_path: Path) -> None:
+    code, calls, printed = run_end(tmp_path, 137, state="RUNNING", restarts=3)
+    assert (code, calls) == (1, ["show"])
+    assert printed.startswith(
         f"-m launch.cluster.mark_failed {tmp_path} 2 step 2 is not done after 4 starts (exit code 137)"
     )
 
@@ -154,14 +156,14 @@ def test_a_wrong_cluster_file_is_one_line(tmp_path: Path) -> None:
         load_cluster("slurm", ["hours=-1"])
 
 
-def test_words_of_the_cluster_are_told_from_the_stream_s() -> None:
+def test_settings_of_the_cluster_are_separated_from_those_of_the_stream() -> None:
     words = ["seed=1", "cluster.nodes=2", "data.shard_cache=none"]
     assert split_words(words, "slurm") == (["seed=1", "data.shard_cache=none"], ["nodes=2"])
     with pytest.raises(ConfigError, match=r"cluster\.nodes=2: .* --cluster"):
         split_words(words, None)
 
 
-def test_the_code_is_copied_once_for_each_state_it_is_in(tmp_path: Path) -> None:
+def test_the_code_is_copied_once_for_each_state_of_it(tmp_path: Path) -> None:
     root = source_folder()
     assert root is not None
     copy = snapshot_code(tmp_path)

@@ -1,7 +1,9 @@
 """The SLURM scheduler with the output of squeue and sacct given."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +12,8 @@ from avcil_dist.compose import load_config
 from avcil_dist.errors import SchedulerError
 from avcil_dist.streams.stream import stream_url
 from launch.cluster.chain_record import Chain, read_chain
+from launch.cluster.mark_failed import mark_failed
+from launch.cluster.rank_entry import RankEntry
 from launch.cluster.resources import ClusterConfig
 from launch.cluster.schedulers import slurm
 from launch.cluster.schedulers.base import JobStart, scheduler_of
@@ -91,6 +95,36 @@ def test_later_jobs_are_cancelled_first_and_no_others(commands: list[Sequence[st
     assert commands[-1] == ["scancel", "99"]
     assert scheduler_of("slurm").cancel(chain(tmp_path), first_step=3) == 0
     assert commands[-1][0] == "squeue"
+
+
+def test_a_job_is_submitted_without_the_status_of_an_earlier_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config, record = load_config("demo", [f"output={tmp_path}"]), replace(chain(tmp_path), code="/code")
+    mark_failed(record.folder, 2, "an earlier error")
+    given: dict[str, Any] = {}
+
+    class Executor:
+        def __init__(self, folder: Path) -> None:
+            given["folder"] = folder
+
+        def update_parameters(self, **parameters: Any) -> None:
+            given["parameters"] = parameters
+
+        def submit(self, entry: RankEntry) -> SimpleNamespace:
+            assert record.failure(2) is None
+            given["entry"] = entry
+            return SimpleNamespace(job_id=4711)
+
+    monkeypatch.setattr("submitit.SlurmExecutor", Executor)
+    cluster = ClusterConfig(kind="slurm", partition="gpu")
+    record = scheduler_of("slurm").submit(config, cluster, record, [2], JobStart("id", first_step=2, after="9"))
+    assert record.jobs == {2: ("4711",)}
+    run = StepRun(config, 2, 4, "id", False, f"{tmp_path}/step_002.json")
+    assert given["entry"] == RankEntry(run, str(tmp_path), "slurm")
+    assert given["folder"] == tmp_path / "step_002"
+    names = ("job_name", "partition", "dependency")
+    assert [given["parameters"][name] for name in names] == ["vs100-0a1b2c-step_002", "gpu", "afterany:9"]
 
 
 def test_each_job_waits_for_the_one_before_it_and_is_recorded_at_once(

@@ -59,6 +59,17 @@ def world_from_environment(environment: Mapping[str, str]) -> World:
     return World()
 
 
+def threads_per_rank(world: World, environment: Mapping[str, str], cores: int) -> int:
+    """Number of threads for one rank, from the `cores` that its process may use.
+
+    SLURM binds each task to its own `--cpus-per-task` cores; any other launcher lets the ranks of a machine share its
+    cores. More threads than cores make all ranks slow.
+    """
+    if world.launcher == "slurm" and "SLURM_CPUS_PER_TASK" in environment:
+        return max(1, min(cores, _integer(environment, "SLURM_CPUS_PER_TASK")))
+    return max(1, cores // world.local_size)
+
+
 def first_host(node_list: str) -> str:
     """The first host of a SLURM node list: `gpu[03-07,9],x1` gives `gpu03`."""
     found = re.match(r"(?:[^\[,]|\[[^\]]*\])+", node_list)

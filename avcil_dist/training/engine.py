@@ -20,7 +20,7 @@ from avcil_dist.errors import TrainingError
 from avcil_dist.models.network import Network
 from avcil_dist.models.outputs import Output
 from avcil_dist.training.optim import LossScale
-from avcil_dist.world import World
+from avcil_dist.world import World, threads_per_rank
 
 NEVER = 10**9
 # Numbers of a buffer of ZeRO's. Its own are for models of billions: below that, it shares out next to nothing.
@@ -243,8 +243,8 @@ def _zero_section(config: EngineConfig) -> dict[str, Any]:
 
 
 def set_threads(world: World) -> None:
-    """Share the machine's cores among its ranks; more threads than cores make all of them slow."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.local_size))
+    """Set the number of torch's threads to this rank's share of the cores that the process may use."""
+    torch.set_num_threads(threads_per_rank(world, os.environ, len(os.sched_getaffinity(0))))
 
 
 def name_accelerator() -> None:

@@ -1,7 +1,14 @@
 import pytest
 
 from avcil_dist.errors import WorldError
-from avcil_dist.world import SLURM_VARIABLES, TORCHRUN_VARIABLES, World, first_host, world_from_environment
+from avcil_dist.world import (
+    SLURM_VARIABLES,
+    TORCHRUN_VARIABLES,
+    World,
+    first_host,
+    threads_per_rank,
+    world_from_environment,
+)
 
 TORCHRUN = {
     "RANK": "5",
@@ -161,3 +168,22 @@ def test_a_node_list_without_a_host_is_an_error(node_list: str) -> None:
 def test_a_place_that_cannot_be_is_refused(wrong: dict[str, str]) -> None:
     with pytest.raises(WorldError, match="no such place"):
         world_from_environment(TORCHRUN | wrong)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "environment", "cores", "threads"),
+    [
+        ("torchrun", {}, 16, 4),
+        ("torchrun", {}, 2, 1),  # a machine of 64 cores of which two are allowed
+        ("torchrun", {"SLURM_CPUS_PER_TASK": "16"}, 16, 4),  # torchrun in a SLURM task: the ranks share its cores
+        ("slurm", {"SLURM_CPUS_PER_TASK": "8"}, 8, 8),  # a task bound to its own cores
+        ("slurm", {"SLURM_CPUS_PER_TASK": "8"}, 64, 8),  # no binding: the node's cores are visible
+        ("slurm", {"SLURM_CPUS_PER_TASK": "8"}, 1, 1),
+        ("slurm", {}, 64, 16),
+    ],
+)
+def test_threads_come_from_the_cores_that_a_rank_may_use(
+    launcher: str, environment: dict[str, str], cores: int, threads: int
+) -> None:
+    world = World(rank=1, size=8, local_rank=1, local_size=4, launcher=launcher)
+    assert threads_per_rank(world, environment, cores) == threads

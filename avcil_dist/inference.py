@@ -10,7 +10,7 @@ from avcil_dist import storage
 from avcil_dist.data.decode import decode_clip
 from avcil_dist.data.manifest import Split, check_shards, load_manifest
 from avcil_dist.data.transforms import ClipTransform
-from avcil_dist.errors import ArtifactError
+from avcil_dist.errors import ArtifactError, DataError
 from avcil_dist.methods import make_method
 from avcil_dist.methods.base import Method, StepContext
 from avcil_dist.models.network import Network, load_whole_state
@@ -99,12 +99,20 @@ def evaluate_step(
     """Predict every clip of a split with the weights of a committed step; return accuracies over its seen classes.
 
     `step` is the last committed one by default, `manifest_url` the manifest that the step was trained on. All
-    ranks of `world` call it. Raises ArtifactError when the stream has no such step, DataError for missing shards.
+    ranks of `world` call it. Raises ArtifactError when the stream has no such step, DataError for missing shards and
+    for a task without clips of the split.
     """
     artifact = load_artifact(stream, _last_step(stream) if step is None else step)
     config, scenario = artifact.config, artifact.scenario
-    manifest = load_manifest(manifest_url or config.data.manifest)
+    manifest_url = manifest_url or config.data.manifest
+    manifest = load_manifest(manifest_url)
     seen = scenario.seen(artifact.step)
+    for task in range(artifact.step + 1):
+        if not len(manifest.clips(scenario.new(task), split)):
+            raise DataError(
+                f"{manifest_url}: no {split} clips of the {len(scenario.new(task))} classes of step {task} "
+                f"({', '.join(scenario.new(task)[:3])}, …); choose another --split or --manifest"
+            )
     check_shards(manifest, manifest.shard_numbers(seen, split))
     device = local_device(world)
     set_threads(world)

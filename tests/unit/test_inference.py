@@ -1,0 +1,99 @@
+"""Inference from a committed step: restored networks, scores of new clips, accuracies on a split."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from avcil_dist import inference
+from avcil_dist.compose import load_config
+from avcil_dist.data.exemplar_memory import EMPTY_MEMORY
+from avcil_dist.data.manifest import load_manifest
+from avcil_dist.errors import ArtifactError, DataError
+from avcil_dist.inference import CLIPS_PER_BATCH, Predictor, evaluate_step, restore_step
+from avcil_dist.methods import make_method
+from avcil_dist.streams.artifact import StepArtifact, save_artifact
+from avcil_dist.streams.metrics import StreamMetrics
+from avcil_dist.streams.stream import scenario_of, stream_url
+from avcil_dist.training.build import network_after
+from launch.local_worlds import current_world
+from tests.helpers.features import make_feature_shards
+from tests.helpers.streams import write_config
+
+CLASSES_PER_STEP = 3
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the number of threads of the test process as it is."""
+    monkeypatch.setattr(inference, "set_threads", lambda world: None)
+
+
+def commit_first_step(folder: Path) -> tuple[str, StepArtifact]:
+    """Commit a step 0 with initial weights; returns the stream's folder and the artifact."""
+    config = load_config(str(write_config(folder)), [f"scenario.classes_per_step={CLASSES_PER_STEP}"])
+    manifest = load_manifest(config.data.manifest)
+    scenario = scenario_of(config, manifest)
+    torch.manual_seed(0)
+    network = network_after(config, manifest.shape, scenario, make_method(config.method), 0)
+    accuracies = dict.fromkeys(scenario.seen(0), 0.5)
+    artifact = StepArtifact(
+        step=0,
+        model=network.state_dict(),
+        method={},
+        memory=EMPTY_MEMORY,
+        scenario=scenario,
+        metrics=StreamMetrics.after(
+            None, step=0, row=[0.5], seen=0.5, per_class=accuracies, num_test_clips=30, epoch=0, val_accuracy=None
+        ),
+        config=config,
+        manifest_hash=manifest.content_hash,
+    )
+    save_artifact(stream_url(config), artifact)
+    return stream_url(config), artifact
+
+
+def test_each_clip_of_the_split_is_evaluated_once(tmp_path: Path) -> None:
+    stream, _ = commit_first_step(tmp_path)
+    found = evaluate_step(stream, None, "test", None, world=current_world())
+    assert (found["step"], found["split"], found["num_clips"]) == (0, "test", 30)
+    assert found["task_accuracy"] == [found["seen_accuracy"]]
+    assert found["seen_accuracy"] == pytest.approx(sum(found["per_class"].values()) / CLASSES_PER_STEP)
+
+
+def test_a_split_without_clips_is_an_error_of_one_line(tmp_path: Path) -> None:
+    stream, _ = commit_first_step(tmp_path)
+    url = make_feature_shards(tmp_path / "other", classes=6, clips={"train": 24, "test": 10})
+    with pytest.raises(DataError) as raised:
+        evaluate_step(stream, None, "val", str(url), world=current_world())
+    assert f"{url}: no val clips of the 3 classes of step 0" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_step_that_is_not_committed_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="no committed step artifact"):
+        evaluate_step(str(tmp_path / "nothing"), None, "test", None, world=current_world())
+
+
+@pytest.mark.parametrize("count", [1, CLIPS_PER_BATCH, 2 * CLIPS_PER_BATCH + 3])
+def test_scores_of_features_are_those_of_the_restored_network(tmp_path: Path, count: int) -> None:
+    stream, artifact = commit_first_step(tmp_path)
+    shape = load_manifest(artifact.config.data.manifest).shape
+    predictor = Predictor(artifact, shape, stream)
+    assert predictor.takes_features
+    assert predictor.classes == list(artifact.scenario.seen(0))
+    random = torch.Generator().manual_seed(1)
+    visual = torch.randn(count, shape["frames"], shape["positions"], shape["dim"], generator=random)
+    audio = torch.randn(count, shape["dim"], generator=random)
+    network, method = restore_step(artifact, shape, stream)
+    with torch.no_grad():
+        expected = method.scores(network.eval()(visual, audio))
+    scores = predictor.score_features(visual, audio)
+    assert scores.shape == (count, CLASSES_PER_STEP)
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_no_clips_have_no_scores(tmp_path: Path) -> None:
+    stream, artifact = commit_first_step(tmp_path)
+    predictor = Predictor(artifact, load_manifest(artifact.config.data.manifest).shape, stream)
+    assert predictor.score_clips([]).shape == (0, CLASSES_PER_STEP)

@@ -214,3 +214,35 @@ def test_features_of_classes_are_those_of_their_readable_clips(inference: Infere
     nothing = inference.class_features(network, {"x": np.array([], dtype=np.int64)})
     assert nothing["x"].features.shape == (0, 0)
     assert nothing["x"].clips.tolist() == []
+
+
+def test_encoders_shared_with_the_student_run_once_for_both_modalities() -> None:
+    class Frozen(Precomputed):
+        """An encoder whose output is its input plus 1."""
+
+        def encode_if_frozen(self, inputs: Tensor) -> Tensor:
+            return inputs + 1
+
+    teacher = Teacher(AudioVisualNetwork(Frozen(DIM), Frozen(DIM), 3), CPU)
+    batch = batch_of([11, 13])
+    encoded = teacher.encode_shared(batch)
+    assert torch.equal(encoded.visual, batch.visual + 1)
+    assert torch.equal(encoded.audio, batch.audio + 1)
+    assert encoded.clips is batch.clips
+    unchanged = make_teacher().encode_shared(batch)
+    assert unchanged.visual is batch.visual
+    assert unchanged.audio is batch.audio
+
+
+@pytest.mark.parametrize(("times_its_size", "is_moved"), [(11, True), (9, False)])
+def test_a_cache_moves_to_a_gpu_that_has_ten_times_its_size_free(
+    monkeypatch: pytest.MonkeyPatch, times_its_size: int, is_moved: bool
+) -> None:
+    output = Output(torch.zeros(5, 3), pooled=torch.zeros(5, 4, dtype=torch.float64))
+    cache = TeacherCache(CLIPS, np.ones(5, dtype=bool), output)
+    size = 5 * 3 * 4 + 5 * 4 * 8
+    moves: list[None] = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (times_its_size * size, 0))
+    monkeypatch.setattr(Output, "map", lambda self, _: moves.append(None) or self)
+    assert (cache.to(torch.device("cuda")) is cache) is not is_moved
+    assert len(moves) == is_moved

@@ -191,12 +191,12 @@ def test_a_file_of_another_version_is_an_artifact_error(tmp_path: Path, file: st
 
 
 def test_steps_are_counted_by_their_number_and_only_with_a_commit(tmp_path: Path) -> None:
-    for step in (0, 2, 10, 1000):
+    for step in (0, 2, 10, 999, 1000):
         write_commit(step_url(str(tmp_path), step), {}, step=step)
     (tmp_path / "step_003").mkdir()
     (tmp_path / "events").mkdir()
     write_commit(str(tmp_path / "step_11"), {}, step=11)  # not a name that this program gives
-    assert committed_steps(str(tmp_path)) == [0, 2, 10, 1000]
+    assert committed_steps(str(tmp_path)) == [0, 2, 10, 999, 1000]  # by number, not by name
 
 
 def test_changes_of_the_identity_are_recorded_in_the_commit(tmp_path: Path) -> None:
@@ -208,11 +208,12 @@ def test_changes_of_the_identity_are_recorded_in_the_commit(tmp_path: Path) -> N
 
 def test_an_identity_is_read_as_it_was_written_and_allows_its_changes_only(tmp_path: Path) -> None:
     assert read_identity(str(tmp_path)) is None
-    change = Change(1, "optim.lr", 0.1, 0.2, forced=False)
-    identity = replace(new_identity(), origin_run="r", origin_step=1, changes=(change,))
+    changes = (Change(1, "optim.lr", 0.1, 0.2, forced=False), Change(2, "seed", 0, 1, forced=True))
+    identity = replace(new_identity(), origin_run="r", origin_step=1, changes=changes)
     write_identity(str(tmp_path), identity)
     assert read_identity(str(tmp_path)) == identity
     assert identity.allows("optim.lr", 0.1, 0.2, 1)
+    assert identity.allows("seed", 0, 1, 2)
     assert not identity.allows("optim.momentum", 0.1, 0.2, 1)
     assert not identity.allows("optim.lr", 0.3, 0.2, 1)
     assert not identity.allows("optim.lr", 0.1, 0.3, 1)

@@ -112,7 +112,7 @@ def test_the_first_step_forgets_nothing() -> None:
 def test_a_stream_grows_step_by_step() -> None:
     metrics = make_metrics([[0.9], [0.5, 0.8], [0.6, 0.3, 0.7]], [0.9, 0.6, 0.45])
     assert metrics.step == 2
-    assert metrics.accuracy[1] == (0.5, 0.8)
+    assert metrics.accuracy == ((0.9,), (0.5, 0.8), (0.6, 0.3, 0.7))
     assert metrics.mean_accuracy == pytest.approx(0.65)
     assert metrics.average_forgetting == pytest.approx(0.4)
     assert (metrics.num_test_clips, metrics.epoch, metrics.val_accuracy) == (30, 7, None)
@@ -178,6 +178,18 @@ def test_scalars_are_the_numbers_of_the_last_step() -> None:
     subset = replace(metrics, source_disjoint=SubsetMetrics((0.1, 0.2, 0.3), 4))
     assert subset.scalars()["source_disjoint_accuracy"] == 0.3
     assert subset.to_dict()["source_disjoint"]["mean_accuracy"] == pytest.approx(0.2)
+
+
+def test_forgetting_of_the_last_step_and_its_average_over_the_steps() -> None:
+    metrics = make_metrics([[0.9], [0.7, 0.8], [0.5, 0.2, 0.7]], [0.9, 0.75, 0.45])
+    assert metrics.forgetting == pytest.approx([0.2, 0.5])  # 0.9 - 0.7; mean of 0.9 - 0.5 and 0.8 - 0.2
+    assert metrics.average_forgetting == pytest.approx(0.35)
+    assert metrics.scalars()["forgetting"] == pytest.approx(0.5)
+
+
+def test_the_number_of_rows_must_fit_the_step() -> None:
+    with pytest.raises(ValueError, match="step 1: the accuracy matrix has rows of"):
+        StreamMetrics(1, ((0.9,),), (0.9, 0.8), {}, 1, 0, None)
 
 
 def test_the_number_of_seen_accuracies_must_fit_the_step() -> None:

@@ -124,6 +124,11 @@ def test_a_step_fails_after_the_last_requeue(tmp_path: Path) -> None:
     )
 
 
+def test_a_time_limit_is_in_whole_minutes_rounded_up() -> None:
+    parameters = sbatch_parameters(LARGE, 0, name="x", code=None, prefix="x", python="python", dependency=None)
+    assert parameters["time"] == 480  # 7.99 hours
+
+
 def test_resources_grow_from_a_step_on() -> None:
     cluster = ClusterConfig(kind="slurm", hours=1, steps={2: {"nodes": 2}, 5: {"hours": 3, "nodes": 4}})
     found = [(cluster.at(step).nodes, cluster.at(step).hours) for step in (0, 1, 2, 4, 5, 9)]

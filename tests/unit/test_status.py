@@ -105,6 +105,25 @@ def test_the_log_is_that_of_the_newest_job_and_the_rank(stream: str) -> None:
         list(log_text(stream, 4, 0, follow=False))
 
 
+def test_a_log_is_followed_until_its_job_is_over(stream: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chain = read_chain(stream)
+    chain.log_folder(1).mkdir()
+    log = chain.log_folder(1) / "11_0_log.out"
+    pieces = iter(["one ", "two ", ""])
+
+    def write_more(seconds: float) -> None:
+        """While the reader sleeps; the last piece is written as the job ends."""
+        piece = next(pieces)
+        with log.open("a") as file:
+            file.write(piece or "three")
+        if not piece:
+            set_jobs(monkeypatch, {}, {1: job(11, "COMPLETED", is_live=False)})
+
+    monkeypatch.setattr(time, "sleep", write_more)
+    set_jobs(monkeypatch, {1: job(11, "RUNNING", is_live=True)}, {})
+    assert list(log_text(stream, 1, 0, follow=True)) == ["one ", "two ", "three"]
+
+
 def test_a_folder_without_a_chain_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no jobs were submitted"):
         chain_status(str(tmp_path))

@@ -13,7 +13,6 @@ from avcil_dist.errors import SchedulerError
 from avcil_dist.streams.stream import stream_url
 from avcil_dist.world import World, world_from_environment
 from launch.cluster.chain_record import Chain, write_chain
-from launch.cluster.rank_entry import RankEntry
 from launch.cluster.resources import ClusterConfig
 from launch.cluster.schedulers.base import JobStart, JobState
 from launch.cluster.schedulers.slurm_script import sbatch_parameters, sbatch_text
@@ -99,6 +98,8 @@ def _sbatch(run: StepRun, cluster: ClusterConfig, chain: Chain, dependency: str 
     """Submit the job of one step; its id."""
     from submitit import SlurmExecutor
     from submitit.core.utils import FailedJobError
+
+    from launch.cluster.rank_entry import RankEntry  # imports torch, which `avcil status` does not need
 
     chain.clear_status(run.step)
     executor = SlurmExecutor(chain.log_folder(run.step))

@@ -40,6 +40,7 @@ def test_old_classes_keep_their_first_exemplars() -> None:
     after = before.update({"c": keys_of("c", 20)}, size=12)
     assert after.keys["a"] == before.keys["a"][:4]
     assert after.keys["b"] == before.keys["b"][:4]
+    assert list(after.keys) == ["a", "b", "c"]  # in their order of arrival
     assert len(after.keys["c"]) == 4
 
 
@@ -86,6 +87,11 @@ def test_herding_follows_the_mean_step_by_step() -> None:
 def test_herding_takes_equal_clips_in_their_order_and_each_once() -> None:
     assert herding_order(np.ones((4, 3)), 3) == [0, 1, 2]
     assert herding_order(np.zeros((3, 2)), 9) == [0, 1, 2]
+
+
+def test_ties_of_herding_select_the_first_row() -> None:
+    angles = np.radians([67, 21, 9, -67, -21, -9])  # pairs at equal distance, in exact arithmetic
+    assert herding_order(np.stack([np.cos(angles), np.sin(angles)], axis=1), 6) == [2, 4, 1, 5, 0, 3]
 
 
 def test_herding_of_few_clips_gives_what_there_is() -> None:

@@ -163,6 +163,14 @@ def test_a_canonical_node_reads_the_same_clips_in_every_epoch(
     assert all(other == first for other in others)
 
 
+def test_a_canonical_node_reads_other_clips_in_another_step() -> None:
+    manifest = make_manifest(TEN_BY_THREE)
+    first, second = [
+        set(ranges_of(plan(manifest, canonical_nodes=2, step=step), 1200, 2)[0].tolist()) for step in (0, 1)
+    ]
+    assert 0.3 < len(first & second) / len(first) < 0.7  # half of the shards by chance
+
+
 def open_shards(manifest: Manifest, clips: np.ndarray) -> list[set[int]]:
     """At each place of a stream, the shards with clips both before and from there on."""
     shards = [manifest.locate(int(clip))[0] for clip in clips]

@@ -1,4 +1,4 @@
-"""Settings that hold for one method each, and the published ones in the shipped benchmarks."""
+"""Settings that apply to one method each, and the published ones in the shipped benchmarks."""
 
 from pathlib import Path
 
@@ -93,7 +93,7 @@ def test_a_file_that_extends_has_the_last_word(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("by_method: {avcli: {optim: {epochs: 1}}}", "by_method: method.name: 'avcli' is none of"),
         ("by_method: [avcil]", "by_method: a mapping of methods to settings"),
@@ -102,9 +102,9 @@ def test_a_file_that_extends_has_the_last_word(tmp_path: Path) -> None:
         ("by_method: {avcil: {optim: {epochs: 0}}}", "mine.yaml (by_method.avcil): optim.epochs: 0: "),
     ],
 )
-def test_wrong_settings_by_method_are_named(tmp_path: Path, text: str, said: str) -> None:
+def test_wrong_settings_by_method_are_named(tmp_path: Path, text: str, message: str) -> None:
     path = write(tmp_path, "mine.yaml", BASE[: BASE.index("by_method")] + text)
     with pytest.raises(ConfigError) as raised:
         load_config(path)
-    assert said in str(raised.value)
+    assert message in str(raised.value)
     assert "\n" not in str(raised.value)

@@ -24,7 +24,7 @@ def write(folder: Path, text: str, name: str = "mine.yaml") -> str:
 
 
 def refusal(name: str, *overrides: str) -> str:
-    """The one line that a configuration is refused with."""
+    """The error line of a refused configuration."""
     with pytest.raises(ConfigError) as caught:
         load_config(name, overrides)
     line = str(caught.value)
@@ -45,12 +45,12 @@ def test_every_shipped_method_is_valid(name: str) -> None:
 
 @pytest.mark.parametrize("name", shipped("engine"))
 def test_every_shipped_engine_is_valid(name: str) -> None:
-    said = yaml.safe_load((SHIPPED / "engine" / f"{name}.yaml").read_text())
+    settings = yaml.safe_load((SHIPPED / "engine" / f"{name}.yaml").read_text())
     engine = load_config("demo", [f"engine={name}"]).engine.model_dump()
-    assert engine == engine | said
+    assert engine == engine | settings
 
 
-def test_the_shipped_base_lacks_only_what_a_benchmark_must_say(tmp_path: Path) -> None:
+def test_the_shipped_base_lacks_only_the_settings_that_a_benchmark_must_set(tmp_path: Path) -> None:
     assert "data: missing" in refusal("base", "name=x")
     required = "extends: base\nname: x\ndata: {manifest: m.json}\nscenario: {classes_per_step: 1}\n"
     models = "model: {visual: {kind: precomputed}, audio: {kind: precomputed}}\n"
@@ -72,7 +72,7 @@ def test_later_files_win_over_earlier_ones(tmp_path: Path) -> None:
     assert (config.seed, config.optim.epochs, config.optim.global_batch) == (3, 2, 4)
 
 
-def test_extends_is_relative_to_the_file_that_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_extends_is_relative_to_the_file_that_contains_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, "extends: ../top.yaml\nseed: 5\n", "deep/middle.yaml")
     write(tmp_path, "extends: demo\nname: top\n", "top.yaml")
     path = write(tmp_path, "extends: deep/middle.yaml\n")
@@ -186,12 +186,12 @@ def test_a_wrong_value_in_a_file_is_refused_in_one_line(tmp_path: Path, text: st
     assert refusal(write(tmp_path, f"extends: demo\n{text}\n")).startswith(f"mine.yaml: {line}")
 
 
-def test_a_method_without_options_says_so() -> None:
+def test_an_option_of_a_method_without_options_is_refused() -> None:
     line = refusal("demo", "method=finetune", "method.lambda_class=1")
     assert line == "command line: method.lambda_class: unknown key; none is allowed here"
 
 
-def test_the_file_that_said_a_value_is_named_not_the_one_that_extends_it(tmp_path: Path) -> None:
+def test_the_file_that_set_a_value_is_named_not_the_one_that_extends_it(tmp_path: Path) -> None:
     write(tmp_path, "extends: demo\noptim: {epochs: 0}\n", "below.yaml")
     assert refusal(write(tmp_path, "extends: below.yaml\noptim: {global_batch: 8}\n")).startswith(
         "below.yaml: optim.epochs: 0"
@@ -253,7 +253,7 @@ def test_a_resolved_configuration_comes_back_from_its_yaml(name: str) -> None:
     assert flatten(again) == flatten(config)
 
 
-def test_the_resolved_yaml_says_the_methods_defaults_too() -> None:
+def test_the_resolved_yaml_contains_the_defaults_of_the_method() -> None:
     document = yaml.safe_load(config_to_yaml(load_config("demo")))
     assert document["method"]["contrast_temperature"] == 0.05
     assert next(iter(document)) == "name"

@@ -1,4 +1,4 @@
-"""The ranks of a node share what is at hand in host memory; on a device each has its own."""
+"""The ranks of a node share a clip cache in host memory; on a device each rank has its own."""
 
 from pathlib import Path
 
@@ -18,16 +18,16 @@ CLIPS = np.arange(6)
 
 
 def found(world: World, url: str) -> dict[str, tuple[str, int]]:
-    """By tier: what is said of it, and how many of the clips that rank 0 has read this rank has at hand."""
+    """By tier: the message, and how many of the clips that rank 0 has added this rank finds."""
     manifest, results = load_manifest(url), {}
     for tier in ("auto", "host", "device", "none"):
         data = DataConfig.model_validate({"manifest": url, "clip_cache": tier})
-        store, said = place_clip_cache(manifest, data, CLIPS, world, CPU)
-        if store and world.rank == 0:
+        cache, message = place_clip_cache(manifest, data, CLIPS, world, CPU)
+        if cache and world.rank == 0:
             rows = torch.ones(4, 2, 3, 16).half(), torch.ones(4, 16).half()
-            store.put(CLIPS[:4], rows, np.array([True, True, False, True]))
+            cache.put(CLIPS[:4], rows, np.array([True, True, False, True]))
         dist.barrier()
-        results[tier] = said, len(CLIPS) - len(store.mark_missing(Request(CLIPS, 6)).to_read.clips) if store else 0
+        results[tier] = message, len(CLIPS) - len(cache.mark_missing(Request(CLIPS, 6)).to_read.clips) if cache else 0
         dist.barrier()  # until then another rank may look
     return results
 

@@ -1,4 +1,4 @@
-"""Clips at hand: the same batches from every tier, each clip read once, nothing left behind."""
+"""Clip cache: the same batches from every tier, each clip read once, no files left behind."""
 
 import gc
 import pickle
@@ -32,20 +32,20 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     return load_manifest(url)
 
 
-def source_of(manifest: Manifest, **settings: object) -> TrainingSampler:
+def sampler_of(manifest: Manifest, **settings: object) -> TrainingSampler:
     exemplars = manifest.clips(["class_000"], "train")[:5]  # a batch of 4 may have one of them twice
     return training_source(manifest, epochs=EPOCHS, exemplars=exemplars, **settings)  # type: ignore[arg-type]
 
 
-def store_of(manifest: Manifest, clips: np.ndarray, tier: str) -> ClipCache:
-    kind = EntrySpec.of(manifest, source_of(manifest).data.clip)
-    return ClipCache(clips, kind, CPU if tier == "device" else None)
+def cache_of(manifest: Manifest, clips: np.ndarray, tier: str) -> ClipCache:
+    spec = EntrySpec.of(manifest, sampler_of(manifest).data.clip)
+    return ClipCache(clips, spec, CPU if tier == "device" else None)
 
 
-def batches_of(source: TrainingSampler, store: ClipCache | None) -> list[Batch]:
-    labels = labels_of(source.manifest)
+def batches_of(sampler: TrainingSampler, cache: ClipCache | None) -> list[Batch]:
+    labels = labels_of(sampler.manifest)
     loaded = load_on_device(
-        source, manifest=source.manifest, labels=labels, data=source.data, device=CPU, clip_cache=store
+        sampler, manifest=sampler.manifest, labels=labels, data=sampler.data, device=CPU, clip_cache=cache
     )
     return list(loaded)
 
@@ -55,61 +55,61 @@ def batches_of(source: TrainingSampler, store: ClipCache | None) -> list[Batch]:
 def test_batches_are_the_same_from_every_tier_and_a_clip_is_read_once(
     manifest: Manifest, tier: str, part: float
 ) -> None:
-    source = source_of(manifest)
-    plain = batches_of(source, None)
-    clips = source.clips[: int(part * len(source.clips))]
-    store = store_of(manifest, clips, tier)
-    found = batches_of(source, store)
+    sampler = sampler_of(manifest)
+    plain = batches_of(sampler, None)
+    clips = sampler.clips[: int(part * len(sampler.clips))]
+    cache = cache_of(manifest, clips, tier)
+    found = batches_of(sampler, cache)
     assert [digest(batch) for batch in found] == [digest(batch) for batch in plain]
     assert [batch.clips.tolist() for batch in found] == [batch.clips.tolist() for batch in plain]
     faults = [batch.faults for batch in found]
     assert faults == [batch.faults for batch in plain]  # damaged in each epoch, not in the first alone
     assert sum(map(len, faults)) > 1
     if part == 1:
-        again = batches_of(source, store)
+        again = batches_of(sampler, cache)
         assert total(again)["read_bytes"] < total(plain)["read_bytes"] / 20  # what is damaged, and only that
         assert [digest(batch) for batch in again] == [digest(batch) for batch in plain]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tier", ["device", "host"])
-def test_decoded_clips_are_at_hand_from_their_first_epoch_on(tmp_path: Path, tier: str) -> None:
+def test_decoded_clips_are_cached_from_their_first_epoch_on(tmp_path: Path, tier: str) -> None:
     videos = tiny_manifest(tmp_path, ["a", "b"], {"train": 4})
     clip = {"frames": 2, "size": 16, "mel_frames": 16, "mel_bins": 8}
-    source = training_source(videos, epochs=3, batch=4, clip=clip, decode_workers=1)
-    plain = [digest(batch) for batch in batches_of(source, None)]
-    store = ClipCache(source.clips, EntrySpec.of(videos, source.data.clip), CPU if tier == "device" else None)
-    assert [digest(batch) for batch in batches_of(source, store)] == plain
-    again = batches_of(source, store)
+    sampler = training_source(videos, epochs=3, batch=4, clip=clip, decode_workers=1)
+    plain = [digest(batch) for batch in batches_of(sampler, None)]
+    cache = ClipCache(sampler.clips, EntrySpec.of(videos, sampler.data.clip), CPU if tier == "device" else None)
+    assert [digest(batch) for batch in batches_of(sampler, cache)] == plain
+    again = batches_of(sampler, cache)
     assert [digest(batch) for batch in again] == plain
     assert total(again)["read_bytes"] == 0
 
 
 @pytest.mark.parametrize("tier", ["device", "host"])
-def test_a_step_that_goes_on_in_mid_epoch_reads_what_is_not_there_yet(manifest: Manifest, tier: str) -> None:
-    whole = [digest(batch) for batch in batches_of(source_of(manifest), None)]
-    resumed = source_of(manifest, start=3)
-    store = store_of(manifest, resumed.clips, tier)
-    assert [digest(batch) for batch in batches_of(resumed, store)] == whole[3:]
+def test_a_step_that_resumes_within_an_epoch_reads_the_clips_that_are_not_cached(manifest: Manifest, tier: str) -> None:
+    whole = [digest(batch) for batch in batches_of(sampler_of(manifest), None)]
+    resumed = sampler_of(manifest, start=3)
+    cache = cache_of(manifest, resumed.clips, tier)
+    assert [digest(batch) for batch in batches_of(resumed, cache)] == whole[3:]
 
 
-def test_host_memory_goes_to_other_processes_by_its_path_and_leaves_no_name(manifest: Manifest) -> None:
+def test_host_memory_is_mapped_by_other_processes_and_leaves_no_file(manifest: Manifest) -> None:
     before = set(Path("/dev/shm").iterdir())
-    source = source_of(manifest)
-    store = store_of(manifest, source.clips, "host")
-    batches_of(source, store)
-    copied = pickle.loads(pickle.dumps(store))
-    request = next(iter(source))
-    assert len(copied.mark_missing(request).to_read.clips) == len(store.mark_missing(request).to_read.clips) <= 1
+    sampler = sampler_of(manifest)
+    cache = cache_of(manifest, sampler.clips, "host")
+    batches_of(sampler, cache)
+    copied = pickle.loads(pickle.dumps(cache))
+    request = next(iter(sampler))
+    assert len(copied.mark_missing(request).to_read.clips) == len(cache.mark_missing(request).to_read.clips) <= 1
     assert set(Path("/dev/shm").iterdir()) == before
-    path = store.memory.path
-    del store, copied
+    path = cache.memory.path
+    del cache, copied
     gc.collect()
     assert not Path(path).exists()
 
 
 @pytest.mark.parametrize("controller", LIMITS)
-def test_free_memory_is_what_the_tightest_control_group_leaves(controller: str, tmp_path: Path) -> None:
+def test_free_memory_is_that_of_the_tightest_control_group(controller: str, tmp_path: Path) -> None:
     assert 0 < free_host_bytes() < 2**50
     _, limit, use, droppable = LIMITS[controller]
     for folder, most in ((tmp_path / "job", 5000), (tmp_path / "job" / "task", 9000)):

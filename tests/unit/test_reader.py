@@ -1,4 +1,4 @@
-"""Reading batches: the same from every source, damaged shards, resumption, what is counted."""
+"""Reader: the same batches from every location, damaged shards, resumption, counters."""
 
 import gc
 import io
@@ -198,7 +198,7 @@ def test_of_a_damaged_shard_the_intact_clips_are_read_the_others_are_named(
     broken = damage(folder / manifest.shards[number].url, manifest.shards[number])
     url, settings = place(folder)
     if settings["shard_cache"] != "none":
-        broken = set(range(6))  # a cache holds the digest of the whole against the manifest
+        broken = set(range(6))  # the cache verifies the digest of the whole shard
     expected = {first + row for row in broken}
     batches = clips_in_order(url, **settings)
     visual, audio, valid = rows(batches)
@@ -235,7 +235,7 @@ def test_only_what_the_manifest_lists_is_read(shards: Path, tmp_path: Path) -> N
     assert digests(f"{folder}/manifest.json") == digests(f"{shards}/manifest.json")
 
 
-def test_what_was_read_is_counted(shards: Path, tmp_path: Path, place: Callable[..., tuple[str, dict]]) -> None:
+def test_bytes_and_shards_are_counted(shards: Path, tmp_path: Path, place: Callable[..., tuple[str, dict]]) -> None:
     url, settings = place(shards)
     counts = total(list(training_batches(url, epochs=2, **settings)))
     shard = load_manifest(url).shards[0]

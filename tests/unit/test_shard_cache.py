@@ -22,7 +22,7 @@ SIZE = 1000
 
 
 class Shards:
-    """Objects in memory, and a cache for so many of them."""
+    """Shards in memory storage, and a cache for `count` of them."""
 
     def __init__(self, folder: Path, count: int) -> None:
         self.root = f"memory://{uuid.uuid4().hex}"
@@ -113,14 +113,14 @@ def test_a_shard_that_another_process_uses_is_not_removed(shards: Shards) -> Non
         for number in (2, 3, 4, 5):
             shards.use(number)
         assert 1 in shards.kept()
-        other.kill()  # its end frees what it held
+        other.kill()  # its end releases its lock
         other.wait()
     for number in (2, 3, 4):
         shards.use(number)
     assert 1 not in shards.kept()
 
 
-def test_without_room_the_cache_says_so(shards: Shards) -> None:
+def test_without_room_open_returns_none(shards: Shards) -> None:
     held = [shards.open(number) for number in (1, 2, 3)]
     assert shards.open(4) is None
     assert shards.counts["cache_full"] == 1
@@ -142,7 +142,7 @@ def full_disk() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_on_a_full_disk_the_cache_says_so_and_leaves_nothing(shards: Shards) -> None:
+def test_on_a_full_disk_open_returns_none_and_no_file_is_left(shards: Shards) -> None:
     with full_disk():
         assert shards.open(1) is None
     assert shards.leftovers() == []

@@ -16,7 +16,7 @@ from avcil_dist.streams import stream as stream_module
 from avcil_dist.streams.artifact import save_artifact
 from avcil_dist.streams.compat import check_continues, load_previous
 from avcil_dist.streams.identity import Change, new_identity, write_identity
-from avcil_dist.streams.stream import next_step, scenario_of, shards_of, sole_writer, stream_url
+from avcil_dist.streams.stream import next_step, scenario_of, shards_of, sole_runner, sole_writer, stream_url
 from tests.helpers.artifacts import make_artifact
 
 
@@ -114,6 +114,18 @@ def test_a_stream_has_one_writer_at_a_time(tmp_path: Path, monkeypatch: pytest.M
             pass
     with sole_writer(stream):  # free again
         assert not Path(stream).exists()  # the lock lies beside the folder, which may be removed
+
+
+def test_a_command_that_runs_a_stream_leaves_its_steps_their_own_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream_module, "LOCK_SECONDS", 0.1)
+    stream = str(tmp_path / "runs" / "tiny")
+    with sole_runner(stream):
+        with sole_writer(stream), sole_runner(str(tmp_path / "runs" / "other")):
+            pass
+        with pytest.raises(ConfigError, match="another process trains this stream"), sole_runner(stream):
+            pass
 
 
 def test_a_stream_on_object_storage_has_no_lock() -> None:

@@ -195,7 +195,7 @@ def test_steps_are_counted_by_their_number_and_only_with_a_commit(tmp_path: Path
         write_commit(step_url(str(tmp_path), step), {}, step=step)
     (tmp_path / "step_003").mkdir()
     (tmp_path / "events").mkdir()
-    write_commit(str(tmp_path / "step_11"), {}, step=11)  # not a name that this program gives
+    write_commit(str(tmp_path / "step_10"), {}, step=10)  # not a name that this program gives
     assert committed_steps(str(tmp_path)) == [0, 2, 10, 999, 1000]  # by number, not by name
 
 

@@ -99,7 +99,7 @@ def _sbatch(run: StepRun, cluster: ClusterConfig, chain: Chain, dependency: str 
     from submitit import SlurmExecutor
     from submitit.core.utils import FailedJobError
 
-    from launch.cluster.rank_entry import RankEntry  # imports torch, which `avcil status` does not need
+    from launch.cluster.rank_entry import RankEntry  # imports the training engine, which status does not need
 
     chain.clear_status(run.step)
     executor = SlurmExecutor(chain.log_folder(run.step))

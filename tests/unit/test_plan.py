@@ -21,6 +21,7 @@ from avcil_dist.data.plan import (
     plan_evaluation,
     plan_replay,
     rank_share,
+    rows_at_a_time,
 )
 from avcil_dist.errors import ConfigError
 
@@ -228,6 +229,58 @@ def test_a_narrow_window_does_not_give_batches_of_one_class() -> None:
 def test_a_batch_that_is_no_multiple_of_the_canonical_nodes_is_refused() -> None:
     with pytest.raises(ConfigError, match="batch 4 is not a multiple of 3 canonical nodes"):
         plan(make_manifest([[10]]), global_batch=4, canonical_nodes=3)
+
+
+def test_joined_exemplars_occur_once_per_epoch_among_the_current_clips() -> None:
+    manifest = make_manifest([[6, 6], [6, 6], [6, 6]])
+    current = manifest.clips(["c2"], "train")
+    exemplars = np.concatenate([manifest.clips(["c1"], "train")[[11, 0, 7]], manifest.clips(["c0"], "train")[[5, 6]]])
+    for epoch in range(3):
+        planned = plan_epoch(
+            manifest,
+            ["c2"],
+            seed=0,
+            step=1,
+            epoch=epoch,
+            global_batch=4,
+            canonical_nodes=1,
+            window=2,
+            exemplars=exemplars,
+        )
+        clips = [*planned.batches.ravel().tolist(), *planned.rest.tolist()]
+        assert sorted(clips) == sorted([*current.tolist(), *exemplars.tolist()])
+
+
+def test_classes_of_unequal_size_are_spread_over_the_whole_epoch() -> None:
+    manifest = make_manifest([[10] * 20, [10] * 4])
+    small = set(manifest.clips(["c1"], "train").tolist())
+    for seed in range(10):
+        first_half = plan(manifest, global_batch=24, window=1, seed=seed).batches[:5].ravel()
+        assert 10 <= len(small & set(first_half.tolist())) <= 30  # of 40
+
+
+@pytest.mark.parametrize(
+    ("current", "replayed", "most", "rows"),
+    [
+        (8, 4, None, 12),
+        (8, 4, 12, 12),
+        (8, 4, 11, 6),
+        (8, 4, 6, 6),
+        (8, 4, 5, 3),
+        (8, 4, 3, 3),
+        (7, 0, None, 7),
+        (6, 0, 4, 3),
+    ],
+)
+def test_a_micro_batch_is_an_equal_part_of_current_clips_and_exemplars(
+    current: int, replayed: int, most: int | None, rows: int
+) -> None:
+    assert rows_at_a_time(current, replayed, most) == rows
+
+
+def test_a_micro_batch_smaller_than_every_part_is_refused_with_the_parts() -> None:
+    with pytest.raises(ConfigError, match=r"^engine\.micro_batch=2: .* 8 current .* 4 exemplars .* 3, 6, 12 clips"):
+        rows_at_a_time(8, 4, 2)
 
 
 def test_no_class_gives_an_empty_plan() -> None:

@@ -2,9 +2,10 @@
 
 import gc
 import io
+import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -250,6 +251,18 @@ def test_bytes_and_shards_are_counted(shards: Path, tmp_path: Path, place: Calla
         assert counts["fetched_bytes"] >= counts["read_bytes"]
     else:
         assert counts["fetched_bytes"] == 0
+
+
+def test_a_read_that_returns_few_bytes_at_a_time_is_continued(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"{shards}/manifest.json"
+    whole = digests(url)
+    preadv = os.preadv
+
+    def read_little(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+        return preadv(descriptor, [buffers[0][:100]], offset)
+
+    monkeypatch.setattr(os, "preadv", read_little)
+    assert digests(url) == whole
 
 
 def open_shards() -> int:

@@ -177,6 +177,10 @@ def test_shards_that_are_missing_or_of_another_size_are_named(url: str) -> None:
         check_shards(manifest, [3])
     with pytest.raises(DataError, match=r"512 bytes, the manifest has \d+ \(and 1 more\); restore the shards"):
         check_shards(manifest, everything)
+    longer = Path(manifest.url(2))
+    longer.write_bytes(longer.read_bytes() + b"x")
+    with pytest.raises(DataError, match=rf"{longer}: \d+ bytes, the manifest has \d+; restore the shards"):
+        check_shards(manifest, [2])
 
 
 @pytest.mark.parametrize("key", ["", "a.b", "a/b", "../a", "a b", "é", "a\n", "a:b"])

@@ -6,7 +6,7 @@ import pytest
 
 from avcil_dist.compose import load_config
 from avcil_dist.streams.artifact import StepArtifact, load_artifact
-from tests.helpers.features import make_feature_shards
+from data_shards.random_features import make_feature_shards
 from tests.helpers.ranks import run_ranks
 from tests.helpers.streams import avcil, run_streams, write_config
 

@@ -10,8 +10,8 @@ from avcil_dist.data.batch import Batch
 from avcil_dist.data.clip_cache import ClipCache, EntrySpec
 from avcil_dist.data.loader import load_on_device
 from avcil_dist.data.manifest import load_manifest
+from data_shards.random_features import make_feature_shards
 from tests.helpers import triton_kernels
-from tests.helpers.features import make_feature_shards
 from tests.helpers.reading import digest, labels_of, training_source
 from tests.helpers.streams import avcil, last_artifact, train, write_config
 

@@ -1,11 +1,8 @@
-"""The small feature data sets of the tests."""
+"""Faults in feature shards."""
 
 from pathlib import Path
 
 from avcil_dist.data.manifest import load_manifest
-from data_shards.random_features import clip_key, make_feature_shards
-
-__all__ = ["clip_key", "damage", "make_feature_shards"]
 
 
 def damage(folder: Path, key: str) -> None:

@@ -16,10 +16,10 @@ from avcil_dist.tracking.session import publish_step, stream_run, track_step
 from avcil_dist.training.observer import Observer
 from avcil_dist.training.step import step_in_group
 from avcil_dist.world import World
+from data_shards.random_features import make_feature_shards
 from launch.cli.main import cli
 from launch.progress import ProgressBar
 from launch.step_run import MetricsObserver
-from tests.helpers.features import make_feature_shards
 
 CLASSES, STEPS = 6, [3, 2, 1]
 

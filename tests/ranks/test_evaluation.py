@@ -14,7 +14,7 @@ from avcil_dist.streams.stream import scenario_of
 from avcil_dist.training.evaluation import Predictions, evaluate
 from avcil_dist.training.incremental_step import Step
 from avcil_dist.world import World
-from tests.helpers.features import make_feature_shards
+from data_shards.random_features import make_feature_shards
 from tests.helpers.ranks import CPU, run_ranks
 from tests.helpers.streams import write_config
 

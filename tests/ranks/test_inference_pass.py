@@ -23,7 +23,8 @@ from avcil_dist.training.exemplars import exemplar_features, update_memory
 from avcil_dist.training.incremental_step import Step
 from avcil_dist.training.inference_pass import InferencePass
 from avcil_dist.world import World
-from tests.helpers.features import damage, make_feature_shards
+from data_shards.random_features import make_feature_shards
+from tests.helpers.features import damage
 from tests.helpers.ranks import CPU, run_ranks
 from tests.helpers.streams import write_config
 

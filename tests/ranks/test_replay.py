@@ -17,7 +17,7 @@ from avcil_dist.streams.artifact import load_artifact
 from avcil_dist.streams.stream import scenario_of
 from avcil_dist.training.exemplar_copies import RedirectedRequests, copy_clips, local_exemplars, with_copies
 from avcil_dist.world import World
-from tests.helpers.features import make_feature_shards
+from data_shards.random_features import make_feature_shards
 from tests.helpers.ranks import run_ranks
 from tests.helpers.streams import run_streams, write_config
 

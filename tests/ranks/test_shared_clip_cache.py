@@ -11,7 +11,7 @@ from avcil_dist.data.manifest import load_manifest
 from avcil_dist.data.sampler import Request
 from avcil_dist.training.clip_cache_placement import place_clip_cache
 from avcil_dist.world import World
-from tests.helpers.features import make_feature_shards
+from data_shards.random_features import make_feature_shards
 from tests.helpers.ranks import CPU, run_ranks
 
 CLIPS = np.arange(6)

@@ -21,7 +21,8 @@ from avcil_dist.training.inference_pass import InferencePass
 from avcil_dist.training.teacher import Teacher
 from avcil_dist.training.teacher_cache import TeacherCache, build_teacher_cache
 from avcil_dist.world import World
-from tests.helpers.features import damage, make_feature_shards
+from data_shards.random_features import make_feature_shards
+from tests.helpers.features import damage
 from tests.helpers.ranks import CPU, run_ranks
 from tests.helpers.streams import write_config
 

@@ -14,7 +14,8 @@ from avcil_dist.data.loader import load_on_device
 from avcil_dist.data.manifest import Manifest, load_manifest
 from avcil_dist.data.sampler import TrainingSampler
 from avcil_dist.training.clip_cache_placement import LIMITS, _free_in_group, free_host_bytes
-from tests.helpers.features import damage, make_feature_shards
+from data_shards.random_features import make_feature_shards
+from tests.helpers.features import damage
 from tests.helpers.reading import digest, labels_of, total, training_source
 from tests.helpers.rendered import tiny_manifest
 

@@ -16,7 +16,7 @@ from avcil_dist.data.manifest import Manifest, load_manifest
 from avcil_dist.data.plan import PADDING, plan_epoch, plan_evaluation, plan_replay
 from avcil_dist.data.sampler import FixedSampler, TrainingSampler
 from avcil_dist.world import World
-from tests.helpers.features import make_feature_shards
+from data_shards.random_features import make_feature_shards
 from tests.helpers.rendered import tiny_manifest
 
 torch.set_num_threads(1)

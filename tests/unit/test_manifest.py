@@ -11,7 +11,7 @@ import pytest
 from avcil_dist import storage
 from avcil_dist.data.manifest import Manifest, Shard, check_keys, check_shards, load_manifest
 from avcil_dist.errors import ConfigError, DataError
-from tests.helpers.features import make_feature_shards
+from data_shards.random_features import make_feature_shards
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from avcil_dist.errors import ConfigError
 from avcil_dist.methods import method_names
 from avcil_dist.training.preflight import check_run
 from data_shards.build import build_shards
+from data_shards.random_features import make_feature_shards
 from launch.cli.main import cli
-from tests.helpers.features import make_feature_shards
 from tests.helpers.rendered import render_tiny
 from tests.helpers.streams import write_config
 

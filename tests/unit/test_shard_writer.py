@@ -9,8 +9,8 @@ import webdataset as wds
 
 from avcil_dist.data.manifest import load_manifest
 from avcil_dist.errors import ConfigError, DataError
+from data_shards.random_features import make_feature_shards
 from data_shards.shard_writer import shard_url, write_shard
-from tests.helpers.features import make_feature_shards
 from tests.helpers.rendered import tiny_clip
 
 CLIPS = [

@@ -9,7 +9,7 @@ import pytest
 from avcil_dist.compose import load_config
 from avcil_dist.data.manifest import load_manifest
 from avcil_dist.data.source_videos import source_disjoint, source_of
-from tests.helpers.features import make_feature_shards
+from data_shards.random_features import make_feature_shards
 from tests.helpers.ranks import run_ranks
 from tests.helpers.streams import run_streams, write_config
 

@@ -24,7 +24,8 @@ from avcil_dist.training.observer import Observer
 from avcil_dist.training.step import step_in_group
 from avcil_dist.training.train_step import StepLosses, train_step
 from avcil_dist.world import World
-from tests.helpers.features import damage, make_feature_shards
+from data_shards.random_features import make_feature_shards
+from tests.helpers.features import damage
 from tests.helpers.streams import weights_digest, write_config
 
 pytestmark = pytest.mark.slow  # DeepSpeed starts a compiler as it is imported

@@ -10,9 +10,9 @@ from click.testing import CliRunner
 from avcil_dist import storage
 from avcil_dist.data.manifest import Manifest, load_manifest
 from avcil_dist.errors import DataError
+from data_shards.random_features import make_feature_shards
 from data_shards.verify import TableRow, repair_manifest, shard_table, verify_shards
 from launch.cli.shards import shards
-from tests.helpers.features import make_feature_shards
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from mlflow import MlflowClient
 from avcil_dist import storage
 from avcil_dist.data.manifest import load_manifest
 from avcil_dist.errors import StorageError
+from data_shards.random_features import make_feature_shards
 from tests.helpers.commands import run_avcil
-from tests.helpers.features import make_feature_shards
 from tests.helpers.reading import clips_in_order, digest, digests, rows, total, training_batches
 from tests.helpers.rendered import render_tiny
 from tests.helpers.s3 import BUCKET, FaultyProxy, S3Server

@@ -16,11 +16,11 @@ from avcil_dist.streams.commit import read_commit
 from avcil_dist.streams.identity import read_identity
 from avcil_dist.tracking.client import find_stream
 from avcil_dist.tracking.resume import ResumeRequest, Resumption, prepare_resume
+from data_shards.random_features import make_feature_shards
 from launch.cluster.chain_record import read_chain
 from launch.cluster.schedulers.local import is_supervised
 from tests.helpers.chains import wait_for
 from tests.helpers.commands import run_avcil
-from tests.helpers.features import make_feature_shards
 from tests.helpers.ranks import run_ranks
 from tests.helpers.rendered import render_tiny, tiny_clip
 from tests.helpers.sent_events import uri_of

@@ -16,8 +16,8 @@ from avcil_dist.streams.artifact import StepArtifact, save_artifact
 from avcil_dist.streams.metrics import StreamMetrics
 from avcil_dist.streams.stream import scenario_of, stream_url
 from avcil_dist.training.build import network_after
+from data_shards.random_features import make_feature_shards
 from launch.local_worlds import current_world
-from tests.helpers.features import make_feature_shards
 from tests.helpers.streams import write_config
 
 CLASSES_PER_STEP = 3

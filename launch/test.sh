@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Lint, types and the whole test suite, in the project's own environment.
-# Usage: bash launch/test.sh [--with-system] [PYTEST ARGUMENTS]
+# Usage: bash launch/test.sh [--with-system] [PYTEST ARGUMENTS]     (-m fast: a minute of tests without processes)
 #   --with-system   first run launch/system.sh, which installs the services that some tests start
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 

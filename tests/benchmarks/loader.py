@@ -1,4 +1,4 @@
-"""How fast batches come, beside what the disk, other loaders, the S3 client and the decoder give: one table.
+"""Rates of loading: our batches beside the disk, other loaders, the S3 client and the decoder, in one table.
 
 No test: it asserts nothing. Run it on a quiet machine:
 
@@ -173,7 +173,7 @@ def s3_rows(folder: Path, threads: int, repeats: int) -> list[Row]:
 
 
 def decode_whole(data: bytes) -> int:
-    """All frames and samples, nothing else, as plain PyAV gives them."""
+    """Decode all frames and samples with plain PyAV."""
     with av.open(io.BytesIO(data)) as container:
         for stream in container.streams:
             stream.thread_count = 1
@@ -208,7 +208,7 @@ def video_rows(folder: Path, repeats: int) -> list[Row]:
 
 
 def main() -> None:
-    """Measure all, print one table."""
+    """Measure all rates and print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=256, help="feature clips, 2.4 MB each")
     parser.add_argument("--threads", type=int, default=8, help="requests to S3 at a time")

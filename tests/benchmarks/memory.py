@@ -35,7 +35,7 @@ class Peak(NamedTuple):
 
 
 def megabytes(field: str) -> float:
-    """A field of the process's memory as the kernel counts it."""
+    """Return a field of the kernel's statistics of this process's memory, in MB."""
     found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found
     return int(found[1]) / 1024

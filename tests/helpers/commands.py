@@ -1,4 +1,4 @@
-"""The command in a process of its own: its ranks and workers then have the environment of the moment."""
+"""The `avcil` command in a process of its own, so that its ranks and workers have the current environment."""
 
 import os
 import subprocess

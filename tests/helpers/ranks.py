@@ -1,4 +1,4 @@
-"""Runs a function on several ranks, in real processes with a real process group."""
+"""Run of a function on several ranks, in real processes with a real process group."""
 
 import multiprocessing
 import os
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def run_ranks(function: Callable[..., Any], count: int, *arguments: Any) -> list[Any]:
-    """`function(world, *arguments)` on each rank; what each returned, by rank. It must be importable by name."""
+    """Run `function(world, *arguments)` on each rank. Returns the results by rank. It must be importable by name."""
     name_accelerator()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)

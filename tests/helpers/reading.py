@@ -1,4 +1,4 @@
-"""Batches of small data sets, as a rank gets them, and what can be said of them."""
+"""Batches of small data sets as a rank reads them, and their digests and counts."""
 
 import hashlib
 from collections import Counter
@@ -44,7 +44,7 @@ def training_source(
 
 
 def training_batches(url: str, **settings: object) -> Iterator[Batch]:
-    """What `load_batches` gives of `training_source`."""
+    """Return the batches that `load_batches` makes of `training_source`."""
     manifest = load_manifest(url)
     source = training_source(manifest, **settings)  # type: ignore[arg-type]
     return load_batches(source, manifest=manifest, labels=labels_of(manifest), data=source.data)
@@ -66,13 +66,13 @@ def labels_of(manifest: Manifest) -> dict[str, int]:
 
 
 def digest(batch: Batch) -> str:
-    """Of all that a batch holds, its counts aside."""
+    """Return the digest of a batch, without its counts."""
     parts = [part.numpy().tobytes() for part in (batch.visual, batch.audio, batch.labels, batch.valid)]
     return hashlib.sha256(b"".join([*parts, str(batch.num_current).encode()])).hexdigest()
 
 
 def digests(url: str, **settings: object) -> list[str]:
-    """The digest of each training batch, taken while the next ones are read."""
+    """Return the digest of each training batch, computed while the next ones are read."""
     return [digest(batch) for batch in training_batches(url, **settings)]
 
 

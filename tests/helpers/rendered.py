@@ -28,7 +28,7 @@ def tiny_clip(number: int = 0, index: int = 0) -> bytes:
 
 
 def tiny_manifest(root: Path, names: Sequence[str], clips: dict[str, int]) -> Manifest:
-    """Rendered clips, so many of each class in each split, in one shard a class and split."""
+    """Write rendered clips, `clips[split]` of each class, in one shard per class and split. Returns the manifest."""
     spec = SyntheticSpec(len(names), clips, seconds=1.0, size=32, frames_per_second=8)
     shards = [
         write_shard(

@@ -1,4 +1,4 @@
-"""A real S3 server (rclone) with signed requests, and a proxy before it that misbehaves."""
+"""A real S3 server (rclone) with signed requests, and a proxy in front of it that injects faults."""
 
 import http.client
 import shutil
@@ -67,7 +67,7 @@ class S3Server:
 
 
 class FaultyProxy:
-    """Passes requests on to a server; of the reads of shards, every `every`-th meets a fault of `faults` in turn.
+    """Proxy of a server. Every `every`-th read of a shard gets a fault of `faults`, in turn.
 
     "refuse": 503 · "cut": half the body, then the connection is closed · "stall": half the body, then nothing ·
     "reset": the connection is reset at once.
@@ -89,7 +89,7 @@ class FaultyProxy:
             do_HEAD = do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815 (the names that http.server calls)
 
             def log_message(self, format: str, *arguments: object) -> None:
-                """Say nothing."""
+                """Log nothing."""
 
         self._listener = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._listener.daemon_threads = True

@@ -50,14 +50,14 @@ def avcil(*words: object) -> Result:
 
 
 def train(config: Path, *words: object) -> str:
-    """Train a stream that must succeed; its folder."""
+    """Train a stream that must succeed. Returns its folder."""
     result = avcil("train", config, *words)
     assert result.exit_code == 0, result.output
     return result.output.splitlines()[-1].split(":")[0]
 
 
 def last_artifact(stream: str) -> StepArtifact:
-    """What the last step committed."""
+    """Return the artifact of the last step."""
     return load_artifact(stream, len(STEPS) - 1)
 
 
@@ -67,14 +67,14 @@ def weights_digest(stream: str, step: int = len(STEPS) - 1) -> str:
 
 
 def run_steps(world: World, config: Config, steps: Iterable[int]) -> str:
-    """Run steps of a stream within the process group that is there; the stream's folder."""
+    """Run steps of a stream within the existing process group. Returns the stream's folder."""
     for step in steps:
         _run_step(world, config, step)
     return stream_url(config)
 
 
 def run_streams(world: World, configs: Sequence[Config], steps: Sequence[int] = range(len(STEPS))) -> list[str]:
-    """Run these steps of several streams, one stream after the other; their folders."""
+    """Run these steps of several streams, one stream after the other. Returns their folders."""
     return [run_steps(world, config, steps) for config in configs]
 
 

@@ -13,12 +13,12 @@ ENVIRONMENT = {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_D
 
 
 def forget_filesystems() -> None:
-    """Filesystems read the environment as they are made."""
+    """Clear the cached filesystems: they read the environment when they are created."""
     fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
 def use(monkeypatch: pytest.MonkeyPatch, endpoint: str, **changes: str) -> None:
-    """Lead this process, and those it starts, to an endpoint."""
+    """Set an endpoint in the environment of this process and of those it starts."""
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "HTTP_PROXY", "http_proxy"):
         monkeypatch.delenv(name, raising=False)
     for name, value in (ENVIRONMENT | {"AWS_ENDPOINT_URL": endpoint} | changes).items():
@@ -47,7 +47,7 @@ def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second without a byte is a stall."""
+    """Set the timeouts of S3 to one second."""
     settings: dict[str, Any] = {"config_kwargs": {"read_timeout": 1, "connect_timeout": 1}}
     monkeypatch.setitem(fsspec.config.conf, "s3", settings)
     forget_filesystems()
@@ -55,7 +55,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def faulty(s3: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, impatient: None) -> Iterator[FaultyProxy]:
-    """A proxy that spoils every third read, between this process and the server."""
+    """A proxy between this process and the server, with a fault in every third read."""
     proxy = FaultyProxy(s3_server, every=3, faults=("refuse", "cut", "stall", "reset"))
     use(monkeypatch, proxy.endpoint)
     yield proxy

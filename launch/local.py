@@ -22,7 +22,7 @@ from avcil_dist.signals import StopRequest, listening, shielding
 from avcil_dist.streams.stream import next_step, sole_runner, stream_url
 from avcil_dist.tracking.session import stream_run
 from avcil_dist.training.engine import name_accelerator
-from avcil_dist.training.preflight import check_run
+from avcil_dist.training.preflight import preflight
 from avcil_dist.world import World, world_from_environment
 from launch.local_worlds import local_worlds
 from launch.progress import print_warning
@@ -43,7 +43,9 @@ def run_stream(config: Config, *, processes: int, policy: ResumePolicy = KEEP_AL
     """
     outer = world_from_environment(os.environ)
     has_launcher = outer.launcher != "none"
-    num_steps = check_run(config, outer.size if has_launcher else processes, restart=policy.restart).num_steps
+    sizes = [outer.size if has_launcher else processes]
+    # Under a launcher the ranks check the shards together, in the first step, instead of each for itself.
+    num_steps = preflight(config, sizes, restart=policy.restart, with_shards=not has_launcher).num_steps
     stream = stream_url(config)
     first = 0 if policy.restart else next_step(stream, num_steps)  # before any waiting: all ranks must agree
     with sole_runner(stream) if outer.is_main else nullcontext():
@@ -52,8 +54,16 @@ def run_stream(config: Config, *, processes: int, policy: ResumePolicy = KEEP_AL
         with listening() as stop, stream_run(config, is_main=outer.is_main, warn=print_warning) as run_id:
             for step in range(first, num_steps):
                 worlds = (_rank_of(outer, step),) if has_launcher else local_worlds(processes)
-                reset_optimizer = policy.reset_optimizer and step == first
-                _run_step(StepRun(config, step, num_steps, run_id, reset_optimizer), worlds, stop)
+                is_first = step == first
+                run = StepRun(
+                    config,
+                    step,
+                    num_steps,
+                    run_id,
+                    reset_optimizer=policy.reset_optimizer and is_first,
+                    shard_check=("stream" if has_launcher else "none") if is_first else "step",
+                )
+                _run_step(run, worlds, stop)
                 if stop.is_set() and step + 1 < num_steps:
                     raise StepStopped(f"stopped after step {step}; run the same command again to continue")
     return stream

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Literal
 
 from avcil_dist.config.schema import Config
 from avcil_dist.errors import AvcilError
@@ -30,7 +31,7 @@ class StepRun:
     """Arguments of a step's run, the same for all ranks. Picklable, without state.
 
     `run_id` is the stream's id, as `open_run` returns it; None turns tracking and progress off.
-    `reset_optimizer` is as in `run_step`. Rank 0 writes its progress to `progress_file`.
+    `reset_optimizer` and `shard_check` are as in `run_step`. Rank 0 writes its progress to `progress_file`.
     """
 
     config: Config
@@ -39,6 +40,7 @@ class StepRun:
     run_id: str | None
     reset_optimizer: bool = False
     progress_file: str | None = None
+    shard_check: Literal["none", "step", "stream"] = "step"
 
     def run(self, world: World, report: Callable[[AvcilError], None]) -> None:
         """Run the step on the rank that `world` names; rank 0 also shows its progress and tracks it.
@@ -70,4 +72,5 @@ class StepRun:
             stop=stop,
             report=report,
             reset_optimizer=self.reset_optimizer,
+            shard_check=self.shard_check,
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from avcil_dist.compose import load_config
 from avcil_dist.config.schema import Config
 from avcil_dist.errors import ConfigError
-from avcil_dist.training.preflight import check_run
+from avcil_dist.training.preflight import preflight
 
 ABLATION = ("method.instance", "method.class_aware", "method.attention")
 IN_EVERY_NAME = ("method", "method.name", "seed")  # settings that every stream's name contains
@@ -41,7 +41,7 @@ def make_grid(config: str, words: Sequence[str], *, ablation: bool, processes: i
         resolved = load_config(config, overrides)
         suffix = "".join(f"-{_slug(word)}" for word in overrides if word.partition("=")[0] in varied and _slug(word))
         point = GridPoint(resolved.model_copy(update={"name": resolved.name + suffix}), overrides)
-        check_run(point.config, processes, restart=False)
+        preflight(point.config, [processes], restart=False)
         points.append(point)
     return points
 

@@ -1,4 +1,6 @@
-"""What a method needs, held against the configuration and the data before anything starts."""
+"""Preflight: all checks of a configuration, its data and its method before a stream runs."""
+
+from collections.abc import Collection
 
 from avcil_dist.config.encoders import TransformerConfig
 from avcil_dist.config.schema import Config
@@ -13,41 +15,42 @@ from avcil_dist.streams.compat import check_continues
 from avcil_dist.streams.stream import next_step, scenario_of, shards_of, stream_url
 
 
-def check_run(config: Config, world_size: int, *, restart: bool) -> Scenario:
-    """Hold the configuration against the data, the processes and the committed steps before anything starts.
+def preflight(config: Config, world_sizes: Collection[int], *, restart: bool, with_shards: bool = True) -> Scenario:
+    """Check configuration, data and committed steps before a stream runs, for each number of ranks of its steps.
 
-    Raises ConfigError or DataError for what would otherwise fail in the middle of the stream.
+    `with_shards` is false for ranks under a launcher: their first step checks the shards, once for all ranks. Raises
+    ConfigError or DataError for faults that would otherwise stop the stream later.
     """
     manifest = load_manifest(config.data.manifest)
     scenario = scenario_of(config, manifest)
-    check_method_fits(config, manifest, scenario)
-    check_batch_fits("optim.global_batch", config.optim.global_batch, world_size)
-    check_batch_fits("optim.global_replay_batch", config.optim.global_replay_batch, world_size)
+    needs = make_method(config.method).needs
     if (manifest.kind == "feature") != (config.model.visual.kind == "precomputed"):
         raise ConfigError(
             f"{config.data.manifest} holds {manifest.kind}s, "
             f"which model.visual.kind={config.model.visual.kind} cannot take"
         )
-    replayed = config.optim.global_replay_batch if make_method(config.method).needs.memory == "replay" else 0
-    rows_at_a_time(config.optim.global_batch // world_size, replayed // world_size, config.engine.micro_batch)
+    check_method_fits(config, needs, manifest, scenario)
+    for size in world_sizes:
+        _check_batches(config, needs, size)
     for step in range(scenario.num_steps):
-        _check_step(config, manifest, scenario, step)
-    check_shards(manifest, shards_of(manifest, scenario, scenario.num_steps - 1))
+        _check_step(config, needs, manifest, scenario, step)
+    if with_shards:
+        check_shards(manifest, shards_of(manifest, scenario, scenario.num_steps - 1))
     num_done = 0 if restart else next_step(stream_url(config), scenario.num_steps)
     if num_done:
         check_continues(config, manifest, num_done)
     return scenario
 
 
-def check_method_fits(config: Config, manifest: Manifest, scenario: Scenario) -> None:
-    """Raises ConfigError, naming what would do instead, for a method that cannot have what it needs."""
-    needs, name = make_method(config.method).needs, config.method.name
+def check_method_fits(config: Config, needs: Needs, manifest: Manifest, scenario: Scenario) -> None:
+    """Check that configuration and data provide the method's needs. Raises ConfigError with an alternative."""
+    name = config.method.name
     _check_modality(config, needs)
     _check_memory(config, needs, scenario)
     if not needs.trains_at(1) and config.engine.zero_stage:
         raise ConfigError(
-            f"engine.zero_stage={config.engine.zero_stage}: method {name} keeps no optimizer state that could be "
-            "shared out; use engine=zero0"
+            f"engine.zero_stage={config.engine.zero_stage}: method {name} has no optimizer state to "
+            "shard; use engine=zero0"
         )
     if config.data.source_disjoint:
         _check_sources(config, manifest, scenario)
@@ -55,10 +58,10 @@ def check_method_fits(config: Config, manifest: Manifest, scenario: Scenario) ->
         _check_fixed_encoders(config)
 
 
-def describe(needs: Needs) -> list[str]:
-    """What a method needs, in words."""
+def describe_needs(needs: Needs) -> list[str]:
+    """Names of a method's needs, for people."""
     memory = {"none": [], "replay": ["memory (exemplars beside current clips)"], "join": ["memory (exemplars join)"]}
-    said = {
+    descriptions = {
         "teacher": needs.teacher,
         "herding": needs.selection == "herding",
         "features of exemplars": needs.means,
@@ -72,7 +75,7 @@ def describe(needs: Needs) -> list[str]:
         "gradients at step 0 alone": needs.training == "first step",
         "no gradients": needs.training == "never",
     }
-    return [*memory[needs.memory], *(words for words, needed in said.items() if needed)]
+    return [*memory[needs.memory], *(words for words, needed in descriptions.items() if needed)]
 
 
 def _check_modality(config: Config, needs: Needs) -> None:
@@ -81,7 +84,7 @@ def _check_modality(config: Config, needs: Needs) -> None:
     others = [name for name in method_names() if not _default_needs(name).both_modalities]
     raise ConfigError(
         f"model.modality={config.model.modality}: method {config.method.name} compares sound with pictures; use "
-        f"model.modality=both, or one of {', '.join(others)}, or switch its parts off that do "
+        f"model.modality=both, or one of {', '.join(others)}, or switch off its parts that do "
         "(method.instance, method.class_aware, method.attention)"
     )
 
@@ -92,20 +95,20 @@ def _default_needs(name: str) -> Needs:
 
 
 def _check_memory(config: Config, needs: Needs, scenario: Scenario) -> None:
-    """Every class that is remembered when a step uses the memory has an exemplar."""
+    """Check that the memory has room for one exemplar per class whenever a step uses it."""
     if needs.memory == "none":
         return
     last = scenario.num_steps - (1 if needs.means else 2)
     if last >= 0 and config.memory.size < scenario.num_seen(last):
         without = [name for name in method_names() if _default_needs(name).memory == "none"]
         raise ConfigError(
-            f"memory.size={config.memory.size}: method {config.method.name} needs an exemplar a class, "
+            f"memory.size={config.memory.size}: method {config.method.name} needs an exemplar per class, "
             f"{scenario.num_seen(last)} in all; raise it, or use a method without memory: {', '.join(without)}"
         )
 
 
 def _check_sources(config: Config, manifest: Manifest, scenario: Scenario) -> None:
-    """From step 0 on there are test clips of videos that no training clip is from."""
+    """Check that step 0 has test clips of videos without training clips."""
     if not source_disjoint(manifest, scenario.classes, manifest.clips(scenario.new(0), "test")).any():
         raise ConfigError(
             f"data.source_disjoint: every test clip of step 0 in {config.data.manifest} is from a training clip's "
@@ -117,14 +120,23 @@ def _check_fixed_encoders(config: Config) -> None:
     for encoder in config.model.used:
         if not isinstance(encoder, TransformerConfig) or encoder.train != "frozen":
             raise ConfigError(
-                f"model: method {config.method.name} learns on features that stay as they are, and an encoder of kind "
+                f"model: method {config.method.name} needs fixed features, and an encoder of kind "
                 f"{encoder.kind} is trained; use features of frozen encoders, or method.features=network, which trains "
                 "a network at step 0"
             )
 
 
-def _check_step(config: Config, manifest: Manifest, scenario: Scenario, step: int) -> None:
-    needs = make_method(config.method).needs
+def _check_batches(config: Config, needs: Needs, world_size: int) -> None:
+    """Check that `world_size` ranks can share the global batches, and a rank's part its micro-batches."""
+    optim = config.optim
+    check_batch_fits("optim.global_batch", optim.global_batch, world_size)
+    check_batch_fits("optim.global_replay_batch", optim.global_replay_batch, world_size)
+    replayed = optim.global_replay_batch if needs.memory == "replay" else 0
+    rows_at_a_time(optim.global_batch // world_size, replayed // world_size, config.engine.micro_batch)
+
+
+def _check_step(config: Config, needs: Needs, manifest: Manifest, scenario: Scenario, step: int) -> None:
+    """Check that a step has enough training clips, and each of its classes clips of every split that is read."""
     trains = needs.trains_at(step)
     num_clips = len(manifest.clips(scenario.new(step), "train"))
     if trains and num_clips < config.optim.global_batch:

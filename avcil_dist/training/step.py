@@ -58,6 +58,7 @@ def run_step(
 ) -> StepArtifact:
     """Train, test and commit step `number`; every rank calls it. Returns the committed artifact.
 
+    `shard_check` selects the shards whose presence and size rank 0 checks first, for all ranks.
     A step with a snapshot continues from its newest one. `reset_optimizer` permits a fresh optimizer where the
     snapshot's does not fit the ranks or the ZeRO stage. Raises StepStopped, on all ranks, when `stop` is set on one
     and a snapshot is committed. Raises an AvcilError, the same on all ranks, for faults in settings, data or

@@ -17,13 +17,13 @@ def methods() -> None:
     A method is one file in avcil_dist/methods and one yaml in configs/method.
     """
     from avcil_dist.methods import method_class, method_names
-    from avcil_dist.training.preflight import describe
+    from avcil_dist.training.preflight import describe_needs
 
     for name in method_names():
         kind = method_class(name)
         summary = (sys.modules[kind.__module__].__doc__ or "").splitlines()[0]
         click.echo(f"{click.style(name, bold=True)}: {summary}")
-        click.echo(f"  needs    {', '.join(describe(kind(kind.Options()).needs)) or 'nothing'}")
+        click.echo(f"  needs    {', '.join(describe_needs(kind(kind.Options()).needs)) or 'nothing'}")
         for option, field in kind.Options.model_fields.items():
             description = f"  {field.description}" if field.description else ""
             click.echo(f"  option   {option}={_shown(field.default)} ({_kind(field.annotation)}){description}")

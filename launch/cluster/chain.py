@@ -17,7 +17,7 @@ from avcil_dist.config.serialization import flatten
 from avcil_dist.errors import ConfigError, SchedulerError
 from avcil_dist.streams.stream import next_step, stream_url
 from avcil_dist.tracking.session import open_run
-from avcil_dist.training.preflight import check_run
+from avcil_dist.training.preflight import preflight
 from launch.cluster.chain_record import Chain, has_chain, read_chain
 from launch.cluster.code_snapshot import snapshot_code, snapshot_folder
 from launch.cluster.resources import ClusterConfig
@@ -86,7 +86,7 @@ def plan_chain(config: Config, cluster: ClusterConfig, *, restart: bool = False)
     scheduler_of(cluster.kind).check(cluster)
     stream = stream_url(config)
     sizes = sorted({cluster.at(step).world_size for step in (0, *cluster.steps)})
-    [num_steps] = {check_run(config, size, restart=restart).num_steps for size in sizes}
+    num_steps = preflight(config, sizes, restart=restart).num_steps
     path = storage.local_path(stream)
     if cluster.folder is not None:
         folder = Path(cluster.folder).expanduser() / config.stream_name

@@ -80,7 +80,7 @@ def config(tmp_path: Path) -> Config:
 def scheduler(monkeypatch: pytest.MonkeyPatch) -> RecordingScheduler:
     recording = RecordingScheduler()
     monkeypatch.setattr(chain_module, "scheduler_of", lambda kind: recording)
-    monkeypatch.setattr(chain_module, "check_run", lambda *_, **__: SimpleNamespace(num_steps=NUM_STEPS))
+    monkeypatch.setattr(chain_module, "preflight", lambda *_, **__: SimpleNamespace(num_steps=NUM_STEPS))
     return recording
 
 
@@ -132,11 +132,11 @@ def test_the_stream_is_checked_for_every_number_of_ranks(
 ) -> None:
     checked: list[tuple[int, bool]] = []
 
-    def check(config: Config, world_size: int, *, restart: bool) -> SimpleNamespace:
-        checked.append((world_size, restart))
+    def check(config: Config, world_sizes: list[int], *, restart: bool) -> SimpleNamespace:
+        checked.extend((size, restart) for size in world_sizes)
         return SimpleNamespace(num_steps=NUM_STEPS)
 
-    monkeypatch.setattr(chain_module, "check_run", check)
+    monkeypatch.setattr(chain_module, "preflight", check)
     cluster = ClusterConfig.model_validate({"kind": "slurm", "steps": {1: {"nodes": 2}, 3: {"nodes": 4}}})
     submit_stream(config, cluster, run_id="id", policy=RESTART)
     assert checked == [(1, True), (2, True), (4, True)]

@@ -19,7 +19,7 @@ from launch.resume_policy import ResumePolicy
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     """A stream of two steps, of which the first is committed."""
-    monkeypatch.setattr(local, "check_run", lambda *_, **__: SimpleNamespace(num_steps=2))
+    monkeypatch.setattr(local, "preflight", lambda *_, **__: SimpleNamespace(num_steps=2))
     monkeypatch.setattr("avcil_dist.streams.stream.LOCK_SECONDS", 0.1)
     found = load_config("demo", [f"output={tmp_path}/runs"])
     storage.write_bytes(f"{stream_url(found)}/step_000/COMMITTED.json", b"{}")

@@ -10,7 +10,7 @@ from avcil_dist.config.encoders import ModelConfig
 from avcil_dist.config.schema import ClipConfig
 from avcil_dist.errors import ConfigError
 from avcil_dist.models.network import AudioNetwork, Network, VisualNetwork, build_network
-from avcil_dist.training.preflight import check_run
+from avcil_dist.training.preflight import preflight
 from tests.helpers.streams import write_config
 
 SHAPE = {"frames": 2, "positions": 3, "dim": 4}
@@ -58,9 +58,9 @@ def test_an_unused_encoder_is_not_built() -> None:
 def test_avcil_of_one_modality_is_refused_with_the_alternatives(tmp_path: Path) -> None:
     path = str(write_config(tmp_path))
     with pytest.raises(ConfigError) as raised:
-        check_run(load_config(path, ["model.modality=audio"]), 1, restart=True)
+        preflight(load_config(path, ["model.modality=audio"]), [1], restart=True)
     line = str(raised.value)
     assert line.startswith("model.modality=audio: method avcil compares sound with pictures")
     assert "afc, analytic, finetune, icarl, joint, lwf, ssil" in line
     off = [f"method.{part}=false" for part in ("instance", "class_aware", "attention")]
-    check_run(load_config(path, ["model.modality=audio", *off]), 1, restart=True)
+    preflight(load_config(path, ["model.modality=audio", *off]), [1], restart=True)

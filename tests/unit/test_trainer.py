@@ -13,7 +13,8 @@ import torch.distributed as dist
 from avcil_dist import storage
 from avcil_dist.compose import load_config
 from avcil_dist.config.schema import Config
-from avcil_dist.errors import StepStopped
+from avcil_dist.data.manifest import load_manifest
+from avcil_dist.errors import DataError, StepStopped
 from avcil_dist.signals import StopRequest
 from avcil_dist.streams.artifact import StepArtifact, load_artifact, step_url
 from avcil_dist.streams.stream import stream_url
@@ -237,3 +238,12 @@ def test_the_engine_is_closed_when_training_fails(config: Config, monkeypatch: p
     with pytest.raises(ZeroDivisionError):
         run(config, 0, FailsAt())
     assert len(closed) == 1
+
+
+def test_the_shards_of_the_step_or_of_the_stream_are_checked_before_it_trains(config: Config) -> None:
+    manifest = load_manifest(config.data.manifest)
+    last = next(number for number, shard in enumerate(manifest.shards) if shard.class_name == manifest.classes[-1])
+    Path(manifest.url(last)).unlink()
+    with pytest.raises(DataError, match=r"missing; restore the shards"):
+        run(config, shard_check="stream")
+    assert run(config).started_from == 0  # step 0 does not read it

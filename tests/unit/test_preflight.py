@@ -1,4 +1,4 @@
-"""What a method needs is held against configuration and data before anything starts; and what is listed of it."""
+"""Preflight: needs of methods against configuration and data; the list of methods with their needs."""
 
 from pathlib import Path
 
@@ -6,9 +6,10 @@ import pytest
 from click.testing import CliRunner
 
 from avcil_dist.compose import load_config
-from avcil_dist.errors import ConfigError
+from avcil_dist.data.manifest import load_manifest
+from avcil_dist.errors import ConfigError, DataError
 from avcil_dist.methods import method_names
-from avcil_dist.training.preflight import check_run
+from avcil_dist.training.preflight import preflight
 from data_shards.build import build_shards
 from data_shards.random_features import make_feature_shards
 from launch.cli.main import cli
@@ -18,7 +19,7 @@ from tests.helpers.streams import write_config
 
 def refused(path: Path, *words: str) -> str:
     with pytest.raises(ConfigError) as raised:
-        check_run(load_config(str(path), words), 1, restart=True)
+        preflight(load_config(str(path), words), [1], restart=True)
     line = str(raised.value)
     assert "\n" not in line
     return line
@@ -32,14 +33,14 @@ def test_analytic_has_nothing_for_zero_to_shard(tmp_path: Path) -> None:
 
 def test_a_memory_of_size_0_is_refused_with_the_methods_that_need_none(tmp_path: Path) -> None:
     line = refused(write_config(tmp_path), "method=ssil", "memory.size=0")
-    assert line.startswith("memory.size=0: method ssil needs an exemplar a class, 5 in all")
+    assert line.startswith("memory.size=0: method ssil needs an exemplar per class, 5 in all")
     assert line.endswith("analytic, finetune, joint, lwf")
 
 
 def test_prediction_by_means_needs_an_exemplar_of_the_last_classes_too(tmp_path: Path) -> None:
     path = write_config(tmp_path)
     assert "6 in all" in refused(path, "method=icarl", "memory.size=5")
-    check_run(load_config(str(path), ["method=icarl", "method.predict=fc", "memory.size=5"]), 1, restart=True)
+    preflight(load_config(str(path), ["method=icarl", "method.predict=fc", "memory.size=5"]), [1], restart=True)
 
 
 def test_analytic_chooses_gamma_on_validation_clips(tmp_path: Path) -> None:
@@ -47,13 +48,13 @@ def test_analytic_chooses_gamma_on_validation_clips(tmp_path: Path) -> None:
     make_feature_shards(tmp_path / "shards", classes=6, clips={"train": 24, "test": 10})
     words = ["method=analytic", "optim.keep_epoch=last"]
     assert "has no val clips" in refused(path, *words)
-    check_run(load_config(str(path), [*words, "method.gammas=[1.0]"]), 1, restart=True)
+    preflight(load_config(str(path), [*words, "method.gammas=[1.0]"]), [1], restart=True)
 
 
 def test_analytic_needs_no_full_batch(tmp_path: Path) -> None:
     path = write_config(tmp_path)
     assert "has only 24 training clips" in refused(path, "method=finetune", "optim.global_batch=48")
-    check_run(load_config(str(path), ["method=analytic", "optim.global_batch=48"]), 1, restart=True)
+    preflight(load_config(str(path), ["method=analytic", "optim.global_batch=48"]), [1], restart=True)
 
 
 def test_a_class_without_training_clips_is_refused_by_name(tmp_path: Path) -> None:
@@ -71,7 +72,7 @@ def test_a_source_disjoint_test_of_nothing_is_refused(tmp_path: Path) -> None:
         key=lambda split, number, row: f"video{number}-{row % 4}_{split}-{row}",
     )
     assert "every test clip of step 0" in refused(path, "data.source_disjoint=true")
-    check_run(load_config(str(path), ["data.source_disjoint=false"]), 1, restart=True)
+    preflight(load_config(str(path), ["data.source_disjoint=false"]), [1], restart=True)
 
 
 @pytest.mark.slow
@@ -86,8 +87,19 @@ def test_analytic_on_clips_wants_encoders_that_stay_as_they_are(tmp_path: Path) 
     ).manifest_url
     words = ["method=analytic", f"data.manifest={manifest}", "scenario.classes_per_step=1", "optim.global_batch=2"]
     with pytest.raises(ConfigError, match=r"encoder of kind small is trained; .* or method.features=network"):
-        check_run(load_config("demo", words), 1, restart=True)
-    check_run(load_config("demo", [*words, "method.features=network"]), 1, restart=True)
+        preflight(load_config("demo", words), [1], restart=True)
+    preflight(load_config("demo", [*words, "method.features=network"]), [1], restart=True)
+
+
+def test_shards_are_checked_unless_the_ranks_of_a_launcher_check_them_together(
+    tmp_path: Path,
+) -> None:
+    config = load_config(str(write_config(tmp_path)))
+    missing = Path(load_manifest(config.data.manifest).url(0))
+    missing.unlink()
+    with pytest.raises(DataError, match=f"{missing}: missing"):
+        preflight(config, [1], restart=True)
+    assert preflight(config, [1], restart=True, with_shards=False).num_steps == 3
 
 
 def test_methods_are_listed_with_needs_and_options() -> None:

@@ -1,7 +1,7 @@
-"""Signals that ask a step to stop: SIGTERM, and SIGUSR2, with which SLURM warns of the end of a job.
+"""Stop signals of a step: SIGTERM, and SIGUSR2, which SLURM sends before the end of a job.
 
-A signal only sets a flag, which the ranks vote on: a step stops between two iterations, on all ranks
-at once. Whole process groups are signalled, so what a rank has started must not die of it first.
+A signal sets a flag, and the ranks vote on it: a step stops between two iterations, on all ranks at once. Signals
+reach whole process groups, so the child processes of a rank must not end before it.
 """
 
 import signal
@@ -12,25 +12,25 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 
 
 class StopRequest:
-    """Whether this process was asked to stop."""
+    """Flag of a requested stop."""
 
     def __init__(self) -> None:
         self._is_set = False
 
     def set(self) -> None:
-        """Ask it to stop."""
+        """Request a stop."""
         self._is_set = True
 
     def is_set(self) -> bool:
-        """Whether it was asked to."""
+        """Whether a stop was requested."""
         return self._is_set
 
 
 @contextmanager
 def listening() -> Iterator[StopRequest]:
-    """A request that a stop signal sets, for the length of the block; the main thread enters it.
+    """Yield a request that a stop signal sets while the block runs. Call it in the main thread.
 
-    A signal that came while this process was being started counts.
+    A signal that arrived while this process was starting counts.
     """
     request = StopRequest()
     before = {number: signal.signal(number, lambda *_: request.set()) for number in STOP_SIGNALS}
@@ -45,7 +45,7 @@ def listening() -> Iterator[StopRequest]:
 
 @contextmanager
 def shielding() -> Iterator[None]:
-    """Processes that are started in the block do not take stop signals, unless they listen for them themselves."""
+    """Block stop signals in processes that are started in the block, unless they call `listening`."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield

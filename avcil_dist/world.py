@@ -1,6 +1,6 @@
-"""Who this process is among the processes of a step: rank, local rank, world size.
+"""World of a process: its rank, local rank and world size, parsed from the environment of a launcher.
 
-Pure: a function of an environment given as a mapping. It starts nothing and connects to nothing.
+Pure functions of an environment given as a mapping. Nothing is started or connected.
 """
 
 import re
@@ -23,7 +23,7 @@ FIRST_JOB_PORT, JOB_PORTS = 20000, 10000
 
 @dataclass(frozen=True)
 class World:
-    """The place of one process. Ranks count from 0; `local_*` are within this machine."""
+    """Rank of one process. Ranks count from 0; `local_*` are within this machine."""
 
     rank: int = 0
     size: int = 1
@@ -36,21 +36,21 @@ class World:
     def __post_init__(self) -> None:
         if not (0 <= self.rank < self.size and 0 <= self.local_rank < self.local_size <= self.size):
             raise WorldError(
-                f"{self.launcher} says rank {self.rank} of {self.size}, "
-                f"local rank {self.local_rank} of {self.local_size}: no such place"
+                f"{self.launcher} sets rank {self.rank} of {self.size}, "
+                f"local rank {self.local_rank} of {self.local_size}: no such rank"
             )
 
     @property
     def is_main(self) -> bool:
-        """Whether this process decides, writes and talks for all."""
+        """Whether this is rank 0, which decides, writes and prints for all ranks."""
         return self.rank == 0
 
 
 def world_from_environment(environment: Mapping[str, str]) -> World:
-    """The world that torchrun or srun has set up, or a world of one process.
+    """Return the world that torchrun or srun has set up, or a world of one process.
 
-    Raises WorldError when only a part of a launcher's variables is set: guessing the rest would
-    make ranks wait for each other for ever.
+    Raises WorldError when only some of a launcher's variables are set: with guesses for the others, ranks would wait
+    for each other without end.
     """
     if any(name in environment for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
         return _from_torchrun(environment)
@@ -71,11 +71,11 @@ def threads_per_rank(world: World, environment: Mapping[str, str], cores: int) -
 
 
 def first_host(node_list: str) -> str:
-    """The first host of a SLURM node list: `gpu[03-07,9],x1` gives `gpu03`."""
-    found = re.match(r"(?:[^\[,]|\[[^\]]*\])+", node_list)
-    if not found:
+    """Return the first host of a SLURM node list: `gpu03` of `gpu[03-07,9],x1`."""
+    match = re.match(r"(?:[^\[,]|\[[^\]]*\])+", node_list)
+    if not match:
         raise WorldError(f"SLURM_STEP_NODELIST={node_list!r}: no host name in it")
-    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", found[0])
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", match[0])
 
 
 def _from_torchrun(environment: Mapping[str, str]) -> World:
@@ -106,14 +106,17 @@ def _from_slurm(environment: Mapping[str, str]) -> World:
 
 
 def _tasks_of_node(environment: Mapping[str, str]) -> int:
-    """The number for this node in a list such as `3(x2),1`: three tasks on each of two nodes, one on the third."""
+    """Return the number of tasks of this node.
+
+    SLURM lists `3(x2),1` for three tasks on each of two nodes and one on the third.
+    """
     tasks = environment["SLURM_STEP_TASKS_PER_NODE"]
     counts: list[int] = []
     for part in tasks.split(","):
-        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
-        if not found:
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if not match:
             raise WorldError(f"SLURM_STEP_TASKS_PER_NODE={tasks!r} is not a list of counts")
-        counts += [int(found[1])] * int(found[2] or 1)
+        counts += [int(match[1])] * int(match[2] or 1)
     node = _integer(environment, "SLURM_NODEID")
     if node not in range(len(counts)):
         raise WorldError(f"SLURM_NODEID={node} is not in SLURM_STEP_TASKS_PER_NODE={tasks!r}")
@@ -124,8 +127,8 @@ def _require(environment: Mapping[str, str], names: tuple[str, ...], launcher: s
     missing = [name for name in names if name not in environment]
     if missing:
         raise WorldError(
-            f"the environment is half set: {launcher} also sets {', '.join(missing)}; "
-            f"start with {launcher}, or unset what is left of it"
+            f"the environment is incomplete: {launcher} also sets {', '.join(missing)}; "
+            f"start with {launcher}, or unset its remaining variables"
         )
 
 

@@ -1,4 +1,4 @@
-"""What the ranks of a step say to each other: a process group, gathers with gradient, one decision for all."""
+"""Collectives of a step: process group, gathers with gradient, votes, decisions of rank 0 for all ranks."""
 
 import datetime
 from collections.abc import Callable, Iterator
@@ -17,20 +17,20 @@ T = TypeVar("T")
 
 
 def local_device(world: World) -> torch.device:
-    """The rank's own GPU where there are any, else the processor. Raises WorldError for more ranks than GPUs."""
+    """Return the rank's own GPU, or the CPU where there is none. Raises WorldError for more ranks than GPUs."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if world.local_size > torch.cuda.device_count():
         raise WorldError(
             f"{world.local_size} processes on a machine with {torch.cuda.device_count()} GPUs; start one for each, or "
-            "set CUDA_VISIBLE_DEVICES= to train on the processor"
+            "set CUDA_VISIBLE_DEVICES= to train on the CPU"
         )
     return torch.device("cuda", world.local_rank)
 
 
 @contextmanager
 def process_group(world: World, device: torch.device, timeout_minutes: float) -> Iterator[TCPStore]:
-    """A process group for the length of one step, and the store by which it met; NCCL between GPUs, gloo otherwise."""
+    """Create a process group for one step and yield its store. The backend is NCCL between GPUs, gloo otherwise."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     timeout = datetime.timedelta(minutes=timeout_minutes)
@@ -50,9 +50,9 @@ def process_group(world: World, device: torch.device, timeout_minutes: float) ->
 
 
 class Votes:
-    """Questions to all ranks, each answered yes when one of them says so.
+    """Votes of all ranks: sums and disjunctions of small numbers.
 
-    Asked of the processors, over gloo: between GPUs, a question must not wait for what they compute.
+    They use gloo on the CPU: a vote over NCCL would wait for the computations of the GPUs.
     """
 
     def __init__(self, timeout_minutes: float) -> None:
@@ -62,16 +62,16 @@ class Votes:
             assert isinstance(group, dist.ProcessGroup)
             self._group = group
 
-    def any(self, *answers: bool) -> tuple[bool, ...]:
-        """For each question whether any rank says yes."""
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Return for each flag whether it is set on any rank."""
         if dist.get_world_size() == 1:
-            return answers
-        votes = torch.tensor(answers, dtype=torch.uint8)
+            return flags
+        votes = torch.tensor(flags, dtype=torch.uint8)
         dist.all_reduce(votes, dist.ReduceOp.MAX, group=self._group)
         return tuple(votes.bool().tolist())
 
     def total(self, count: int) -> int:
-        """The sum of all ranks' counts."""
+        """Return the sum of all ranks' counts."""
         if dist.get_world_size() == 1:
             return count
         counts = torch.tensor([count])
@@ -80,11 +80,10 @@ class Votes:
 
 
 class _AllGather(torch.autograd.Function):
-    """Rows of all ranks. Backward gives a rank its own rows' gradient, times the number of ranks.
+    """Gather of the rows of all ranks. Backward returns the gradient of a rank's own rows, times the number of ranks.
 
-    Every rank computes the same loss from the gathered rows, and the engine averages parameter
-    gradients over ranks: times the number of ranks, that average is the sum, which is the gradient
-    of the loss.
+    Every rank computes the same loss from the gathered rows, and the engine averages parameter gradients over ranks.
+    With this factor, the average is the sum over ranks, which is the gradient of the loss.
     """
 
     @staticmethod
@@ -99,10 +98,9 @@ class _AllGather(torch.autograd.Function):
 
 
 def gather_rows(rows: Tensor, num_current: int) -> Tensor:
-    """The global batch of `rows` (B, …), with gradient: all ranks' current rows in rank order, then all exemplars.
+    """Gather `rows` (B, …) of all ranks, with gradient: current rows in rank order, then exemplars in rank order.
 
-    Every rank has the same B and `num_current`, so the result (B × ranks, …) has the rows in the
-    plan's order.
+    Every rank has the same B and `num_current`, so the result (B × ranks, …) has the order of the plan.
     """
     if dist.get_world_size() == 1:
         return rows
@@ -114,7 +112,7 @@ def gather_rows(rows: Tensor, num_current: int) -> Tensor:
 
 
 def decide_together(decide: Callable[[], T]) -> T:
-    """Rank 0 decides; all ranks get its answer, or raise its error."""
+    """Call `decide` on rank 0; all ranks return its result, or raise its AvcilError."""
     message: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
@@ -124,12 +122,12 @@ def decide_together(decide: Callable[[], T]) -> T:
     dist.broadcast_object_list(message, src=0)
     if message[1] is not None:
         raise message[1]
-    answer: T = message[0]
-    return answer
+    result: T = message[0]
+    return result
 
 
 def make_together(make: Callable[[], Tensor], device: torch.device) -> Tensor:
-    """Rank 0 makes a tensor; all ranks get it, on their device, or raise its error."""
+    """Call `make` on rank 0; all ranks return its tensor on their device, or raise its AvcilError."""
     made: list[Tensor] = []
 
     def describe() -> tuple[tuple[int, ...], torch.dtype]:
@@ -143,7 +141,7 @@ def make_together(make: Callable[[], Tensor], device: torch.device) -> Tensor:
 
 
 def collect_texts(texts: tuple[str, ...]) -> list[str]:
-    """The texts of all ranks, in rank order."""
+    """Return the texts of all ranks, in rank order."""
     collected: list[tuple[str, ...]] = [()] * dist.get_world_size()
     dist.all_gather_object(collected, texts)
     return [text for part in collected for text in part]

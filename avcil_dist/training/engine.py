@@ -1,6 +1,6 @@
-"""DeepSpeed around the student, for the length of one step.
+"""DeepSpeed engine of the student for one step.
 
-The head has grown before the engine is built: a head put in later would never be updated.
+The head must have grown before the engine is built: parameters added later are never updated.
 """
 
 import logging
@@ -23,15 +23,15 @@ from avcil_dist.training.optim import LossScale
 from avcil_dist.world import World, threads_per_rank
 
 NEVER = 10**9
-# Numbers of a buffer of ZeRO's. Its own are for models of billions: below that, it shares out next to nothing.
+# Elements of a ZeRO buffer. DeepSpeed's default is for billions of parameters and hardly shards smaller models.
 BUCKET = 20_000_000
 BETTER_GRADIENT = "lower optim.lr, set engine.max_grad_norm, or use engine.precision=float32 or bf16"
 
 
 class Engine:
-    """The student, its optimizer, and their distribution over ranks.
+    """The student and its optimizer, distributed over the ranks.
 
-    Weights and the optimizer are float32; the network computes in its own precision.
+    Weights and optimizer state are float32; the network computes in its own precision.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Engine:
         world: World,
         device: torch.device,
     ) -> None:
-        """`rows` is the number of clips that a rank has at a time; an iteration may have several such micro-batches."""
+        """Build the engine. `rows` is the number of clips in a micro-batch of a rank."""
         deepspeed = import_deepspeed(world)
         self._trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
         self._optimizer = optimizer
@@ -56,7 +56,7 @@ class Engine:
                 "gradient_accumulation_steps": 1,
                 "gradient_clipping": config.max_grad_norm or 0.0,
                 "zero_optimization": _zero_section(config),
-                # Its own Adam for host memory is compiled at run time; torch's is as good there, and the same bits.
+                # DeepSpeed's Adam for host memory is compiled at run time; torch's is as fast and gives the same bits.
                 "zero_force_ds_cpu_optimizer": False,
                 "steps_per_print": NEVER,
             },
@@ -68,19 +68,19 @@ class Engine:
 
     @property
     def network(self) -> Network:
-        """The student as it stands; at ZeRO 3 its parameters are whole only inside a forward pass."""
+        """The student. At ZeRO 3 its parameters are whole only inside a forward pass."""
         network: Network = self._engine.module
         return network
 
     def __call__(self, *inputs: Any) -> Output:
-        """A forward pass with gradient."""
+        """Run a forward pass with gradient."""
         output: Output = self._engine(*inputs)
         return output
 
     def backward(self, loss: Tensor, *, is_last: bool = True) -> None:
-        """Gradients of the loss, summed over what each rank's rows gave to it, added to those at hand.
+        """Backpropagate `loss` and accumulate into the gradients, which are summed over ranks.
 
-        `is_last` is false for all but the last micro-batch of an iteration: until then gradients are kept.
+        All ranks share one global loss. `is_last` is false for all but the last micro-batch of an iteration.
         """
         self._engine.set_gradient_accumulation_boundary(is_last)
         if self._scale:
@@ -91,31 +91,31 @@ class Engine:
         self._engine.backward(loss)
 
     def step(self) -> bool:
-        """The optimizer's step; gradients are cleared. False when they were not finite: then no weight has moved.
+        """Update the weights and clear the gradients. Returns False, without an update, for infinite gradients or NaN.
 
-        In float32 and bf16, ZeRO 0 does not look, and the next loss is not finite. Raises TrainingError where a
-        smaller scale of the loss, which fp16 tries at the next step, cannot help.
+        In float32 and bf16, ZeRO 0 does not check them: the next loss is then not finite. Raises TrainingError when
+        gradients overflow in fp16 at the smallest loss scale.
         """
         is_finite = self._unscale(1 / self._scale.value) if self._scale and self.zero_stage == 0 else True
         self._engine.step()
         if self.zero_stage == 3:
-            # A parameter that the next iteration does not use would take this one's gradient again.
+            # Otherwise a parameter that the next iteration does not use is updated with this gradient again.
             self._engine.optimizer.grad_partitions_flat_buffer.zero_()
         if self.zero_stage:
             is_finite = not self._engine.optimizer.overflow
         if self._scale:
             if not is_finite and self._scale.is_smallest:
-                raise TrainingError(f"the gradient overflows in fp16 whatever the scale of the loss; {BETTER_GRADIENT}")
+                raise TrainingError(f"the gradient overflows in fp16 at any loss scale; {BETTER_GRADIENT}")
             self._scale.update(overflowed=not is_finite)
         return is_finite
 
     def state(self) -> dict[str, Tensor]:
-        """All of the student's weights and buffers, whole, in host memory, on every rank."""
+        """Return the student's whole weights and buffers in host memory, on every rank."""
         self._check_covered()
         return whole_state(self.network)
 
     def _unscale(self, factor: float) -> bool:
-        """Multiply all gradients; where one is not finite, drop them, so that the step does nothing, and say False."""
+        """Multiply all gradients by `factor`. Clears them and returns False when one is not finite."""
         gradients = [parameter.grad for parameter in self._trainable if parameter.grad is not None]
         is_finite = bool(torch.stack([gradient.isfinite().all() for gradient in gradients]).all())
         if not is_finite:
@@ -125,7 +125,7 @@ class Engine:
         return is_finite
 
     def _check_covered(self) -> None:
-        """Every trainable parameter is in the optimizer: one put in after the engine was built never moves."""
+        """Assert that every trainable parameter is in the optimizer: one added later would never be updated."""
         groups: dict[int, Any] = {0: [group["params"] for group in self._optimizer.param_groups]}
         if self.zero_stage:
             groups[self.zero_stage] = getattr(
@@ -137,9 +137,9 @@ class Engine:
         assert not missing, f"not in the optimizer: {', '.join(missing)}"
 
     def optimizer_state(self) -> dict[str, Tensor | float]:
-        """What the rank's optimizer has gathered over the steps, in host memory, tensors and plain numbers.
+        """Return the optimizer state and the loss scale in host memory.
 
-        Of the rank's own share, where ZeRO shares it out: it goes with the ZeRO stage, the world size and the rank.
+        With ZeRO, the optimizer state is this rank's shard: it fits the same stage, world size and rank only.
         """
         with self._whole_groups():
             state = self._optimizer.state_dict()["state"]
@@ -151,9 +151,9 @@ class Engine:
         }
 
     def load_optimizer_state(self, state: Mapping[str, Tensor | float]) -> None:
-        """Go on from `optimizer_state()` of the same rank, ZeRO stage and world size.
+        """Load the result of `optimizer_state()` of the same rank, ZeRO stage and world size.
 
-        An engine that was built on the weights of then goes on as that one would have, to the last bit.
+        With the weights of that moment too, training continues to the same bits.
         """
         values: dict[int, dict[str, Tensor | float]] = {}
         for key, value in state.items():
@@ -168,7 +168,7 @@ class Engine:
 
     @contextmanager
     def _whole_groups(self) -> Iterator[None]:
-        """The optimizer with its parameters: ZeRO 3 puts them in only while it takes a step."""
+        """Attach the parameters to the optimizer while the block runs: ZeRO 3 does so only during a step."""
         if self.zero_stage < 3:
             yield
             return
@@ -179,12 +179,12 @@ class Engine:
             self._engine.optimizer._clear_fp32_optimizer_param_groups()
 
     def close(self) -> None:
-        """Give back what the engine holds."""
+        """Release the engine's memory."""
         release(self._engine)
 
 
 def whole_state(network: Network) -> dict[str, Tensor]:
-    """A copy of a network's weights and buffers in host memory; all ranks call it, where ZeRO 3 shares them out."""
+    """Return a copy of a network's weights and buffers in host memory. At ZeRO 3 all ranks must call it."""
     state = {}
     for name, value in network.state_dict(keep_vars=True).items():
         with _whole(value):
@@ -193,7 +193,7 @@ def whole_state(network: Network) -> dict[str, Tensor]:
 
 
 def release(engine: Any) -> None:
-    """Let go of a DeepSpeed engine; at ZeRO 3 it would stay, with its network, as long as the process."""
+    """Release a DeepSpeed engine. At ZeRO 3 a global stack would keep it, and its network, alive."""
     engine.destroy()
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 
@@ -201,9 +201,9 @@ def release(engine: Any) -> None:
 
 
 def shard_out(network: Network, world: World) -> Any:
-    """Share the parameters of a network that is not trained out to the ranks; a module's are whole while it runs.
+    """Shard the parameters of a network that is not trained over the ranks, by ZeRO 3.
 
-    The network is used as before, except that all ranks must call it together. Returns the engine, to release.
+    A module's parameters are whole while it runs. All ranks must call the network together. Returns the engine.
     """
     return import_deepspeed(world).initialize(
         model=network,
@@ -217,7 +217,7 @@ def shard_out(network: Network, world: World) -> Any:
 
 
 def _whole(value: Tensor) -> AbstractContextManager[object]:
-    """A block in which a tensor that ZeRO 3 may have shared out is whole, one at a time to spare memory."""
+    """Gather a tensor that ZeRO 3 may have sharded while the block runs, one at a time to save memory."""
     if not hasattr(value, "ds_id"):
         return nullcontext()
     import deepspeed
@@ -248,22 +248,22 @@ def set_threads(world: World) -> None:
 
 
 def name_accelerator() -> None:
-    """Tell DeepSpeed what it would guess with a warning; it looks when it is imported."""
+    """Set DeepSpeed's accelerator before its import, which otherwise guesses it with a warning."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def import_deepspeed(world: World) -> Any:
-    """DeepSpeed, imported late (it takes seconds), joined to the process group, and without its chatter."""
+    """Import DeepSpeed late (it takes seconds), without its log messages, and initialise it with the process group."""
     for module in ("torch.distributed", "deepspeed"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     name_accelerator()
-    os.environ["LOCAL_RANK"] = str(world.local_rank)  # where DeepSpeed looks for the rank's device
+    os.environ["LOCAL_RANK"] = str(world.local_rank)  # DeepSpeed reads the rank's device from it
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
     if not deepspeed.comm.is_initialized():
-        # An all-reduce for inference alone; every new process would compile it, or wait for another that does.
+        # An all-reduce for inference only, which every new process would compile.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
     return deepspeed

@@ -1,11 +1,10 @@
-"""Exemplars at hand: where shards lie far away, a step copies its exemplars to each machine once.
+"""Local copies of exemplars: for remote shards, a step copies its exemplars to each machine once.
 
-A batch of exemplars is drawn from all old classes, so it touches a shard of nearly every one. Read
-where they lie, 1,500 exemplars of 100 classes are small reads from 100 shards, again and again;
-copied, they are one file a class on the local disk. Where the shards are local files, a read at
-random costs nothing that a copy would save, and they are read where they are.
+A batch of exemplars is drawn from all old classes, so it needs a shard of nearly every class. Read remotely, 1,500
+exemplars of 100 classes are small reads from 100 shards in every epoch. Copied, they are one file per class on the
+local disk. Local shards are read directly.
 
-The plan keeps the clips' own numbers: which clip is in which batch does not depend on the place.
+The plan keeps the clips' own numbers: the batches do not depend on the copies.
 """
 
 import shutil
@@ -25,27 +24,27 @@ from avcil_dist.data.manifest import MEMBERS, Manifest, Shard, load_manifest
 from avcil_dist.data.sampler import Request, TrainingSampler
 from avcil_dist.errors import DataError, StorageError
 
-READS = 16  # at a time: far storage answers late, but to many at once
+READS = 16  # at a time: remote storage has high latency, but serves many reads at once
 
 
 @dataclass(frozen=True)
 class RedirectedRequests:
-    """The same requests, with some clips read where they are copied to."""
+    """The same requests, with some clips read from their copies."""
 
     source: Iterable[Request]
     numbers: Mapping[int, int]
 
     def __iter__(self) -> Iterator[Request]:
         for request in self.source:
-            places = [self.numbers.get(int(clip), int(clip)) for clip in request.clips]
-            yield replace(request, copies=np.array(places, dtype=np.int64))
+            numbers = [self.numbers.get(int(clip), int(clip)) for clip in request.clips]
+            yield replace(request, copies=np.array(numbers, dtype=np.int64))
 
 
 @contextmanager
 def local_exemplars(source: TrainingSampler) -> Iterator[tuple[Iterable[Request], Manifest]]:
-    """Requests and manifest to load from: the source's own, or with its exemplars copied for the length of the block.
+    """Yield requests and manifest to load from: unchanged, or with exemplars copied while the block runs.
 
-    Every rank calls it; the first of each machine copies. Raises DataError on all ranks when one cannot.
+    Every rank calls it; the first rank of each machine copies. Raises DataError on all ranks when one cannot.
     """
     clips = np.unique(np.concatenate([source.exemplars, source.joined]))
     if all(storage.local_path(source.manifest.url(shard)) for shard in np.unique(source.manifest.shards_of(clips))):
@@ -55,15 +54,15 @@ def local_exemplars(source: TrainingSampler) -> Iterator[tuple[Iterable[Request]
     own = Path(tempfile.mkdtemp(prefix="avcil-exemplars-")) if world.local_rank == 0 else None
     try:
         fault = _try_to_copy(source, clips, own) if own else None
-        told: list[tuple[str, str | None]] = [("", None)] * world.size
-        dist.all_gather_object(told, (str(own), fault))
-        faults = [said for _, said in told if said]
+        results: list[tuple[str, str | None]] = [("", None)] * world.size
+        dist.all_gather_object(results, (str(own), fault))
+        faults = [fault for _, fault in results if fault]
         if faults:
             raise DataError(faults[0])
-        folder = told[world.rank - world.local_rank][0]
+        folder = results[world.rank - world.local_rank][0]
         manifest, numbers = with_copies(source.manifest, load_manifest(f"{folder}/manifest.json"))
         yield RedirectedRequests(source, numbers), manifest
-        dist.barrier()  # until then another rank may read what is removed now
+        dist.barrier()  # another rank may read the copies until then
     finally:
         if own:
             shutil.rmtree(own)
@@ -72,8 +71,8 @@ def local_exemplars(source: TrainingSampler) -> Iterator[tuple[Iterable[Request]
 def copy_clips(manifest: Manifest, clips: np.ndarray, folder: Path, *, seconds: float) -> None:
     """Copy clips into `folder`, one file a class with their members end to end, and write its manifest.
 
-    A member comes with its tar header, by which the loader knows it. `seconds` is how long a read is tried
-    again. A clip that cannot be read is left out: training finds it where it was, and deals with it there.
+    Members are copied with their tar headers, which the loader verifies. `seconds` limits the retries of a read. A
+    clip that cannot be read is left out: training reads it from its shard and handles the fault.
     """
     members = tuple(name for name in MEMBERS[manifest.kind] if name != "json")
 
@@ -89,11 +88,11 @@ def copy_clips(manifest: Manifest, clips: np.ndarray, folder: Path, *, seconds: 
     shards = []
     with ThreadPoolExecutor(READS) as pool:
         for number, (name, numbers) in enumerate(of_class.items()):
-            found = [(clip, parts) for clip, parts in pool.map(read, numbers) if parts]
+            copied_clips = [(clip, parts) for clip, parts in pool.map(read, numbers) if parts]
             path = folder / f"{number:04d}.bin"
-            path.write_bytes(b"".join(part for _, parts in found for part in parts))
-            lengths = np.array([[len(part) for part in parts] for _, parts in found], dtype=np.int64)
-            lengths = lengths.reshape(len(found), len(members))
+            path.write_bytes(b"".join(part for _, parts in copied_clips for part in parts))
+            lengths = np.array([[len(part) for part in parts] for _, parts in copied_clips], dtype=np.int64)
+            lengths = lengths.reshape(len(copied_clips), len(members))
             starts = (np.cumsum(lengths) - lengths.ravel()).reshape(lengths.shape) + TAR_BLOCK
             shards.append(
                 Shard(
@@ -102,7 +101,7 @@ def copy_clips(manifest: Manifest, clips: np.ndarray, folder: Path, *, seconds: 
                     split="train",
                     bytes=int(lengths.sum()),
                     sha256=storage.sha256_file(str(path)),
-                    keys=tuple(manifest.key(clip) for clip, _ in found),
+                    keys=tuple(manifest.key(clip) for clip, _ in copied_clips),
                     offsets={member: starts[:, column] for column, member in enumerate(members)},
                     sizes={member: lengths[:, column] - TAR_BLOCK for column, member in enumerate(members)},
                 )
@@ -112,7 +111,7 @@ def copy_clips(manifest: Manifest, clips: np.ndarray, folder: Path, *, seconds: 
 
 
 def _read_member(manifest: Manifest, clip: int, member: str, seconds: float) -> bytes:
-    """A member's tar header and its bytes."""
+    """Return a member's tar header and its bytes."""
     number, row = manifest.locate(clip)
     shard = manifest.shards[number]
     start = int(shard.offsets[member][row])
@@ -121,7 +120,7 @@ def _read_member(manifest: Manifest, clip: int, member: str, seconds: float) -> 
 
 
 def with_copies(manifest: Manifest, copied: Manifest) -> tuple[Manifest, dict[int, int]]:
-    """A manifest with the copies' shards at its end, and each copied clip's number there."""
+    """Return the manifest with the shards of the copies appended, and the number of each copied clip there."""
     shards = [replace(shard, url=copied.url(number)) for number, shard in enumerate(copied.shards)]
     joined = replace(manifest, shards=(*manifest.shards, *shards))
     numbers: dict[int, int] = {}

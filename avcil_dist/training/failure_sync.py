@@ -1,8 +1,8 @@
-"""One fault for all ranks: when one fails, the others end within seconds, with its message.
+"""Failure propagation: when one rank fails, all ranks end within seconds, with its message.
 
-A rank that fails leaves the others waiting in a collective, where no exception reaches them. So
-each rank has a thread that looks at the process group's store; the rank that fails leaves its
-error there, and a rank that does not come out of its own accord is ended.
+The other ranks wait in a collective, where no exception reaches them. So each rank has a thread that polls the
+process group's store. The failing rank publishes its error there, and a rank that does not leave its collective
+by itself is ended.
 """
 
 import contextlib
@@ -28,53 +28,53 @@ Report = Callable[[AvcilError], None]
 
 
 def print_fault(error: AvcilError) -> None:
-    """To the log of this rank."""
+    """Print an error to the log of this rank."""
     sys.stderr.write(f"avcil: {error}\n")
     sys.stderr.flush()
 
 
 @contextlib.contextmanager
 def propagate_failures(store: TCPStore, world: World, report: Report = print_fault) -> Iterator[None]:
-    """In the block, an exception of one rank becomes one of all.
+    """Re-raise an exception of any rank in the block on every rank.
 
-    A rank that gets out of the block by itself, as when its collective breaks, raises the first rank's
-    error; one that does not is ended with exit code 2, after `report` was called with that error. What is no
-    AvcilError is a bug: the rank that has it keeps its traceback, the others raise a RankError that names it.
+    A rank that leaves the block by itself, for example because its collective fails, raises the error that was
+    published first. A rank that does not is ended with exit code 2 after a call of `report` with that error. Any
+    exception but an AvcilError is a bug: its rank keeps the traceback, the others raise a RankError that names it.
     """
     if world.size == 1:
         yield
         return
-    watch = _Watch(store, world, report)
+    monitor = _Monitor(store, world, report)
     try:
         yield
     except (StepStopped, KeyboardInterrupt, SystemExit):
-        watch.stop()
+        monitor.stop()
         raise
     except Exception as error:
-        theirs = watch.settle(error)
-        if theirs is None:
+        published = monitor.publish(error)
+        if published is None:
             raise
-        raise theirs from None
-    watch.stop()
+        raise published from None
+    monitor.stop()
 
 
-class _Watch:
-    """The thread that looks, and what the rank says to the others."""
+class _Monitor:
+    """Thread that polls for errors of other ranks, and publication of this rank's error."""
 
     def __init__(self, store: TCPStore, world: World, report: Report) -> None:
         self._store, self._world, self._report = store, world, report
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._look, args=(store.clone(),), name="faults", daemon=True)
+        self._thread = threading.Thread(target=self._poll, args=(store.clone(),), name="failure-sync", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Look no longer."""
+        """Stop polling."""
         self._ended.set()
         self._thread.join()
 
-    def settle(self, error: Exception) -> AvcilError | None:
-        """Tell the others of this rank's error, or return the one that was there before it."""
-        with contextlib.suppress(dist.DistError):  # the store is gone: rank 0 has ended, and so will all
+    def publish(self, error: Exception) -> AvcilError | None:
+        """Publish this rank's error; return the error of another rank if that was published before."""
+        with contextlib.suppress(dist.DistError):  # the store is gone: rank 0 has ended, and all others will
             mine = _encode(error, self._world.rank)
             first = self._store.compare_set(KEY, "", mine).decode()
             if first != mine:
@@ -85,13 +85,13 @@ class _Watch:
         return None
 
     def _wait_until_seen(self) -> None:
-        """The store must outlive the news: it goes with rank 0."""
+        """Wait until every rank has read the error: rank 0 hosts the store and must not exit before."""
         others = [_seen_by(rank) for rank in range(self._world.size) if rank != self._world.rank]
         deadline = time.monotonic() + GRACE_SECONDS
         while not self._store.check(others) and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS / 5)
 
-    def _look(self, store: TCPStore) -> None:
+    def _poll(self, store: TCPStore) -> None:
         try:
             while not self._ended.wait(POLL_SECONDS):
                 if store.check([KEY]):
@@ -114,10 +114,10 @@ def _encode(error: Exception, rank: int) -> str:
     return json.dumps([kind, " ".join(text.split())])
 
 
-def _decode(said: str) -> AvcilError:
-    kind, text = json.loads(said)
-    known = getattr(errors, kind, None) if kind else None
-    return known(text) if isinstance(known, type) and issubclass(known, AvcilError) else RankError(text)
+def _decode(text: str) -> AvcilError:
+    kind, message = json.loads(text)
+    error = getattr(errors, kind, None) if kind else None
+    return error(message) if isinstance(error, type) and issubclass(error, AvcilError) else RankError(message)
 
 
 def _seen_by(rank: int) -> str:

@@ -244,6 +244,14 @@ def test_the_gradient_is_clipped_by_its_norm_over_all_ranks(
     assert norm_of_first_moments([one["float32 0"]]) > 0.01
 
 
+def test_fp16_divides_the_gradient_by_the_loss_scale(one: Mapping[str, Run], two: list[Mapping[str, Run]]) -> None:
+    exact = norm_of_first_moments([one["float32 0"]])
+    for name in ("fp16 0", "fp16 1", "fp16 3", "micro fp16"):
+        shares = [two[0][name]] if name.endswith(" 0") or name == "micro fp16" else [found[name] for found in two]
+        for runs in ([one[name]], shares):
+            assert norm_of_first_moments(runs) == pytest.approx(exact, rel=0.02), name
+
+
 def test_a_step_leaves_the_teacher_as_it_was(one: Mapping[str, Run], two: list[Mapping[str, Run]]) -> None:
     for found in (one, *two):
         for name, case in CASES.items():

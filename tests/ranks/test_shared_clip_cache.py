@@ -35,7 +35,7 @@ def found(world: World, url: str) -> dict[str, tuple[str, int]]:
 def test_ranks_share_host_memory(tmp_path: Path) -> None:
     url = make_feature_shards(tmp_path, classes=1, clips={"train": 6})
     first, second = run_ranks(found, 2, url)
-    host = "clips at hand: host memory, 6 of 6 clips, 0.0 GB"
+    host = "clip cache: host memory, 6 of 6 clips, 0.0 GB"
     assert first["auto"] == first["host"] == second["auto"] == second["host"] == (host, 3)
     assert (first["device"][1], second["device"][1]) == (3, 0)
-    assert first["none"] == second["none"] == ("clips at hand: none", 0)
+    assert first["none"] == second["none"] == ("clip cache: none", 0)

@@ -1,4 +1,4 @@
-"""Snapshots on real ranks: a step that stopped goes on to the same bits, or says why it cannot."""
+"""Snapshots on real ranks: a stopped step continues to the same bits, or is refused with a reason."""
 
 import logging
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ EVERY = {"snapshot": {"every_iterations": 4}}
 
 
 class StopsAt(Observer):
-    """Asks for a stop after so many batches, on one rank alone; the ranks' vote does the rest."""
+    """Requests a stop after some batches, on one rank alone; the vote stops all ranks."""
 
     def __init__(self, stop: StopRequest, count: int) -> None:
         self.stop, self.count = stop, count
@@ -47,7 +47,7 @@ class StopsAt(Observer):
 
 
 def stopped_step(world: World, config: Config, count: int) -> str:
-    """Run the step until its last rank asks for a stop; why it stopped."""
+    """Run the step until its last rank requests a stop; returns the message."""
     stop = StopRequest()
     observer = StopsAt(stop, count if world.rank == world.size - 1 else 0)
     with pytest.raises(StepStopped) as stopped:
@@ -56,7 +56,7 @@ def stopped_step(world: World, config: Config, count: int) -> str:
 
 
 def resumed_step(world: World, config: Config, *, reset_optimizer: bool = False) -> int:
-    """Run the step to its end; from which iteration. What the teacher said is at hand: it is not asked again."""
+    """Run the step to its end; returns the iteration that it continues from. The teacher cache is loaded."""
     observer = StopsAt(StopRequest(), 0)
     step_in_group(
         config, STEP, world=world, observers=[observer], device=CPU, stop=observer.stop, reset_optimizer=reset_optimizer
@@ -66,7 +66,7 @@ def resumed_step(world: World, config: Config, *, reset_optimizer: bool = False)
 
 
 def broken_and_whole(world: World, configs: Mapping[str, Config]) -> list[int]:
-    """Each stream's two steps, the second stopped twice; where the last run began."""
+    """Run two steps of each stream, the second stopped twice; returns the iterations that the last runs began at."""
     begun = []
     for name, config in configs.items():
         run_steps(world, config, [0])
@@ -91,7 +91,7 @@ def test_a_step_that_stopped_ends_in_the_bits_of_one_that_did_not_at_every_zero_
         for kind in ("whole", "broken")
     }
     for begun in run_ranks(broken_and_whole, 2, configs):
-        assert begun == [10 + 7] * len(STAGES)  # asked for after 9 and 6 batches, voted on after the next
+        assert begun == [10 + 7] * len(STAGES)  # requested after 9 and 6 batches, voted on after the next
     for stage in STAGES:
         whole, broken = (stream_url(configs[f"{kind}-{stage}"]) for kind in ("whole", "broken"))
         assert weights_digest(broken, STEP) == weights_digest(whole, STEP)
@@ -106,21 +106,21 @@ def stop_first(world: World, configs: list[Config]) -> None:
         stopped_step(world, config, 9)
 
 
-def go_on_elsewhere(world: World, plain: Config, sharded: Config) -> tuple[int, str, int]:
+def continue_on_other_ranks(world: World, plain: Config, sharded: Config) -> tuple[int, str, int]:
     begun = resumed_step(world, plain)
     with pytest.raises(ConfigError) as refused:
         resumed_step(world, sharded)
     return begun, str(refused.value), resumed_step(world, sharded, reset_optimizer=True)
 
 
-def test_on_another_number_of_ranks_a_snapshot_goes_on_exactly_or_says_what_to_do(tmp_path: Path) -> None:
+def test_on_another_number_of_ranks_a_snapshot_continues_exactly_or_is_refused_with_advice(tmp_path: Path) -> None:
     file = write_config(tmp_path)
     whole, plain, sharded = (
         resolved(file, f"output={tmp_path}/{name}", f"engine={engine}")
         for name, engine in (("whole", "zero0"), ("plain", "zero0"), ("sharded", "zero2"))
     )
     run_ranks(stop_first, 2, [plain, sharded])
-    [(begun, refused, begun_again)] = run_ranks(go_on_elsewhere, 1, plain, sharded)
+    [(begun, refused, begun_again)] = run_ranks(continue_on_other_ranks, 1, plain, sharded)
     run_ranks(run_steps, 1, whole, [0, STEP])
     assert begun == begun_again == 10
     assert "2 processes at ZeRO stage 2" in refused
@@ -131,23 +131,8 @@ def test_on_another_number_of_ranks_a_snapshot_goes_on_exactly_or_says_what_to_d
         torch.testing.assert_close(ours.model[name], value, rtol=1e-5, atol=1e-5)
 
 
-def stop_and_reset(world: World, config: Config) -> int:
-    """A step that is stopped and continues with --reset-optimizer, as a requeued job does again and again."""
-    run_steps(world, config, [0])
-    stopped_step(world, config, 9)
-    return resumed_step(world, config, reset_optimizer=True)
-
-
-def test_reset_optimizer_keeps_the_state_of_a_snapshot_that_fits(tmp_path: Path) -> None:
-    file = write_config(tmp_path)
-    whole, broken = (resolved(file, f"output={tmp_path}/{name}") for name in ("whole", "broken"))
-    run_ranks(run_steps, 1, whole, [0, STEP])
-    assert run_ranks(stop_and_reset, 1, broken) == [10]
-    assert weights_digest(stream_url(broken), STEP) == weights_digest(stream_url(whole), STEP)
-
-
-def stop_and_go_on(world: World, config: Config, damage: str) -> tuple[int, list[str]]:
-    """Stop a step, damage its newest snapshot, go on; from where, and what was said."""
+def stop_damage_and_resume(world: World, config: Config, damage: str) -> tuple[int, list[str]]:
+    """Stop a step, damage its newest snapshot, resume; returns the first iteration and the warnings."""
     if not storage.exists(stream_url(config)):
         run_steps(world, config, [0])
     stopped_step(world, config, 9)
@@ -157,30 +142,30 @@ def stop_and_go_on(world: World, config: Config, damage: str) -> tuple[int, list
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data[: len(data) // 2] if damage == "cut" else data)
-    said: list[str] = []
+    messages: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("avcil_dist").addHandler(handler)
-    return resumed_step(world, config), said
+    return resumed_step(world, config), messages
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped"])
-def test_a_damaged_snapshot_is_passed_over_for_the_one_before_with_a_warning(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_snapshot_is_skipped_for_the_previous_one_with_a_warning(tmp_path: Path, damage: str) -> None:
     config = resolved(write_config(tmp_path, **EVERY))
-    [(begun, said)] = run_ranks(stop_and_go_on, 1, config, damage)
+    [(begun, messages)] = run_ranks(stop_damage_and_resume, 1, config, damage)
     assert begun == 8
-    assert any("model.safetensors: damaged" in text and "skipping" in text for text in said)
+    assert any("model.safetensors: damaged" in text and "skipping" in text for text in messages)
 
 
-def test_a_snapshot_does_not_go_on_with_other_settings(tmp_path: Path) -> None:
+def test_a_snapshot_is_refused_with_other_settings(tmp_path: Path) -> None:
     file = write_config(tmp_path)
-    [refused] = run_ranks(snapshot_alone_tells, 1, resolved(file), resolved(file, "optim.lr=0.5"))
+    [refused] = run_ranks(refused_at_step_0, 1, resolved(file), resolved(file, "optim.lr=0.5"))
     assert "optim.lr=0.003, not 0.5" in refused
     assert "--restart-step" in refused
 
 
-def snapshot_alone_tells(world: World, config: Config, other: Config) -> str:
-    """The same at step 0, which has no step before it that could tell."""
+def refused_at_step_0(world: World, config: Config, other: Config) -> str:
+    """Stop and resume step 0, which has no previous step with settings to compare."""
     stop = StopRequest()
     with pytest.raises(StepStopped):
         step_in_group(config, 0, world=world, observers=[StopsAt(stop, 3)], device=CPU, stop=stop)

@@ -1,4 +1,4 @@
-"""Which learning rate each parameter has."""
+"""Optimizer: learning rate of each parameter, and the loss scale of fp16."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from avcil_dist.config.encoders import ModelConfig
 from avcil_dist.config.schema import ClipConfig, OptimConfig
 from avcil_dist.errors import ConfigError
 from avcil_dist.models.network import Network, build_network
-from avcil_dist.training.optim import parameter_groups
+from avcil_dist.training.optim import LossScale, build_optimizer, parameter_groups
 
 CLIP = ClipConfig(frames=4, size=32, mel_frames=64, mel_bins=32)
 TINY = {"weights": "random", "dim": 24, "depth": 3, "heads": 2}
@@ -120,3 +120,34 @@ def test_the_decay_of_one_modality_counts_that_encoder_alone() -> None:
         load_config("demo", [*words, f"model.visual={trained}"])
     made = load_config("demo", [*words, f"model.audio={trained.replace('video', 'audio')}"])
     assert made.optim.layer_decay == 0.7
+
+
+def test_the_optimizer_is_adam_with_the_settings_of_the_configuration() -> None:
+    network = make_network(FULL, FROZEN)
+    optimizer = build_optimizer(network, OptimConfig(lr=0.01, weight_decay=0.5))
+    assert isinstance(optimizer, torch.optim.Adam)
+    [group] = optimizer.param_groups
+    assert (group["lr"], group["weight_decay"], group["betas"], group["amsgrad"]) == (0.01, 0.5, (0.9, 0.999), False)
+
+
+def test_the_loss_scale_doubles_after_2000_steps_without_overflow_and_counts_anew() -> None:
+    scale = LossScale()
+    for _ in range(1999):
+        scale.update(overflowed=False)
+    assert (scale.value, scale.num_good) == (2.0**16, 1999)
+    scale.update(overflowed=False)
+    assert (scale.value, scale.num_good) == (2.0**17, 0)
+    scale.update(overflowed=False)
+    assert (scale.value, scale.num_good) == (2.0**17, 1)
+
+
+def test_an_overflow_halves_the_loss_scale_down_to_one() -> None:
+    scale = LossScale(num_good=1999)
+    scale.update(overflowed=True)
+    assert (scale.value, scale.num_good) == (2.0**15, 0)
+    for _ in range(15):
+        assert not scale.is_smallest
+        scale.update(overflowed=True)
+    assert (scale.value, scale.is_smallest) == (1.0, True)
+    scale.update(overflowed=True)
+    assert scale.value == 1.0

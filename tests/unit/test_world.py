@@ -99,14 +99,14 @@ def test_jobs_that_share_a_node_have_ports_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("name", TORCHRUN_VARIABLES)
-def test_a_half_set_torchrun_environment_is_an_error(name: str) -> None:
-    with pytest.raises(WorldError, match=f"half set: torchrun also sets {name};"):
+def test_an_incomplete_torchrun_environment_is_an_error(name: str) -> None:
+    with pytest.raises(WorldError, match=f"incomplete: torchrun also sets {name};"):
         world_from_environment(_without(TORCHRUN, name))
 
 
 @pytest.mark.parametrize("name", [*SLURM_VARIABLES, "SLURM_JOB_ID"])
-def test_a_half_set_slurm_environment_is_an_error(name: str) -> None:
-    with pytest.raises(WorldError, match=f"half set: srun also sets {name};"):
+def test_an_incomplete_slurm_environment_is_an_error(name: str) -> None:
+    with pytest.raises(WorldError, match=f"incomplete: srun also sets {name};"):
         world_from_environment(_without(SLURM, name))
 
 
@@ -165,8 +165,8 @@ def test_a_node_list_without_a_host_is_an_error(node_list: str) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"RANK": "9"}, {"RANK": "-1"}, {"WORLD_SIZE": "0"}, {"LOCAL_RANK": "8"}])
-def test_a_place_that_cannot_be_is_refused(wrong: dict[str, str]) -> None:
-    with pytest.raises(WorldError, match="no such place"):
+def test_a_rank_that_cannot_be_is_refused(wrong: dict[str, str]) -> None:
+    with pytest.raises(WorldError, match="no such rank"):
         world_from_environment(TORCHRUN | wrong)
 
 

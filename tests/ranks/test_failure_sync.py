@@ -27,49 +27,49 @@ ROOT = Path(__file__).parents[2]
 SECONDS = 10
 
 
-def rank_of_three(world: World, said: Any, fault: str) -> None:
-    """Rank 1 fails alone; rank 0 waits in a collective for it, rank 2 is busy and never looks up."""
+def rank_of_three(world: World, reports: Any, fault: str) -> None:
+    """Fail on rank 1 alone, while rank 0 waits in a collective and rank 2 computes without any."""
     with process_group(world, CPU, timeout_minutes=5) as store:
         dist.barrier()
-        said.put((world.rank, "begun", time.monotonic()))
+        reports.put((world.rank, "begun", time.monotonic()))
         try:
-            with propagate_failures(store, world, lambda error: said.put((world.rank, "ended", str(error)))):
+            with propagate_failures(store, world, lambda error: reports.put((world.rank, "ended", str(error)))):
                 if world.rank == 1:
                     raise DataError("clip x is damaged") if fault == "typed" else ZeroDivisionError("a bug")
                 if world.rank == 0:
                     dist.barrier()
                 time.sleep(60)
         except AvcilError as error:
-            said.put((world.rank, "raised", str(error)))
+            reports.put((world.rank, "raised", str(error)))
             sys.exit(2)
 
 
 @pytest.mark.parametrize(
-    ("fault", "told", "codes"),
+    ("fault", "message", "codes"),
     [("typed", "clip x is damaged", [2, 2, 2]), ("bug", "rank 1 failed: ZeroDivisionError: a bug", [2, 1, 2])],
 )
-def test_one_rank_fails_and_all_end_with_its_message(fault: str, told: str, codes: list[int]) -> None:
+def test_one_rank_fails_and_all_end_with_its_message(fault: str, message: str, codes: list[int]) -> None:
     context = get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    said = context.SimpleQueue()
-    ranks = [context.Process(target=rank_of_three, args=(world, said, fault)) for world in local_worlds(3)]
+    reports = context.SimpleQueue()
+    ranks = [context.Process(target=rank_of_three, args=(world, reports, fault)) for world in local_worlds(3)]
     for process in ranks:
         process.start()
-    begun = [said.get() for _ in ranks]
+    begun = [reports.get() for _ in ranks]
     for process in ranks:
         process.join(60)
     assert time.monotonic() - max(moment for _, _, moment in begun) < SECONDS
     assert [process.exitcode for process in ranks] == codes
     messages = {}
-    while not said.empty():
-        rank, _, text = said.get()
+    while not reports.empty():
+        rank, _, text = reports.get()
         messages[rank] = text
     assert messages.keys() >= {0, 2}
-    assert all(told in text for text in messages.values())
+    assert all(message in text for text in messages.values())
 
 
 def fails(config: Path, *words: str, **environment: str) -> str:
-    """A command on two ranks that must end by itself, as a user's fault; its last line."""
+    """Run a command on two ranks that must end with a user error; returns its last line."""
     done = subprocess.run(
         [sys.executable, "-m", "launch", "train", str(config), "-n", "2", *words],
         cwd=ROOT,

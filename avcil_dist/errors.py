@@ -6,7 +6,7 @@ traceback.
 
 
 class AvcilError(Exception):
-    """A fault outside the program: one line that says what was wrong, where, and what to do."""
+    """A fault outside the program. The message is one line: what was wrong, where, and what to do."""
 
 
 class ConfigError(AvcilError):

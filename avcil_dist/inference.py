@@ -44,8 +44,8 @@ def restore_step(artifact: StepArtifact, feature_shape: Mapping[str, int], sourc
 class Predictor:
     """Class scores of clips by the weights of a committed step, on a GPU where there is one.
 
-    `classes` are the seen classes, in the order of the scores' columns. `takes_features` says which of the two
-    methods applies: a step trained on features scores features, a step trained on clips scores clips.
+    `classes` are the seen classes, in the order of the scores' columns. `takes_features` selects one of the two
+    methods: a step trained on features scores features, a step trained on clips scores clips.
     """
 
     def __init__(self, artifact: StepArtifact, feature_shape: Mapping[str, int], source: str) -> None:

@@ -156,7 +156,7 @@ class _FrameSelector:
 
 
 class Orientation(NamedTuple):
-    """How a frame has to be turned to be upright: transposed, then mirrored vertically and horizontally."""
+    """Turn that makes a frame upright: transposed, then mirrored vertically and horizontally."""
 
     is_transposed: bool = False
     flips_rows: bool = False

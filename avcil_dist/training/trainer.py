@@ -67,7 +67,7 @@ class Trainer:
     def train(self, student: Network) -> BestEpoch:
         """Train all epochs, from the newest snapshot on, and return the best one.
 
-        Raises StepStopped on all ranks when one was asked to stop.
+        Raises StepStopped on all ranks when one of them received a stop signal.
         """
         snapshot = self.snapshots.load_newest()
         state = TrainingState()

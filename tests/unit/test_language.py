@@ -13,21 +13,10 @@ FILES = sorted(
 )
 # Files that are still to be rewritten; the list only shrinks.
 UNDONE = {
-    "avcil_dist/errors.py",
-    "avcil_dist/inference.py",
     "avcil_dist/models/attention/fused.py",
     "avcil_dist/models/attention/kernels_cpu.py",
     "avcil_dist/models/attention/kernels_torch.py",
     "avcil_dist/models/attention/module.py",
-    "avcil_dist/signals.py",
-    "avcil_dist/training/clip_cache_placement.py",
-    "avcil_dist/training/collectives.py",
-    "avcil_dist/training/engine.py",
-    "avcil_dist/training/exemplar_copies.py",
-    "avcil_dist/training/failure_sync.py",
-    "avcil_dist/training/preflight.py",
-    "avcil_dist/training/trainer.py",
-    "avcil_dist/world.py",
     "launch/bench/contenders.py",
     "launch/bench/eager_reference.py",
     "launch/bench/loader.py",

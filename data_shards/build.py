@@ -5,9 +5,10 @@ whatever else is built on which machine. Every clip is decoded once before it is
 whole file are not changed.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from json import dumps
 from pathlib import Path
@@ -35,6 +36,8 @@ from data_shards.listings.read import read_listing
 from data_shards.rejections import ClipRejectedError, Rejection
 from data_shards.shard_writer import clip_members, shard_url
 from data_shards.workers import MarkStart, Progress, map_in_workers
+
+_logger = logging.getLogger(__name__)
 
 STAT_THREADS = 16
 FileStamp = tuple[int, int]  # size in bytes, and time of the last change in ns
@@ -122,7 +125,10 @@ def build_part(
     if clips_per_shard < 1:
         raise ConfigError(f"clips_per_shard: {clips_per_shard}; a shard needs at least one clip")
     settings = BuildSettings(clips_per_shard, min_seconds)
-    plan, chunks = plan_build(read_listing(source, videos), settings)
+    listing = read_listing(source, videos)
+    if listing.passed_over:
+        _logger.warning("%s: %d files without the ending of a video were passed over", source, listing.passed_over)
+    plan, chunks = plan_build(listing, settings)
     unchanged = load_finished(output, plan.digest)
     if unchanged:
         return unchanged
@@ -155,7 +161,7 @@ def plan_build(listing: Listing, settings: BuildSettings) -> tuple[Plan, list[Ch
         if stamp is None:
             rejected.append(Rejection(clip.path, label, split, "missing", "missing file"))
         elif clip.key in group:
-            reason = f"duplicate key {clip.key!r} in this split of its class"
+            reason = f"duplicate key {clip.key!r}: the same file and interval come twice in this split of its class"
             rejected.append(Rejection(clip.path, label, split, "duplicate", reason))
         else:
             group[clip.key] = clip, stamp
@@ -166,9 +172,10 @@ def plan_build(listing: Listing, settings: BuildSettings) -> tuple[Plan, list[Ch
         for first in range(0, len(clips), settings.clips_per_shard):
             taken = clips[first : first + settings.clips_per_shard]
             url = shard_url(split, class_numbers[label], label, first // settings.clips_per_shard)
-            digest = settings.digest(
-                [label, split, [[clip.key, clip.source, clip.cut, *stamp] for clip, stamp in taken]]
-            )
+            stamped = [
+                [clip.key, clip.source, clip.cut, *stamp, *map(_stamp, clip.alternatives)] for clip, stamp in taken
+            ]
+            digest = settings.digest([label, split, stamped])
             job = ShardJob(url.removesuffix(".tar"), digest, len(taken))
             chunks.append(Chunk(job, label, split, tuple(clip for clip, _ in taken)))
             contents.append([job.name, [[clip.key, clip.source, clip.cut, stamp[0]] for clip, stamp in taken]])
@@ -202,16 +209,20 @@ def _good_clips(
     """Key and members of each clip that can be taken; the others are passed to `reject`."""
     for position, clip in enumerate(chunk.clips):
         mark_start(position)
-        try:
-            if position in crashed:
-                raise ClipRejectedError("crash", "its decoder crashed")
-            members = _members(clip, chunk.class_name, chunk.split, min_seconds)
-        except DataError as error:
-            kind = error.kind if isinstance(error, ClipRejectedError) else "corrupt"
-            reason = str(error).removeprefix(f"{clip.path}: ")
-            reject(Rejection(clip.path, chunk.class_name, chunk.split, kind, reason))
-            continue
-        yield clip.key, members
+        members = None
+        for path in (clip.path, *clip.alternatives):
+            try:
+                if position in crashed:
+                    raise ClipRejectedError("crash", "its decoder crashed")
+                if members is not None:
+                    raise ClipRejectedError("duplicate", f"another file of clip {clip.key!r} is taken")
+                members = _members(replace(clip, path=path), chunk.class_name, chunk.split, min_seconds)
+            except DataError as error:
+                kind = error.kind if isinstance(error, ClipRejectedError) else "corrupt"
+                reason = str(error).removeprefix(f"{path}: ")
+                reject(Rejection(path, chunk.class_name, chunk.split, kind, reason))
+        if members is not None:
+            yield clip.key, members
 
 
 def _members(clip: ListedClip, label: str, split: Split, min_seconds: float) -> dict[str, bytes]:
@@ -223,9 +234,11 @@ def _members(clip: ListedClip, label: str, split: Split, min_seconds: float) -> 
     info = probe_clip(data, clip.path)
     _check(clip, info, min_seconds)
     try:
-        decode_clip(data, num_frames=1, sample_rate=info.sample_rate or 0, silent="error", where=clip.path)
+        decoded = decode_clip(data, num_frames=1, sample_rate=info.sample_rate or 0, silent="error", where=clip.path)
     except SilentClipError:
         raise ClipRejectedError("silent", "no sound in its audio track") from None
+    if not decoded.waveform.any():
+        raise ClipRejectedError("silent", "its sound is all zeros")
     duration = round(info.duration, 6)
     metadata = {"label": label, "split": split, "source": clip.source, "start": clip.start, "duration": duration}
     return clip_members(data, metadata)

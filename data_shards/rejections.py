@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from rich.table import Table
+from rich.text import Text
 
 from avcil_dist import storage
 from avcil_dist.errors import DataError
@@ -42,12 +43,14 @@ def write_rejections(url: str, rejected: Iterable[Rejection]) -> None:
     rows = csv.DictWriter(text, ["path", "label", "split", "kind", "reason"], lineterminator="\n")
     rows.writeheader()
     rows.writerows(asdict(rejection) for rejection in rejected)
-    storage.write_bytes(url, text.getvalue().encode())
+    storage.write_bytes(url, text.getvalue().encode(errors="surrogateescape"))  # a path may be no UTF-8
 
 
 def read_rejections(url: str) -> tuple[Rejection, ...]:
     """Read the csv of `write_rejections`."""
-    rows: Iterable[dict[str, Any]] = csv.DictReader(io.StringIO(storage.read_bytes(url).decode()))
+    rows: Iterable[dict[str, Any]] = csv.DictReader(
+        io.StringIO(storage.read_bytes(url).decode(errors="surrogateescape"))
+    )
     return tuple(Rejection(**row) for row in rows)
 
 
@@ -63,7 +66,7 @@ def rejection_table(rejected: Iterable[Rejection]) -> Table:
         column.justify = "right"
     ranked = sorted(totals, key=lambda label: (-totals[label], label))
     for label in ranked[:MAX_CLASSES_SHOWN]:
-        table.add_row(label, *(str(counts[label, kind] or "") for kind in kinds), str(totals[label]))
+        table.add_row(Text(label), *(str(counts[label, kind] or "") for kind in kinds), str(totals[label]))
     if len(ranked) > MAX_CLASSES_SHOWN:
         rest = ranked[MAX_CLASSES_SHOWN:]
         sums = [sum(counts[label, kind] for label in rest) for kind in kinds]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from avcil_dist.data.manifest import Split
 from avcil_dist.errors import DataError
-from data_shards.listings.listing import Listing, ListingRow, first_row
+from data_shards.listings.listing import Listing, ListingRow, first_row, not_utf8
 from data_shards.listings.splits import hashed_split
 from data_shards.listings.video_folder import VideoFolder
 
@@ -40,11 +40,14 @@ def read(path: Path, videos: Path | None) -> Listing:
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
     """Class and video of each line but the header and empty lines."""
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            fields = line.strip().split("&")
-            if fields == [""] or fields[0] == HEADER.split("&")[0]:
-                continue
-            if len(fields) != 5:
-                raise DataError(f"{path}: line {number}: not {HEADER}")
-            yield fields[0], fields[1]
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise not_utf8(path) from None
+    for number, line in enumerate(lines, 1):
+        fields = line.strip().split("&")
+        if fields == [""] or fields[0] == HEADER.split("&")[0]:
+            continue
+        if len(fields) != 5:
+            raise DataError(f"{path}: line {number}: not {HEADER}")
+        yield fields[0], fields[1]

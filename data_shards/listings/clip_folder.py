@@ -1,12 +1,23 @@
 """A folder of clips: `FOLDER/<split>/<class>/*`, or `FOLDER/<class>/*`, split 80/10/10 by a hash of class and key.
 
-Classes are sorted by name.
+Classes are sorted by name. Files without the ending of a video are passed over and counted. Files that differ in their
+ending only are alternatives of one clip.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from avcil_dist.data.manifest import SPLITS
-from data_shards.listings.listing import ListedClip, Listing, ListingRow, parse_split, safe_key
+from avcil_dist.errors import DataError
+from data_shards.listings.listing import (
+    VIDEO_ENDINGS,
+    ListedClip,
+    Listing,
+    ListingRow,
+    clean_label,
+    parse_split,
+    safe_key,
+)
 from data_shards.listings.splits import hashed_split
 
 NEEDS_VIDEOS = False
@@ -18,18 +29,35 @@ def matches(path: Path) -> bool:
 
 
 def read(path: Path, videos: Path | None) -> Listing:
-    """The files of the folder. Raises DataError for a split that is none."""
+    """The video files of the folder. Raises DataError for splits beside folders that are none."""
     top = _folders(path)
-    has_splits = bool(top) and all(entry.name in SPLITS for entry in top)
-    class_folders = [entry for split in top for entry in _folders(split)] if has_splits else top
-    rows = []
-    for entry in sorted(class_folders, key=lambda entry: entry.name):
-        for file in sorted(file for file in entry.iterdir() if file.is_file() and not file.name.startswith(".")):
-            key = safe_key(file.stem)
-            split = parse_split(entry.parent.name, str(file)) if has_splits else hashed_split(entry.name, key)
-            rows.append(ListingRow(entry.name, split, ListedClip(str(file), key, file.stem)))
-    return Listing.from_rows(rows)
+    splits = [entry for entry in top if entry.name in SPLITS]
+    others = [entry for entry in top if entry not in splits and (not splits or _has_video(entry))]
+    if splits and others:
+        raise DataError(f"{path}: {others[0].name}: none of {', '.join(SPLITS)}; rename or move this folder")
+    rows, passed_over = [], 0
+    for entry in sorted(
+        [entry for split in splits for entry in _folders(split)] or others, key=lambda entry: entry.name
+    ):
+        label = clean_label(entry.name, str(entry))
+        files = [file for file in entry.iterdir() if file.is_file() and not file.name.startswith(".")]
+        by_stem: dict[str, list[Path]] = {}
+        for file in sorted(files, key=lambda file: (file.stem, file.suffix.lower() != ".mp4", file.name)):
+            if file.suffix.lower() in VIDEO_ENDINGS:
+                by_stem.setdefault(file.stem, []).append(file)
+            else:
+                passed_over += 1
+        for stem, (first, *rest) in by_stem.items():
+            key = safe_key(stem)
+            split = parse_split(entry.parent.name, str(first)) if splits else hashed_split(label, key)
+            clip = ListedClip(str(first), key, stem, alternatives=tuple(map(str, rest)))
+            rows.append(ListingRow(label, split, clip))
+    return replace(Listing.from_rows(rows), passed_over=passed_over)
 
 
 def _folders(folder: Path) -> list[Path]:
     return [entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+
+
+def _has_video(folder: Path) -> bool:
+    return any(path.suffix.lower() in VIDEO_ENDINGS for path in folder.rglob("*"))

@@ -3,12 +3,11 @@
 Classes are in order of first appearance. A row with a start or a duration is a cut of its file.
 """
 
-import csv
 import re
 from pathlib import Path
 
 from avcil_dist.errors import DataError
-from data_shards.listings.listing import ListedClip, Listing, ListingRow, first_row, parse_split, safe_key
+from data_shards.listings.listing import ListedClip, Listing, ListingRow, first_row, open_csv, parse_split, safe_key
 
 NEEDS_VIDEOS = False
 COLUMNS, OPTIONAL_COLUMNS = {"path", "label", "split"}, {"source", "start", "duration"}
@@ -22,16 +21,18 @@ def matches(path: Path) -> bool:
 def read(path: Path, videos: Path | None) -> Listing:
     """The rows of the csv. Raises DataError for an unknown column or a faulty row."""
     rows = []
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        unknown = sorted(set(reader.fieldnames or ()) - COLUMNS - OPTIONAL_COLUMNS)
+    with open_csv(path) as lines:
+        _, header = next(lines)
+        unknown = sorted(set(header) - COLUMNS - OPTIONAL_COLUMNS)
         if unknown:
             raise DataError(
                 f"{path}: its header has {unknown[0]!r}; columns are path,label,split,start,duration,source"
             )
-        for row in reader:
-            where = f"{path}: line {reader.line_num}"
-            if None in row or not all(row[column] for column in COLUMNS):
+        for line, values in lines:
+            if not values:
+                continue
+            where, row = f"{path}: line {line}", dict(zip(header, values, strict=False))
+            if len(values) > len(header) or not all(row.get(column, "").strip() for column in COLUMNS):
                 raise DataError(f"{where}: needs a path, a label and a split")
             clip = _clip(path.parent / row["path"], row, where)
             rows.append(ListingRow(row["label"], parse_split(row["split"], where), clip))

@@ -1,16 +1,23 @@
 """A listing: the classes of a data set in their order, and its clips in theirs. Types and checks for all readers."""
 
 import csv
+import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+import unicodedata
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 from avcil_dist import storage
 from avcil_dist.data.manifest import SPLITS, Split
 from avcil_dist.errors import DataError
 
+MP4_ENDINGS = {".mp4", ".m4v", ".mov"}
+VIDEO_ENDINGS = MP4_ENDINGS | {
+    *(".3gp", ".asf", ".avi", ".flv", ".m2ts", ".mkv", ".mpeg", ".mpg", ".mts", ".ogg", ".ogv", ".ts", ".webm", ".wmv")
+}
 KEY_LENGTH = 90  # a tar member's name has at most 100 characters
 
 
@@ -19,6 +26,7 @@ class ListedClip:
     """A file, its clip key, and the video (`source`) and second (`start`) that it begins at.
 
     With `cut` (start, duration in seconds; duration None: to the end), the clip is a part of the file.
+    `alternatives` are further files of the same clip, for the case that this one cannot be taken.
     """
 
     path: str
@@ -26,6 +34,7 @@ class ListedClip:
     source: str
     start: float = 0.0
     cut: tuple[float, float | None] | None = None
+    alternatives: tuple[str, ...] = ()
 
 
 class ListingRow(NamedTuple):
@@ -38,10 +47,11 @@ class ListingRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Listing:
-    """The classes and the clips of a data set, both ordered."""
+    """The classes and the clips of a data set, both ordered, and the number of files that are no videos."""
 
     classes: tuple[str, ...]
     rows: tuple[ListingRow, ...]
+    passed_over: int = 0
 
     @classmethod
     def from_rows(cls, rows: list[ListingRow]) -> "Listing":
@@ -50,25 +60,64 @@ class Listing:
 
 
 def safe_key(name: str) -> str:
-    """A file name without its ending as a clip key: `7q1E_12.09` is `7q1E_12-09`."""
+    """A file name without its ending as a clip key: `7q1E_12.09` is `7q1E_12-09`.
+
+    A name that is too long, or has other characters than letters of ASCII, digits and `_-.`, gets a digest of it.
+    """
+    name = unicodedata.normalize("NFC", name)
     key = re.sub(r"[^A-Za-z0-9_-]", "-", name)
-    return key if len(key) <= KEY_LENGTH else f"{key[: KEY_LENGTH - 13]}-{storage.sha256(name.encode())[:12]}"
+    is_lossless = len(key) <= KEY_LENGTH and re.fullmatch(r"[A-Za-z0-9_.-]+", name)
+    return key if is_lossless else key_with_digest(key, name)
+
+
+def key_with_digest(key: str, name: str) -> str:
+    """A key with a digest of the whole name; both together are short enough."""
+    digest = storage.sha256(unicodedata.normalize("NFC", name).encode(errors="surrogateescape"))
+    return f"{key[: KEY_LENGTH - 13]}-{digest[:12]}"
+
+
+def distinct_keys(rows: Sequence[ListingRow], root: Path) -> tuple[ListingRow, ...]:
+    """Add a digest of file and interval to keys that different clips of one split of a class share.
+
+    Files are named relative to `root`, so that the keys are the same on every machine. Rows of the same file and the
+    same interval keep one key: they are duplicates.
+    """
+    files: dict[tuple[str, Split, str], set[tuple[str, object]]] = {}
+    for label, split, clip in rows:
+        files.setdefault((label, split, clip.key), set()).add((os.path.normpath(clip.path), clip.cut))
+
+    def distinct(row: ListingRow) -> ListingRow:
+        clip = row.clip
+        if len(files[row.label, row.split, clip.key]) == 1:
+            return row
+        name = f"{Path(os.path.relpath(clip.path, root)).as_posix()} {clip.cut or ''}"
+        return row._replace(clip=replace(clip, key=key_with_digest(clip.key, name)))
+
+    return tuple(map(distinct, rows))
+
+
+def clean_label(name: str, where: str) -> str:
+    """A class name without spaces around it, in Unicode's composed form. Raises DataError for no valid name."""
+    label = unicodedata.normalize("NFC", name.strip())
+    if not label or any("\ud800" <= character <= "\udfff" for character in label):
+        raise DataError(f"{where}: class {name!r} is empty or not UTF-8; rename it")
+    return label
 
 
 def parse_split(name: str, where: str) -> Split:
     """The split called `name`. Raises DataError, naming `where`, for any other name."""
     for split in get_args(Split):
-        if name == split:
+        if name.strip() == split:
             return split
     raise DataError(f"{where}: split {name!r} is none of {', '.join(SPLITS)}")
 
 
 def first_row(path: Path) -> list[str]:
-    """The first row of a csv; empty for a folder or an empty file."""
+    """The first row of a csv; empty for a folder or an empty file. Raises DataError for what is no csv in UTF-8."""
     if not path.is_file():
         return []
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        return next(csv.reader(file), [])
+    with open_csv(path) as rows:
+        return next(rows, (0, []))[1]
 
 
 def csv_rows(path: Path, columns: int) -> Iterator[tuple[str, list[str]]]:
@@ -76,10 +125,39 @@ def csv_rows(path: Path, columns: int) -> Iterator[tuple[str, list[str]]]:
 
     Raises DataError for a row with an empty column, or with another number of columns.
     """
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.reader(file)
-        for row in reader:
-            where = f"{path}: line {reader.line_num}"
+    with open_csv(path) as rows:
+        for line, row in rows:
+            where = f"{path}: line {line}"
             if len(row) != columns or not all(text.strip() for text in row):
                 raise DataError(f"{where}: has not {columns} columns")
             yield where, row
+
+
+@contextmanager
+def open_csv(path: Path) -> Iterator[Iterator[tuple[int, list[str]]]]:
+    """The rows of a csv in UTF-8, each with its last line. Raises DataError, naming file and line, for any other."""
+    line = 1
+
+    def rows(reader: Any) -> Iterator[tuple[int, list[str]]]:
+        nonlocal line
+        for row in reader:
+            yield reader.line_num, row
+            line = reader.line_num + 1
+
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            yield rows(csv.reader(file))
+    except UnicodeDecodeError:
+        raise not_utf8(path) from None
+    except csv.Error as error:
+        raise DataError(f"{path}: line {line}: not a row of a csv ({error}); is a quote not closed?") from None
+
+
+def not_utf8(path: Path) -> DataError:
+    """The error for a text file in another encoding, naming its first line that is not UTF-8."""
+    for number, data in enumerate(path.read_bytes().split(b"\n"), 1):
+        try:
+            data.decode()
+        except UnicodeDecodeError:
+            return DataError(f"{path}: line {number} is not UTF-8; save it as CSV UTF-8")
+    return DataError(f"{path}: not UTF-8; save it as CSV UTF-8")

@@ -9,7 +9,9 @@ from typing import Protocol
 
 from avcil_dist.errors import ConfigError, DataError
 from data_shards.listings import ave, clip_folder, clips_csv, published_lists, vggsound
-from data_shards.listings.listing import Listing, first_row
+from data_shards.listings.listing import Listing, clean_label, distinct_keys, first_row
+
+LAYOUT = "a folder of clips is FOLDER/<split>/<class>/*.mp4 or FOLDER/<class>/*.mp4"
 
 
 class ListingForm(Protocol):
@@ -43,5 +45,8 @@ def read_listing(path: Path, videos: Path | None = None) -> Listing:
         raise ConfigError(f"{path}: has the paths of its clips; leave out --videos")
     listing = form.read(path, videos)
     if not listing.rows:
-        raise DataError(f"{path}: no clips in it")
-    return listing
+        raise DataError(f"{path}: no clips in it; {LAYOUT}")
+    root = videos or (path if path.is_dir() else path.parent)
+    rows = [row._replace(label=clean_label(row.label, str(path))) for row in listing.rows]
+    classes = dict.fromkeys(clean_label(name, str(path)) for name in listing.classes)
+    return Listing(tuple(classes), distinct_keys(rows, root), listing.passed_over)

@@ -6,14 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from avcil_dist.errors import ConfigError, DataError
-from data_shards.listings.listing import ListedClip, safe_key
+from data_shards.listings.listing import MP4_ENDINGS, VIDEO_ENDINGS, ListedClip, safe_key
 
-VIDEO_ENDINGS = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".mpg", ".ts"}
 VGGSOUND_SECONDS = 10
 
 
 class VideoFolder:
-    """The video files in a folder tree, found by their usual names: `ID_000030`, `ID_30000_40000`, `ID`."""
+    """The video files in a folder tree, found by their usual names.
+
+    These are `ID_000030`, `ID_30000_40000`, `ID_000030_000040` and `ID`.
+    """
 
     def __init__(self, listing: Path, folder: Path | None) -> None:
         """Index the files of `folder`. Raises ConfigError without a folder, DataError where it is none."""
@@ -31,16 +33,24 @@ class VideoFolder:
                 self._spans.setdefault(span[1], path)
 
     def _walk(self) -> Iterator[Path]:
-        for folder, _, names in os.walk(self.folder, followlinks=True):
+        visited = set()
+        for folder, subfolders, names in os.walk(self.folder, followlinks=True):
+            real = os.path.realpath(folder)
+            if real in visited:  # a link to a folder around it
+                subfolders.clear()
+                continue
+            visited.add(real)
             yield from (Path(folder, name) for name in names if Path(name).suffix.lower() in VIDEO_ENDINGS)
 
     def clip_at(self, video: str, start: int) -> ListedClip:
         """The ten seconds from second `start` on: a file of their own, or a cut of the whole video's file."""
         end = start + VGGSOUND_SECONDS
         key = f"{video}_{start:06d}"
-        for name in (key, f"{video}_{start * 1000}_{end * 1000}"):
+        for name in (key, f"{video}_{start * 1000}_{end * 1000}", f"{video}_{start:06d}_{end:06d}"):
             if name in self._files:
-                return ListedClip(str(self._files[name]), safe_key(key), video, float(start))
+                file = self._files[name]
+                convert = None if file.suffix.lower() in MP4_ENDINGS else (0.0, None)  # a cut of all of it is an mp4
+                return ListedClip(str(file), safe_key(key), video, float(start), convert)
         if video in self._files:
             cut = float(start), float(VGGSOUND_SECONDS)
             return ListedClip(str(self._files[video]), safe_key(key), video, float(start), cut)

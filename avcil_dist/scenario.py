@@ -62,15 +62,15 @@ class Scenario:
 def make_scenario(
     available: Sequence[str],
     *,
-    steps: int | Sequence[int],
+    classes_per_step: int | Sequence[int],
     classes: Sequence[str] | None = None,
     shuffle: int | None = None,
 ) -> Scenario:
     """Partition classes into steps.
 
     `available` are the classes of the data in listed order; `classes` selects some of them, in its own order;
-    `shuffle` is a seed that reorders them. `steps` is the number of classes of every step, or a list with the number
-    of each step. Raises ConfigError when a class would be in no step.
+    `shuffle` is a seed that reorders them. `classes_per_step` is the number of classes of every step, or a list with
+    the number of each step. Raises ConfigError when a class would be in no step.
     """
     order = list(available if classes is None else classes)
     unknown = [name for name in order if name not in set(available)]
@@ -83,7 +83,10 @@ def make_scenario(
         raise ConfigError(f"scenario.classes: {twice!r} is listed twice")
     if shuffle is not None:
         order = [order[i] for i in generator(shuffle, "class order").permutation(len(order))]
-    sizes = [steps] * -(-len(order) // steps) if isinstance(steps, int) else list(steps)
+    if isinstance(classes_per_step, int):
+        sizes = [classes_per_step] * -(-len(order) // classes_per_step)
+    else:
+        sizes = list(classes_per_step)
     if sum(sizes) < len(order):
         raise ConfigError(
             f"scenario.classes_per_step: {len(sizes)} steps hold {sum(sizes)} of {len(order)} classes: "

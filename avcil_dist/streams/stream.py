@@ -25,7 +25,10 @@ def scenario_of(config: Config, manifest: Manifest) -> Scenario:
     """The scenario that the configuration defines over the manifest's classes."""
     scenario = config.scenario
     return make_scenario(
-        manifest.classes, steps=scenario.classes_per_step, classes=scenario.classes, shuffle=scenario.shuffle_seed
+        manifest.classes,
+        classes_per_step=scenario.classes_per_step,
+        classes=scenario.classes,
+        shuffle=scenario.shuffle_seed,
     )
 
 

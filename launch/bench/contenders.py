@@ -150,7 +150,7 @@ def our_side(setting: Setting, batch: Batch, watch: Stopwatch, *, given: bool) -
     """A step's second task, as the trainer runs it."""
     device = torch.device(setting.device)
     names = [str(label) for label in range(setting.classes)]
-    scenario = make_scenario(names, steps=[setting.old, setting.classes - setting.old])
+    scenario = make_scenario(names, classes_per_step=[setting.old, setting.classes - setting.old])
     method = make_method(MethodConfig(name="avcil"))
     method.begin_step(StepContext(scenario, 1))
     torch.manual_seed(0)

@@ -149,7 +149,7 @@ def an_iteration_whose_gradient_is_not_finite(world: World, stage: int) -> str:
     network.classifier.weight.register_hook(lambda gradient: gradient * torch.inf)
     engine = engine_of(world, stage, network)
     method = make_method(MethodConfig(name="finetune"))
-    method.begin_step(StepContext(make_scenario(list("abcde"), steps=[5]), 0))
+    method.begin_step(StepContext(make_scenario(list("abcde"), classes_per_step=[5]), 0))
     labels, valid = torch.arange(ROWS), torch.ones(ROWS, dtype=torch.bool)
     batch = Batch(*batch_of(world, 0), labels, valid, ROWS, clips=labels.numpy())
     try:

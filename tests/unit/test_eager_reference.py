@@ -28,7 +28,9 @@ def test_eager_loss_and_gradient_are_ours() -> None:
         ours.load_state_dict({name: eager.state_dict()[name.removeprefix("attention.")] for name in ours.state_dict()})
         networks[who] = eager, ours
     method = make_method(MethodConfig(name="avcil"))
-    method.begin_step(StepContext(make_scenario([str(label) for label in range(CLASSES)], steps=[2, 2, 2]), 2))
+    method.begin_step(
+        StepContext(make_scenario([str(label) for label in range(CLASSES)], classes_per_step=[2, 2, 2]), 2)
+    )
     with torch.no_grad():
         eager_teacher, teacher_logits = (
             networks["teacher"][0](visual, audio),

@@ -35,7 +35,7 @@ class Case(NamedTuple):
     def context(self) -> StepContext:
         """The last step of the reference's scenario."""
         sizes = self.facts["classes_per_task"]
-        scenario = make_scenario([str(label) for label in range(sum(sizes))], steps=sizes)
+        scenario = make_scenario([str(label) for label in range(sum(sizes))], classes_per_step=sizes)
         return StepContext(scenario, scenario.num_steps - 1)
 
     def loss_of(self, method: str, output: Output, teacher: Output, labels: Tensor) -> Tensor:

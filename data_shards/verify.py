@@ -11,6 +11,7 @@ from typing import Any
 from avcil_dist import storage
 from avcil_dist.data.manifest import SPLITS, Manifest, Shard, load_manifest
 from avcil_dist.errors import DataError
+from data_shards.listings.listing import clean_label
 from data_shards.workers import MarkStart, Progress, map_in_workers
 
 READ_BYTES = 1 << 20
@@ -127,6 +128,12 @@ class DigestingReader:
             continue
 
 
+def member_name(info: tarfile.TarInfo) -> str | None:
+    """The name of a file in a tar, without `./` in front; None for hidden files, such as those of macOS."""
+    name = info.name.removeprefix("./")
+    return None if not info.isreg() or name.rpartition("/")[2].startswith(".") else name
+
+
 def _tar_faults(url: str, shard: Shard, reader: DigestingReader) -> list[str]:
     """Members that are not at their offset, and metadata with another class or split."""
     expected = {
@@ -139,12 +146,13 @@ def _tar_faults(url: str, shard: Shard, reader: DigestingReader) -> list[str]:
     try:
         with tarfile.open(fileobj=reader, mode="r|", bufsize=READ_BYTES) as tar:  # type: ignore[call-overload]
             for info in tar:
-                if not info.isreg():
+                name = member_name(info)
+                if name is None:
                     continue
-                actual[info.name] = info.offset_data, info.size
-                if info.name.endswith(".json"):
+                actual[name] = info.offset_data, info.size
+                if name.endswith(".json"):
                     member = tar.extractfile(info)
-                    faults += _label_faults(url, shard, info.name, member.read() if member else b"")
+                    faults += _label_faults(url, shard, name, member.read() if member else b"")
     except tarfile.TarError as error:
         return [f"{url}: not a tar ({error})"]
     wrong = sorted(name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name))
@@ -158,8 +166,9 @@ def _label_faults(url: str, shard: Shard, name: str, content: bytes) -> Sequence
     """Contradictions between metadata and manifest. Metadata of imported shards may lack class and split."""
     try:
         metadata: dict[str, Any] = dict(json.loads(content))
-    except (ValueError, TypeError) as error:
+        label = clean_label(str(metadata.get("label", shard.class_name)), name)
+    except (ValueError, TypeError, DataError) as error:
         return [f"{url}: {name}: not json metadata ({error!r})"]
     expected = shard.class_name, shard.split
-    actual = str(metadata.get("label", expected[0])), str(metadata.get("split", expected[1]))
+    actual = label, str(metadata.get("split", shard.split))
     return [] if actual == expected else [f"{url}: {name}: class and split {actual}, in the manifest {expected}"]

@@ -15,7 +15,8 @@ import numpy as np
 from avcil_dist import storage
 from avcil_dist.data.manifest import Manifest, Shard, Split, check_keys
 from avcil_dist.errors import ConfigError, DataError
-from data_shards.verify import READ_BYTES, DigestingReader
+from data_shards.listings.listing import clean_label
+from data_shards.verify import READ_BYTES, DigestingReader, member_name
 from data_shards.workers import MarkStart, Progress, map_in_workers
 
 REBUILD = "unpack it and build shards of it: avcil shards build SOURCE OUTPUT"
@@ -112,9 +113,10 @@ def _read_clips(url: str, reader: DigestingReader, split: Split | None, classes:
     clips: dict[str, _Clip] = {}
     with tarfile.open(fileobj=reader, mode="r|", bufsize=READ_BYTES) as tar:  # type: ignore[call-overload]
         for info in tar:
-            if not info.isreg():
+            path = member_name(info)
+            if path is None:
                 continue
-            folder, _, name = info.name.rpartition("/")
+            folder, _, name = path.rpartition("/")
             stem, _, ending = name.partition(".")  # as WebDataset splits it: at the first dot
             key = f"{folder}/{stem}" if folder else stem
             clip = clips.setdefault(key, _Clip({}, {}))
@@ -142,8 +144,9 @@ def _metadata(where: str, ending: str, content: bytes, classes: tuple[str, ...])
     try:
         if ending == "json":
             values: Any = json.loads(content)
-            return {name: str(values[name]) for name in ("label", "split") if name in values}
-        label = content.decode().strip()
+            metadata = {name: str(values[name]) for name in ("label", "split") if name in values}
+            return metadata | ({"label": clean_label(metadata["label"], where)} if "label" in metadata else {})
+        label = clean_label(content.decode("utf-8-sig"), where)
     except (ValueError, TypeError) as error:
         raise DataError(f"{where}: cannot be read ({error})") from None
     if not label.isdigit():

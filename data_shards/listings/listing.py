@@ -104,6 +104,15 @@ def clean_label(name: str, where: str) -> str:
     return label
 
 
+def read_class_names(path: Path) -> list[str]:
+    """The class names of a text file, one per line. Raises DataError for a file that is not UTF-8."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise not_utf8(path) from None
+    return [clean_label(line, str(path)) for line in lines if line.strip()]
+
+
 def parse_split(name: str, where: str) -> Split:
     """The split called `name`. Raises DataError, naming `where`, for any other name."""
     for split in get_args(Split):

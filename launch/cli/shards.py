@@ -387,8 +387,9 @@ def import_tars_(
     Example: avcil shards import-tars s3://bucket/others/dog-*.tar --split train --output s3://bucket/others/manifest.json
     """
     from data_shards.importers.webdataset_tars import import_tars
+    from data_shards.listings.listing import read_class_names
 
-    names = [line.strip() for line in classes.read_text().splitlines() if line.strip()] if classes else []
+    names = read_class_names(classes) if classes else []
     with _Bar("reading shards") as bar:
         manifest = import_tars(urls, output, split=split, classes=names, processes=processes, progress=bar.show)
     clips = sum(shard.count for shard in manifest.shards)

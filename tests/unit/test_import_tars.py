@@ -3,6 +3,7 @@ import json
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import webdataset as wds
 from click.testing import CliRunner
@@ -14,8 +15,10 @@ from avcil_dist.data.sampler import FixedSampler
 from avcil_dist.errors import ConfigError, DataError
 from data_shards.build import build_shards
 from data_shards.importers.webdataset_tars import import_tars
+from data_shards.listings.listing import read_class_names
 from data_shards.verify import verify_shards
 from launch.cli.shards import shards
+from tests.helpers.media import media
 from tests.helpers.rendered import render_tiny, tiny_clip
 
 
@@ -142,3 +145,42 @@ def test_command_writes_the_manifest(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "1 clips, 1 classes, 1 shards" in result.output
     assert load_manifest(f"{tmp_path}/m.json").classes == ("dog",)
+
+
+def test_tars_of_other_tools_are_imported_by_their_visible_names(tmp_path: Path) -> None:
+    clip = tiny_clip()
+    (tmp_path / "names.txt").write_bytes(b"\xef\xbb\xbfdog\r\ncat\r\n")
+    tars = {
+        "dot": {"./k1.cls": b"0\n", "./k1.mp4": clip},
+        "mac": {"._k1.cls": bytes(163), "k1.cls": b"0\n", "._k1.mp4": bytes(163), "k1.mp4": clip, ".DS_Store": b"x"},
+    }
+    for name, files in tars.items():
+        url = _tar(tmp_path / f"{name}.tar", files)
+        names = read_class_names(tmp_path / "names.txt")
+        manifest = import_tars([url], f"{tmp_path}/{name}.json", split="train", classes=names)
+        assert manifest.classes == ("dog",)
+        assert manifest.shards[0].keys == ("k1",)
+        assert verify_shards(f"{tmp_path}/{name}.json") == []
+        data = DataConfig(manifest="x", clip=ClipConfig(frames=2, size=32, mel_bins=32, mel_frames=32))
+        sampler = FixedSampler(manifest.clips(["dog"], "train")[None])
+        (batch,) = load_batches(sampler, manifest=manifest, labels={"dog": 1}, data=data)
+        assert batch.faults == ()
+
+
+def test_damaged_clip_of_an_imported_tar_is_skipped_and_named(tmp_path: Path) -> None:
+    clips = {"good": tiny_clip(), "many": media("mp4", seconds=1, rate=48_000, layout="7.1"), "bad": _nan_clip()}
+    files = {f"{key}.{ending}": data for key, clip in clips.items() for ending, data in (("mp4", clip), ("cls", b"0"))}
+    manifest = import_tars([_tar(tmp_path / "a.tar", files)], f"{tmp_path}/m.json", split="train")
+    data = DataConfig(
+        manifest="x", max_bad_fraction=0.9, clip=ClipConfig(frames=2, size=32, mel_bins=32, mel_frames=32)
+    )
+    sampler = FixedSampler(manifest.clips(["class_000"], "train")[None])
+    (batch,) = load_batches(sampler, manifest=manifest, labels={"class_000": 0}, data=data)
+    assert batch.valid.tolist() == [True, True, False]
+    assert batch.faults == ("bad: its sound has values that are no number",)
+
+
+def _nan_clip() -> bytes:
+    samples = np.zeros(16_000, np.float32)
+    samples[100] = np.nan
+    return media("mov", seconds=1, sound="pcm_f32le", samples=samples)

@@ -28,11 +28,10 @@ def main(page: str, picture: str) -> None:
     for number, (title, chart) in enumerate(charts):
         x = MARGIN + number * (WIDTH + MARGIN)
         parts.append(f'<text x="{x}" y="{LEGEND + 18}" font-weight="600" fill="{colours["--ink"]}">{title}</text>')
-        start, rest = chart.split(">", 1)
-        start = re.sub(r' (?:width|height|xmlns(?::\w+)?|role|aria-label)="[^"]*"', "", start)
-        place = f'x="{x}" y="{LEGEND + 28}" width="{WIDTH}" height="{HEIGHT}"'
-        drawing = re.sub(r"var\((--[\w-]+)\)", lambda name: colours[name[1]], rest)
-        parts.append(f"{start} {place}>{drawing}")
+        start, drawing = chart.removesuffix("</svg>").split(">", 1)
+        scale = WIDTH / float(re.findall(r'viewBox="0 0 ([\d.]+)', start)[0])
+        drawing = re.sub(r"var\((--[\w-]+)\)", lambda name: colours[name[1]], drawing)
+        parts.append(f'<g transform="translate({x} {LEGEND + 28}) scale({scale:.4f})">{drawing}</g>')
     head = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" font-family="sans-serif"'
     body = "\n".join(parts)
     whole = f'<svg {head} font-size="14" {size}>\n{body}\n</svg>\n'

@@ -6,7 +6,7 @@ a map ever being written is in `attention_pass.py`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -81,8 +81,8 @@ class AudioGuidedAttention(nn.Module):
 
     @torch.no_grad()
     def _side(self, view: TeacherView) -> Side:
-        """As a teacher: its side of a comparison, with weights that stay whole."""
-        weight, bias = self.attn_visual(lambda *weights: tuple(part.to(_dtype(part), copy=True) for part in weights))
+        """As a teacher: its side of a comparison, with weights that stay whole, in their own type."""
+        weight, bias = self.attn_visual(lambda *weights: tuple(part.clone() for part in weights))
         return Side(self._guide(view.audio), view.visual.contiguous(), weight, bias)
 
     def _guide(self, audio: Tensor) -> Tensor:
@@ -95,6 +95,10 @@ def _attend(
 ) -> tuple[Tensor, ...]:
     """Pooled (B, D) and the divergences (E,); without gradient, nothing is done for its sake."""
     dtype = _dtype(weight)
+    if _is_fused(choice, visual, teacher, dtype):
+        return _attend_fused(guide, visual, teacher, weight, bias)
+    if teacher is not None:
+        teacher = replace(teacher, weight=teacher.weight.to(dtype), bias=teacher.bias.to(dtype))
     sweeps = _sweeps(choice, visual, dtype)
     if torch.is_grad_enabled():
         pooled, *divergence = Attend.apply(guide, visual, weight, bias, teacher, sweeps, dtype)
@@ -102,6 +106,29 @@ def _attend(
         with torch.autocast(visual.device.type, enabled=False):
             work = AttentionPass(Side(guide, visual, weight.to(dtype), bias.to(dtype)), teacher, sweeps)
             work.run()
+        pooled, divergence = work.pooled, list(work.divergence)
+    return pooled.to(weight.dtype), *divergence
+
+
+def _is_fused(choice: Choice, visual: Tensor, teacher: Side | None, dtype: torch.dtype) -> bool:
+    """Whether a GPU forms the sums in the epilogue of the keys' product; nothing else than these types and shapes."""
+    if choice != "auto" or visual.device.type != "cuda" or (visual.requires_grad and torch.is_grad_enabled()):
+        return False
+    from avcil_dist.models.gpu_attention import fits  # seconds of imports, for GPUs alone
+
+    return fits(visual, dtype) and (teacher is None or not len(teacher.tokens) or fits(teacher.tokens, dtype))
+
+
+def _attend_fused(
+    guide: Tensor, visual: Tensor, teacher: Side | None, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, ...]:
+    from avcil_dist.models.gpu_attention import FusedAttend, FusedPass
+
+    if torch.is_grad_enabled():
+        pooled, *divergence = FusedAttend.apply(guide, visual, weight, bias, teacher)
+    else:
+        work = FusedPass(Side(guide, visual, weight, bias), teacher, wanted=False)
+        work.run()
         pooled, divergence = work.pooled, list(work.divergence)
     return pooled.to(weight.dtype), *divergence
 

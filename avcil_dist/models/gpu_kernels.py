@@ -1,0 +1,338 @@
+"""Triton kernels of the attention on a GPU: the sums over positions, their summary, and the gradient.
+
+Each covers the whole batch at once: frame f is one of B·T and belongs to clip f // T. A program owns a range of
+channels of a frame, or of a clip, and takes its sums in one fixed order, so a repeated call gives the same bits.
+The formulas are those of `attention_pass.py`; `gpu_attention.py` launches the kernels.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _tanh(x, FAST: tl.constexpr):
+    """The tanh; FAST takes the processor's instruction, whose relative error is 2^-11, half a step of float16."""
+    if FAST:
+        return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    e = tl.exp(-2 * tl.abs(x))
+    size = (1 - e) / (1 + e)
+    return tl.where(x < 0, -size, size)
+
+
+@triton.jit
+def halve_weights(weight, halved, scale, dim, LANES: tl.constexpr):
+    """A row of weights (D, D) as halves, and a power of two that is 1 unless one of them is out of a half's range."""
+    row = tl.program_id(0)
+    c = tl.arange(0, LANES)
+    values = tl.load(weight + row * dim + c, mask=c < dim, other=0.0).to(tl.float32)
+    largest = tl.max(tl.abs(values), 0)
+    field = (largest.to(tl.int32, bitcast=True) >> 23) & 255
+    exponent = tl.where(field == 255, 0, tl.maximum(field - 126 - 15, 0))  # what is not finite stays that
+    down = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
+    tl.store(halved + row * dim + c, (values * down).to(halved.dtype.element_ty), mask=c < dim)
+    tl.store(scale + row, 1 / down)
+
+
+@triton.jit
+def sum_frames(
+    keys,
+    scale,
+    bias,
+    guide,
+    values,
+    sums,
+    peaks,
+    frames,
+    positions,
+    dim,
+    STORE: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    PEAKS: tl.constexpr,
+    FAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Sums over a frame's positions of e, e·p and e·v, and with MOMENTS of e·p² and e·p·v: `sums` (B·T, 3 or 5, D).
+
+    `keys` (B·T·S, D) holds the product of tokens and weights; p = tanh(scale · product + bias), rounded as it is
+    kept, takes its place where STORE. v are `values` (B·T·S, D): the tokens, or a student's keys. `peaks` (B·T, D)
+    takes the largest |v| where PEAKS.
+    """
+    frame = tl.program_id(0)
+    c = tl.program_id(1) * LANES + tl.arange(0, LANES)
+    is_channel = c < dim
+    a = tl.load(guide + (frame // frames).to(tl.int64) * dim + c, mask=is_channel, other=0.0)
+    up = tl.load(scale + c, mask=is_channel, other=0.0)
+    b = tl.load(bias + c, mask=is_channel, other=0.0).to(tl.float32)
+    total = tl.zeros([ROWS, LANES], tl.float32)
+    key, token, square, crossed, peak = total, total, total, total, total
+    for first in range(0, positions, ROWS):
+        s = first + tl.arange(0, ROWS)
+        inside = (s[:, None] < positions) & is_channel[None, :]
+        at = (frame.to(tl.int64) * positions + s[:, None]) * dim + c[None, :]
+        x = tl.load(keys + at, mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(values + at, mask=inside, other=0.0).to(tl.float32)
+        half = _tanh(x * up[None, :] + b[None, :], FAST).to(keys.dtype.element_ty)
+        if STORE:
+            tl.store(keys + at, half, mask=inside)
+        p = half.to(tl.float32)
+        e = tl.where(inside, tl.exp(p * a[None, :]), 0.0)
+        ep, ev = e * p, e * v
+        total += e
+        key += ep
+        token += ev
+        if MOMENTS:
+            square += ep * p
+            crossed += ev * p
+        if PEAKS:
+            peak = tl.maximum(peak, tl.abs(v))
+    to = sums + frame.to(tl.int64) * (5 if MOMENTS else 3) * dim + c
+    tl.store(to, tl.sum(total, 0), mask=is_channel)
+    tl.store(to + dim, tl.sum(key, 0), mask=is_channel)
+    tl.store(to + 2 * dim, tl.sum(token, 0), mask=is_channel)
+    if MOMENTS:
+        tl.store(to + 3 * dim, tl.sum(square, 0), mask=is_channel)
+        tl.store(to + 4 * dim, tl.sum(crossed, 0), mask=is_channel)
+    if PEAKS:
+        tl.store(peaks + frame.to(tl.int64) * dim + c, tl.max(peak, 0), mask=is_channel)
+
+
+@triton.jit
+def _read(sums, frame, k, c, dim, COUNT: tl.constexpr, other):
+    """Sum k of a frame."""
+    return tl.load(sums + (frame.to(tl.int64) * COUNT + k) * dim + c, mask=c < dim, other=other)
+
+
+@triton.jit
+def pool_frames(
+    sums,
+    guide,
+    pooled,
+    whole,
+    slopes,
+    stats,
+    frames,
+    dim,
+    MOMENTS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Pooled (B, D) from the sums; with MOMENTS also its slope along the guide, and what backward needs.
+
+    That is Z, q and P, `stats` (3, B·T, D), and `whole` (B, D), the sum of exponentials over frames.
+    """
+    COUNT: tl.constexpr = 5 if MOMENTS else 3
+    clip = tl.program_id(0)
+    c = tl.program_id(1) * LANES + tl.arange(0, LANES)
+    own = clip.to(tl.int64) * dim + c
+    stride = tl.num_programs(0).to(tl.int64) * frames * dim
+    a = tl.load(guide + own, mask=c < dim, other=0.0)
+    exponentials = tl.zeros([LANES], tl.float32)
+    weighed, bent, slope = exponentials, exponentials, exponentials
+    for t in range(frames):
+        frame = clip * frames + t
+        at = frame.to(tl.int64) * dim + c
+        total = _read(sums, frame, 0, c, dim, COUNT, 1.0)
+        key = _read(sums, frame, 1, c, dim, COUNT, 0.0) / total
+        token = _read(sums, frame, 2, c, dim, COUNT, 0.0) / total
+        e = tl.exp(key * a)
+        exponentials += e
+        weighed += e * token
+        if MOMENTS:
+            square = _read(sums, frame, 3, c, dim, COUNT, 0.0) / total
+            crossed = _read(sums, frame, 4, c, dim, COUNT, 0.0) / total
+            of_score = key + a * (square - key * key)
+            bent += e * of_score
+            slope += e * (crossed - key * token + token * of_score)
+            tl.store(stats + at, total, mask=c < dim)
+            tl.store(stats + stride + at, key, mask=c < dim)
+            tl.store(stats + 2 * stride + at, token, mask=c < dim)
+    mean = weighed / exponentials
+    tl.store(pooled + own, mean, mask=c < dim)
+    tl.store(whole + own, exponentials, mask=c < dim)
+    if MOMENTS:
+        tl.store(slopes + own, (slope - mean * bent) / exponentials, mask=c < dim)
+
+
+@triton.jit
+def compare_frames(
+    sums,
+    other_sums,
+    guide,
+    other_guide,
+    whole,
+    divergence,
+    slopes,
+    other_stats,
+    first_clip,
+    stride_of_slopes,
+    frames,
+    dim,
+    MOMENTS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """A teacher's clips: each channel's part of the two divergences (2, E, D), and with MOMENTS its slopes.
+
+    `sums`, `guide`, `whole` and `slopes` (3, B, D) are the student's, of all clips, those compared from
+    `first_clip` on. `other_stats` (2, E·T, D) takes the teacher's Z and weights of frames.
+    """
+    COUNT: tl.constexpr = 5 if MOMENTS else 3
+    e = tl.program_id(0)
+    clip = first_clip + e
+    c = tl.program_id(1) * LANES + tl.arange(0, LANES)
+    stride = tl.num_programs(0).to(tl.int64) * dim
+    a = tl.load(guide + clip * dim + c, mask=c < dim, other=0.0)
+    other_a = tl.load(other_guide + e * dim + c, mask=c < dim, other=0.0)
+    ours = tl.load(whole + clip * dim + c, mask=c < dim, other=1.0)
+    theirs = tl.zeros([LANES], tl.float32)
+    for t in range(frames):
+        total = _read(other_sums, e * frames + t, 0, c, dim, 3, 1.0)
+        key = _read(other_sums, e * frames + t, 1, c, dim, 3, 0.0)
+        theirs += tl.exp(key / total * other_a)
+    spatial = tl.zeros([LANES], tl.float32)
+    temporal, of_spatial, of_temporal = spatial, spatial, spatial
+    for t in range(frames):
+        frame, other = clip * frames + t, e * frames + t
+        total = _read(sums, frame, 0, c, dim, COUNT, 1.0)
+        key = _read(sums, frame, 1, c, dim, COUNT, 0.0) / total
+        other_total = _read(other_sums, other, 0, c, dim, 3, 1.0)
+        other_key = _read(other_sums, other, 1, c, dim, 3, 0.0) / other_total
+        crossed = _read(other_sums, other, 2, c, dim, 3, 0.0) / other_total
+        weight = tl.exp(other_key * other_a) / theirs
+        spatial += other_key * other_a - crossed * a + tl.log(total) - tl.log(other_total)
+        temporal += weight * (other_key * other_a - key * a)
+        if MOMENTS:
+            square = _read(sums, frame, 3, c, dim, COUNT, 0.0) / total
+            of_spatial += key - crossed
+            of_temporal += (tl.exp(key * a) / ours - weight) * (key + a * (square - key * key))
+            at = other.to(tl.int64) * dim + c
+            tl.store(other_stats + at, other_total, mask=c < dim)
+            tl.store(other_stats + stride * frames + at, weight, mask=c < dim)
+    at = e * dim + c
+    tl.store(divergence + at, spatial, mask=c < dim)
+    tl.store(divergence + stride + at, temporal + tl.log(ours) - tl.log(theirs), mask=c < dim)
+    if MOMENTS:
+        own = slopes + stride_of_slopes + clip * dim + c
+        tl.store(own, of_spatial, mask=c < dim)
+        tl.store(own + stride_of_slopes, of_temporal, mask=c < dim)
+
+
+@triton.jit
+def find_factors(
+    stats,
+    other_stats,
+    guide,
+    other_guide,
+    pooled,
+    whole,
+    peak,
+    of_pooled,
+    of_divergence,
+    factors,
+    other_factor,
+    bound,
+    first_clip,
+    num_compared,
+    other_stride,
+    frames,
+    dim,
+    LANES: tl.constexpr,
+):
+    """Factors f (3, B·T, D) and f' (E·T, D) of `differentiate`, and a bound (B, D) of what it makes of them.
+
+    `of_pooled` (B, D) and `of_divergence` (2, E) are gradients; `peak` is the largest |v| of all tokens.
+    """
+    clip = tl.program_id(0)
+    c = tl.program_id(1) * LANES + tl.arange(0, LANES)
+    own = clip.to(tl.int64) * dim + c
+    stride = tl.num_programs(0).to(tl.int64) * frames * dim
+    is_compared = clip >= first_clip
+    e = tl.where(is_compared, clip - first_clip, 0)
+    theirs = (c < dim) & is_compared
+    a = tl.load(guide + own, mask=c < dim, other=0.0)
+    other_a = tl.load(other_guide + e * dim + c, mask=theirs, other=0.0)
+    mean = tl.load(pooled + own, mask=c < dim, other=0.0)
+    exponentials = tl.load(whole + own, mask=c < dim, other=1.0)
+    gradient = tl.load(of_pooled + own, mask=c < dim, other=0.0)
+    of_constant = tl.load(of_divergence + e, mask=is_compared, other=0.0) * a
+    of_weights = tl.load(of_divergence + num_compared + e, mask=is_compared, other=0.0)
+    largest = tl.load(peak)
+    most = tl.zeros([LANES], tl.float32)
+    for t in range(frames):
+        at = (clip * frames + t).to(tl.int64) * dim + c
+        other_at = (e * frames + t).to(tl.int64) * dim + c
+        total = tl.load(stats + at, mask=c < dim, other=1.0)
+        key = tl.load(stats + stride + at, mask=c < dim, other=0.0)
+        token = tl.load(stats + 2 * stride + at, mask=c < dim, other=0.0)
+        other_total = tl.load(other_stats + other_at, mask=theirs, other=1.0)
+        other_weight = tl.load(other_stats + other_stride + other_at, mask=theirs, other=0.0)
+        weight = tl.exp(key * a) / exponentials
+        share = weight * gradient
+        of_key = a * (of_weights * (weight - other_weight) + share * (token - mean))
+        of_token = a * share
+        constant = (of_constant + of_key * (1 - a * key) - of_token * token) / total
+        of_key = of_key * a / total
+        of_token = of_token / total
+        of_other = of_constant / other_total
+        tl.store(factors + at, constant, mask=c < dim)
+        tl.store(factors + stride + at, of_key, mask=c < dim)
+        tl.store(factors + 2 * stride + at, of_token, mask=c < dim)
+        tl.store(other_factor + other_at, of_other, mask=theirs)
+        inner = tl.abs(constant) + tl.abs(of_key) + tl.abs(of_token) * largest
+        both = tl.exp(tl.abs(a)) * inner + tl.exp(tl.abs(other_a)) * tl.abs(of_other)
+        most = tl.maximum(most, both, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(bound + own, most, mask=c < dim)
+
+
+@triton.jit
+def differentiate(
+    keys,
+    tokens,
+    guide,
+    factors,
+    other_keys,
+    other_guide,
+    other_factor,
+    scale,
+    out,
+    sums,
+    stride,
+    first_frame,
+    frames,
+    positions,
+    dim,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """The gradient by the keys' linear map, (1 − p²)·(e·(f₀ + f₁·p + f₂·v) − f'·e'), times `scale` (D,), to `out`.
+
+    `out` may be where the keys are. `sums` (B·T, D) takes its sums over positions, without the scale. Frames from
+    `first_frame` on have a teacher's keys, others no f'.
+    """
+    frame = tl.program_id(0)
+    c = tl.program_id(1) * LANES + tl.arange(0, LANES)
+    is_compared = frame >= first_frame
+    other = tl.where(is_compared, frame - first_frame, 0)
+    theirs = (c < dim) & is_compared
+    own = frame.to(tl.int64) * dim + c
+    a = tl.load(guide + (frame // frames).to(tl.int64) * dim + c, mask=c < dim, other=0.0)
+    constant = tl.load(factors + own, mask=c < dim, other=0.0)
+    of_key = tl.load(factors + stride + own, mask=c < dim, other=0.0)
+    of_token = tl.load(factors + 2 * stride + own, mask=c < dim, other=0.0)
+    other_a = tl.load(other_guide + other // frames * dim + c, mask=theirs, other=0.0)
+    of_other = tl.load(other_factor + other.to(tl.int64) * dim + c, mask=theirs, other=0.0)
+    up = tl.load(scale + c, mask=c < dim, other=0.0)
+    total = tl.zeros([ROWS, LANES], tl.float32)
+    for first in range(0, positions, ROWS):
+        s = first + tl.arange(0, ROWS)
+        inside = (s[:, None] < positions) & (c[None, :] < dim)
+        at = (frame.to(tl.int64) * positions + s[:, None]) * dim + c[None, :]
+        other_at = (other.to(tl.int64) * positions + s[:, None]) * dim + c[None, :]
+        p = tl.load(keys + at, mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(tokens + at, mask=inside, other=0.0).to(tl.float32)
+        q = tl.load(other_keys + other_at, mask=inside & is_compared, other=0.0).to(tl.float32)
+        gradient = tl.exp(p * a[None, :]) * (constant[None, :] + of_key[None, :] * p + of_token[None, :] * v)
+        gradient -= tl.exp(q * other_a[None, :]) * of_other[None, :]
+        gradient = tl.where(inside, gradient * (1 - p * p), 0.0)
+        tl.store(out + at, (gradient * up[None, :]).to(out.dtype.element_ty), mask=inside)
+        total += gradient
+    tl.store(sums + own, tl.sum(total, 0), mask=c < dim)

@@ -1,0 +1,107 @@
+"""The fused attention of a GPU against float64, in each half; prints the types that agree.
+
+Run with TRITON_INTERPRET=1 it is Triton's interpreter that runs the kernels, on the processor. Memory that kernels
+are to fill holds NaN before they do.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from avcil_dist.models import gpu_attention
+from avcil_dist.models.attention import AudioGuidedAttention, TeacherView
+from avcil_dist.models.attention_pass import Side
+from avcil_dist.models.gpu_attention import FusedAttend, FusedPass
+
+PLAIN, COMPARED, FRAMES, POSITIONS, DIM = 3, 2, 3, 75, 64  # no whole number of what a program has at a time
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """A block in which new memory holds NaN."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def fill(tensor: Tensor) -> Tensor:
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    with (
+        mock.patch.object(torch, "empty", lambda *size, **kind: fill(empty(*size, **kind))),
+        mock.patch.object(torch, "empty_like", lambda tensor, **kind: fill(empty_like(tensor, **kind))),
+    ):
+        yield
+
+
+def defined(
+    student: AudioGuidedAttention, audio: Tensor, visual: Tensor, view: TeacherView | None
+) -> tuple[Tensor, ...]:
+    """Pooled and divergences as the paper defines them."""
+    spatial, temporal = student.maps(audio, visual)
+    pooled = (temporal.unsqueeze(2) * spatial * visual).sum(dim=(1, 2))
+    if view is None:
+        return (pooled,)
+    theirs = [maps.detach() for maps in view.attention.maps(view.audio, view.visual)]
+    compared = slice(len(audio) - len(view.audio), None)
+    parts = zip(theirs, (spatial, temporal), strict=True)
+    return pooled, *((t * (t / o[compared]).log()).flatten(1).sum(1) for t, o in parts)
+
+
+def fused(student: AudioGuidedAttention, audio: Tensor, visual: Tensor, view: TeacherView | None) -> tuple[Tensor, ...]:
+    """The same by the kernels, whatever the device."""
+    teacher = None
+    if view is not None:
+        linear = view.attention.attn_visual
+        teacher = Side(view.attention._guide(view.audio), view.visual, linear.weight.detach(), linear.bias.detach())
+    linear = student.attn_visual
+    pooled, *divergence = FusedAttend.apply(student._guide(audio), visual, linear.weight, linear.bias, teacher)
+    return pooled, *(divergence if view is not None else ())
+
+
+def differentiated(function, student, audio, visual, view) -> list[Tensor]:  # type: ignore[no-untyped-def]
+    """Results, and gradients of a sum in which every result has a weight of its own."""
+    audio = audio.clone().requires_grad_()
+    results = function(student, audio, visual, view)
+    generator = torch.Generator().manual_seed(1)
+    total = sum((r * torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r)).sum() for r in results)
+    return [*(result.detach() for result in results), *torch.autograd.grad(total, [audio, *student.parameters()])]
+
+
+def errors(dtype: torch.dtype, device: str, shape: tuple[int, int, int, int, int], weights: float = 1.0) -> list[float]:
+    """Relative errors of results and gradients for `shape`: clips without a teacher and with, frames, positions, D."""
+    plain, compared, frames, positions, dim = shape
+    student, other = AudioGuidedAttention(dim).to(device), AudioGuidedAttention(dim).to(device)
+    with torch.no_grad():
+        student.attn_visual.weight.mul_(weights)
+    clips = plain + compared
+    audio = torch.randn(clips, dim, device=device)
+    visual = torch.randn(clips, frames, positions, dim, device=device).to(dtype)
+    view = TeacherView(other, audio[plain:], visual[plain:]) if compared else None
+    with poisoned():
+        ours = differentiated(fused, student, audio, visual, view)
+    again = differentiated(fused, student, audio, visual, view)
+    assert all(map(torch.equal, ours, again)), "a repeated call gave other bits"
+    inferred = FusedPass(Side(student._guide(audio), visual, *student.attn_visual.parameters()), None, wanted=False)
+    with torch.no_grad():
+        inferred.run()
+    assert torch.equal(inferred.pooled, ours[0])
+    exact = TeacherView(other.double(), audio[plain:].double(), visual[plain:].double()) if compared else None
+    true = differentiated(defined, student.double(), audio.double(), visual.double(), exact)
+    assert all(mine.dtype == torch.float32 for mine in ours)
+    return [((mine - theirs).norm() / theirs.norm()).item() for mine, theirs in zip(ours, true, strict=True)]
+
+
+def main(device: str = "cpu") -> None:
+    """Compare in each type."""
+    torch.manual_seed(0)
+    for dtype, tolerance in ((torch.float16, 1e-3), (torch.bfloat16, 0.03)):
+        for plain, compared in ((PLAIN, COMPARED), (0, COMPARED), (PLAIN, 0)):
+            found = errors(dtype, device, (plain, compared, FRAMES, POSITIONS, DIM))
+            assert max(found) <= tolerance, (dtype, plain, compared, found)
+        print(dtype)
+
+
+if __name__ == "__main__":
+    with mock.patch.object(gpu_attention, "FAST", False):
+        main()

@@ -1,0 +1,193 @@
+"""Times of one training iteration of method `avcil`, the teacher's logits at hand: ours beside plain eager ones."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+from avcil_dist.config import EngineConfig, MethodConfig, OptimConfig
+from avcil_dist.data.loader import Batch
+from avcil_dist.methods import make_method
+from avcil_dist.methods.base import StepContext
+from avcil_dist.models import attention, attention_pass, sweeps
+from avcil_dist.models.encoders import Precomputed
+from avcil_dist.models.network import AudioVisualNetwork
+from avcil_dist.scenario import make_scenario
+from avcil_dist.training.answers import Answers
+from avcil_dist.training.distributed import process_group
+from avcil_dist.training.engine import Engine
+from avcil_dist.training.iteration import iterate
+from avcil_dist.training.teacher import Teacher
+from launch.bench_sides import Setting, load_reference, local_world
+from tests.gpu.measured import peak_beyond, seconds, synchronize
+
+CURRENT, REPLAY, CLASSES, OLD = 256, 128, 100, 90
+LARGE, SMALL = (CURRENT, REPLAY, 8, 196, 768), (6, 3, 2, 64, 64)
+TOP = 25  # kernels of the profile that are listed
+Run = Callable[[], torch.Tensor]
+
+
+def setting_of(device: torch.device, *, small: bool) -> Setting:
+    """The issue of a step of VS100-CI; a toy of it where `small`."""
+    current, replay, frames, positions, dim = SMALL if small else LARGE
+    shape = {"current": current, "replay": replay, "frames": frames, "positions": positions, "dim": dim}
+    threads = len(os.sched_getaffinity(0))
+    return Setting(
+        **shape, classes=CLASSES, old=OLD, precision="bf16", attention="auto", device=device.type, threads=threads
+    )
+
+
+@contextmanager
+def ours(setting: Setting, batch: Batch) -> Iterator[Run]:
+    """An iteration as the trainer runs it; its loss stays on the device."""
+    device = torch.device(setting.device)
+    scenario = make_scenario([str(label) for label in range(setting.classes)], steps=[OLD, CLASSES - OLD])
+    method = make_method(MethodConfig(name="avcil"))
+    method.begin_step(StepContext(scenario, 1))
+    torch.manual_seed(0)
+    student, older = (
+        AudioVisualNetwork(Precomputed(setting.dim), Precomputed(setting.dim), count) for count in (CLASSES, OLD)
+    )
+    student.precision = older.precision = setting.precision
+    student.attention.choice = older.attention.choice = setting.attention
+    teacher = Teacher(older, device)
+    valid = np.ones(len(batch.clips), dtype=np.bool_)
+    teacher.remember(Answers(batch.clips, valid, teacher.output(batch, method)))
+    config = EngineConfig(precision=setting.precision)
+    engine = Engine(
+        student, optim=OptimConfig(), config=config, rows=len(batch.labels), world=local_world(), device=device
+    )
+    engine.network.train()
+    yield lambda: iterate(engine, batch, method=method, teacher=teacher, num_bad=0).parts["loss"]
+    engine.close()
+
+
+@contextmanager
+def eager(setting: Setting, batch: Batch, *, compiled: bool = False) -> Iterator[Run]:
+    """The iteration as the paper reads, in float32 with TF32 allowed; the teacher sees all clips."""
+    reference = load_reference()
+    assert reference is not None
+    torch.manual_seed(0)
+    student, teacher = (reference.EagerNetwork(setting.dim, count).to(setting.device) for count in (CLASSES, OLD))
+    optimizer = torch.optim.Adam(student.parameters(), lr=OptimConfig().lr, fused=True)
+
+    def loss_of() -> torch.Tensor:
+        visual, audio = batch.visual.float(), batch.audio.float()
+        with torch.no_grad():
+            taught = teacher(visual, audio)
+        seen = student(visual, audio)
+        loss: torch.Tensor = reference.avcil_loss(
+            seen, taught, batch.labels, num_current=setting.current, tasks=[slice(0, OLD)]
+        )
+        return loss
+
+    forward = torch.compile(loss_of) if compiled else loss_of
+
+    def run() -> torch.Tensor:
+        loss = forward()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield run
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@contextmanager
+def swept(setting: Setting, batch: Batch, *, compiled: bool = False) -> Iterator[Run]:
+    """Ours by sweeps over tiles; compiled: those of plain torch, by torch.compile, in two large tiles."""
+    with ExitStack() as stack:
+        enter = stack.enter_context
+        enter(mock.patch.object(attention, "_is_fused", return_value=False))
+        if compiled:
+            enter(mock.patch.object(attention, "_sweeps", return_value=sweeps.TorchSweeps()))
+            enter(mock.patch.object(attention_pass, "TILE_BYTES", dict.fromkeys(("cpu", "cuda"), 1 << 40)))
+            for name in ("attend", "compare", "differentiate"):
+                function = torch.compile(getattr(sweeps.TorchSweeps, name), dynamic=False)
+                enter(mock.patch.object(sweeps.TorchSweeps, name, function))
+        yield enter(ours(setting, batch))
+
+
+def sides_of(device: torch.device) -> dict[str, Callable[[Setting, Batch], Any]]:
+    """The iterations that are compared on a device, by name."""
+    found = {"ours": ours, "eager, TF32": eager}
+    if device.type == "cuda":
+        found |= {
+            "ours, by sweeps in tiles": swept,
+            "plain sweeps, torch.compile": lambda *given: swept(*given, compiled=True),
+            "eager, TF32, torch.compile": lambda *given: eager(*given, compiled=True),
+        }
+    return found
+
+
+def measure(device: torch.device, *, small: bool) -> dict[str, Any]:
+    """Each side's milliseconds, peak beyond the inputs and first loss; then a profile of ours."""
+    setting = setting_of(device, small=small)
+    inputs = setting.batch()
+    found: dict[str, Any] = {"setting": [setting.current, setting.replay, setting.frames, setting.positions]}
+    with process_group(local_world(), device, timeout_minutes=30):
+        for name, side in sides_of(device).items():
+            try:
+                with side(setting, inputs) as run:
+                    found[name] = _measured(run, setting, inputs, device)
+                    if name == "ours":
+                        found["profile"] = profiled(run, device)
+            except Exception as error:  # another side may still run
+                found[name] = {"failed": repr(error)[:500]}
+            print(name, found[name], flush=True)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    return found
+
+
+def _measured(run: Run, setting: Setting, inputs: Batch, device: torch.device) -> dict[str, float]:
+    first = run().item()
+    for _ in range(3):
+        run()
+    peak = peak_beyond(run, device)
+    count = 1 if device.type == "cpu" else 20
+
+    def many() -> None:
+        for _ in range(count):
+            run()
+
+    each = seconds(many, device, warm_up=0) / count
+    return {
+        "ms": 1e3 * each,
+        "TFLOP/s": 1e-12 * setting.flop(with_teacher=False) / each,
+        "peak / inputs": peak / inputs.visual.nbytes,
+        "first loss": first,
+    }
+
+
+def profiled(run: Run, device: torch.device, count: int = 5) -> dict[str, Any]:
+    """Kernels by their time, milliseconds an iteration, and the share of the time in which the GPU runs none."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities += [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(count):
+            run()
+        synchronize(device)
+    events = profile.key_averages()
+    if device.type == "cpu":
+        top = sorted(events, key=lambda event: -event.self_cpu_time_total)[:TOP]
+        return {"top": [[event.key[:60], event.self_cpu_time_total / 1e3 / count, event.count] for event in top]}
+    kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    spans = sorted((event.time_range.start, event.time_range.end) for event in kernels)
+    busy, reached = 0.0, spans[0][0]
+    for start, end in spans:
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    top = sorted(events, key=lambda event: -event.self_device_time_total)[:TOP]
+    return {
+        "idle share": 1 - busy / (reached - spans[0][0]),
+        "busy ms": busy / 1e3 / count,
+        "kernels": len(spans) / count,
+        "top": [[event.key[:90], event.self_device_time_total / 1e3 / count, event.count / count] for event in top],
+    }

@@ -1,0 +1,171 @@
+"""Everything that a GPU can show, in one run of minutes: each part in a process with a time limit, then one table.
+
+Usage: python -m tests.gpu.on_device [--out FOLDER] [--small] [--seconds N] [--parts NAME,NAME]
+Without a GPU it runs in small, and names what it skips.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+TAIL = 2500  # characters of a failed part's output that are shown
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command, the seconds that it may take, and whether it needs a GPU. `{json}` is the file for its figures."""
+
+    command: tuple[str, ...]
+    limit: float
+    needs_gpu: bool = False
+
+
+def parts_of(*, small: bool) -> dict[str, Part]:
+    """All parts, in their order: the most telling first."""
+
+    def measure(name: str) -> tuple[str, ...]:
+        return ("-m", "tests.gpu.on_device", "--measure", name, "{json}", *(["--small"] if small else []))
+
+    shape = ["--frames", "2", "--positions", "64", "--dim", "64"] if small else []
+    batch = ["--current", "4", "--replay", "2", "--turns", "1"] if small else ["--current", "256", "--replay", "128"]
+    clips = ["--clips", "16", "--iterations", "4"] if small else ["--clips", "512", "--iterations", "200"]
+    sizes = [8, 4, 8] if small else [256, 128, 512]
+    optim = [f"optim.{name}={size}" for name, size in zip(("batch", "replay_batch", "eval_batch"), sizes, strict=True)]
+    step = ("-m", "launch", "bench", "step", *batch, *shape, "--precision", "bf16", "--json", "{json}")
+    stream = ("-m", "launch", "bench", "stream", *optim, "engine.precision=bf16", *clips, *shape, "--json", "{json}")
+    tests = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu", "--deselect", "tests/gpu/test_on_device.py")
+    parallel = ("-n", "12", "--durations", "12")
+    return {
+        "kernels": Part(measure("kernels"), 110),
+        "iteration": Part(measure("iteration"), 150),
+        "tests": Part((*tests, *parallel), 170, needs_gpu=True),
+        "encoders": Part(measure("encoders"), 60),
+        "stream": Part(stream, 120),
+        "step": Part((*step, *([] if small else ["--turns", "3"])), 80),
+    }
+
+
+def measure_part(name: str, path: Path, *, small: bool) -> None:
+    """Measure in this process, into a file."""
+    import torch
+
+    from tests.gpu import encoder_times, iteration_times, kernel_times
+
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    modules = {"kernels": kernel_times, "iteration": iteration_times, "encoders": encoder_times}
+    function: Callable[..., dict[str, Any]] = modules[name].measure  # type: ignore[attr-defined]
+    path.write_text(json.dumps(function(device, small=small), indent=1))
+
+
+def run_part(name: str, part: Part, out: Path, limit: float) -> dict[str, Any]:
+    """Run a part; its figures, how it ended and how long it took. At its limit it is killed, children and all."""
+    path, log = out / f"{name}.json", out / f"{name}.log"
+    command = [sys.executable, *(word.replace("{json}", str(path)) for word in part.command)]
+    started = time.monotonic()
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code: int | str = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            code = f"stopped after {limit:.0f} s"
+    figures = json.loads(path.read_text()) if path.exists() else None
+    said = log.read_text(errors="replace")
+    return {
+        "ended": "ok" if code == 0 else code,
+        "seconds": round(time.monotonic() - started, 1),
+        "figures": figures,
+        "said": said[-TAIL:] if code != 0 or name == "tests" else "",
+    }
+
+
+def device_facts() -> dict[str, str]:
+    """The versions and the device, asked of a process of its own: this one never touches the GPU."""
+    asked = (
+        "import json, platform, torch, triton; has = torch.cuda.is_available();"
+        "print(json.dumps({'device': torch.cuda.get_device_name(0) if has else 'cpu', 'torch': torch.__version__,"
+        "'triton': triton.__version__, 'python': platform.python_version()}))"
+    )
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+    facts: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    return facts
+
+
+def lines_of(figures: Any, depth: int = 0) -> list[str]:
+    """Nested figures as indented lines; a mapping of plain values is one line."""
+    if not isinstance(figures, dict):
+        return [f"{'  ' * depth}{_shown(figures)}"]
+    lines = []
+    for name, value in figures.items():
+        if isinstance(value, dict) and any(isinstance(inner, dict | list) for inner in value.values()):
+            lines += [f"{'  ' * depth}{name}", *lines_of(value, depth + 1)]
+        elif isinstance(value, dict):
+            lines.append(f"{'  ' * depth}{name:<44} " + "  ".join(f"{k} {_shown(v)}" for k, v in value.items()))
+        elif isinstance(value, list) and value and isinstance(value[0], list):
+            lines += [f"{'  ' * depth}{name}", *(f"{'  ' * depth}  " + "  ".join(map(_shown, row)) for row in value)]
+        else:
+            lines.append(f"{'  ' * depth}{name:<44} {_shown(value)}")
+    return lines
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def main() -> int:
+    """Run the parts that are asked for; 0 when all ended well or were skipped."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, default=Path("on_device"))
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--seconds", type=float, default=360.0)
+    parser.add_argument("--parts", default="")
+    parser.add_argument("--measure", nargs=2, metavar=("PART", "FILE"))
+    given = parser.parse_args()
+    if given.measure:
+        measure_part(given.measure[0], Path(given.measure[1]), small=given.small)
+        return 0
+    started = time.monotonic()
+    out = given.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    facts = device_facts()
+    has_gpu = facts["device"] != "cpu"
+    parts = parts_of(small=given.small or not has_gpu)
+    results: dict[str, Any] = {"facts": facts, "parts": {}}
+    for name in given.parts.split(",") if given.parts else parts:
+        left = given.seconds - (time.monotonic() - started)
+        if parts[name].needs_gpu and not has_gpu:
+            result: dict[str, Any] = {"ended": "skipped: needs a GPU", "seconds": 0.0}
+        elif left < 15:
+            result = {"ended": "skipped: no time is left", "seconds": 0.0}
+        else:
+            result = run_part(name, parts[name], out, min(parts[name].limit, left))
+        results["parts"][name] = result
+        (out / "on_device.json").write_text(json.dumps(results, indent=1))
+        print(f"== {name}: {result['ended']}, {result['seconds']} s", flush=True)
+    shown = [f"{facts}"]
+    for name, result in results["parts"].items():
+        shown.append(f"\n== {name}: {result['ended']}, {result['seconds']} s")
+        shown += lines_of(result["figures"]) if result.get("figures") else []
+        shown += [result["said"]] if result.get("said") else []
+    (out / "on_device.txt").write_text("\n".join(shown) + "\n")
+    print("\n".join(shown))
+    return int(
+        any(result["ended"] != "ok" and "skipped" not in str(result["ended"]) for result in results["parts"].values())
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""Whole steps on a GPU: losses that follow the processor's, and kills that change no bit."""
+
+import os
+import random
+import sys
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+
+from avcil_dist.compose import load_config
+from avcil_dist.config import Config
+from avcil_dist.signals import StopRequest
+from avcil_dist.training.engine import name_accelerator
+from avcil_dist.training.step import run_step
+from launch.bench_sides import local_world
+from launch.progress import SilentProgress
+from tests.end_to_end.test_kills import run_and_kill
+from tests.features import make_feature_shards
+from tests.streams import train, weights_digest, write_config
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+TOKENS = {"frames": 2, "positions": 64, "dim": 64}  # of a shape that the fused attention takes
+STEPS = {"scenario": {"steps": 3}, "snapshot": {"iterations": 5}}
+OPTIM = {"epochs": 8, "batch": 12, "replay_batch": 6, "eval_batch": 18, "lr": 0.001}
+
+
+class Losses(SilentProgress):
+    """The mean loss of each epoch."""
+
+    def __init__(self) -> None:
+        self.means: list[float] = []
+
+    def epoch(self, epoch: int, values: Mapping[str, float]) -> None:
+        self.means.append(values["loss"])
+
+
+def _run_step(config: Config, step: int) -> list[float]:
+    name_accelerator()
+    seen = Losses()
+    run_step(config, step, world=local_world(), observer=seen, stop=StopRequest())
+    return seen.means
+
+
+def _hide_gpus() -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def losses(config: Config, *, on_gpu: bool) -> list[float]:
+    """The losses of two steps, each in a process of its own."""
+    found: list[float] = []
+    for step in (0, 1):
+        hide = None if on_gpu else _hide_gpus
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=hide) as fresh:
+            found += fresh.submit(_run_step, config, step).result()
+    return found
+
+
+def config_of(folder: Path) -> Path:
+    make_feature_shards(folder / "shards", classes=6, clips={"train": 24, "val": 6, "test": 6}, **TOKENS)
+    return write_config(folder, **STEPS, optim=OPTIM)
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [(0, "float32"), (0, "bf16"), (0, "fp16"), (1, "bf16"), (2, "float32"), (2, "fp16"), (3, "bf16"), (3, "fp16")],
+)
+def test_losses_follow_those_of_the_processor(tmp_path: Path, stage: int, precision: str) -> None:
+    tolerance = 1e-3 if precision == "float32" else 0.02
+    file = config_of(tmp_path)
+    common = (f"engine.zero_stage={stage}", f"engine.precision={precision}")
+    there = losses(load_config(str(file), (*common, f"output={tmp_path}/there")), on_gpu=True)
+    here = losses(load_config(str(file), (f"output={tmp_path}/here",)), on_gpu=False)
+    assert len(there) == 2 * OPTIM["epochs"]
+    assert there == pytest.approx(here, rel=tolerance, abs=tolerance)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_stream_killed_on_a_gpu_ends_in_the_bits_of_one_that_never_was(tmp_path: Path, precision: str) -> None:
+    config, engine = config_of(tmp_path), f"engine.precision={precision}"
+    whole = train(config, engine, f"output={tmp_path}/whole")
+    stream = tmp_path / "killed" / Path(whole).name
+    command = [sys.executable, "-m", "launch", "train", str(config), engine, f"output={tmp_path}/killed"]
+    for kind in ("rank", "stop"):
+        run_and_kill(command, stream, kind, random.Random(1))
+    train(config, engine, f"output={tmp_path}/killed")
+    assert [weights_digest(str(stream), step) for step in (0, 1)] == [weights_digest(whole, step) for step in (0, 1)]

@@ -1,6 +1,8 @@
 """Times of one training iteration of method `avcil`, the teacher's logits at hand: ours beside plain eager ones."""
 
+import cProfile
 import os
+import pstats
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -138,6 +140,7 @@ def measure(device: torch.device, *, small: bool) -> dict[str, Any]:
                     found[name] = _measured(run, setting, inputs, device)
                     if name == "ours":
                         found["profile"] = profiled(run, device)
+                        found["host"] = host_profile(run, device)
             except Exception as error:  # another side may still run
                 found[name] = {"failed": repr(error)[:500]}
             print(name, found[name], flush=True)
@@ -164,6 +167,20 @@ def _measured(run: Run, setting: Setting, inputs: Batch, device: torch.device) -
         "peak / inputs": peak / inputs.visual.nbytes,
         "first loss": first,
     }
+
+
+def host_profile(run: Run, device: torch.device, count: int = 10) -> dict[str, Any]:
+    """Python functions by the time spent in each and in what it calls, milliseconds an iteration."""
+    profile = cProfile.Profile()
+    profile.enable()
+    for _ in range(count):
+        run()
+    profile.disable()
+    synchronize(device)
+    rows = []
+    for (path, _, name), (_, calls, own, whole, _) in pstats.Stats(profile).stats.items():  # type: ignore[attr-defined]
+        rows.append([f"{'/'.join(path.split('/')[-2:])}:{name}", 1e3 * whole / count, 1e3 * own / count, calls / count])
+    return {"top": sorted(rows, key=lambda row: -row[1])[: 2 * TOP]}
 
 
 def profiled(run: Run, device: torch.device, count: int = 5) -> dict[str, Any]:

@@ -25,6 +25,8 @@ from avcil_dist.models.outputs import Output
 class Avcil(Method):
     """The total is separated softmax + task-wise KD + λ_I L_I + λ_C L_C + λ L_S + (1 − λ) L_T."""
 
+    has_static_loss = True
+
     class Options(Section):
         """Weights and switches; a term that is switched off is not computed."""
 

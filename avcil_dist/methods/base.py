@@ -82,6 +82,8 @@ class Method(ABC):
         """Settings of the method; a method with settings overrides this class."""
 
     context: StepContext
+    # Whether batches of equal shapes take equal kernels, with no look at numbers in between.
+    has_static_loss = False
 
     def __init__(self, options: Any) -> None:
         self.options = options

@@ -23,16 +23,21 @@ EXPONENT = 14  # gradients are scaled to at most two to this power; a float16 en
 
 
 class SweepTile(NamedTuple):
-    """How a sweep over positions is cut: a program's rows at a time and channels, its warps."""
+    """How a sweep over positions is cut: a program's rows at a time and channels, its warps, and loads ahead."""
 
-    rows: int = 16
+    rows: int = 4
     lanes: int = 128
-    warps: int = 4
+    warps: int = 1
+    ahead: int = 1
+
+    def even(self, positions: int, dim: int) -> bool:
+        """Whether the cut leaves no rest."""
+        return positions % self.rows == 0 and dim % self.lanes == 0
 
 
 SUM_TILE, GRADIENT_TILE = SweepTile(), SweepTile()
 FAST = True  # the processor's own tanh, which Triton's interpreter lacks
-CHUNKS = 32  # groups of rows, at most, whose products with the tokens are formed at once, then added up
+CHUNKS = 8  # groups of rows, at most, whose products with the tokens are formed at once, then added up
 
 
 def fits(tokens: Tensor, dtype: torch.dtype) -> bool:
@@ -64,7 +69,8 @@ def look(side: Side, values: Tensor, *, store: bool, moments: bool) -> tuple[Ten
     peaks = torch.empty(num_frames if moments else 0, dim, device=device)
     gpu_kernels.sum_frames[(num_frames, triton.cdiv(dim, tile.lanes))](
         keys, scale, side.bias, side.guide, values, sums, peaks, frames, positions, dim,
-        store, moments, moments, FAST, tile.rows, tile.lanes, num_warps=tile.warps,
+        store, moments, moments, FAST, tile.even(positions, dim), tile.rows, tile.lanes, tile.ahead,
+        num_warps=tile.warps,
     )  # fmt: skip
     return keys, sums, peaks
 
@@ -127,7 +133,7 @@ class FusedPass:
         gpu_kernels.differentiate[(num_frames, triton.cdiv(self.dim, tile.lanes))](
             self.keys, tokens, student.guide, factors, self.other_keys, other_guide, other_factor, scale,
             self.keys, summed, num_frames * self.dim, self.num_plain * self.frames, self.frames, self.positions,
-            self.dim, tile.rows, tile.lanes, num_warps=tile.warps,
+            self.dim, tile.even(self.positions, self.dim), tile.rows, tile.lanes, tile.ahead, num_warps=tile.warps,
         )  # fmt: skip
         return of_guide, product(self.keys, tokens).div_(scale.unsqueeze(1)), summed.sum(0)
 

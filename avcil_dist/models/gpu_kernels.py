@@ -34,6 +34,7 @@ def halve_weights(weight, halved, scale, dim, LANES: tl.constexpr):
 
 
 @triton.jit
+# fmt: off
 def sum_frames(
     keys,
     scale,
@@ -49,14 +50,18 @@ def sum_frames(
     MOMENTS: tl.constexpr,
     PEAKS: tl.constexpr,
     FAST: tl.constexpr,
+    EVEN: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
+    # fmt: on
     """Sums over a frame's positions of e, e·p and e·v, and with MOMENTS of e·p² and e·p·v: `sums` (B·T, 3 or 5, D).
 
     `keys` (B·T·S, D) holds the product of tokens and weights; p = tanh(scale · product + bias), rounded as it is
     kept, takes its place where STORE. v are `values` (B·T·S, D): the tokens, or a student's keys. `peaks` (B·T, D)
-    takes the largest |v| where PEAKS.
+    takes the largest |v| where PEAKS. EVEN: S is a multiple of ROWS and D of LANES, so nothing is out of range.
+    AHEAD is how many rounds of loads are under way.
     """
     frame = tl.program_id(0)
     c = tl.program_id(1) * LANES + tl.arange(0, LANES)
@@ -66,9 +71,9 @@ def sum_frames(
     b = tl.load(bias + c, mask=is_channel, other=0.0).to(tl.float32)
     total = tl.zeros([ROWS, LANES], tl.float32)
     key, token, square, crossed, peak = total, total, total, total, total
-    for first in range(0, positions, ROWS):
+    for first in tl.range(0, positions, ROWS, num_stages=AHEAD):
         s = first + tl.arange(0, ROWS)
-        inside = (s[:, None] < positions) & is_channel[None, :]
+        inside = EVEN or (s[:, None] < positions) & is_channel[None, :]
         at = (frame.to(tl.int64) * positions + s[:, None]) * dim + c[None, :]
         x = tl.load(keys + at, mask=inside, other=0.0).to(tl.float32)
         v = tl.load(values + at, mask=inside, other=0.0).to(tl.float32)
@@ -76,7 +81,9 @@ def sum_frames(
         if STORE:
             tl.store(keys + at, half, mask=inside)
         p = half.to(tl.float32)
-        e = tl.where(inside, tl.exp(p * a[None, :]), 0.0)
+        e = tl.exp(p * a[None, :])
+        if not EVEN:
+            e = tl.where(inside, e, 0.0)
         ep, ev = e * p, e * v
         total += e
         key += ep
@@ -217,6 +224,7 @@ def compare_frames(
 
 
 @triton.jit
+# fmt: off
 def find_factors(
     stats,
     other_stats,
@@ -237,6 +245,7 @@ def find_factors(
     dim,
     LANES: tl.constexpr,
 ):
+    # fmt: on
     """Factors f (3, B·T, D) and f' (E·T, D) of `differentiate`, and a bound (B, D) of what it makes of them.
 
     `of_pooled` (B, D) and `of_divergence` (2, E) are gradients; `peak` is the largest |v| of all tokens.
@@ -300,13 +309,15 @@ def differentiate(
     frames,
     positions,
     dim,
+    EVEN: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """The gradient by the keys' linear map, (1 − p²)·(e·(f₀ + f₁·p + f₂·v) − f'·e'), times `scale` (D,), to `out`.
 
     `out` may be where the keys are. `sums` (B·T, D) takes its sums over positions, without the scale. Frames from
-    `first_frame` on have a teacher's keys, others no f'.
+    `first_frame` on have a teacher's keys, others no f'. EVEN and AHEAD are as in `sum_frames`.
     """
     frame = tl.program_id(0)
     c = tl.program_id(1) * LANES + tl.arange(0, LANES)
@@ -322,9 +333,9 @@ def differentiate(
     of_other = tl.load(other_factor + other.to(tl.int64) * dim + c, mask=theirs, other=0.0)
     up = tl.load(scale + c, mask=c < dim, other=0.0)
     total = tl.zeros([ROWS, LANES], tl.float32)
-    for first in range(0, positions, ROWS):
+    for first in tl.range(0, positions, ROWS, num_stages=AHEAD):
         s = first + tl.arange(0, ROWS)
-        inside = (s[:, None] < positions) & (c[None, :] < dim)
+        inside = EVEN or (s[:, None] < positions) & (c[None, :] < dim)
         at = (frame.to(tl.int64) * positions + s[:, None]) * dim + c[None, :]
         other_at = (other.to(tl.int64) * positions + s[:, None]) * dim + c[None, :]
         p = tl.load(keys + at, mask=inside, other=0.0).to(tl.float32)
@@ -332,7 +343,9 @@ def differentiate(
         q = tl.load(other_keys + other_at, mask=inside & is_compared, other=0.0).to(tl.float32)
         gradient = tl.exp(p * a[None, :]) * (constant[None, :] + of_key[None, :] * p + of_token[None, :] * v)
         gradient -= tl.exp(q * other_a[None, :]) * of_other[None, :]
-        gradient = tl.where(inside, gradient * (1 - p * p), 0.0)
+        gradient *= 1 - p * p
+        if not EVEN:
+            gradient = tl.where(inside, gradient, 0.0)
         tl.store(out + at, (gradient * up[None, :]).to(out.dtype.element_ty), mask=inside)
         total += gradient
     tl.store(sums + own, tl.sum(total, 0), mask=c < dim)

@@ -57,7 +57,7 @@ class Votes:
 
     def __init__(self, timeout_minutes: float) -> None:
         self._group: dist.ProcessGroup | None = None
-        if dist.get_backend() == "nccl":
+        if dist.get_backend() == "nccl" and dist.get_world_size() > 1:
             group = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=timeout_minutes))
             assert isinstance(group, dist.ProcessGroup)
             self._group = group

@@ -62,6 +62,8 @@ class Engine:
             },
             dist_init_required=False,
         )[0]
+        if config.zero_stage == 0 and world.size == 1:
+            self._engine.enable_backward_allreduce = False  # it would pack and unpack gradients for nobody
         self.zero_stage, self.rows = config.zero_stage, rows
         self._scale = LossScale() if network.precision == "fp16" else None
         self._check_covered()

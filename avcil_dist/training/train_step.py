@@ -22,6 +22,7 @@ from avcil_dist.models.attention.module import TeacherView
 from avcil_dist.models.outputs import Output
 from avcil_dist.training.collectives import gather_rows
 from avcil_dist.training.engine import BETTER_GRADIENT, Engine
+from avcil_dist.training.loss_graph import method_loss
 from avcil_dist.training.teacher import Teacher
 
 
@@ -78,7 +79,9 @@ class _Objective:
     def loss(self, batch: Batch, output: Output, teacher_output: Output | None) -> StepLosses:
         """The loss of the global batch, from this rank's rows and those of the others."""
         gathered = gather_batch(batch, output, teacher_output, num_bad=self.num_bad)
-        return StepLosses(self.method.loss(gathered.targets, gathered.output, gathered.teacher), gathered.num_bad)
+        inputs = gathered.targets, gathered.output, gathered.teacher
+        parts = self.method.loss(*inputs) if gathered.num_bad else method_loss(self.method, *inputs)
+        return StepLosses(parts, gathered.num_bad)
 
 
 def _backward_whole(engine: Engine, batch: Batch, objective: _Objective) -> StepLosses:

@@ -1,8 +1,7 @@
 """Times of one training iteration of method `avcil`, the teacher's logits at hand: ours beside plain eager ones."""
 
-import cProfile
 import os
-import pstats
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from avcil_dist.config import EngineConfig, MethodConfig, OptimConfig
 from avcil_dist.data.loader import Batch
 from avcil_dist.methods import make_method
+from avcil_dist.methods.avcil import Avcil
 from avcil_dist.methods.base import StepContext
 from avcil_dist.models import attention, attention_pass, sweeps
 from avcil_dist.models.encoders import Precomputed
@@ -24,7 +24,8 @@ from avcil_dist.training.distributed import process_group
 from avcil_dist.training.engine import Engine
 from avcil_dist.training.iteration import iterate
 from avcil_dist.training.teacher import Teacher
-from launch.bench_sides import Setting, load_reference, local_world
+from launch.bench_sides import Setting, local_world
+from tests.benchmarks import eager_reference as reference
 from tests.gpu.measured import peak_beyond, seconds, synchronize
 
 CURRENT, REPLAY, CLASSES, OLD = 256, 128, 100, 90
@@ -71,8 +72,6 @@ def ours(setting: Setting, batch: Batch) -> Iterator[Run]:
 @contextmanager
 def eager(setting: Setting, batch: Batch, *, compiled: bool = False) -> Iterator[Run]:
     """The iteration as the paper reads, in float32 with TF32 allowed; the teacher sees all clips."""
-    reference = load_reference()
-    assert reference is not None
     torch.manual_seed(0)
     student, teacher = (reference.EagerNetwork(setting.dim, count).to(setting.device) for count in (CLASSES, OLD))
     optimizer = torch.optim.Adam(student.parameters(), lr=OptimConfig().lr, fused=True)
@@ -116,11 +115,19 @@ def swept(setting: Setting, batch: Batch, *, compiled: bool = False) -> Iterator
         yield enter(ours(setting, batch))
 
 
+@contextmanager
+def ungraphed(setting: Setting, batch: Batch) -> Iterator[Run]:
+    """Ours with the loss's kernels started one by one."""
+    with mock.patch.object(Avcil, "has_static_loss", False), ours(setting, batch) as run:
+        yield run
+
+
 def sides_of(device: torch.device) -> dict[str, Callable[[Setting, Batch], Any]]:
     """The iterations that are compared on a device, by name."""
     found = {"ours": ours, "eager, TF32": eager}
     if device.type == "cuda":
         found |= {
+            "ours, no loss graph": ungraphed,
             "ours, by sweeps in tiles": swept,
             "plain sweeps, torch.compile": lambda *given: swept(*given, compiled=True),
             "eager, TF32, torch.compile": lambda *given: eager(*given, compiled=True),
@@ -140,7 +147,6 @@ def measure(device: torch.device, *, small: bool) -> dict[str, Any]:
                     found[name] = _measured(run, setting, inputs, device)
                     if name == "ours":
                         found["profile"] = profiled(run, device)
-                        found["host"] = host_profile(run, device)
             except Exception as error:  # another side may still run
                 found[name] = {"failed": repr(error)[:500]}
             print(name, found[name], flush=True)
@@ -161,26 +167,18 @@ def _measured(run: Run, setting: Setting, inputs: Batch, device: torch.device) -
             run()
 
     each = seconds(many, device, warm_up=0) / count
+    synchronize(device)
+    started = time.perf_counter()
+    run()
+    run()
+    host = (time.perf_counter() - started) / 2  # until all is started, which waits for nothing
     return {
         "ms": 1e3 * each,
+        "host ms": 1e3 * host,
         "TFLOP/s": 1e-12 * setting.flop(with_teacher=False) / each,
         "peak / inputs": peak / inputs.visual.nbytes,
         "first loss": first,
     }
-
-
-def host_profile(run: Run, device: torch.device, count: int = 10) -> dict[str, Any]:
-    """Python functions by the time spent in each and in what it calls, milliseconds an iteration."""
-    profile = cProfile.Profile()
-    profile.enable()
-    for _ in range(count):
-        run()
-    profile.disable()
-    synchronize(device)
-    rows = []
-    for (path, _, name), (_, calls, own, whole, _) in pstats.Stats(profile).stats.items():  # type: ignore[attr-defined]
-        rows.append([f"{'/'.join(path.split('/')[-2:])}:{name}", 1e3 * whole / count, 1e3 * own / count, calls / count])
-    return {"top": sorted(rows, key=lambda row: -row[1])[: 2 * TOP]}
 
 
 def profiled(run: Run, device: torch.device, count: int = 5) -> dict[str, Any]:

@@ -10,10 +10,17 @@ from torch import Tensor
 from tests.gpu.measured import ceilings, peak_beyond, seconds
 
 CLIPS, COMPARED, FRAMES, POSITIONS, DIM = 384, 128, 8, 196, 768
-SWEEPS = [(16, 128, 4), (8, 64, 4), (8, 128, 4), (16, 64, 4), (32, 64, 4), (8, 256, 4), (4, 256, 4), (16, 256, 8)]
-SWEEPS += [(32, 128, 8), (4, 128, 2), (8, 64, 2), (16, 64, 2), (4, 128, 1)]
-CHUNKS = (8, 12, 16, 24, 32, 48, 64, 96)
-GROUPS = (384, 64, 24, 12)  # clips of which the keys are formed and swept over at a time
+SWEEPS = [
+    (4, 128, 1, 1),
+    (4, 128, 1, 2),
+    (4, 128, 1, 3),
+    (4, 128, 2, 1),
+    (4, 128, 2, 2),
+    (4, 128, 2, 3),
+    (2, 128, 1, 1),
+]
+SWEEPS += [(2, 128, 1, 3), (4, 256, 1, 1), (4, 256, 2, 1), (4, 256, 2, 3), (2, 256, 1, 1), (2, 256, 1, 3)]
+CHUNKS = (2, 4, 6, 8, 10)
 
 
 def measure(device: torch.device, *, small: bool) -> dict[str, Any]:
@@ -54,7 +61,7 @@ def _variants(name: str, run: Any, num_bytes: float) -> Iterator[tuple[str, dict
 
 
 def _forward(tokens: Tensor) -> dict[str, Any]:
-    """`sum_frames` alone in each cut, then the whole of forward with its keys in groups of clips."""
+    """`sum_frames` alone in each cut, the keys' product in two layouts, then the whole of forward."""
     from avcil_dist.models import gpu_attention, gpu_kernels
     from avcil_dist.models.gpu_attention import FusedPass, look
 
@@ -68,21 +75,18 @@ def _forward(tokens: Tensor) -> dict[str, Any]:
         tile = gpu_attention.SUM_TILE
         grid = (frames, -(-DIM // tile.lanes))
         arguments = (keys, scale, student.bias, student.guide, tokens, sums, peaks, FRAMES, POSITIONS, DIM)
-        shape = (True, True, True, fast, tile.rows, tile.lanes)
+        even = tile.even(POSITIONS, DIM)
+        shape = (True, True, True, fast, even, tile.rows, tile.lanes, tile.ahead)
         return seconds(lambda: gpu_kernels.sum_frames[grid](*arguments, *shape, num_warps=tile.warps), device)
 
     found: dict[str, Any] = dict(_variants("SUM_TILE", sweep, 3 * tokens.nbytes))
     found["tanh by exp"] = _rated(sweep(fast=False), 3 * tokens.nbytes)
+    weight, out = torch.randn(DIM, DIM, device=device).half() / DIM**0.5, torch.empty_like(tokens.view(-1, DIM))
+    for name, right in (("transposed", weight.mT), ("straight", weight)):
+        time_of = seconds(lambda right=right: torch.mm(tokens.view(-1, DIM), right, out=out), device)
+        found[f"product, {name}"] = {"ms": 1e3 * time_of, "TFLOP/s": 2e-12 * len(out) * DIM**2 / time_of}
     look_at = {"store": True, "moments": True}
     found["product and sweep"] = {"ms": 1e3 * seconds(lambda: look(student, tokens.view(-1, DIM), **look_at), device)}
-    for group in GROUPS[1:]:
-
-        def in_groups(group: int = group) -> None:
-            for first in range(0, CLIPS, group):
-                some = student.rows(slice(first, first + group))
-                look(some, some.tokens.view(-1, DIM), **look_at)
-
-        found[f"product and sweep, {group} clips at a time"] = {"ms": 1e3 * seconds(in_groups, device)}
     found["forward, with teacher"] = {
         "ms": 1e3 * seconds(lambda: FusedPass(student, teacher, wanted=True).run(), device)
     }
@@ -106,7 +110,8 @@ def _backward(tokens: Tensor) -> dict[str, Any]:
         tile = gpu_attention.GRADIENT_TILE
         arguments = (
             work.keys, tokens, student.guide, factors, work.other_keys, teacher.guide, other_factor, scale, out, summed,
-            frames * DIM, (CLIPS - COMPARED) * FRAMES, FRAMES, POSITIONS, DIM, tile.rows, tile.lanes,
+            frames * DIM, (CLIPS - COMPARED) * FRAMES, FRAMES, POSITIONS, DIM, tile.even(POSITIONS, DIM),
+            tile.rows, tile.lanes, tile.ahead,
         )  # fmt: skip
         grid = (frames, -(-DIM // tile.lanes))
         return seconds(lambda: gpu_kernels.differentiate[grid](*arguments, num_warps=tile.warps), device)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-TAIL = 2500  # characters of a failed part's output that are shown
+TAIL = 4000  # characters of a failed part's output that are shown
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,18 @@ def parts_of(*, small: bool) -> dict[str, Part]:
     optim = [f"optim.{name}={size}" for name, size in zip(("batch", "replay_batch", "eval_batch"), sizes, strict=True)]
     step = ("-m", "launch", "bench", "step", *batch, *shape, "--precision", "bf16", "--json", "{json}")
     stream = ("-m", "launch", "bench", "stream", *optim, "engine.precision=bf16", *clips, *shape, "--json", "{json}")
-    tests = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu", "--deselect", "tests/gpu/test_on_device.py")
-    parallel = ("-n", "12", "--durations", "12")
+    tests = (
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/gpu",
+        "--tb=short",
+        "--deselect",
+        "tests/gpu/test_on_device.py",
+    )
+    parallel = ("-n", "12", "--durations", "12", "--maxfail", "4", "-W", "ignore")
     return {
         "kernels": Part(measure("kernels"), 110),
         "iteration": Part(measure("iteration"), 150),

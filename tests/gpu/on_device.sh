@@ -43,6 +43,8 @@ run() {
             "$wheels"/*.whl
         export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
     fi
+    # A machine without a network may not find itself by its name.
+    export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-lo}
     exec "$PYTHON" -m tests.gpu.on_device "$@"
 }
 

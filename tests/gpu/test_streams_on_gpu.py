@@ -12,15 +12,20 @@ import pytest
 import torch
 
 from avcil_dist.compose import load_config
-from avcil_dist.config import Config
+from avcil_dist.config import Config, MethodConfig
+from avcil_dist.methods import make_method
+from avcil_dist.methods.base import StepContext, Targets
+from avcil_dist.scenario import make_scenario
 from avcil_dist.signals import StopRequest
 from avcil_dist.training.engine import name_accelerator
+from avcil_dist.training.loss_graph import method_loss
 from avcil_dist.training.step import run_step
 from launch.bench_sides import local_world
 from launch.progress import SilentProgress
 from tests.end_to_end.test_kills import run_and_kill
 from tests.features import make_feature_shards
 from tests.streams import train, weights_digest, write_config
+from tests.unit.test_loss_graph import CLASSES, drawn, gradients
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -89,3 +94,18 @@ def test_a_stream_killed_on_a_gpu_ends_in_the_bits_of_one_that_never_was(tmp_pat
         run_and_kill(command, stream, kind, random.Random(1))
     train(config, engine, f"output={tmp_path}/killed")
     assert [weights_digest(str(stream), step) for step in (0, 1)] == [weights_digest(whole, step) for step in (0, 1)]
+
+
+def test_a_loss_graph_gives_the_bits_of_the_loss() -> None:
+    method = make_method(MethodConfig(name="avcil"))
+    method.begin_step(StepContext(make_scenario([str(label) for label in range(CLASSES)], steps=[2, 2, 2]), 2))
+    for seed in (0, 1, 2):
+        targets, output, teacher = drawn(seed)
+        targets = Targets(targets.labels.cuda(), targets.num_current)
+        output = output.each(lambda tensor: tensor.detach().cuda().requires_grad_())
+        teacher = teacher.each(torch.Tensor.cuda)
+        expected = method.loss(targets, output, teacher)
+        found = method_loss(method, targets, output, teacher)
+        assert type(found["loss"].grad_fn).__name__ == "_LossBackward"
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        assert all(map(torch.equal, gradients(found["loss"], output), gradients(expected["loss"], output)))

@@ -31,7 +31,8 @@ def test_kernels_give_what_float64_gives_and_the_same_bits_twice() -> None:
 def test_kernels_are_compiled_for_a_gpu_that_is_not_here(kernel: str, half: str) -> None:
     function = getattr(gpu_kernels, kernel)
     tile = gpu_attention.SUM_TILE
-    chosen = {"STORE": True, "MOMENTS": True, "PEAKS": True, "FAST": True, "ROWS": tile.rows, "LANES": tile.lanes}
+    chosen = {"STORE": True, "MOMENTS": True, "PEAKS": True, "FAST": True, "EVEN": True}
+    chosen |= {"ROWS": tile.rows, "LANES": tile.lanes, "AHEAD": tile.ahead}
     types = dict.fromkeys(("halved", "keys", "values", "tokens", "other_keys", "out"), half)
     whole = ("frames", "positions", "dim", "first_clip", "first_frame", "num_compared", "other_stride")
     types |= dict.fromkeys((*whole, "stride_of_slopes"), "i32") | {"stride": "i64"}

@@ -33,29 +33,13 @@ def halve_weights(weight, halved, scale, dim, LANES: tl.constexpr):
     tl.store(scale + row, 1 / down)
 
 
-@triton.jit
 # fmt: off
+@triton.jit
 def sum_frames(
-    keys,
-    scale,
-    bias,
-    guide,
-    values,
-    sums,
-    peaks,
-    frames,
-    positions,
-    dim,
-    STORE: tl.constexpr,
-    MOMENTS: tl.constexpr,
-    PEAKS: tl.constexpr,
-    FAST: tl.constexpr,
-    EVEN: tl.constexpr,
-    ROWS: tl.constexpr,
-    LANES: tl.constexpr,
-    AHEAD: tl.constexpr,
+    keys, scale, bias, guide, values, sums, peaks, frames, positions, dim, STORE: tl.constexpr,
+    MOMENTS: tl.constexpr, PEAKS: tl.constexpr, FAST: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
+    LANES: tl.constexpr, AHEAD: tl.constexpr,
 ):
-    # fmt: on
     """Sums over a frame's positions of e, e·p and e·v, and with MOMENTS of e·p² and e·p·v: `sums` (B·T, 3 or 5, D).
 
     `keys` (B·T·S, D) holds the product of tokens and weights; p = tanh(scale · product + bias), rounded as it is
@@ -102,6 +86,7 @@ def sum_frames(
         tl.store(to + 4 * dim, tl.sum(crossed, 0), mask=is_channel)
     if PEAKS:
         tl.store(peaks + frame.to(tl.int64) * dim + c, tl.max(peak, 0), mask=is_channel)
+# fmt: on
 
 
 @triton.jit
@@ -223,29 +208,12 @@ def compare_frames(
         tl.store(own + stride_of_slopes, of_temporal, mask=c < dim)
 
 
-@triton.jit
 # fmt: off
+@triton.jit
 def find_factors(
-    stats,
-    other_stats,
-    guide,
-    other_guide,
-    pooled,
-    whole,
-    peak,
-    of_pooled,
-    of_divergence,
-    factors,
-    other_factor,
-    bound,
-    first_clip,
-    num_compared,
-    other_stride,
-    frames,
-    dim,
-    LANES: tl.constexpr,
+    stats, other_stats, guide, other_guide, pooled, whole, peak, of_pooled, of_divergence, factors, other_factor,
+    bound, first_clip, num_compared, other_stride, frames, dim, LANES: tl.constexpr,
 ):
-    # fmt: on
     """Factors f (3, B·T, D) and f' (E·T, D) of `differentiate`, and a bound (B, D) of what it makes of them.
 
     `of_pooled` (B, D) and `of_divergence` (2, E) are gradients; `peak` is the largest |v| of all tokens.
@@ -290,6 +258,7 @@ def find_factors(
         both = tl.exp(tl.abs(a)) * inner + tl.exp(tl.abs(other_a)) * tl.abs(of_other)
         most = tl.maximum(most, both, propagate_nan=tl.PropagateNan.ALL)
     tl.store(bound + own, most, mask=c < dim)
+# fmt: on
 
 
 @triton.jit

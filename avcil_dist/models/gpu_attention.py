@@ -18,7 +18,6 @@ from avcil_dist.models.attention_pass import Side
 
 HALVES = (torch.float16, torch.bfloat16)
 LANES = 128  # channels of a program that works on sums
-FEWEST_POSITIONS = 64  # of a frame: shorter ones leave a program little to do
 EXPONENT = 14  # gradients are scaled to at most two to this power; a float16 ends below 2^16
 
 
@@ -28,7 +27,7 @@ class SweepTile(NamedTuple):
     rows: int = 4
     lanes: int = 128
     warps: int = 1
-    ahead: int = 1
+    ahead: int = 3
 
     def even(self, positions: int, dim: int) -> bool:
         """Whether the cut leaves no rest."""
@@ -42,13 +41,12 @@ CHUNKS = 8  # groups of rows, at most, whose products with the tokens are formed
 
 def fits(tokens: Tensor, dtype: torch.dtype) -> bool:
     """Whether these kernels take `tokens` (B, T, S, D), computed in `dtype`."""
-    clips, frames, positions, dim = tokens.shape
+    clips, frames, _, dim = tokens.shape
     return (
         tokens.device.type == "cuda"
         and tokens.dtype in HALVES
         and dtype in HALVES
         and dim % 64 == 0
-        and positions >= FEWEST_POSITIONS
         and clips * frames > 0
     )
 

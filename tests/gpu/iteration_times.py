@@ -130,7 +130,6 @@ def sides_of(device: torch.device) -> dict[str, Callable[[Setting, Batch], Any]]
             "ours, no loss graph": ungraphed,
             "ours, by sweeps in tiles": swept,
             "plain sweeps, torch.compile": lambda *given: swept(*given, compiled=True),
-            "eager, TF32, torch.compile": lambda *given: eager(*given, compiled=True),
         }
     return found
 

@@ -1,5 +1,6 @@
 """Whole steps on a GPU: losses that follow the processor's, and kills that change no bit."""
 
+import faulthandler
 import os
 import random
 import sys
@@ -29,6 +30,7 @@ from tests.unit.test_loss_graph import CLASSES, drawn, gradients
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
+HANGS_AFTER = 120  # seconds
 TOKENS = {"frames": 2, "positions": 64, "dim": 64}  # of a shape that the fused attention takes
 STEPS = {"scenario": {"steps": 3}, "snapshot": {"iterations": 5}}
 OPTIM = {"epochs": 8, "batch": 12, "replay_batch": 6, "eval_batch": 18, "lr": 0.001}
@@ -45,6 +47,7 @@ class Losses(SilentProgress):
 
 
 def _run_step(config: Config, step: int) -> list[float]:
+    faulthandler.dump_traceback_later(HANGS_AFTER, exit=True)
     name_accelerator()
     seen = Losses()
     run_step(config, step, world=local_world(), observer=seen, stop=StopRequest())

@@ -5,6 +5,7 @@ Without a GPU it runs in small, and names what it skips.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+STOPPING = 10.0  # seconds
 TAIL = 4000  # characters of a failed part's output that are shown
 
 
@@ -42,24 +44,15 @@ def parts_of(*, small: bool) -> dict[str, Part]:
     optim = [f"optim.{name}={size}" for name, size in zip(("batch", "replay_batch", "eval_batch"), sizes, strict=True)]
     step = ("-m", "launch", "bench", "step", *batch, *shape, "--precision", "bf16", "--json", "{json}")
     stream = ("-m", "launch", "bench", "stream", *optim, "engine.precision=bf16", *clips, *shape, "--json", "{json}")
-    tests = (
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "tests/gpu",
-        "--tb=short",
-        "--deselect",
-        "tests/gpu/test_on_device.py",
-    )
-    parallel = ("-n", "12", "--durations", "12", "--maxfail", "4", "-W", "ignore")
+    tests = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "-W", "ignore", "--durations", "12")
+    streams = (*tests, "-n", "6", "tests/gpu/test_streams_on_gpu.py")
     return {
         "kernels": Part(measure("kernels"), 110),
-        "iteration": Part(measure("iteration"), 150),
-        "tests": Part((*tests, *parallel), 170, needs_gpu=True),
+        "iteration": Part(measure("iteration"), 100),
+        "tests": Part((*tests, "tests/gpu/test_fused_attention.py", "tests/gpu/test_cuda.py"), 60, needs_gpu=True),
+        "streams": Part(streams, 200, needs_gpu=True),
         "encoders": Part(measure("encoders"), 60),
-        "stream": Part(stream, 120),
+        "stream": Part(stream, 200),
         "step": Part((*step, *([] if small else ["--turns", "3"])), 80),
     }
 
@@ -81,7 +74,7 @@ def run_part(name: str, part: Part, out: Path, limit: float) -> dict[str, Any]:
     path, log = out / f"{name}.json", out / f"{name}.log"
     command = [sys.executable, *(word.replace("{json}", str(path)) for word in part.command)]
     started = time.monotonic()
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "4")}
     with log.open("w") as output:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
@@ -89,17 +82,26 @@ def run_part(name: str, part: Part, out: Path, limit: float) -> dict[str, Any]:
         try:
             code: int | str = process.wait(limit)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
             code = f"stopped after {limit:.0f} s"
+            _stop(process)
     figures = json.loads(path.read_text()) if path.exists() else None
     said = log.read_text(errors="replace")
     return {
         "ended": "ok" if code == 0 else code,
         "seconds": round(time.monotonic() - started, 1),
         "figures": figures,
-        "said": said[-TAIL:] if code != 0 or name == "tests" else "",
+        "said": said[-TAIL:] if code != 0 or name in ("tests", "streams") else "",
     }
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Interrupt a part, so that it can still show what it has found; kill its processes if that takes long."""
+    process.send_signal(signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(STOPPING)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def device_facts() -> dict[str, str]:

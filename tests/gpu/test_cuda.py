@@ -1,4 +1,4 @@
-"""What only a GPU can show: kernels, transfers, and a stream there beside one on the processor."""
+"""What only a GPU can show: kernels and transfers."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,6 @@ from avcil_dist.data.manifest import load_manifest
 from data_shards.random_features import make_feature_shards
 from tests.helpers import triton_kernels
 from tests.helpers.reading import digest, labels_of, training_source
-from tests.helpers.streams import avcil, last_artifact, train, write_config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -48,16 +47,3 @@ def test_batches_on_the_device_are_those_of_the_processor(tmp_path: Path, tier: 
 def in_host_memory(batch: Batch) -> Batch:
     moved = {name: getattr(batch, name).cpu() for name in ("visual", "audio", "labels", "valid")}
     return replace(batch, **moved)
-
-
-@pytest.mark.parametrize("engine", ["zero0", "zero0_bf16", "zero2_bf16", "zero3"])
-def test_a_stream_learns_there_what_it_learns_on_the_processor(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
-) -> None:
-    config = write_config(tmp_path)
-    there = last_artifact(train(config, f"engine={engine}", f"output={tmp_path}/there"))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the ranks see none; this process has looked already
-    here = last_artifact(train(config, f"output={tmp_path}/here"))
-    assert there.metrics.seen_accuracy == pytest.approx(here.metrics.seen_accuracy, abs=0.1)
-    assert {weights.dtype for weights in there.model.values()} == {weights.dtype for weights in here.model.values()}
-    assert "all steps are committed" in avcil("train", config, f"output={tmp_path}/there", f"engine={engine}").output

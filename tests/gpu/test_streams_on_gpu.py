@@ -25,7 +25,7 @@ from launch.bench_sides import local_world
 from launch.progress import SilentProgress
 from tests.end_to_end.test_kills import run_and_kill
 from tests.features import make_feature_shards
-from tests.streams import train, weights_digest, write_config
+from tests.streams import avcil, last_artifact, train, weights_digest, write_config
 from tests.unit.test_loss_graph import CLASSES, drawn, gradients
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -112,3 +112,16 @@ def test_a_loss_graph_gives_the_bits_of_the_loss() -> None:
         assert type(found["loss"].grad_fn).__name__ == "_LossBackward"
         assert all(torch.equal(found[name], expected[name]) for name in expected)
         assert all(map(torch.equal, gradients(found["loss"], output), gradients(expected["loss"], output)))
+
+
+@pytest.mark.parametrize("engine", ["zero0", "zero0_bf16", "zero2_bf16", "zero3"])
+def test_a_stream_learns_there_what_it_learns_on_the_processor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    config = write_config(tmp_path)
+    there = last_artifact(train(config, f"engine={engine}", f"output={tmp_path}/there"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the ranks see none; this process has looked already
+    here = last_artifact(train(config, f"output={tmp_path}/here"))
+    assert there.metrics.seen_accuracy == pytest.approx(here.metrics.seen_accuracy, abs=0.1)
+    assert {weights.dtype for weights in there.model.values()} == {weights.dtype for weights in here.model.values()}
+    assert "all steps are committed" in avcil("train", config, f"output={tmp_path}/there", f"engine={engine}").output

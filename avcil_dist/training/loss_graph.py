@@ -41,7 +41,7 @@ class LossGraph:
             return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
         self._targets = Targets(targets.labels.clone(), targets.num_current)
-        self._output, self._teacher = output.each(placed), teacher and teacher.each(placed)
+        self._output, self._teacher = output.map(placed), teacher and teacher.map(placed)
         self._places = [place.detach() for place in self._tensors(self._targets, self._output, self._teacher)]
         self.names: list[str] = []
         self.number = 0

@@ -24,10 +24,10 @@ from avcil_dist.models.encoders.base import Precomputed
 from avcil_dist.models.network import AudioVisualNetwork
 from avcil_dist.models.precision import DTYPES
 from avcil_dist.scenario import make_scenario
+from avcil_dist.training import train_step as train_step_module
 from avcil_dist.training.collectives import process_group
 from avcil_dist.training.engine import Engine, import_deepspeed
 from avcil_dist.training.optim import build_optimizer
-from avcil_dist.training import train_step as train_step_module
 from avcil_dist.training.teacher import Teacher
 from avcil_dist.training.teacher_cache import TeacherCache
 from avcil_dist.training.train_step import train_step
@@ -173,7 +173,7 @@ def our_side(setting: Setting, batch: Batch, watch: Stopwatch, *, given: bool) -
     engine.network.forward = watch.timed("student forward", engine.network.forward)  # type: ignore[method-assign]
     engine.backward = watch.timed("backward", engine.backward)  # type: ignore[method-assign]
     engine.step = watch.timed("optimizer", engine.step)  # type: ignore[method-assign]
-    iteration.method_loss = watch.timed("losses", method_loss)  # type: ignore[attr-defined] # of this process
+    train_step_module.method_loss = watch.timed("losses", train_step_module.method_loss)  # type: ignore[attr-defined] # of this process
     teacher.logits = watch.timed("teacher's logits", teacher.logits)  # type: ignore[method-assign]
 
     def run() -> float:

@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 
-from avcil_dist.config import AudioMAEConfig, ClipConfig, VideoMAEConfig
-from avcil_dist.models.encoders import Encoder, build_audio_encoder, build_visual_encoder
+from avcil_dist.config.encoders import AudioMAEConfig, VideoMAEConfig
+from avcil_dist.config.schema import ClipConfig
+from avcil_dist.models.encoders.base import Encoder
+from avcil_dist.models.encoders.build import build_audio_encoder, build_visual_encoder
 from avcil_dist.models.precision import compute_context
 from tests.gpu.measured import seconds
 

@@ -1,4 +1,4 @@
-"""Times of one training iteration of method `avcil`, the teacher's logits at hand: ours beside plain eager ones."""
+"""Times of one training iteration of method `avcil`, with cached teacher logits: ours beside plain eager ones."""
 
 import os
 import time
@@ -10,22 +10,26 @@ from unittest import mock
 import numpy as np
 import torch
 
-from avcil_dist.config import EngineConfig, MethodConfig, OptimConfig
-from avcil_dist.data.loader import Batch
+from avcil_dist.config.schema import EngineConfig, MethodConfig, OptimConfig
+from avcil_dist.data.batch import Batch
 from avcil_dist.methods import make_method
 from avcil_dist.methods.avcil import Avcil
 from avcil_dist.methods.base import StepContext
-from avcil_dist.models import attention, attention_pass, sweeps
-from avcil_dist.models.encoders import Precomputed
+from avcil_dist.models.attention import fused as attention_pass
+from avcil_dist.models.attention import kernels_torch as sweeps
+from avcil_dist.models.attention import module as attention
+from avcil_dist.models.encoders.base import Precomputed
 from avcil_dist.models.network import AudioVisualNetwork
 from avcil_dist.scenario import make_scenario
-from avcil_dist.training.answers import Answers
-from avcil_dist.training.distributed import process_group
+from avcil_dist.training.collectives import process_group
 from avcil_dist.training.engine import Engine
-from avcil_dist.training.iteration import iterate
+from avcil_dist.training.optim import build_optimizer
 from avcil_dist.training.teacher import Teacher
-from launch.bench_sides import Setting, local_world
-from tests.benchmarks import eager_reference as reference
+from avcil_dist.training.teacher_cache import TeacherCache
+from avcil_dist.training.train_step import train_step
+from launch.bench import eager_reference as reference
+from launch.bench.contenders import Setting
+from launch.local_worlds import local_worlds
 from tests.gpu.measured import peak_beyond, seconds, synchronize
 
 CURRENT, REPLAY, CLASSES, OLD = 256, 128, 100, 90
@@ -35,7 +39,7 @@ Run = Callable[[], torch.Tensor]
 
 
 def setting_of(device: torch.device, *, small: bool) -> Setting:
-    """The issue of a step of VS100-CI; a toy of it where `small`."""
+    """Setting of a step of VS100-CI; a small one where `small`."""
     current, replay, frames, positions, dim = SMALL if small else LARGE
     shape = {"current": current, "replay": replay, "frames": frames, "positions": positions, "dim": dim}
     threads = len(os.sched_getaffinity(0))
@@ -59,13 +63,12 @@ def ours(setting: Setting, batch: Batch) -> Iterator[Run]:
     student.attention.choice = older.attention.choice = setting.attention
     teacher = Teacher(older, device)
     valid = np.ones(len(batch.clips), dtype=np.bool_)
-    teacher.remember(Answers(batch.clips, valid, teacher.output(batch, method)))
+    teacher.use_cache(TeacherCache(batch.clips, valid, teacher.output(batch, method)))
     config = EngineConfig(precision=setting.precision)
-    engine = Engine(
-        student, optim=OptimConfig(), config=config, rows=len(batch.labels), world=local_world(), device=device
-    )
+    optimizer = build_optimizer(student, OptimConfig())
+    engine = Engine(student, optimizer, config=config, rows=len(batch.labels), world=local_worlds(1)[0], device=device)
     engine.network.train()
-    yield lambda: iterate(engine, batch, method=method, teacher=teacher, num_bad=0).parts["loss"]
+    yield lambda: train_step(engine, batch, method=method, teacher=teacher, num_bad=0).parts["loss"]
     engine.close()
 
 
@@ -139,7 +142,7 @@ def measure(device: torch.device, *, small: bool) -> dict[str, Any]:
     setting = setting_of(device, small=small)
     inputs = setting.batch()
     found: dict[str, Any] = {"setting": [setting.current, setting.replay, setting.frames, setting.positions]}
-    with process_group(local_world(), device, timeout_minutes=30):
+    with process_group(local_worlds(1)[0], device, timeout_minutes=30):
         for name, side in sides_of(device).items():
             try:
                 with side(setting, inputs) as run:

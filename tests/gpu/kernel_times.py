@@ -39,7 +39,7 @@ def measure(device: torch.device, *, small: bool) -> dict[str, Any]:
 
 
 def _sides(tokens: Tensor) -> tuple[Any, Any]:
-    from avcil_dist.models.attention_pass import Side
+    from avcil_dist.models.attention.fused import Side
 
     def linear() -> tuple[Tensor, Tensor]:
         return torch.randn(DIM, DIM, device=tokens.device) / DIM**0.5, torch.randn(DIM, device=tokens.device)
@@ -53,8 +53,8 @@ def _rated(time_of: float, num_bytes: float) -> dict[str, float]:
 
 
 def _variants(name: str, run: Any, num_bytes: float) -> Iterator[tuple[str, dict[str, float]]]:
-    from avcil_dist.models import gpu_attention
-    from avcil_dist.models.gpu_attention import SweepTile
+    from avcil_dist.models.attention import fused_gpu as gpu_attention
+    from avcil_dist.models.attention.fused_gpu import SweepTile
 
     for cut in SWEEPS:
         with mock.patch.object(gpu_attention, name, SweepTile(*cut)):
@@ -63,8 +63,9 @@ def _variants(name: str, run: Any, num_bytes: float) -> Iterator[tuple[str, dict
 
 def _forward(tokens: Tensor) -> dict[str, Any]:
     """`sum_frames` alone in each cut, the keys' product in two layouts, then the whole of forward."""
-    from avcil_dist.models import gpu_attention, gpu_kernels
-    from avcil_dist.models.gpu_attention import FusedPass, look
+    from avcil_dist.models.attention import fused_gpu as gpu_attention
+    from avcil_dist.models.attention import kernels_gpu as gpu_kernels
+    from avcil_dist.models.attention.fused_gpu import FusedPass, look
 
     student, teacher = _sides(tokens)
     device, frames = tokens.device, CLIPS * FRAMES
@@ -96,8 +97,9 @@ def _forward(tokens: Tensor) -> dict[str, Any]:
 
 def _backward(tokens: Tensor) -> dict[str, Any]:
     """`differentiate` alone in each cut, and the whole of backward."""
-    from avcil_dist.models import gpu_attention, gpu_kernels
-    from avcil_dist.models.gpu_attention import FusedPass
+    from avcil_dist.models.attention import fused_gpu as gpu_attention
+    from avcil_dist.models.attention import kernels_gpu as gpu_kernels
+    from avcil_dist.models.attention.fused_gpu import FusedPass
 
     student, teacher = _sides(tokens)
     device, frames = tokens.device, CLIPS * FRAMES
@@ -126,7 +128,7 @@ def _backward(tokens: Tensor) -> dict[str, Any]:
 
 def _product(tokens: Tensor) -> dict[str, Any]:
     """The product of gradient and tokens, in so many groups of rows."""
-    from avcil_dist.models.gpu_attention import product
+    from avcil_dist.models.attention.fused_gpu import product
 
     left, right = torch.randn_like(tokens).view(-1, DIM), tokens.view(-1, DIM)
     found: dict[str, Any] = {}
@@ -146,8 +148,8 @@ def _shapes(tokens: Tensor) -> dict[str, Any]:
 
 
 def _both_ways(tokens: Tensor, shape: tuple[int, ...]) -> dict[str, float]:
-    from avcil_dist.models import attention
-    from avcil_dist.models.attention import AudioGuidedAttention, TeacherView
+    from avcil_dist.models.attention import module as attention
+    from avcil_dist.models.attention.module import AudioGuidedAttention, TeacherView
 
     clips, compared, frames, positions, dim = shape
     count = clips * frames * positions * dim

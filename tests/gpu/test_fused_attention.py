@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from avcil_dist.models import attention
-from avcil_dist.models.attention import AudioGuidedAttention, TeacherView
-from tests import gpu_kernels
+from avcil_dist.models.attention import module as attention
+from avcil_dist.models.attention.module import AudioGuidedAttention, TeacherView
+from tests.helpers import gpu_kernels
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -46,7 +46,7 @@ def test_a_part_at_its_limit_is_stopped_and_a_failing_one_shows_what_it_said(tmp
 def test_every_command_of_the_full_run_is_known_to_the_command_line() -> None:
     from click.testing import CliRunner
 
-    from launch.cli import cli
+    from launch.cli.main import cli
 
     for name in ("step", "stream"):
         words = parts_of(small=False)[name].command[2:]

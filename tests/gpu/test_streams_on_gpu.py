@@ -13,44 +13,44 @@ import pytest
 import torch
 
 from avcil_dist.compose import load_config
-from avcil_dist.config import Config, MethodConfig
+from avcil_dist.config.schema import Config, MethodConfig
 from avcil_dist.methods import make_method
 from avcil_dist.methods.base import StepContext, Targets
 from avcil_dist.scenario import make_scenario
 from avcil_dist.signals import StopRequest
 from avcil_dist.training.engine import name_accelerator
 from avcil_dist.training.loss_graph import method_loss
+from avcil_dist.training.observer import Observer
 from avcil_dist.training.step import run_step
-from launch.bench_sides import local_world
-from launch.progress import SilentProgress
+from data_shards.random_features import make_feature_shards
+from launch.local_worlds import local_worlds
 from tests.end_to_end.test_kills import run_and_kill
-from tests.features import make_feature_shards
-from tests.streams import avcil, last_artifact, train, weights_digest, write_config
+from tests.helpers.streams import avcil, last_artifact, train, weights_digest, write_config
 from tests.unit.test_loss_graph import CLASSES, drawn, gradients
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 HANGS_AFTER = 120  # seconds
 TOKENS = {"frames": 2, "positions": 64, "dim": 64}  # of a shape that the fused attention takes
-STEPS = {"scenario": {"steps": 3}, "snapshot": {"iterations": 5}}
-OPTIM = {"epochs": 8, "batch": 12, "replay_batch": 6, "eval_batch": 18, "lr": 0.001}
+STEPS = {"scenario": {"classes_per_step": 3}, "snapshot": {"every_iterations": 5}}
+OPTIM = {"epochs": 8, "global_batch": 12, "global_replay_batch": 6, "global_eval_batch": 18, "lr": 0.001}
 
 
-class Losses(SilentProgress):
+class Losses(Observer):
     """The mean loss of each epoch."""
 
     def __init__(self) -> None:
         self.means: list[float] = []
 
     def epoch(self, epoch: int, values: Mapping[str, float]) -> None:
-        self.means.append(values["loss"])
+        self.means.append(values["loss/total"])
 
 
 def _run_step(config: Config, step: int) -> list[float]:
     faulthandler.dump_traceback_later(HANGS_AFTER, exit=True)
     name_accelerator()
     seen = Losses()
-    run_step(config, step, world=local_world(), observer=seen, stop=StopRequest())
+    run_step(config, step, world=local_worlds(1)[0], observers=[seen], stop=StopRequest())
     return seen.means
 
 
@@ -105,8 +105,8 @@ def test_a_loss_graph_gives_the_bits_of_the_loss() -> None:
     for seed in (0, 1, 2):
         targets, output, teacher = drawn(seed)
         targets = Targets(targets.labels.cuda(), targets.num_current)
-        output = output.each(lambda tensor: tensor.detach().cuda().requires_grad_())
-        teacher = teacher.each(torch.Tensor.cuda)
+        output = output.map(lambda tensor: tensor.detach().cuda().requires_grad_())
+        teacher = teacher.map(torch.Tensor.cuda)
         expected = method.loss(targets, output, teacher)
         found = method_loss(method, targets, output, teacher)
         assert type(found["loss"].grad_fn).__name__ == "_LossBackward"

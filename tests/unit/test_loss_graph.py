@@ -5,7 +5,7 @@ from unittest import mock
 import pytest
 import torch
 
-from avcil_dist.config import MethodConfig
+from avcil_dist.config.schema import MethodConfig
 from avcil_dist.methods import make_method
 from avcil_dist.methods.base import Method, StepContext, Targets
 from avcil_dist.models.outputs import Divergence, Output

@@ -114,7 +114,7 @@ def _is_fused(choice: Choice, visual: Tensor, teacher: Side | None, dtype: torch
     """Whether a GPU forms the sums in the epilogue of the keys' product; nothing else than these types and shapes."""
     if choice != "auto" or visual.device.type != "cuda" or (visual.requires_grad and torch.is_grad_enabled()):
         return False
-    from avcil_dist.models.gpu_attention import fits  # seconds of imports, for GPUs alone
+    from avcil_dist.models.attention.fused_gpu import fits  # seconds of imports, for GPUs alone
 
     return fits(visual, dtype) and (teacher is None or not len(teacher.tokens) or fits(teacher.tokens, dtype))
 
@@ -122,7 +122,7 @@ def _is_fused(choice: Choice, visual: Tensor, teacher: Side | None, dtype: torch
 def _attend_fused(
     guide: Tensor, visual: Tensor, teacher: Side | None, weight: Tensor, bias: Tensor
 ) -> tuple[Tensor, ...]:
-    from avcil_dist.models.gpu_attention import FusedAttend, FusedPass
+    from avcil_dist.models.attention.fused_gpu import FusedAttend, FusedPass
 
     if torch.is_grad_enabled():
         pooled, *divergence = FusedAttend.apply(guide, visual, weight, bias, teacher)

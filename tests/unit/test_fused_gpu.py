@@ -11,21 +11,25 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from avcil_dist.models import attention, gpu_attention, gpu_kernels
-from avcil_dist.models.attention import AudioGuidedAttention, TeacherView
+from avcil_dist.models.attention import fused_gpu as gpu_attention
+from avcil_dist.models.attention import kernels_gpu as gpu_kernels
+from avcil_dist.models.attention import module as attention
+from avcil_dist.models.attention.module import AudioGuidedAttention, TeacherView
 
 KERNELS = ["halve_weights", "sum_frames", "pool_frames", "compare_frames", "find_factors", "differentiate"]
 
 
+@pytest.mark.slow
 def test_kernels_give_what_float64_gives_and_the_same_bits_twice() -> None:
     """In a process of their own: Triton must know at its import that its interpreter is to run them."""
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "tests.gpu_kernels"]
+    command = [sys.executable, "-m", "tests.helpers.gpu_kernels"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["torch.float16", "torch.bfloat16"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("half", ["*bf16", "*fp16"])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_kernels_are_compiled_for_a_gpu_that_is_not_here(kernel: str, half: str) -> None:

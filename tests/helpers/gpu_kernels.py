@@ -11,10 +11,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from avcil_dist.models import gpu_attention
-from avcil_dist.models.attention import AudioGuidedAttention, TeacherView
-from avcil_dist.models.attention_pass import Side
-from avcil_dist.models.gpu_attention import FusedAttend, FusedPass
+from avcil_dist.models.attention import fused_gpu as gpu_attention
+from avcil_dist.models.attention.fused import Side
+from avcil_dist.models.attention.fused_gpu import FusedAttend, FusedPass
+from avcil_dist.models.attention.module import AudioGuidedAttention, TeacherView
 
 FRAMES, POSITIONS, DIM = 3, 75, 64  # no whole number of what a program has at a time
 

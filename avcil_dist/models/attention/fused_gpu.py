@@ -13,8 +13,8 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from avcil_dist.models import gpu_kernels
-from avcil_dist.models.attention_pass import Side
+from avcil_dist.models.attention import kernels_gpu as gpu_kernels
+from avcil_dist.models.attention.fused import Side
 
 HALVES = (torch.float16, torch.bfloat16)
 LANES = 128  # channels of a program that works on sums

@@ -9,7 +9,7 @@ from avcil_dist.config.encoders import AudioMAEConfig, VideoMAEConfig
 from avcil_dist.config.schema import ClipConfig
 from avcil_dist.models.encoders.base import Encoder
 from avcil_dist.models.encoders.build import build_audio_encoder, build_visual_encoder
-from avcil_dist.models.precision import compute_context
+from avcil_dist.models.precision import precision_context
 from tests.gpu.measured import seconds
 
 BATCH = 64
@@ -28,7 +28,7 @@ def measure(device: torch.device, *, small: bool) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for precision in ("float32", "bf16"):
         for name, encoder, inputs in (("VideoMAE", visual, pictures), ("AudioMAE", audio, log_mel)):
-            with torch.inference_mode(), compute_context(precision, device):  # type: ignore[arg-type]
+            with torch.inference_mode(), precision_context(precision, device):  # type: ignore[arg-type]
                 each = seconds(lambda encoder=encoder, inputs=inputs: encoder(inputs), device) / rows
             flop = _flop(encoder, _tokens(name, clip))
             found[f"{name}, {precision}"] = {"clips/s": 1 / each, "TFLOP/s": 1e-12 * flop / each}

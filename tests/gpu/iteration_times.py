@@ -52,7 +52,7 @@ def setting_of(device: torch.device, *, small: bool) -> Setting:
 def ours(setting: Setting, batch: Batch) -> Iterator[Run]:
     """An iteration as the trainer runs it; its loss stays on the device."""
     device = torch.device(setting.device)
-    scenario = make_scenario([str(label) for label in range(setting.classes)], steps=[OLD, CLASSES - OLD])
+    scenario = make_scenario([str(label) for label in range(setting.classes)], classes_per_step=[OLD, CLASSES - OLD])
     method = make_method(MethodConfig(name="avcil"))
     method.begin_step(StepContext(scenario, 1))
     torch.manual_seed(0)

@@ -41,7 +41,10 @@ def parts_of(*, small: bool) -> dict[str, Part]:
     batch = ["--current", "4", "--replay", "2", "--turns", "1"] if small else ["--current", "256", "--replay", "128"]
     clips = ["--clips", "16", "--iterations", "4"] if small else ["--clips", "512", "--iterations", "200"]
     sizes = [8, 4, 8] if small else [256, 128, 512]
-    optim = [f"optim.{name}={size}" for name, size in zip(("batch", "replay_batch", "eval_batch"), sizes, strict=True)]
+    optim = [
+        f"optim.{name}={size}"
+        for name, size in zip(("global_batch", "global_replay_batch", "global_eval_batch"), sizes, strict=True)
+    ]
     step = ("-m", "launch", "bench", "step", *batch, *shape, "--precision", "bf16", "--json", "{json}")
     stream = ("-m", "launch", "bench", "stream", *optim, "engine.precision=bf16", *clips, *shape, "--json", "{json}")
     tests = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "-W", "ignore", "--durations", "12")

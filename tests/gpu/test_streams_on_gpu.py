@@ -101,7 +101,9 @@ def test_a_stream_killed_on_a_gpu_ends_in_the_bits_of_one_that_never_was(tmp_pat
 
 def test_a_loss_graph_gives_the_bits_of_the_loss() -> None:
     method = make_method(MethodConfig(name="avcil"))
-    method.begin_step(StepContext(make_scenario([str(label) for label in range(CLASSES)], steps=[2, 2, 2]), 2))
+    method.begin_step(
+        StepContext(make_scenario([str(label) for label in range(CLASSES)], classes_per_step=[2, 2, 2]), 2)
+    )
     for seed in (0, 1, 2):
         targets, output, teacher = drawn(seed)
         targets = Targets(targets.labels.cuda(), targets.num_current)

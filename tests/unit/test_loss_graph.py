@@ -19,7 +19,7 @@ OLD, CLASSES, CURRENT, EXEMPLARS, DIM = 4, 6, 5, 3, 7
 @pytest.fixture
 def method() -> Method:
     made = make_method(MethodConfig(name="avcil"))
-    made.begin_step(StepContext(make_scenario([str(label) for label in range(CLASSES)], steps=[2, 2, 2]), 2))
+    made.begin_step(StepContext(make_scenario([str(label) for label in range(CLASSES)], classes_per_step=[2, 2, 2]), 2))
     return made
 
 

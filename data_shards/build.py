@@ -55,14 +55,17 @@ class Chunk:
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """Number of clips in a full shard, and minimum length of a clip in seconds."""
+    """Number of clips in a full shard, minimum length of a clip in seconds, and whether muted clips are taken."""
 
     clips_per_shard: int
     min_seconds: float
+    keep_muted: bool
 
     def digest(self, content: Any) -> str:
         """Digest of these settings and `content`. The url of the output is no part of it."""
-        return storage.sha256(dumps([FORMAT, self.clips_per_shard, self.min_seconds, content]).encode())
+        return storage.sha256(
+            dumps([FORMAT, self.clips_per_shard, self.min_seconds, self.keep_muted, content]).encode()
+        )
 
 
 def build_shards(
@@ -71,6 +74,7 @@ def build_shards(
     *,
     clips_per_shard: int,
     min_seconds: float,
+    keep_muted: bool = True,
     videos: Path | None = None,
     processes: int = 0,
     strict: bool = False,
@@ -79,7 +83,8 @@ def build_shards(
     """Build the shards of the listing `source` (see `read_listing`) into the folder or url `output`.
 
     Clips that are missing, unreadable, silent, shorter than `min_seconds`, no mp4, or duplicate are left out and
-    listed in `rejected.csv`; with `strict` any such clip is an error and no manifest is written. With `processes`
+    listed in `rejected.csv`, and so are muted clips (sound of zeros) without `keep_muted`; with `strict` any such clip
+    is an error and no manifest is written. With `processes`
     a clip that crashes its decoder is left out too; 0 decodes in this process. `progress` is called with the number
     of clips done and their total. Shards that an interrupted run finished are not built again, and a data set of the
     same inputs and settings is not changed. Raises ConfigError for an output of other inputs or settings, DataError
@@ -92,6 +97,7 @@ def build_shards(
         WHOLE,
         clips_per_shard=clips_per_shard,
         min_seconds=min_seconds,
+        keep_muted=keep_muted,
         videos=videos,
         processes=processes,
         progress=progress,
@@ -113,6 +119,7 @@ def build_part(
     *,
     clips_per_shard: int,
     min_seconds: float,
+    keep_muted: bool = True,
     videos: Path | None = None,
     processes: int = 0,
     progress: Progress | None = None,
@@ -124,7 +131,7 @@ def build_part(
     """
     if clips_per_shard < 1:
         raise ConfigError(f"clips_per_shard: {clips_per_shard}; a shard needs at least one clip")
-    settings = BuildSettings(clips_per_shard, min_seconds)
+    settings = BuildSettings(clips_per_shard, min_seconds, keep_muted)
     listing = read_listing(source, videos)
     if listing.passed_over:
         _logger.warning("%s: %d files without the ending of a video were passed over", source, listing.passed_over)
@@ -195,13 +202,13 @@ def build_chunk(
 ) -> None:
     """Build one shard without its `crashed` clips, and save the result of the job."""
     rejected: list[Rejection] = []
-    good = _good_clips(chunk, settings.min_seconds, crashed, mark_start, rejected.append)
+    good = _good_clips(chunk, settings, crashed, mark_start, rejected.append)
     run_shard_job(output, chunk.job, chunk.class_name, chunk.split, good, rejected)
 
 
 def _good_clips(
     chunk: Chunk,
-    min_seconds: float,
+    settings: BuildSettings,
     crashed: frozenset[int],
     mark_start: MarkStart,
     reject: Callable[[Rejection], None],
@@ -216,7 +223,7 @@ def _good_clips(
                     raise ClipRejectedError("crash", "its decoder crashed")
                 if members is not None:
                     raise ClipRejectedError("duplicate", f"another file of clip {clip.key!r} is taken")
-                members = _members(replace(clip, path=path), chunk.class_name, chunk.split, min_seconds)
+                members = _members(replace(clip, path=path), chunk.class_name, chunk.split, settings)
             except DataError as error:
                 kind = error.kind if isinstance(error, ClipRejectedError) else "corrupt"
                 reason = str(error).removeprefix(f"{path}: ")
@@ -225,19 +232,19 @@ def _good_clips(
             yield clip.key, members
 
 
-def _members(clip: ListedClip, label: str, split: Split, min_seconds: float) -> dict[str, bytes]:
+def _members(clip: ListedClip, label: str, split: Split, settings: BuildSettings) -> dict[str, bytes]:
     """The clip's mp4 and metadata members. Raises DataError for a clip that training could not use."""
     try:
         data = cut_clip(clip.path, *clip.cut) if clip.cut else Path(clip.path).read_bytes()
     except OSError as error:
         raise ClipRejectedError("missing", f"{clip.path}: cannot be read ({error.strerror})") from None
     info = probe_clip(data, clip.path)
-    _check(clip, info, min_seconds)
+    _check(clip, info, settings.min_seconds)
     try:
         decoded = decode_clip(data, num_frames=1, sample_rate=info.sample_rate or 0, silent="error", where=clip.path)
     except SilentClipError:
         raise ClipRejectedError("silent", "no sound in its audio track") from None
-    if not decoded.waveform.any():
+    if not settings.keep_muted and not decoded.waveform.any():
         raise ClipRejectedError("silent", "its sound is all zeros")
     duration = round(info.duration, 6)
     metadata = {"label": label, "split": split, "source": clip.source, "start": clip.start, "duration": duration}

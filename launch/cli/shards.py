@@ -85,6 +85,7 @@ class _BuildSettings(TypedDict):
 
     clips_per_shard: int
     min_seconds: float
+    keep_muted: bool
     videos: Path | None
     processes: int
 
@@ -135,6 +136,7 @@ def synth(
     "--clips-per-shard", default=256, show_default=True, type=click.IntRange(1), help="Clips in a full shard."
 )
 @click.option("--min-seconds", default=0.5, show_default=True, type=click.FloatRange(0), help="Reject shorter clips.")
+@click.option("--keep-muted", is_flag=True, help="Take clips whose sound is all zeros; by default they are rejected.")
 @click.option(
     "--processes",
     default=CORES,
@@ -150,6 +152,7 @@ def build(
     videos: Path | None,
     clips_per_shard: int,
     min_seconds: float,
+    keep_muted: bool,
     processes: int,
     part: str | None,
     strict: bool,
@@ -168,13 +171,15 @@ def build(
       Annotations.txt      of AVE, with its trainSet.txt, valSet.txt, testSet.txt beside it
       FOLDER of lists      all_classId_vid_dict.npy and its two companions, as published
 
-    Files in the folder tree of --videos have the names ID_000030.mp4, ID_30000_40000.mp4, or ID.mp4. Of the last,
-    VGGSound's ten seconds are cut out: copied where a key frame allows it, otherwise encoded again.
+    Files in the folder tree of --videos have the names ID_000030.mp4, ID_30000_40000.mp4, ID_000030_000040.mp4, or
+    ID.mp4, in any container. Of the last, VGGSound's ten seconds are cut out: copied where a key frame allows it,
+    otherwise encoded again. In FOLDER, files without the ending of a video are passed over and counted; of files
+    that differ in their ending only, the one that decodes is taken.
 
-    Every clip is decoded once. Clips that are missing, damaged, silent, too short, no mp4 or duplicate are left out
-    and listed with the reason in OUTPUT/rejected.csv. An interrupted build continues when it is started again. An
-    OUTPUT that has a manifest is never overwritten: with the same clips and settings it is left unchanged; otherwise
-    give another OUTPUT, or remove it.
+    Every clip is decoded once. Clips that are missing, damaged, silent, too short, no mp4 or duplicate (the same file
+    and interval) are left out and listed with the reason in OUTPUT/rejected.csv. An interrupted build continues when
+    it is started again. An OUTPUT that has a manifest is never overwritten: with the same clips and settings it is
+    left unchanged; otherwise give another OUTPUT, or remove it.
 
     \b
     Examples:
@@ -188,6 +193,7 @@ def build(
     settings: _BuildSettings = {
         "clips_per_shard": clips_per_shard,
         "min_seconds": min_seconds,
+        "keep_muted": keep_muted,
         "videos": videos,
         "processes": processes,
     }

@@ -195,8 +195,9 @@ def test_muted_and_damaged_sound_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "muted.mov").write_bytes(media("mov", seconds=1, sound="pcm_s16le", samples=silence))
     (tmp_path / "nan.mov").write_bytes(media("mov", seconds=1, sound="pcm_f32le", samples=nan))
     source = _list(tmp_path / "c.csv", *(f"{name},dog,train" for name in ("a.mp4", "muted.mov", "nan.mov")))
-    report = _build(source, tmp_path / "out")
+    report = _build(source, tmp_path / "out", keep_muted=False)
     assert _keys(report) == ["a"]
+    assert _keys(_build(source, tmp_path / "kept", keep_muted=True)) == ["a", "muted"]
     with (tmp_path / "out/rejected.csv").open() as file:
         assert [(row["kind"], row["reason"]) for row in csv.DictReader(file)] == [
             ("silent", "its sound is all zeros"),

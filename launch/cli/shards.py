@@ -1,68 +1,21 @@
 """Commands `avcil shards …`: build, import, verify and list shards. The work is done by the package `data_shards`."""
 
 import os
-import time
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Literal, TypedDict
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from avcil_dist.errors import ConfigError, DataError
+from launch.cli.count_bar import CountBar
 
 if TYPE_CHECKING:
     from data_shards.build_plan import BuildReport
     from data_shards.verify import TableRow
 
-QUIET_SECONDS, LOG_SECONDS, SPEED_SECONDS = 3.0, 60.0, 180.0
 CORES = len(os.sched_getaffinity(0))
-
-
-class _Bar:
-    """Progress bar on stderr for work of more than three seconds; outside a terminal a line every minute.
-
-    The remaining time is estimated from the speed of the last minutes.
-    """
-
-    def __init__(self, title: str) -> None:
-        columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._console = Console(stderr=True)
-        self._progress = Progress(*columns, console=self._console, speed_estimate_period=SPEED_SECONDS)
-        self._title = title
-        self._task: TaskID | None = None
-        self._start = self._last_line = time.monotonic()
-        self._count = 0
-
-    def __enter__(self) -> "_Bar":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
-
-    def show(self, done: int, total: int) -> None:
-        """Show `done` of `total`."""
-        if self._task is None:
-            if time.monotonic() - self._start < QUIET_SECONDS:
-                return
-            self._task = self._progress.add_task("", total=total)
-            if self._console.is_terminal:
-                self._progress.start()
-        self._progress.update(self._task, completed=done, total=total)
-        if not self._console.is_terminal and time.monotonic() - self._last_line > LOG_SECONDS:
-            self._last_line = time.monotonic()
-            remaining = self._progress.tasks[0].time_remaining
-            left = "" if remaining is None else f", some {remaining / 60:.0f} minutes left"
-            click.echo(f"{self._title}: {done} of {total}{left}", err=True)
-
-    def advance(self, total: int) -> None:
-        """Show one more of `total`."""
-        self._count += 1
-        self.show(self._count, total)
 
 
 def _print_report(report: "BuildReport") -> None:
@@ -121,7 +74,7 @@ def synth(
 
     clips = {"train": train, "val": val, "test": test}
     spec = SyntheticSpec(num_classes=classes, clips=clips, seconds=seconds, size=size, seed=seed)
-    with _Bar("rendering clips") as bar:
+    with CountBar("rendering clips") as bar:
         path = render_dataset(folder, spec, progress=lambda: bar.advance(spec.num_clips), processes=processes)
     click.echo(f"{path}: {spec.num_clips} clips of {classes} classes; next: avcil shards build {path} OUTPUT")
 
@@ -164,8 +117,7 @@ def build(
     \b
       clips.csv            header path,label,split and any of start,duration,source;
                            paths relative to the csv; start and duration cut out a part
-      FOLDER               FOLDER/<split>/<class>/*.mp4, or FOLDER/<class>/*.mp4, which is
-                           split 80/10/10 by a hash of class and file name
+      FOLDER               FOLDER/<split>/<class>/*.mp4, or FOLDER/<class>/*.mp4 (split by hash)
       vggsound.csv         or VGGSound's train.csv and test.csv; 10 training clips per class
                            become val; needs --videos, as all below
       Annotations.txt      of AVE, with its trainSet.txt, valSet.txt, testSet.txt beside it
@@ -173,13 +125,11 @@ def build(
 
     Files in the folder tree of --videos have the names ID_000030.mp4, ID_30000_40000.mp4, ID_000030_000040.mp4, or
     ID.mp4, in any container. Of the last, VGGSound's ten seconds are cut out: copied where a key frame allows it,
-    otherwise encoded again. In FOLDER, files without the ending of a video are passed over and counted; of files
-    that differ in their ending only, the one that decodes is taken.
+    otherwise encoded again. In FOLDER, files without the ending of a video are passed over and counted.
 
-    Every clip is decoded once. Clips that are missing, damaged, silent, too short, no mp4 or duplicate (the same file
-    and interval) are left out and listed with the reason in OUTPUT/rejected.csv. An interrupted build continues when
-    it is started again. An OUTPUT that has a manifest is never overwritten: with the same clips and settings it is
-    left unchanged; otherwise give another OUTPUT, or remove it.
+    Every clip is decoded once. Clips that are missing, damaged, silent, too short, no mp4 or duplicate are left out and
+    listed with the reason in OUTPUT/rejected.csv. An interrupted build continues when it is started again. An OUTPUT
+    with a manifest is never overwritten; with the same clips and settings it is left unchanged.
 
     \b
     Examples:
@@ -190,14 +140,14 @@ def build(
     from data_shards.build import build_part, build_shards
     from data_shards.build_plan import Part
 
-    settings: _BuildSettings = {
-        "clips_per_shard": clips_per_shard,
-        "min_seconds": min_seconds,
-        "keep_muted": keep_muted,
-        "videos": videos,
-        "processes": processes,
-    }
-    with _Bar("building shards") as bar:
+    settings = _BuildSettings(
+        clips_per_shard=clips_per_shard,
+        min_seconds=min_seconds,
+        keep_muted=keep_muted,
+        videos=videos,
+        processes=processes,
+    )
+    with CountBar("building shards") as bar:
         if part is None:
             report = build_shards(source, output, strict=strict, progress=bar.show, **settings)
         else:
@@ -259,7 +209,7 @@ def features(manifest: str, output: str, overrides: tuple[str, ...], config: str
     world = world_from_environment(os.environ)
     share = (Part.parse(part) if part else WHOLE).of_rank(world.rank, world.size)
     device = local_device(world)
-    with _Bar("encoding features") as bar:
+    with CountBar("encoding features") as bar:
         if share.is_whole:
             report = make_features(resolved, output, batch=batch, device=device, progress=bar.show)
         else:
@@ -298,7 +248,7 @@ def import_features_(output: str, visual: Path, audio: Path, splits: Path, frame
     """
     from data_shards.importers.released_features import import_features
 
-    with _Bar("reading files (MiB)") as reading, _Bar("importing features") as bar:
+    with CountBar("reading files (MiB)") as reading, CountBar("importing features") as bar:
         report = import_features(
             visual,
             audio,
@@ -325,7 +275,7 @@ def verify(manifest: str, repair: bool, processes: int) -> None:
     """
     from data_shards.verify import repair_manifest, verify_shards
 
-    with _Bar("verifying shards") as bar:
+    with CountBar("verifying shards") as bar:
         if repair:
             repaired, faults = repair_manifest(manifest, processes=processes, progress=bar.show)
         else:
@@ -396,7 +346,7 @@ def import_tars_(
     from data_shards.listings.listing import read_class_names
 
     names = read_class_names(classes) if classes else []
-    with _Bar("reading shards") as bar:
+    with CountBar("reading shards") as bar:
         manifest = import_tars(urls, output, split=split, classes=names, processes=processes, progress=bar.show)
     clips = sum(shard.count for shard in manifest.shards)
     click.echo(f"{output}: written: {clips} clips, {len(manifest.classes)} classes, {len(manifest.shards)} shards")

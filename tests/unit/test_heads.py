@@ -45,6 +45,14 @@ def test_a_grown_head_has_the_dtype_of_the_old_one() -> None:
     assert grow_linear(LinearHead(4, 3, dtype=torch.float64), 5).weight.dtype == torch.float64
 
 
+def test_a_head_grows_to_its_own_size_as_a_copy() -> None:
+    head = LinearHead(4, 3)
+    grown = grow_linear(head, 3)
+    assert grown is not head
+    assert torch.equal(grown.weight, head.weight)
+    assert torch.equal(grown.bias, head.bias)
+
+
 def test_a_head_does_not_shrink() -> None:
     with pytest.raises(ValueError, match="3 classes cannot grow to 2"):
         grow_linear(LinearHead(4, 3), 2)

@@ -140,6 +140,10 @@ def test_afc_imprints_proxies_of_the_norm_class_by_class() -> None:
     torch.testing.assert_close(proxies, torch.tensor([[1.5, 0], [1.5, 0], [0, 1.5], [0, 1.5]]))
 
 
+def test_the_head_of_afc_has_as_many_proxies_as_the_method() -> None:
+    assert method_of("afc", num_proxies=3).needs.network_spec == NetworkSpec(head="proxies", num_proxies=3)
+
+
 PROXIES = NetworkSpec(head="proxies", num_proxies=10)
 GRID = NetworkSpec(pool=(8, 1))
 NEEDS: list[tuple[dict[str, Any], Needs]] = [

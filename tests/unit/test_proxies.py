@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from sklearn.cluster import KMeans
 from torch.nn import functional as F
 
 from avcil_dist.methods.afc import cluster_centres
@@ -77,6 +78,44 @@ def test_a_class_of_one_clip_has_proxies_that_are_all_that_clip() -> None:
     clip = torch.tensor([[3.0, 4.0]])
     torch.testing.assert_close(cluster_centres(clip, 10), torch.tensor([[0.6, 0.8]]).expand(10, 2))
     torch.testing.assert_close(cluster_centres(clip.repeat(30, 1), 4), torch.tensor([[0.6, 0.8]]).expand(4, 2))
+
+
+def test_clips_that_differ_by_rounding_alone_are_one_clip() -> None:
+    clips = torch.tensor([[1.0, 0.0], [1.0, 1e-7], [0.0, 1.0]])
+    centres = cluster_centres(clips, 3)
+    assert len(torch.unique(centres, dim=0)) == 2
+    torch.testing.assert_close(cluster_centres(clips[:2], 2), torch.tensor([[1.0, 0.0]]).expand(2, 2))
+
+
+def test_centres_are_those_of_one_run_of_k_means_from_seed_0() -> None:
+    clips = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+    units = F.normalize(clips.double(), dim=1).numpy()
+    expected = torch.from_numpy(KMeans(7, n_init=1, random_state=0).fit(units).cluster_centers_).float()
+    centres = cluster_centres(clips, 7)
+    torch.testing.assert_close(centres, expected, rtol=0, atol=0)
+    for other in (
+        KMeans(7, n_init=10, random_state=0),
+        KMeans(7, n_init=1, random_state=1),
+    ):
+        found = torch.from_numpy(other.fit(units).cluster_centers_).float()
+        assert (found.sort(dim=0).values - centres.sort(dim=0).values).abs().max() > 0.01
+
+
+def test_random_proxies_have_unit_variance_divided_by_the_dimension() -> None:
+    torch.manual_seed(0)
+    head = ProxyHead(64, 40, 20, num_proxies=10)
+    for proxies in (head.frozen, head.proxies):
+        assert proxies.shape == (200, 64)
+        assert proxies.std().item() == pytest.approx(1 / 8, rel=0.03)
+        assert abs(proxies.mean().item()) < 0.01
+
+
+def test_the_mean_norm_is_over_old_and_new_proxies() -> None:
+    head = ProxyHead(2, 2, 1, num_proxies=1)
+    head.frozen.copy_(torch.tensor([[3.0, 4.0]]))
+    with torch.no_grad():
+        head.proxies.copy_(torch.tensor([[0.0, 1.0]]))
+    assert head.mean_norm == 3
 
 
 def test_fewer_different_clips_than_proxies_are_taken_in_turn() -> None:

@@ -1,0 +1,43 @@
+"""Tables of the mutation tests: the tests that cover a file, and the mutants that do not change the behaviour."""
+
+UNIT = "tests/unit/test_"
+COVER = {
+    "methods/losses": "losses baseline_losses reference_values",
+    "methods/nearest_mean": "method_losses proxies",
+    "methods/base": "method_losses baseline_losses analytic by_method",
+    "methods/afc": "method_losses proxies by_method",
+    "methods/analytic": "analytic by_method",
+    "methods/icarl": "method_losses by_method reference_values",
+    "methods/lwf": "method_losses by_method reference_values",
+    "methods/ssil": "method_losses by_method reference_values",
+    "methods/avcil": "method_losses by_method reference_values",
+    "data/plan": "plan loader",
+    "data/exemplar_memory": "exemplar_memory",
+    "streams/commit": "artifact stream_state",
+    "streams/artifact": "artifact stream_state",
+    "streams/metrics": "metrics compare",
+    "streams/identity": "stream_state artifact resume",
+    "streams/stream": "stream_state chain",
+    "streams/compat": "stream_state",
+    "training/optim": "optim",
+    "training/teacher": "teacher train_step",
+    "training/teacher_cache": "teacher",
+    "training/inference_pass": "inference_batches end_of_step network_mode teacher",
+    "training/closed_form": "end_of_step",
+    "training/exemplars": "end_of_step",
+    "training/preflight": "preflight modalities",
+    "training/train_step": "train_step trainer",
+    "training/trainer": "trainer",
+}
+TESTS = {f"avcil_dist/{file}.py": [f"{UNIT}{name}.py" for name in names.split()] for file, names in COVER.items()}
+
+# (file, change): the reason why no result depends on it
+EQUIVALENT = {
+    ("avcil_dist/methods/nearest_mean.py", "F.normalize(features.double(), dim=1) -> F.normalize(features.double())"): (
+        "1 is the default"
+    ),
+    (
+        "avcil_dist/methods/nearest_mean.py",
+        "torch.full((dim,), torch.nan, dtype=torch.float64) -> torch.full((dim,), torch.nan)",
+    ): "the stack is in float64 if any mean is, and the result in float32",
+}

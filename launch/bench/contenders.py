@@ -1,7 +1,7 @@
-"""The contenders of `avcil bench step`: ours, a plain eager iteration, and what the machine can do at most.
+"""Contenders of `avcil bench step`: our iteration, a plain eager one, and the ceilings of the machine.
 
-Each runs in a process of its own, so that its peak of memory is its own. Ours is what a step runs:
-the network, method `avcil`, its teacher, and the engine, on one rank.
+Each runs in its own process, so that its peak memory is measured separately. Our iteration is the one of a real step:
+network, method `avcil`, its teacher, and the engine, on one rank.
 """
 
 import resource
@@ -35,13 +35,13 @@ from launch.bench.eager_reference import EagerNetwork, avcil_loss
 from launch.local_worlds import local_worlds
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-COPIED = 1 << 28  # bytes
-SideName = Literal["ours", "logits given", "eager", "ceiling"]
+COPY_BYTES = 1 << 28
+ContenderName = Literal["ours", "ours, teacher cached", "eager", "ceiling"]
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What is measured: `current` clips and `replay` exemplars of (frames, positions, dim) features in float16."""
+class BenchSetting:
+    """Sizes of an iteration: `current` clips and `replay` exemplars of (frames, positions, dim) features in float16."""
 
     current: int
     replay: int
@@ -57,24 +57,27 @@ class Setting:
 
     @property
     def product_flop(self) -> float:
-        """Of one matrix product of a clip's tokens with the keys' weights, or with their gradient."""
+        """FLOP of one matrix product of a clip's tokens with the keys' weights, or with their gradient."""
         return 2.0 * self.frames * self.positions * self.dim**2
 
     def flop(self, *, with_teacher: bool) -> float:
-        """What the definition needs: forward and the weights' gradient, and the teacher on what it is asked for."""
+        """FLOP by definition: forward, the gradient of the weights, and the teacher's forward.
+
+        The teacher processes all clips, or only exemplars if its logits are cached.
+        """
         clips = self.current + self.replay
         return self.product_flop * (2 * clips + (clips if with_teacher else self.replay))
 
     def token_bytes(self, *, with_teacher: bool) -> float:
-        """Tokens that must be read: once forward, once for the weights' gradient, once by the teacher."""
+        """Bytes of tokens to read: once forward, once for the gradient of the weights, once by the teacher."""
         return self.flop(with_teacher=with_teacher) / self.dim
 
     def batch(self) -> Batch:
-        """Random features, the same in every process."""
+        """Draw random features, the same in every process."""
         random = torch.Generator().manual_seed(0)
         clips = self.current + self.replay
         visual = torch.empty(clips, self.frames, self.positions, self.dim, dtype=torch.float16)
-        for clip in visual:  # one at a time: what comes before the measurement must not be its peak
+        for clip in visual:  # one at a time, so that the peak is not before the measurement
             clip.copy_(torch.randn(clip.shape, generator=random))
         audio = torch.randn(clips, self.dim, generator=random).half()
         current = torch.randint(self.old, self.classes, (self.current,), generator=random)
@@ -86,8 +89,8 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Ran:
-    """One iteration: its seconds and those of its parts, its loss, and the peak of memory so far in bytes."""
+class Measurement:
+    """Measurement of one iteration: seconds, values by part, loss, and the peak memory of the process in bytes."""
 
     seconds: float
     parts: dict[str, float]
@@ -96,7 +99,7 @@ class Ran:
 
 
 class Memory:
-    """The peak of memory beyond what there was at the start; of the GPU on one, else of the process."""
+    """Peak memory above that at construction: GPU memory on a GPU, otherwise memory of the process."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -105,14 +108,14 @@ class Memory:
         self.start = self.peak()
 
     def reset(self) -> None:
-        """Forget the peak, where the system lets a process do that."""
+        """Reset the peak, if the operating system supports that."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         elif CLEAR.exists():
             CLEAR.write_text("5")
 
     def peak(self) -> float:
-        """Bytes."""
+        """Return the peak in bytes."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated() - self.start
         if STATUS.exists():
@@ -122,7 +125,7 @@ class Memory:
 
 
 class Stopwatch:
-    """Seconds of the named parts of an iteration; with `memory` their peaks in bytes instead."""
+    """Seconds of the named parts of an iteration; if `memory` is set, their peak memory in bytes instead."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -130,7 +133,7 @@ class Stopwatch:
         self.memory: Memory | None = None
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, watched."""
+        """Return the function with a measurement around it."""
 
         def run(*arguments: Any, **named: Any) -> Any:
             if self.memory:
@@ -139,16 +142,18 @@ class Stopwatch:
             started = time.perf_counter()
             result = function(*arguments, **named)
             synchronize(self.device)
-            found = self.memory.peak() if self.memory else time.perf_counter() - started
-            self.parts[name] = self.parts.get(name, 0.0) + found
+            value = self.memory.peak() if self.memory else time.perf_counter() - started
+            self.parts[name] = self.parts.get(name, 0.0) + value
             return result
 
         return run
 
 
 @contextmanager
-def our_side(setting: Setting, batch: Batch, watch: Stopwatch, *, given: bool) -> Iterator[Callable[[], float]]:
-    """A step's second task, as the trainer runs it."""
+def our_contender(
+    setting: BenchSetting, batch: Batch, stopwatch: Stopwatch, *, cached: bool
+) -> Iterator[Callable[[], float]]:
+    """Iteration of the second step of a stream, as the trainer runs it."""
     device = torch.device(setting.device)
     names = [str(label) for label in range(setting.classes)]
     scenario = make_scenario(names, classes_per_step=[setting.old, setting.classes - setting.old])
@@ -157,7 +162,7 @@ def our_side(setting: Setting, batch: Batch, watch: Stopwatch, *, given: bool) -
     torch.manual_seed(0)
     student, older = _network(setting, setting.classes), _network(setting, setting.old)
     teacher = Teacher(older, device)
-    if given:
+    if cached:
         valid = np.ones(len(batch.clips), dtype=np.bool_)
         teacher.use_cache(TeacherCache(batch.clips, valid, teacher.output(batch, method)))
     optim, config = OptimConfig(), EngineConfig(precision=setting.precision)
@@ -170,11 +175,12 @@ def our_side(setting: Setting, batch: Batch, watch: Stopwatch, *, given: bool) -
         device=device,
     )
     engine.network.train()
-    engine.network.forward = watch.timed("student forward", engine.network.forward)  # type: ignore[method-assign]
-    engine.backward = watch.timed("backward", engine.backward)  # type: ignore[method-assign]
-    engine.step = watch.timed("optimizer", engine.step)  # type: ignore[method-assign]
-    train_step_module.method_loss = watch.timed("losses", train_step_module.method_loss)  # type: ignore[attr-defined] # of this process
-    teacher.logits = watch.timed("teacher's logits", teacher.logits)  # type: ignore[method-assign]
+    engine.network.forward = stopwatch.timed("student forward", engine.network.forward)  # type: ignore[method-assign]
+    engine.backward = stopwatch.timed("backward", engine.backward)  # type: ignore[method-assign]
+    engine.step = stopwatch.timed("optimizer", engine.step)  # type: ignore[method-assign]
+    # The process runs nothing else, so the module can be changed.
+    train_step_module.method_loss = stopwatch.timed("losses", train_step_module.method_loss)  # type: ignore[attr-defined]
+    teacher.logits = stopwatch.timed("teacher's logits", teacher.logits)  # type: ignore[method-assign]
 
     def run() -> float:
         return train_step(engine, batch, method=method, teacher=teacher).parts["loss"].item()
@@ -183,7 +189,7 @@ def our_side(setting: Setting, batch: Batch, watch: Stopwatch, *, given: bool) -
     engine.close()
 
 
-def _network(setting: Setting, num_classes: int) -> AudioVisualNetwork:
+def _network(setting: BenchSetting, num_classes: int) -> AudioVisualNetwork:
     network = AudioVisualNetwork(Precomputed(setting.dim), Precomputed(setting.dim), num_classes)
     network.precision = setting.precision
     network.attention.choice = setting.attention
@@ -191,24 +197,29 @@ def _network(setting: Setting, num_classes: int) -> AudioVisualNetwork:
 
 
 @contextmanager
-def eager_side(setting: Setting, batch: Batch, watch: Stopwatch) -> Iterator[Callable[[], float]]:
-    """The same iteration as the paper reads."""
+def eager_contender(setting: BenchSetting, batch: Batch, stopwatch: Stopwatch) -> Iterator[Callable[[], float]]:
+    """Same iteration in plain eager torch, as in the paper."""
     torch.manual_seed(0)
     student = EagerNetwork(setting.dim, setting.classes).to(setting.device)
     teacher = EagerNetwork(setting.dim, setting.old).to(setting.device)
     optim = OptimConfig()
     optimizer = torch.optim.Adam(student.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)
-    forward, ask = watch.timed("student forward", student), watch.timed("teacher forward", teacher)
-    step, loss_of = watch.timed("optimizer", optimizer.step), watch.timed("losses", avcil_loss)
+    student_forward, teacher_forward = (
+        stopwatch.timed("student forward", student),
+        stopwatch.timed("teacher forward", teacher),
+    )
+    step, loss_of = stopwatch.timed("optimizer", optimizer.step), stopwatch.timed("losses", avcil_loss)
 
     def run() -> float:
         visual, audio = batch.visual.float(), batch.audio.float()
-        seen = forward(visual, audio)
+        student_output = student_forward(visual, audio)
         with torch.no_grad():
-            taught = ask(visual, audio)
-        loss = loss_of(seen, taught, batch.labels, num_current=setting.current, tasks=[slice(0, setting.old)])
+            teacher_output = teacher_forward(visual, audio)
+        loss = loss_of(
+            student_output, teacher_output, batch.labels, num_current=setting.current, tasks=[slice(0, setting.old)]
+        )
         optimizer.zero_grad()
-        watch.timed("backward", loss.backward)()
+        stopwatch.timed("backward", loss.backward)()
         step()
         return loss.item()
 
@@ -216,12 +227,12 @@ def eager_side(setting: Setting, batch: Batch, watch: Stopwatch) -> Iterator[Cal
 
 
 @contextmanager
-def ceiling_side(setting: Setting, watch: Stopwatch) -> Iterator[Callable[[], float]]:
-    """What the machine can do: a clip's matrix product, and a copy."""
+def ceilings(setting: BenchSetting, stopwatch: Stopwatch) -> Iterator[Callable[[], float]]:
+    """Ceilings of the machine: the matrix product of a clip, and a copy."""
     device = torch.device(setting.device)
     left = torch.randn(setting.frames * setting.positions, setting.dim, device=device)
     right = torch.randn(setting.dim, setting.dim, device=device)
-    source = torch.ones(COPIED // 4, device=device)
+    source = torch.ones(COPY_BYTES // 4, device=device)
     target = torch.empty_like(source)
     precisions: set[Precision] = {"float32", setting.precision}
     pairs = {name: (left.to(DTYPES[name]), right.to(DTYPES[name])) for name in sorted(precisions)}
@@ -229,55 +240,57 @@ def ceiling_side(setting: Setting, watch: Stopwatch) -> Iterator[Callable[[], fl
     def run() -> float:
         for name, pair in pairs.items():
             torch.mm(*pair)
-            watch.timed(f"matmul {name}", torch.mm)(*pair)
-        watch.timed("copy", target.copy_)(source)
+            stopwatch.timed(f"matmul {name}", torch.mm)(*pair)
+        stopwatch.timed("copy", target.copy_)(source)
         return 0.0
 
     yield run
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for what a GPU was told to do."""
+    """Wait for the work queued on a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @contextmanager
-def _side(name: SideName, setting: Setting, batch: Batch, watch: Stopwatch) -> Iterator[Callable[[], float]]:
+def _contender(
+    name: ContenderName, setting: BenchSetting, batch: Batch, stopwatch: Stopwatch
+) -> Iterator[Callable[[], float]]:
     if name == "ceiling":
-        made = ceiling_side(setting, watch)
+        contender = ceilings(setting, stopwatch)
     elif name == "eager":
-        made = eager_side(setting, batch, watch)
+        contender = eager_contender(setting, batch, stopwatch)
     else:
-        made = our_side(setting, batch, watch, given=name == "logits given")
-    with made as run:
+        contender = our_contender(setting, batch, stopwatch, cached=name == "ours, teacher cached")
+    with contender as run:
         yield run
 
 
-def serve(name: SideName, setting: Setting, connection: Connection) -> None:
-    """Be a side in this process: for each word that comes, an iteration, and what was seen of it goes back.
+def serve(name: ContenderName, setting: BenchSetting, connection: Connection) -> None:
+    """Run a contender in this process: one iteration and one `Measurement` for each request.
 
-    The word "time" asks for the seconds of its parts, "memory" for their peaks in bytes; None ends.
+    The request "time" measures the seconds of the parts, "memory" their peaks in bytes; None ends the process.
     """
     torch.set_num_threads(setting.threads)
     device, world = torch.device(setting.device), local_worlds(1)[0]
     with process_group(world, device, timeout_minutes=30):
-        if name in ("ours", "logits given"):
+        if name in ("ours", "ours, teacher cached"):
             import_deepspeed(world)
         _load_libraries(setting)
-        batch, watch = setting.batch(), Stopwatch(device)
+        batch, stopwatch = setting.batch(), Stopwatch(device)
         memory = Memory(device)
-        with _side(name, setting, batch, watch) as run:
-            while word := connection.recv():
-                watch.parts, watch.memory = {}, memory if word == "memory" else None
+        with _contender(name, setting, batch, stopwatch) as run:
+            while request := connection.recv():
+                stopwatch.parts, stopwatch.memory = {}, memory if request == "memory" else None
                 started = time.perf_counter()
                 loss = run()
                 synchronize(device)
-                connection.send(Ran(time.perf_counter() - started, watch.parts, loss, memory.peak()))
+                connection.send(Measurement(time.perf_counter() - started, stopwatch.parts, loss, memory.peak()))
 
 
-def _load_libraries(setting: Setting) -> None:
-    """Touch what a first product brings in of libraries, which is no memory of an iteration's."""
+def _load_libraries(setting: BenchSetting) -> None:
+    """Load the libraries of a first matrix product, whose memory does not belong to an iteration."""
     for dtype in {torch.float32, DTYPES[setting.precision]}:
         square = torch.ones(64, 64, dtype=dtype, device=setting.device)
         torch.nn.functional.linear(square, square.requires_grad_()).float().exp().sum().backward()

@@ -1,8 +1,7 @@
-"""One AV-CIL iteration written as the paper reads, with nothing but torch: what the system is measured against.
+"""Reference for measurements: one AV-CIL iteration in plain torch, written as in the paper.
 
-Float32 throughout, every map of the attention is materialised, the teacher runs on all clips, and
-nothing is checkpointed, fused or shared. It is no part of the system, and no test relies on it but
-those of itself.
+Everything is in float32, every attention map is materialised, the teacher runs on all clips, and nothing is
+checkpointed, fused or shared. No other part of the system uses it.
 """
 
 from collections.abc import Sequence
@@ -15,8 +14,8 @@ from torch.nn import functional as F
 T_KD = 2.0
 
 
-class Seen(NamedTuple):
-    """What a network makes of a batch; `spatial` (B, T, S, D) and `temporal` (B, T, D) are the attention maps."""
+class EagerOutput(NamedTuple):
+    """Outputs of a network for a batch; `spatial` (B, T, S, D) and `temporal` (B, T, D) are the attention maps."""
 
     logits: Tensor
     audio: Tensor
@@ -36,7 +35,7 @@ class EagerNetwork(nn.Module):
         self.visual_proj = nn.Linear(dim, dim)
         self.classifier = nn.Linear(dim, num_classes)
 
-    def forward(self, visual: Tensor, audio: Tensor) -> Seen:
+    def forward(self, visual: Tensor, audio: Tensor) -> EagerOutput:
         """Classify tokens (B, T, S, D) and audio (B, D)."""
         p_a = torch.tanh(self.attn_audio(audio))
         p_v = torch.tanh(self.attn_visual(visual))
@@ -44,12 +43,12 @@ class EagerNetwork(nn.Module):
         temporal = torch.softmax((spatial * p_v).sum(dim=2) * p_a[:, None], dim=1)
         pooled = (temporal * (spatial * visual).sum(dim=2)).sum(dim=1)
         f_a, f_v = torch.relu(self.audio_proj(audio)), torch.relu(self.visual_proj(pooled))
-        return Seen(self.classifier(f_a + f_v), f_a, f_v, spatial, temporal)
+        return EagerOutput(self.classifier(f_a + f_v), f_a, f_v, spatial, temporal)
 
 
 def avcil_loss(
-    student: Seen,
-    teacher: Seen,
+    student: EagerOutput,
+    teacher: EagerOutput,
     labels: Tensor,
     *,
     num_current: int,
@@ -59,7 +58,7 @@ def avcil_loss(
     lambda_attention: float = 0.5,
     temperature: float = 0.05,
 ) -> Tensor:
-    """The whole of the method as released; `tasks` are the old tasks' slices of the head."""
+    """Return the loss of the method as released; `tasks` are the slices of the head of the old tasks."""
     batch, num_old = len(labels), tasks[-1].stop
     current = F.cross_entropy(student.logits[:num_current, num_old:], labels[:num_current] - num_old)
     replayed = F.cross_entropy(student.logits[num_current:, :num_old], labels[num_current:])

@@ -1,4 +1,4 @@
-"""How fast batches of features come, beside what the disk gives."""
+"""Rate of loading batches of features, beside plain reading of the files."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -20,19 +20,19 @@ SHARDS, EPOCHS, WINDOW = 8, 5, 16
 
 
 def rate(count: Callable[[], float]) -> float:
-    """What `count` returns, per second of its run."""
+    """Return the result of `count` per second of its run."""
     started = time.perf_counter()
     amount = count()
     return amount / (time.perf_counter() - started)
 
 
 def best_rate(repeats: int, count: Callable[[], float]) -> float:
-    """The best of some runs: others use the machine too."""
+    """Return the best rate of several runs, because other processes may use the machine."""
     return max(rate(count) for _ in range(repeats))
 
 
 def read_in_sequence(paths: list[Path]) -> float:
-    """GB of whole files, one after the other."""
+    """Read whole files one after the other; return their size in GB."""
     buffer, total = bytearray(1 << 20), 0
     for path in paths:
         with path.open("rb", buffering=0) as file:
@@ -42,7 +42,7 @@ def read_in_sequence(paths: list[Path]) -> float:
 
 
 def our_batches(url: str, epochs: int, batch: int, **settings: Any) -> Iterable[Batch]:
-    """All training batches of a step over all classes, as a rank gets them; `settings` are those of section data."""
+    """Load all training batches of a step over all classes; `settings` are those of the section `data`."""
     manifest = load_manifest(url)
     source = TrainingSampler(
         manifest=manifest,
@@ -59,11 +59,11 @@ def our_batches(url: str, epochs: int, batch: int, **settings: Any) -> Iterable[
 
 
 def our_rates(url: str, batch: int, **settings: Any) -> tuple[float, float]:
-    """GB of visual features a second of the first epoch, and of the best of the others."""
+    """Return the rate of visual features in GB/s, of the first epoch and of the best later one."""
     marks, total = [time.perf_counter()], 0
     per_epoch = int(load_manifest(url).first_clips[-1]) // batch
-    for number, found in enumerate(our_batches(url, EPOCHS, batch, **settings), start=1):
-        total += found.visual.nbytes
+    for number, loaded in enumerate(our_batches(url, EPOCHS, batch, **settings), start=1):
+        total += loaded.visual.nbytes
         if number % per_epoch == 0:
             marks.append(time.perf_counter())
     seconds = np.diff(marks)
@@ -71,7 +71,7 @@ def our_rates(url: str, batch: int, **settings: Any) -> tuple[float, float]:
 
 
 def make_shards(folder: Path, clips: int, frames: int, positions: int, dim: int) -> Manifest:
-    """Random training features in equal shards, one a class; they are in the page cache afterwards."""
+    """Write random training features in equal shards, one per class; they are in the page cache afterwards."""
     each = clips // SHARDS
     url = make_feature_shards(
         folder,
@@ -88,12 +88,12 @@ def make_shards(folder: Path, clips: int, frames: int, positions: int, dim: int)
 def measure_loader(
     folder: Path, *, clips: int, batch: int, frames: int, positions: int, dim: int, repeats: int
 ) -> dict[str, Any]:
-    """GB/s by what is measured; of each the best of `repeats` runs."""
+    """Measure plain reading and the loader, in GB/s; each is the best of `repeats` runs."""
     manifest = make_shards(folder, clips, frames, positions, dim)
     paths = [Path(manifest.url(number)) for number in range(len(manifest.shards))]
     read_in_sequence(paths)
-    found = {"sequential read": best_rate(repeats, lambda: read_in_sequence(paths))}
+    rates = {"sequential read": best_rate(repeats, lambda: read_in_sequence(paths))}
     measured = [our_rates(f"{folder}/manifest.json", batch) for _ in range(repeats)]
-    found["loader, first epoch of a process"] = max(first for first, _ in measured)
-    found["loader, epochs after it"] = max(later for _, later in measured)
-    return {"clips": clips, "batch": batch, "shape": [frames, positions, dim], "gigabytes_per_second": found}
+    rates["loader, first epoch of a process"] = max(first for first, _ in measured)
+    rates["loader, epochs after it"] = max(later for _, later in measured)
+    return {"clips": clips, "batch": batch, "shape": [frames, positions, dim], "gigabytes_per_second": rates}

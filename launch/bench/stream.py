@@ -1,6 +1,6 @@
-"""What a run comes to: two steps of a small stream of random features through the real trainer, and what follows.
+"""Speed of a stream: two steps on random features with the real trainer, and an estimate for a full run.
 
-The second step has a teacher and exemplars; it is what is measured.
+The second step, which has a teacher and exemplars, is measured.
 """
 
 import math
@@ -23,12 +23,12 @@ from data_shards.random_features import make_feature_shards
 from launch.local_worlds import local_worlds
 
 CLASSES = 4  # of each of the two steps
-# VS100-CI: steps, epochs, training clips a step, and validation clips of all steps, each counted at every step it is in
+# VS100-CI: steps, epochs, training clips per step, and validation clips summed over steps
 STEPS, EPOCHS, TRAIN, VAL = 10, 200, 5_119, 500 * sum(range(1, 11))
 
 
 class _EpochTimes(Observer):
-    """The values of each epoch and the time of its end."""
+    """Observer that records the values of each epoch and the time of its end."""
 
     def __init__(self) -> None:
         self.epochs: list[tuple[float, dict[str, float]]] = []
@@ -46,9 +46,9 @@ class _EpochTimes(Observer):
 def measure_stream(
     folder: Path, *, iterations: int, clips: int, frames: int, positions: int, dim: int, overrides: tuple[str, ...]
 ) -> dict[str, Any]:
-    """Train two steps for at least `iterations` each; what those of the second took.
+    """Train two steps of at least `iterations` iterations each; return the figures of the second.
 
-    `clips` are those of an epoch. Raises ConfigError as a run does, and for fewer clips than a batch has.
+    `clips` is the number of clips of an epoch. Raises ConfigError as a run does, and for fewer clips than a batch has.
     """
     each = math.ceil(clips / CLASSES)
     val = max(1, each // 10)
@@ -65,28 +65,30 @@ def measure_stream(
     batch = load_config("vs100_ci", (*overrides, *fixed)).optim.global_batch
     per_epoch = each * CLASSES // batch
     if per_epoch == 0:
-        raise ConfigError(f"--clips {clips} are fewer than optim.global_batch={batch}; give more")
+        raise ConfigError(
+            f"--clips {clips} is less than optim.global_batch={batch}: increase --clips or reduce the batch"
+        )
     epochs = max(2, math.ceil(iterations / per_epoch))
     config = load_config("vs100_ci", (*overrides, *fixed, f"optim.epochs={epochs}"))
     name_accelerator()
     for step in (0, 1):
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:  # as every step has
-            watch = fresh.submit(_run, config, step).result()
-    return _found(config, watch, per_epoch, CLASSES * 2 * val)
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:  # a new process per step, as in a run
+            times = process.submit(_run, config, step).result()
+    return _figures(config, times, per_epoch, CLASSES * 2 * val)
 
 
 def _run(config: Config, step: int) -> _EpochTimes:
-    watch = _EpochTimes()
-    run_step(config, step, world=local_worlds(1)[0], observers=(watch,), stop=StopRequest())
-    return watch
+    times = _EpochTimes()
+    run_step(config, step, world=local_worlds(1)[0], observers=(times,), stop=StopRequest())
+    return times
 
 
-def _found(config: Config, watch: _EpochTimes, per_epoch: int, val_clips: int) -> dict[str, Any]:
-    trained = [per_epoch * config.optim.global_batch / values["speed/clips_per_second"] for _, values in watch.epochs]
-    stalled = [values["data/stall_seconds"] for _, values in watch.epochs]
-    ends = [watch.started, *(end for end, _ in watch.epochs)]
+def _figures(config: Config, times: _EpochTimes, per_epoch: int, val_clips: int) -> dict[str, Any]:
+    trained = [per_epoch * config.optim.global_batch / values["speed/clips_per_second"] for _, values in times.epochs]
+    stalled = [values["data/stall_seconds"] for _, values in times.epochs]
+    ends = [times.started, *(end for end, _ in times.epochs)]
     between = [later - earlier for earlier, later in pairwise(ends)]
-    validating = max(0.0, sum(between[1:]) - sum(trained[1:]))  # the first holds the engine's start
+    validating = max(0.0, sum(between[1:]) - sum(trained[1:]))  # the first includes the start of the engine
     later = len(trained) - 1
     clips_per_second = later * per_epoch * config.optim.global_batch / sum(trained[1:])
     batches = TRAIN // config.optim.global_batch

@@ -1,4 +1,4 @@
-"""`avcil bench`: how fast this machine is at what a run consists of."""
+"""`avcil bench`: speed of a training iteration, the loader and a stream on this machine."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-WIDTH = 120  # of the tables, terminal or not
+WIDTH = 120  # characters of the tables, also without a terminal
 
 
 @click.group()
@@ -16,9 +16,9 @@ def bench() -> None:
     """Measure this machine: an iteration of training, the loader, a whole stream."""
 
 
-def _write(found: dict[str, Any], path: str | None) -> None:
+def _write(figures: dict[str, Any], path: str | None) -> None:
     if path:
-        Path(path).write_text(json.dumps(found, indent=1) + "\n")
+        Path(path).write_text(json.dumps(figures, indent=1) + "\n")
         click.echo(f"wrote {path}")
 
 
@@ -33,37 +33,37 @@ _COUNT = click.IntRange(min=1)
 @click.option("--positions", type=_COUNT, default=196, show_default=True, help="Tokens of a frame.")
 @click.option("--dim", type=_COUNT, default=768, show_default=True)
 @click.option("--classes", type=click.IntRange(min=2), default=28, show_default=True, help="Seen classes.")
-@click.option("--old", type=_COUNT, default=21, show_default=True, help="Those of them that the teacher knows.")
+@click.option("--old", type=_COUNT, default=21, show_default=True, help="Seen classes of earlier steps, the teacher's.")
 @click.option("--precision", type=click.Choice(["float32", "bf16", "fp16"]), default="float32", show_default=True)
 @click.option("--attention", type=click.Choice(["auto", "torch"]), default="auto", show_default=True)
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: a GPU where there is one.")
-@click.option("--threads", type=_COUNT, help="Default: one a core.")
-@click.option("--turns", type=_COUNT, default=7, show_default=True, help="Iterations of each side that count.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Default: cuda if a GPU is available.")
+@click.option("--threads", type=_COUNT, help="Default: one per core.")
+@click.option("--turns", type=_COUNT, default=7, show_default=True, help="Measured iterations of each contender.")
 @_JSON
 def step(device: str | None, threads: int | None, turns: int, path: str | None, **shape: Any) -> None:
-    """Time one iteration of avcil, and its peak of memory, beside a plain eager one on the same inputs.
+    """Measure time and peak memory of one iteration of avcil, beside a plain eager one on the same inputs.
 
-    Rows: the eager iteration as the paper reads, in float32; ours with the teacher asked for the
-    logits of all clips; and ours where those are at hand, as they are after a step's first epoch on
-    features. TFLOP/s and GB/s are of what the definition needs: a product of a clip's tokens
-    forward, one for the gradient, one of the teacher; the tokens once for each.
+    Rows: the eager iteration as in the paper, in float32; ours with the teacher computed for all clips; and ours with
+    cached teacher logits, as in all epochs after the first of a step on features. TFLOP/s and GB/s count what the
+    definition needs: one product of a clip's tokens for forward, one for the gradient, one for the teacher, and one
+    read of the tokens for each.
     """
     import torch
     from rich.console import Console
 
     from avcil_dist.errors import ConfigError
-    from launch.bench.contenders import Setting
+    from launch.bench.contenders import BenchSetting
     from launch.bench.step import measure, show
 
     if shape["old"] >= shape["classes"]:
         raise ConfigError(f"--old {shape['old']} must be less than --classes {shape['classes']}")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch finds no GPU here; use --device cpu")
+        raise ConfigError("--device cuda: torch finds no GPU; use --device cpu")
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     cores = threads or len(os.sched_getaffinity(0))
-    found = measure(Setting(**shape, device=chosen, threads=cores), turns)
-    show(found, Console(width=WIDTH))
-    _write(found, path)
+    figures = measure(BenchSetting(**shape, device=chosen, threads=cores), turns)
+    show(figures, Console(width=WIDTH))
+    _write(figures, path)
 
 
 @bench.command()
@@ -72,34 +72,34 @@ def step(device: str | None, threads: int | None, turns: int, path: str | None, 
 @click.option("--frames", type=_COUNT, default=8, show_default=True)
 @click.option("--positions", type=_COUNT, default=196, show_default=True, help="Tokens of a frame.")
 @click.option("--dim", type=_COUNT, default=768, show_default=True)
-@click.option("--repeats", type=_COUNT, default=3, show_default=True, help="Runs of each, of which the best counts.")
-@click.option("--folder", type=click.Path(file_okay=False), help="Where the data are made; default: below TMPDIR.")
+@click.option("--repeats", type=_COUNT, default=3, show_default=True, help="Runs of each; the best is reported.")
+@click.option("--folder", type=click.Path(file_okay=False), help="Folder for temporary data. Default: TMPDIR.")
 @_JSON
 def loader(folder: str | None, path: str | None, **setting: Any) -> None:
-    """Measure how fast shuffled batches of feature clips come from the local disk, beside plain reading."""
+    """Measure the rate of shuffled batches of feature clips from the local disk, beside plain reading."""
     from launch.bench.loader import measure_loader
 
-    with tempfile.TemporaryDirectory(dir=folder) as made:
-        found = measure_loader(Path(made), **setting)
-    for what, value in found["gigabytes_per_second"].items():
-        click.echo(f"{what}: {value:.2f} GB/s")
-    _write(found, path)
+    with tempfile.TemporaryDirectory(dir=folder) as data_folder:
+        figures = measure_loader(Path(data_folder), **setting)
+    for name, value in figures["gigabytes_per_second"].items():
+        click.echo(f"{name}: {value:.2f} GB/s")
+    _write(figures, path)
 
 
 @bench.command()
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--iterations", type=_COUNT, default=40, show_default=True, help="Of each step, at least.")
+@click.option("--iterations", type=_COUNT, default=40, show_default=True, help="Minimum number of iterations per step.")
 @click.option("--clips", type=_COUNT, default=64, show_default=True, help="Training clips of a step, 2.4 MB each.")
 @click.option("--frames", type=_COUNT, default=8, show_default=True)
 @click.option("--positions", type=_COUNT, default=196, show_default=True, help="Tokens of a frame.")
 @click.option("--dim", type=_COUNT, default=768, show_default=True)
-@click.option("--folder", type=click.Path(file_okay=False), help="Where the data are made; default: below TMPDIR.")
+@click.option("--folder", type=click.Path(file_okay=False), help="Folder for temporary data. Default: TMPDIR.")
 @_JSON
 def stream(folder: str | None, path: str | None, overrides: tuple[str, ...], **setting: Any) -> None:
-    """Train two steps on random features and say what a whole run like vs100_ci would take here.
+    """Train two steps on random features and estimate the hours of a full run such as vs100_ci.
 
-    The settings are those of vs100_ci, changed by KEY=VALUE. The second step, which has a teacher and
-    exemplars, is what counts; its first epoch, which starts things and fills caches, is told apart.
+    The settings are those of vs100_ci, changed by KEY=VALUE. The second step, which has a teacher and exemplars, is
+    measured; its first epoch, which fills caches, is reported separately.
 
     \b
     Example:
@@ -107,15 +107,15 @@ def stream(folder: str | None, path: str | None, overrides: tuple[str, ...], **s
     """
     from launch.bench.stream import measure_stream
 
-    with tempfile.TemporaryDirectory(dir=folder) as made:
-        found = measure_stream(Path(made), overrides=overrides, **setting)
-    hours = found["vs100_ci_hours"]
+    with tempfile.TemporaryDirectory(dir=folder) as data_folder:
+        figures = measure_stream(Path(data_folder), overrides=overrides, **setting)
+    hours = figures["vs100_ci_hours"]
     click.echo(
-        f"{found['iterations']} iterations of {found['batch']} + {found['replay_batch']} clips: "
-        f"{found['iterations_per_second']:.2f} iterations/s after the first epoch\n"
-        f"waiting for data: {found['waiting_share_first_epoch']:.1%} of the first epoch, "
-        f"{found['waiting_share_later_epochs']:.1%} of the others\n"
+        f"{figures['iterations']} iterations of {figures['batch']} + {figures['replay_batch']} clips: "
+        f"{figures['iterations_per_second']:.2f} iterations/s after the first epoch\n"
+        f"waiting for data: {figures['waiting_share_first_epoch']:.1%} of the first epoch, "
+        f"{figures['waiting_share_later_epochs']:.1%} of the others\n"
         f"a run like vs100_ci, 10 steps of 200 epochs: {hours['training']:.2f} h of training, "
         f"{hours['validation']:.2f} h of validation"
     )
-    _write(found, path)
+    _write(figures, path)

@@ -15,9 +15,8 @@ from avcil_dist.data.batch import Batch
 from avcil_dist.methods import make_method
 from avcil_dist.methods.avcil import Avcil
 from avcil_dist.methods.base import StepContext
-from avcil_dist.models.attention import fused as attention_pass
-from avcil_dist.models.attention import kernels_torch as sweeps
-from avcil_dist.models.attention import module as attention
+from avcil_dist.models.attention import fused, module
+from avcil_dist.models.attention.kernels_torch import TorchKernels
 from avcil_dist.models.encoders.base import Precomputed
 from avcil_dist.models.network import AudioVisualNetwork
 from avcil_dist.scenario import make_scenario
@@ -27,8 +26,8 @@ from avcil_dist.training.optim import build_optimizer
 from avcil_dist.training.teacher import Teacher
 from avcil_dist.training.teacher_cache import TeacherCache
 from avcil_dist.training.train_step import train_step
-from launch.bench import eager_reference as reference
-from launch.bench.contenders import Setting
+from launch.bench.contenders import BenchSetting
+from launch.bench.eager_reference import EagerNetwork, avcil_loss
 from launch.local_worlds import local_worlds
 from tests.gpu.measured import peak_beyond, seconds, synchronize
 
@@ -38,18 +37,18 @@ TOP = 25  # kernels of the profile that are listed
 Run = Callable[[], torch.Tensor]
 
 
-def setting_of(device: torch.device, *, small: bool) -> Setting:
-    """Setting of a step of VS100-CI; a small one where `small`."""
+def setting_of(device: torch.device, *, small: bool) -> BenchSetting:
+    """BenchSetting of a step of VS100-CI; a small one where `small`."""
     current, replay, frames, positions, dim = SMALL if small else LARGE
     shape = {"current": current, "replay": replay, "frames": frames, "positions": positions, "dim": dim}
     threads = len(os.sched_getaffinity(0))
-    return Setting(
+    return BenchSetting(
         **shape, classes=CLASSES, old=OLD, precision="bf16", attention="auto", device=device.type, threads=threads
     )
 
 
 @contextmanager
-def ours(setting: Setting, batch: Batch) -> Iterator[Run]:
+def ours(setting: BenchSetting, batch: Batch) -> Iterator[Run]:
     """An iteration as the trainer runs it; its loss stays on the device."""
     device = torch.device(setting.device)
     scenario = make_scenario([str(label) for label in range(setting.classes)], classes_per_step=[OLD, CLASSES - OLD])
@@ -73,10 +72,10 @@ def ours(setting: Setting, batch: Batch) -> Iterator[Run]:
 
 
 @contextmanager
-def eager(setting: Setting, batch: Batch, *, compiled: bool = False) -> Iterator[Run]:
+def eager(setting: BenchSetting, batch: Batch, *, compiled: bool = False) -> Iterator[Run]:
     """The iteration as the paper reads, in float32 with TF32 allowed; the teacher sees all clips."""
     torch.manual_seed(0)
-    student, teacher = (reference.EagerNetwork(setting.dim, count).to(setting.device) for count in (CLASSES, OLD))
+    student, teacher = (EagerNetwork(setting.dim, count).to(setting.device) for count in (CLASSES, OLD))
     optimizer = torch.optim.Adam(student.parameters(), lr=OptimConfig().lr, fused=True)
 
     def loss_of() -> torch.Tensor:
@@ -84,9 +83,7 @@ def eager(setting: Setting, batch: Batch, *, compiled: bool = False) -> Iterator
         with torch.no_grad():
             taught = teacher(visual, audio)
         seen = student(visual, audio)
-        loss: torch.Tensor = reference.avcil_loss(
-            seen, taught, batch.labels, num_current=setting.current, tasks=[slice(0, OLD)]
-        )
+        loss: torch.Tensor = avcil_loss(seen, taught, batch.labels, num_current=setting.current, tasks=[slice(0, OLD)])
         return loss
 
     forward = torch.compile(loss_of) if compiled else loss_of
@@ -104,35 +101,35 @@ def eager(setting: Setting, batch: Batch, *, compiled: bool = False) -> Iterator
 
 
 @contextmanager
-def swept(setting: Setting, batch: Batch, *, compiled: bool = False) -> Iterator[Run]:
-    """Ours by sweeps over tiles; compiled: those of plain torch, by torch.compile, in two large tiles."""
+def in_tiles(setting: BenchSetting, batch: Batch, *, compiled: bool = False) -> Iterator[Run]:
+    """Ours tile by tile; `compiled`: the kernels of plain torch through torch.compile, in two large tiles."""
     with ExitStack() as stack:
         enter = stack.enter_context
-        enter(mock.patch.object(attention, "_is_fused", return_value=False))
+        enter(mock.patch.object(module, "_is_fused", return_value=False))
         if compiled:
-            enter(mock.patch.object(attention, "_sweeps", return_value=sweeps.TorchSweeps()))
-            enter(mock.patch.object(attention_pass, "TILE_BYTES", dict.fromkeys(("cpu", "cuda"), 1 << 40)))
+            enter(mock.patch.object(module, "_choose_kernels", return_value=TorchKernels()))
+            enter(mock.patch.object(fused, "TILE_BYTES", dict.fromkeys(("cpu", "cuda"), 1 << 40)))
             for name in ("attend", "compare", "differentiate"):
-                function = torch.compile(getattr(sweeps.TorchSweeps, name), dynamic=False)
-                enter(mock.patch.object(sweeps.TorchSweeps, name, function))
+                function = torch.compile(getattr(TorchKernels, name), dynamic=False)
+                enter(mock.patch.object(TorchKernels, name, function))
         yield enter(ours(setting, batch))
 
 
 @contextmanager
-def ungraphed(setting: Setting, batch: Batch) -> Iterator[Run]:
+def without_graph(setting: BenchSetting, batch: Batch) -> Iterator[Run]:
     """Ours with the loss's kernels started one by one."""
     with mock.patch.object(Avcil, "has_static_loss", False), ours(setting, batch) as run:
         yield run
 
 
-def sides_of(device: torch.device) -> dict[str, Callable[[Setting, Batch], Any]]:
+def sides_of(device: torch.device) -> dict[str, Callable[[BenchSetting, Batch], Any]]:
     """The iterations that are compared on a device, by name."""
     found = {"ours": ours, "eager, TF32": eager}
     if device.type == "cuda":
         found |= {
-            "ours, no loss graph": ungraphed,
-            "ours, by sweeps in tiles": swept,
-            "plain sweeps, torch.compile": lambda *given: swept(*given, compiled=True),
+            "ours, no loss graph": without_graph,
+            "ours, in tiles": in_tiles,
+            "plain torch kernels, torch.compile": lambda *given: in_tiles(*given, compiled=True),
         }
     return found
 
@@ -157,7 +154,7 @@ def measure(device: torch.device, *, small: bool) -> dict[str, Any]:
     return found
 
 
-def _measured(run: Run, setting: Setting, inputs: Batch, device: torch.device) -> dict[str, float]:
+def _measured(run: Run, setting: BenchSetting, inputs: Batch, device: torch.device) -> dict[str, float]:
     first = run().item()
     for _ in range(3):
         run()

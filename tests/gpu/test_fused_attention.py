@@ -1,9 +1,9 @@
-"""The fused attention on a GPU: against float64 at the sizes of real features, and what takes it."""
+"""The fused attention on a GPU: against float64 at the sizes of real features, and the inputs it supports."""
 
 import pytest
 import torch
 
-from avcil_dist.models.attention import module as attention
+from avcil_dist.models.attention import module
 from avcil_dist.models.attention.module import AudioGuidedAttention, TeacherView
 from tests.helpers import gpu_kernels
 
@@ -24,12 +24,12 @@ def test_real_sizes_give_what_float64_gives(dtype: torch.dtype, tolerance: float
 
 
 @pytest.mark.parametrize("autocast", [torch.float16, torch.bfloat16])
-def test_the_module_takes_it_under_autocast_and_gives_what_plain_torch_gives_in_float32(autocast: torch.dtype) -> None:
+def test_the_module_uses_it_under_autocast_and_is_close_to_plain_torch_in_float32(autocast: torch.dtype) -> None:
     torch.manual_seed(0)
     student, other = (AudioGuidedAttention(256).cuda() for _ in range(2))
     audio, visual = torch.randn(6, 256, device="cuda"), torch.randn(6, 4, 100, 256, device="cuda").half()
     view = TeacherView(other, audio[4:], visual[4:])
-    assert attention._is_fused("auto", visual, other._side(view), autocast)
+    assert module._is_fused("auto", visual, other._teacher_inputs(view), autocast)
 
     def run() -> list[torch.Tensor]:
         pooled, divergence = student(audio, visual, view)

@@ -1,7 +1,7 @@
 """The fused attention of a GPU against float64, in each half; prints the types that agree.
 
-Run with TRITON_INTERPRET=1 it is Triton's interpreter that runs the kernels, on the processor. Memory that kernels
-are to fill holds NaN before they do.
+With TRITON_INTERPRET=1, Triton's interpreter runs the kernels on the CPU. New memory contains NaN, so a value that no
+kernel writes is found.
 """
 
 from collections.abc import Iterator
@@ -11,17 +11,17 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from avcil_dist.models.attention import fused_gpu as gpu_attention
-from avcil_dist.models.attention.fused import Side
+from avcil_dist.models.attention import fused_gpu
+from avcil_dist.models.attention.fused import AttentionInputs
 from avcil_dist.models.attention.fused_gpu import FusedAttend, FusedPass
 from avcil_dist.models.attention.module import AudioGuidedAttention, TeacherView
 
-FRAMES, POSITIONS, DIM = 3, 75, 64  # no whole number of what a program has at a time
+FRAMES, POSITIONS, DIM = 3, 75, 64  # no multiples of a program's tile
 
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """A block in which new memory holds NaN."""
+    """Context in which new memory contains NaN."""
     empty, empty_like = torch.empty, torch.empty_like
 
     def fill(tensor: Tensor) -> Tensor:
@@ -53,7 +53,9 @@ def fused(student: AudioGuidedAttention, audio: Tensor, visual: Tensor, view: Te
     teacher = None
     if view is not None:
         linear = view.attention.attn_visual
-        teacher = Side(view.attention._guide(view.audio), view.visual, linear.weight.detach(), linear.bias.detach())
+        teacher = AttentionInputs(
+            view.attention._guide(view.audio), view.visual, linear.weight.detach(), linear.bias.detach()
+        )
     linear = student.attn_visual
     pooled, *divergence = FusedAttend.apply(student._guide(audio), visual, linear.weight, linear.bias, teacher)
     return pooled, *(divergence if view is not None else ())
@@ -82,7 +84,9 @@ def errors(dtype: torch.dtype, device: str, shape: tuple[int, int, int, int, int
         ours = differentiated(fused, student, audio, visual, view)
     again = differentiated(fused, student, audio, visual, view)
     assert all(map(torch.equal, ours, again)), "a repeated call gave other bits"
-    inferred = FusedPass(Side(student._guide(audio), visual, *student.attn_visual.parameters()), None, wanted=False)
+    inferred = FusedPass(
+        AttentionInputs(student._guide(audio), visual, *student.attn_visual.parameters()), None, needs_grad=False
+    )
     with torch.no_grad():
         inferred.run()
     assert torch.equal(inferred.pooled, ours[0])
@@ -104,5 +108,5 @@ def main(device: str = "cpu") -> None:
 
 
 if __name__ == "__main__":
-    with mock.patch.object(gpu_attention, "FAST", False):
+    with mock.patch.object(fused_gpu, "FAST_TANH", False):
         main()

@@ -1,6 +1,6 @@
 """Attention with Triton's kernels against plain torch; prints the types that agree.
 
-Run with TRITON_INTERPRET=1 it is Triton's interpreter that runs them, on the processor.
+With TRITON_INTERPRET=1, Triton's interpreter runs them on the CPU.
 """
 
 from unittest import mock
@@ -8,23 +8,23 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from avcil_dist.models.attention import module as attention
-from avcil_dist.models.attention.kernels_torch import Sweeps, TorchSweeps
-from avcil_dist.models.attention.kernels_triton import TritonSweeps
+from avcil_dist.models.attention import module
+from avcil_dist.models.attention.kernels_torch import AttentionKernels, TorchKernels
+from avcil_dist.models.attention.kernels_triton import TritonKernels
 from avcil_dist.models.attention.module import AudioGuidedAttention, TeacherView
 
-CLIPS, FRAMES, POSITIONS, DIM = 3, 2, 45, 70  # no whole number of what a program has at a time
+CLIPS, FRAMES, POSITIONS, DIM = 3, 2, 45, 70  # no multiples of a program's tile
 
 
 def run(
-    sweeps: Sweeps, dtype: torch.dtype, student: AudioGuidedAttention, batch: tuple[Tensor, Tensor]
+    kernels: AttentionKernels, dtype: torch.dtype, student: AudioGuidedAttention, batch: tuple[Tensor, Tensor]
 ) -> list[Tensor]:
-    """Results and gradients; the last clip is compared with a teacher."""
+    """Results and gradients; the last clip has a teacher."""
     audio, visual = batch[0].clone().requires_grad_(), batch[1]
     torch.manual_seed(1)
     view = TeacherView(AudioGuidedAttention(DIM).to(audio.device), audio[2:].detach(), visual[2:])
     with (
-        mock.patch.object(attention, "_sweeps", return_value=sweeps),
+        mock.patch.object(module, "_choose_kernels", return_value=kernels),
         torch.autocast(audio.device.type, dtype, enabled=dtype != torch.float32),
     ):
         pooled, divergence = student(audio, visual, view)
@@ -41,7 +41,9 @@ def main(device: str = "cpu") -> None:
     batch = torch.randn(CLIPS, DIM).to(device), torch.randn(CLIPS, FRAMES, POSITIONS, DIM).half().to(device)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         tolerance = 1e-5 if dtype == torch.float32 else 0.02
-        pairs = zip(run(TritonSweeps(), dtype, student, batch), run(TorchSweeps(), dtype, student, batch), strict=True)
+        pairs = zip(
+            run(TritonKernels(), dtype, student, batch), run(TorchKernels(), dtype, student, batch), strict=True
+        )
         for ours, theirs in pairs:
             assert (ours - theirs).norm() <= tolerance * max(1, theirs.norm()), (dtype, ours, theirs)
         print(dtype)

@@ -12,17 +12,15 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from avcil_dist.models.attention import fused as attention_pass
-from avcil_dist.models.attention import kernels_cpu as sweeps_native
-from avcil_dist.models.attention import kernels_triton as sweeps_triton
-from avcil_dist.models.attention import module as attention_module
-from avcil_dist.models.attention.module import AudioGuidedAttention, TeacherView
+from avcil_dist.models.attention import fused, kernels_triton
+from avcil_dist.models.attention.kernels_cpu import cpu_kernels
+from avcil_dist.models.attention.module import AudioGuidedAttention, Choice, TeacherView
 from avcil_dist.models.encoders.base import Precomputed
 from avcil_dist.models.network import AudioVisualNetwork
 
 CLIPS, FRAMES, POSITIONS, DIM = 5, 3, 4, 6
-NUM_COMPARED = 2
-native = pytest.mark.skipif(sweeps_native.native_sweeps() is None, reason="the compiler made no sweeps")
+NUM_WITH_TEACHER = 2
+needs_compiler = pytest.mark.skipif(cpu_kernels() is None, reason="no C++ compiler")
 
 
 def draw(*shape: int) -> Tensor:
@@ -47,7 +45,7 @@ def batch() -> tuple[Tensor, Tensor]:
 @pytest.fixture
 def view(batch: tuple[Tensor, Tensor]) -> TeacherView:
     """A teacher of the last rows; copies of them, for gradcheck changes its inputs in place."""
-    audio, visual = (rows[-NUM_COMPARED:].clone() for rows in batch)
+    audio, visual = (rows[-NUM_WITH_TEACHER:].clone() for rows in batch)
     return TeacherView(AudioGuidedAttention(DIM).double(), audio, visual)
 
 
@@ -99,7 +97,7 @@ def test_maps_sum_to_one(student: AudioGuidedAttention, batch: tuple[Tensor, Ten
     torch.testing.assert_close(temporal.sum(1), torch.ones(CLIPS, DIM, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("room", [0, 1, 100])
+@pytest.mark.parametrize("saved_to_tokens", [0, 1, 100])
 @pytest.mark.parametrize("clips_per_tile", [1, 2, CLIPS])
 @pytest.mark.parametrize("tokens_too", [False, True])
 @pytest.mark.parametrize("compared", [False, True])
@@ -108,16 +106,16 @@ def test_results_and_gradients_are_those_of_the_definition(
     batch: tuple[Tensor, Tensor],
     view: TeacherView,
     monkeypatch: pytest.MonkeyPatch,
-    room: float,
+    saved_to_tokens: float,
     clips_per_tile: int,
     tokens_too: bool,
     compared: bool,
 ) -> None:
-    monkeypatch.setattr(attention_pass, "TILE_BYTES", {"cpu": clips_per_tile * FRAMES * POSITIONS * DIM * 8})
-    monkeypatch.setattr(attention_pass, "ROOM", room)
-    given = view if compared else None
-    ours = gradients_of(computed, student, batch, given, tokens_too=tokens_too)
-    torch.testing.assert_close(ours, gradients_of(defined, student, batch, given, tokens_too=tokens_too))
+    monkeypatch.setattr(fused, "TILE_BYTES", {"cpu": clips_per_tile * FRAMES * POSITIONS * DIM * 8})
+    monkeypatch.setattr(fused, "SAVED_TO_TOKENS", saved_to_tokens)
+    chosen_view = view if compared else None
+    ours = gradients_of(computed, student, batch, chosen_view, tokens_too=tokens_too)
+    torch.testing.assert_close(ours, gradients_of(defined, student, batch, chosen_view, tokens_too=tokens_too))
     if compared:
         assert all((part > 1e-4).all() for part in ours[1:3])
 
@@ -156,10 +154,10 @@ def large(tokens: torch.dtype) -> tuple[AudioGuidedAttention, tuple[Tensor, Tens
     return AudioGuidedAttention(dim), (audio, visual), TeacherView(AudioGuidedAttention(dim), audio[3:], visual[3:])
 
 
-@native
+@needs_compiler
 @pytest.mark.parametrize("tokens", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("tokens_too", [False, True])
-def test_compiled_sweeps_give_what_float64_gives(tokens: torch.dtype, tokens_too: bool) -> None:
+def test_compiled_kernels_give_what_float64_gives(tokens: torch.dtype, tokens_too: bool) -> None:
     student, batch, view = large(tokens)
     ours = gradients_of(computed, student, batch, view, tokens_too=tokens_too)
     exact = TeacherView(view.attention.double(), view.audio.double(), view.visual.double())
@@ -171,7 +169,7 @@ def test_compiled_sweeps_give_what_float64_gives(tokens: torch.dtype, tokens_too
 
 @pytest.mark.slow
 def test_triton_kernels_give_what_torch_gives() -> None:
-    """In a process of their own: Triton must know at its import that its interpreter is to run them."""
+    """In a process of their own: Triton reads TRITON_INTERPRET when it is imported."""
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "tests.helpers.triton_kernels"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -182,11 +180,11 @@ def test_triton_kernels_give_what_torch_gives() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("keys", ["*bf16", "*fp16", "*fp32"])
 @pytest.mark.parametrize("kernel", ["_attend", "_compare", "_differentiate"])
-def test_triton_kernels_are_compiled_for_a_gpu_that_is_not_here(kernel: str, keys: str) -> None:
-    function = getattr(sweeps_triton, kernel)
-    sizes = {"ROWS": sweeps_triton.POSITIONS, "LANES": sweeps_triton.CHANNELS}
-    chosen = {"STORE": True, "MOMENTS": True, "COMPARED": True, **sizes}
-    types = dict.fromkeys(("keys", "bias", "student", "other_keys", "out"), keys) | {"tokens": "*fp16"}
+def test_triton_kernels_are_compiled_without_a_gpu(kernel: str, keys: str) -> None:
+    function = getattr(kernels_triton, kernel)
+    sizes = {"ROWS": kernels_triton.POSITIONS, "LANES": kernels_triton.CHANNELS}
+    chosen = {"STORE": True, "MOMENTS": True, "HAS_TEACHER": True, **sizes}
+    types = dict.fromkeys(("keys", "bias", "student", "teacher_keys", "out"), keys) | {"tokens": "*fp16"}
     types |= dict.fromkeys(("frames", "positions", "dim"), "i32") | {"stride": "i64"}
     signature = {name: "constexpr" if name in chosen else types.get(name, "*fp32") for name in function.arg_names}
     values = {(number,): chosen[name] for number, name in enumerate(function.arg_names) if name in chosen}
@@ -195,7 +193,7 @@ def test_triton_kernels_are_compiled_for_a_gpu_that_is_not_here(kernel: str, key
     assert compiled.asm["cubin"]
 
 
-@pytest.mark.parametrize("choice", ["torch", pytest.param("auto", marks=native)])
+@pytest.mark.parametrize("choice", ["torch", pytest.param("auto", marks=needs_compiler)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_under_autocast_results_are_close_and_gradients_in_float32(choice: str, dtype: torch.dtype) -> None:
     student, batch, view = large(torch.float16)
@@ -208,9 +206,9 @@ def test_under_autocast_results_are_close_and_gradients_in_float32(choice: str, 
         assert (ours - true).norm() <= 0.03 * true.norm()
 
 
-@native
+@needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_repeated_call_gives_the_same_bits_whatever_the_threads_room_and_tiles(
+def test_a_repeated_call_gives_the_same_bits_for_any_threads_memory_and_tiles(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student, batch, view = large(torch.float16)
@@ -221,25 +219,25 @@ def test_a_repeated_call_gives_the_same_bits_whatever_the_threads_room_and_tiles
 
     first, again = run(), run()
     assert all(map(torch.equal, first, again))
-    monkeypatch.setattr(attention_pass, "ROOM", 0)
+    monkeypatch.setattr(fused, "SAVED_TO_TOKENS", 0)
     recomputed = run()
     assert all(map(torch.equal, first[:3], recomputed[:3]))
     torch.testing.assert_close(recomputed, first, rtol=1e-2, atol=1e-2)
 
 
-def test_nothing_of_the_tokens_size_is_kept_of_clips_without_a_teacher() -> None:
+def test_nothing_of_the_tokens_size_is_saved_for_clips_without_a_teacher() -> None:
     attention = AudioGuidedAttention(8)
     audio, visual = torch.randn(CLIPS, 8), torch.randn(CLIPS, 3, 40, 8)
-    kept: list[Tensor] = []
+    saved: list[Tensor] = []
 
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
+    def save(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         attention(audio, visual)
-    others = [tensor for tensor in kept if tensor.data_ptr() != visual.data_ptr()]
-    assert len(others) < len(kept)
+    others = [tensor for tensor in saved if tensor.data_ptr() != visual.data_ptr()]
+    assert len(others) < len(saved)
     assert max(tensor.numel() for tensor in others) < visual.numel() / 2
 
 
@@ -253,7 +251,7 @@ def test_a_teacher_of_no_rows_gives_an_empty_divergence(
 
 @pytest.mark.parametrize("choice", ["torch", "auto"])
 def test_large_inputs_do_not_overflow(
-    student: AudioGuidedAttention, batch: tuple[Tensor, Tensor], choice: attention_module.Choice
+    student: AudioGuidedAttention, batch: tuple[Tensor, Tensor], choice: Choice
 ) -> None:
     student.choice = choice
     pooled, _ = student.float()(batch[0].float() * 1e6, batch[1].float() * 1e6)

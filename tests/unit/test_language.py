@@ -11,20 +11,6 @@ PROJECT = Path(__file__).parents[2]
 FILES = sorted(
     path for package in ("avcil_dist", "data_shards", "launch") for path in (PROJECT / package).rglob("*.py")
 )
-# Files that are still to be rewritten; the list only shrinks.
-UNDONE = {
-    "avcil_dist/models/attention/fused.py",
-    "avcil_dist/models/attention/fused_gpu.py",
-    "avcil_dist/models/attention/kernels_cpu.py",
-    "avcil_dist/models/attention/kernels_torch.py",
-    "avcil_dist/models/attention/module.py",
-    "launch/bench/contenders.py",
-    "launch/bench/eager_reference.py",
-    "launch/bench/loader.py",
-    "launch/bench/step.py",
-    "launch/bench/stream.py",
-    "launch/cli/bench.py",
-}
 QUESTION = re.compile(r"(What|Where|How|Who|Which|Why)\b")  # "Whether …" is the form of a predicate
 # Verbs of people. A person may use them: "the user wants". "known" and "unknown" are adjectives.
 PRIVATE = re.compile(
@@ -59,8 +45,6 @@ def faults(text: str) -> list[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PROJECT)))
 def test_docstrings_are_in_plain_technical_english(path: Path) -> None:
-    if str(path.relative_to(PROJECT)) in UNDONE:
-        pytest.skip("still to be rewritten")
     assert not faults(path.read_text())
 
 

@@ -1,8 +1,8 @@
-// The sweeps of `sweeps.py` for a processor: each token is read once, nothing of a tile's size is written but keys.
+// Kernels of the attention on a CPU; `kernels_torch.py` defines them. Each token is read once, and the keys are the
+// only tensor of a tile's size that is written.
 //
-// Vectors are the compiler's own (GCC, Clang); it maps them to whatever the processor has. Work is shared among
-// threads by frame and by range of channels, and a range is summed in the order of positions, so the number of
-// threads changes no bit.
+// Vectors are extensions of GCC and Clang, which map them to the processor's registers. Threads share the work by
+// frame and by range of channels. A range is summed in the order of positions, so the number of threads changes no bit.
 
 #include <cstdint>
 #include <cstring>
@@ -12,7 +12,7 @@
 
 namespace {
 
-constexpr int LANES = 16, RANGE = 256;  // channels of a vector, and of a thread's piece of a frame
+constexpr int LANES = 16, RANGE = 256;  // channels of a vector, and of one work item
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
@@ -63,7 +63,7 @@ inline void narrow(Vector v, BFloat16* to) {  // to the nearest, ties to even
     std::memcpy(to, &half, sizeof half);
 }
 
-// The last channels of a row may fill no vector: then they are moved by way of a whole one.
+// The last channels of a row may not fill a vector; they are then copied through a padded one.
 template <typename Type>
 inline Vector load(const Type* from, int count) {
     if (count >= LANES) return widen(from);
@@ -85,7 +85,7 @@ inline void store(Vector v, float* to, int count) { store(v, (Float*)to, count);
 
 // e^x for |x| < 87: x = n·ln 2 + r, a polynomial in r, and n into the exponent. Within 2 units in the last place.
 inline Vector exponential(Vector x) {
-    const float shift = 12582912.f;  // 1.5·2²³: adding it rounds to a whole number, kept in the low bits
+    const float shift = 12582912.f;  // 1.5·2²³: adding it rounds to an integer, in the low bits
     const Vector shifted = x * 1.44269504f + shift;
     const Vector n = shifted - shift;
     const Vector r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
@@ -105,7 +105,7 @@ inline Vector hyperbolic_tangent(Vector x) {
     return (Vector)((Integers)((1.f - e) / (1.f + e)) | sign);
 }
 
-// What e' of a clip's frame and range is summed into; in memory that the first cache holds.
+// Sums of one work item, a frame and a range of channels; small enough for the first-level cache.
 struct Row { float values[RANGE]; };
 
 inline void add(Row& row, int c, Vector v) {
@@ -117,13 +117,13 @@ inline void add(Row& row, int c, Vector v) {
 
 struct Shape { int64_t clips, frames, positions, dim; };
 
-// Calls work(clip, first token, index of the frame's first sum, first channel, channels) for each piece.
+// Calls work(clip, first token, index of the frame's first sum, first channel, channels) for each work item.
 template <typename Work>
-void for_each_piece(const Shape& shape, Work work) {
+void for_each_item(const Shape& shape, Work work) {
     const int64_t ranges = (shape.dim + RANGE - 1) / RANGE, rows = shape.clips * shape.frames;
 #pragma omp parallel for schedule(static)
-    for (int64_t piece = 0; piece < rows * ranges; ++piece) {
-        const int64_t row = piece / ranges, first = piece % ranges * RANGE;
+    for (int64_t item = 0; item < rows * ranges; ++item) {
+        const int64_t row = item / ranges, first = item % ranges * RANGE;
         const int64_t left = shape.dim - first;
         work(row / shape.frames, row * shape.positions, row * shape.dim + first, first, int(left < RANGE ? left : RANGE));
     }
@@ -136,25 +136,25 @@ void write_sums(const Row* rows, float* sums, int64_t stride, int64_t at, int ch
 }
 
 template <typename Key, typename Token, bool MOMENTS>
-void attend(Key* keys, const float* bias, const Token* tokens, const float* guide, float* sums, const Shape& shape, bool keep) {
+void attend(Key* keys, const float* bias, const Token* tokens, const float* guide, float* sums, const Shape& shape, bool store_keys) {
     constexpr int COUNT = MOMENTS ? 5 : 3;
     const int64_t dim = shape.dim, stride = shape.clips * shape.frames * dim;
-    for_each_piece(shape, [=](int64_t clip, int64_t token, int64_t at, int64_t first, int channels) {
+    for_each_item(shape, [=](int64_t clip, int64_t token, int64_t at, int64_t first, int channels) {
         alignas(64) Row rows[COUNT] = {};
         const float* a = guide + clip * dim + first;
         for (int64_t s = 0; s < shape.positions; ++s) {
             Key* key = keys + (token + s) * dim + first;
-            const Token* seen = tokens + (token + s) * dim + first;
+            const Token* value = tokens + (token + s) * dim + first;
             for (int c = 0; c < channels; c += LANES) {
                 const int count = channels - c;
                 Vector p = hyperbolic_tangent(load(key + c, count) + load(bias + first + c, count));
-                if (sizeof(Key) < sizeof(float) || keep) {  // all sums are of the keys as they are kept
-                    alignas(64) Key kept[LANES];
-                    narrow(p, kept);
-                    p = widen(kept);
-                    if (keep) store(p, key + c, count);
+                if (sizeof(Key) < sizeof(float) || store_keys) {  // sums use the keys as they are stored
+                    alignas(64) Key rounded[LANES];
+                    narrow(p, rounded);
+                    p = widen(rounded);
+                    if (store_keys) store(p, key + c, count);
                 }
-                const Vector e = exponential(p * load(a + c, count)), v = load(seen + c, count);
+                const Vector e = exponential(p * load(a + c, count)), v = load(value + c, count);
                 const Vector ep = e * p, ev = e * v;
                 add(rows[0], c, e);
                 add(rows[1], c, ep);
@@ -170,9 +170,9 @@ void attend(Key* keys, const float* bias, const Token* tokens, const float* guid
 }
 
 template <typename Key>
-void compare(Key* keys, const float* bias, const float* guide, const Key* student, float* sums, const Shape& shape, bool keep) {
+void compare(Key* keys, const float* bias, const float* guide, const Key* student, float* sums, const Shape& shape, bool store_keys) {
     const int64_t dim = shape.dim, stride = shape.clips * shape.frames * dim;
-    for_each_piece(shape, [=](int64_t clip, int64_t token, int64_t at, int64_t first, int channels) {
+    for_each_item(shape, [=](int64_t clip, int64_t token, int64_t at, int64_t first, int channels) {
         alignas(64) Row rows[3] = {};
         const float* a = guide + clip * dim + first;
         for (int64_t s = 0; s < shape.positions; ++s) {
@@ -180,10 +180,10 @@ void compare(Key* keys, const float* bias, const float* guide, const Key* studen
             const Key* other = student + (token + s) * dim + first;
             for (int c = 0; c < channels; c += LANES) {
                 const int count = channels - c;
-                alignas(64) Key kept[LANES];
-                narrow(hyperbolic_tangent(load(key + c, count) + load(bias + first + c, count)), kept);
-                const Vector p = widen(kept), e = exponential(p * load(a + c, count));
-                if (keep) store(p, key + c, count);
+                alignas(64) Key rounded[LANES];
+                narrow(hyperbolic_tangent(load(key + c, count) + load(bias + first + c, count)), rounded);
+                const Vector p = widen(rounded), e = exponential(p * load(a + c, count));
+                if (store_keys) store(p, key + c, count);
                 add(rows[0], c, e);
                 add(rows[1], c, e * p);
                 add(rows[2], c, e * load(other + c, count));
@@ -193,13 +193,13 @@ void compare(Key* keys, const float* bias, const float* guide, const Key* studen
     });
 }
 
-// `sums` (clips, frames, dim) are those of a frame's gradient.
-template <typename Key, typename Token, bool COMPARED>
+// `sums` (clips, frames, dim) are the sums of the gradient over positions.
+template <typename Key, typename Token, bool HAS_TEACHER>
 void differentiate(const Key* keys, const Token* tokens, const float* guide, const float* factors,
-                   const Key* other_keys, const float* other_guide, const float* other_factor,
+                   const Key* teacher_keys, const float* teacher_guide, const float* teacher_factor,
                    Key* out, float* sums, const Shape& shape) {
     const int64_t dim = shape.dim, stride = shape.clips * shape.frames * dim;
-    for_each_piece(shape, [=](int64_t clip, int64_t token, int64_t at, int64_t first, int channels) {
+    for_each_item(shape, [=](int64_t clip, int64_t token, int64_t at, int64_t first, int channels) {
         alignas(64) Row row = {};
         const float* a = guide + clip * dim + first;
         const float* f = factors + at;
@@ -210,9 +210,9 @@ void differentiate(const Key* keys, const Token* tokens, const float* guide, con
                 const Vector p = load(keys + here + c, count), v = load(tokens + here + c, count);
                 const Vector inner = load(f + c, count) + load(f + stride + c, count) * p + load(f + 2 * stride + c, count) * v;
                 Vector gradient = exponential(p * load(a + c, count)) * inner;
-                if (COMPARED) {
-                    const Vector score = load(other_keys + here + c, count) * load(other_guide + clip * dim + first + c, count);
-                    gradient -= exponential(score) * load(other_factor + at + c, count);
+                if (HAS_TEACHER) {
+                    const Vector score = load(teacher_keys + here + c, count) * load(teacher_guide + clip * dim + first + c, count);
+                    gradient -= exponential(score) * load(teacher_factor + at + c, count);
                 }
                 gradient *= 1.f - p * p;
                 store(gradient, out + here + c, count);
@@ -234,42 +234,42 @@ void convert(const From* from, To* to, int64_t count) {
 }
 
 template <typename Key, typename Token>
-void attend_either(Key* keys, const float* bias, const Token* tokens, const float* guide, float* sums,
-                   const Shape& shape, bool keep, bool moments) {
-    if (moments) attend<Key, Token, true>(keys, bias, tokens, guide, sums, shape, keep);
-    else attend<Key, Token, false>(keys, bias, tokens, guide, sums, shape, keep);
+void attend_with(Key* keys, const float* bias, const Token* tokens, const float* guide, float* sums,
+                   const Shape& shape, bool store_keys, bool moments) {
+    if (moments) attend<Key, Token, true>(keys, bias, tokens, guide, sums, shape, store_keys);
+    else attend<Key, Token, false>(keys, bias, tokens, guide, sums, shape, store_keys);
 }
 
 }  // namespace
 
-#define SWEEPS(KEY, TOKEN)                                                                                    \
+#define KERNELS(KEY, TOKEN)                                                                                   \
     extern "C" void attend_##KEY##_##TOKEN(void* keys, const float* bias, const void* tokens,                 \
-                                           const float* guide, float* sums, const Shape* shape, int keep,     \
+                                           const float* guide, float* sums, const Shape* shape, int store_keys,\
                                            int moments) {                                                     \
-        attend_either((KEY*)keys, bias, (const TOKEN*)tokens, guide, sums, *shape, keep, moments);            \
+        attend_with((KEY*)keys, bias, (const TOKEN*)tokens, guide, sums, *shape, store_keys, moments);        \
     }                                                                                                         \
     extern "C" void differentiate_##KEY##_##TOKEN(                                                            \
         const void* keys, const void* tokens, const float* guide, const float* factors,                       \
-        const void* other_keys, const float* other_guide, const float* other_factor, void* out, float* sums,  \
+        const void* teacher_keys, const float* teacher_guide, const float* teacher_factor, void* out, float* sums,\
         const Shape* shape) {                                                                                 \
-        const auto run = other_keys ? differentiate<KEY, TOKEN, true> : differentiate<KEY, TOKEN, false>;     \
-        run((const KEY*)keys, (const TOKEN*)tokens, guide, factors, (const KEY*)other_keys, other_guide,      \
-            other_factor, (KEY*)out, sums, *shape);                                                           \
+        const auto run = teacher_keys ? differentiate<KEY, TOKEN, true> : differentiate<KEY, TOKEN, false>;   \
+        run((const KEY*)keys, (const TOKEN*)tokens, guide, factors, (const KEY*)teacher_keys, teacher_guide,  \
+            teacher_factor, (KEY*)out, sums, *shape);                                                         \
     }
-#define COMPARISON(KEY)                                                                                       \
+#define COMPARE_KERNEL(KEY)                                                                                   \
     extern "C" void compare_##KEY(void* keys, const float* bias, const float* guide, const void* student,     \
-                                  float* sums, const Shape* shape, int keep) {                                \
-        compare((KEY*)keys, bias, guide, (const KEY*)student, sums, *shape, keep);                            \
+                                  float* sums, const Shape* shape, int store_keys) {                          \
+        compare((KEY*)keys, bias, guide, (const KEY*)student, sums, *shape, store_keys);                      \
     }
 
-SWEEPS(Float, Float)
-SWEEPS(Float, BFloat16)
-SWEEPS(Float, Float16)
-SWEEPS(BFloat16, Float)
-SWEEPS(BFloat16, BFloat16)
-SWEEPS(BFloat16, Float16)
-COMPARISON(Float)
-COMPARISON(BFloat16)
+KERNELS(Float, Float)
+KERNELS(Float, BFloat16)
+KERNELS(Float, Float16)
+KERNELS(BFloat16, Float)
+KERNELS(BFloat16, BFloat16)
+KERNELS(BFloat16, Float16)
+COMPARE_KERNEL(Float)
+COMPARE_KERNEL(BFloat16)
 
 extern "C" void convert_Float16_BFloat16(const void* from, void* to, int64_t count) {
     convert((const Float16*)from, (BFloat16*)to, count);

@@ -1,7 +1,7 @@
-"""The sweeps of `sweeps.cpp`, compiled for the processor at hand.
+"""Kernels of the attention on a CPU: `kernels_cpu.cpp`, compiled for this processor.
 
-They are compiled once, in about two seconds, into the user's cache folder; the name there is a
-digest of the source, the compiler and the processor, so a folder shared by unlike machines is safe.
+The source is compiled once, in about two seconds, into the user's cache folder. The file name there is a digest of
+source, compiler and processor, so machines with different processors can share the folder.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from avcil_dist.models.attention.kernels_torch import Compared
+from avcil_dist.models.attention.kernels_torch import TeacherTerm
 
 SOURCE = Path(__file__).with_name("kernels_cpu.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
@@ -32,14 +32,14 @@ class _Shape(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in ("clips", "frames", "positions", "dim")]
 
 
-class NativeSweeps:
-    """For keys in float32 or bfloat16, and tokens in those or float16, in host memory."""
+class CpuKernels:
+    """Kernels for keys in float32 or bfloat16, and tokens in those or float16, in host memory."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
 
     def convert(self, tokens: Tensor, out: Tensor) -> Tensor:
-        """See `Sweeps`. Torch converts one half to the other ten times slower."""
+        """See `AttentionKernels`. Torch converts float16 to bfloat16 ten times slower."""
         if (tokens.dtype, out.dtype) != (torch.float16, torch.bfloat16):
             return out.copy_(tokens)
         self._call("convert", (tokens, out), tokens, out, tokens.numel())
@@ -48,24 +48,30 @@ class NativeSweeps:
     def attend(
         self, keys: Tensor, bias: Tensor, tokens: Tensor, guide: Tensor, *, store: bool, moments: bool
     ) -> Tensor:
-        """See `Sweeps`."""
+        """See `AttentionKernels`."""
         sums = _sums(keys, 5 if moments else 3)
         self._call("attend", (keys, tokens), keys, bias.float(), tokens, guide, sums, _shape(keys), store, moments)
         return sums
 
     def compare(self, keys: Tensor, bias: Tensor, guide: Tensor, student_keys: Tensor, *, store: bool) -> Tensor:
-        """See `Sweeps`."""
+        """See `AttentionKernels`."""
         sums = _sums(keys, 3)
         self._call("compare", (keys,), keys, bias.float(), guide, student_keys, sums, _shape(keys), store)
         return sums
 
     def differentiate(
-        self, keys: Tensor, tokens: Tensor, guide: Tensor, factors: Tensor, compared: Compared | None, out: Tensor
+        self,
+        keys: Tensor,
+        tokens: Tensor,
+        guide: Tensor,
+        factors: Tensor,
+        teacher_term: TeacherTerm | None,
+        out: Tensor,
     ) -> Tensor:
-        """See `Sweeps`."""
+        """See `AttentionKernels`."""
         sums = _sums(keys, 1)[0]
-        others = compared or (None, None, None)
-        self._call("differentiate", (keys, tokens), keys, tokens, guide, factors, *others, out, sums, _shape(keys))
+        terms = teacher_term or (None, None, None)
+        self._call("differentiate", (keys, tokens), keys, tokens, guide, factors, *terms, out, sums, _shape(keys))
         return sums.sum(1)
 
     def _call(self, name: str, typed: tuple[Tensor, ...], *arguments: "Tensor | _Shape | int | None") -> None:
@@ -92,39 +98,39 @@ def _sums(keys: Tensor, count: int) -> Tensor:
 
 
 @functools.cache
-def native_sweeps() -> NativeSweeps | None:
-    """The compiled sweeps; None, with one warning, where they cannot be compiled."""
+def cpu_kernels() -> CpuKernels | None:
+    """Return the compiled kernels; None, with one warning, where they cannot be compiled."""
     try:
-        return NativeSweeps(ctypes.CDLL(str(_compiled())))
+        return CpuKernels(ctypes.CDLL(str(_compiled())))
     except (OSError, subprocess.CalledProcessError) as error:
-        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        log.warning("attention runs several times slower, for its C++ part could not be compiled: %s", said[-1])
+        output = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        log.warning("the C++ kernels of the attention could not be compiled; plain torch is slower: %s", output[-1])
         return None
 
 
 def _compiled() -> Path:
-    """The shared library, compiled now if it never was. Raises OSError or CalledProcessError."""
+    """Return the shared library; compile it if the cache lacks it. Raises OSError or CalledProcessError."""
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))), None)
     if compiler is None:
-        raise OSError("no C++ compiler: none of $CXX, c++, g++, clang++ is there")
+        raise OSError("no C++ compiler found: tried $CXX, c++, g++, clang++")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    facts = "\n".join((SOURCE.read_text(), *FLAGS, version, _processor()))
+    identity = "\n".join((SOURCE.read_text(), *FLAGS, version, _processor()))
     folder = _cache_folder()
-    library = folder / f"sweeps-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.so"
+    library = folder / f"attention-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     if not library.exists():
-        handle, made = tempfile.mkstemp(suffix=".so", dir=folder)
+        handle, compiled = tempfile.mkstemp(suffix=".so", dir=folder)
         os.close(handle)
         try:
-            command = [compiler, *FLAGS, "-o", made, str(SOURCE)]
+            command = [compiler, *FLAGS, "-o", compiled, str(SOURCE)]
             subprocess.run(command, capture_output=True, text=True, check=True)
-            Path(made).replace(library)  # whole or not at all, whoever else compiles it now
+            Path(compiled).replace(library)  # atomic: another process may compile it too
         finally:
-            Path(made).unlink(missing_ok=True)
+            Path(compiled).unlink(missing_ok=True)
     return library
 
 
 def _cache_folder() -> Path:
-    """The user's own, or a new one that nobody else can write where there is none."""
+    """Return the user's cache folder, or a new private folder if that cannot be written."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "avcil-dist"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -135,11 +141,11 @@ def _cache_folder() -> Path:
 
 
 def _processor() -> str:
-    """What the machine can do, as far as a compiler minds."""
-    described = Path("/proc/cpuinfo")
-    if not described.exists():
+    """Return the properties of the processor that change the compiled code."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
         return platform.platform()
-    lines = described.read_text().splitlines()
+    lines = cpuinfo.read_text().splitlines()
     return "\n".join(
         dict.fromkeys(line for line in lines if line.startswith(("flags", "Features", "model", "cpu fam")))
     )

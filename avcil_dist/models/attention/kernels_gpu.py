@@ -1,8 +1,8 @@
-"""Triton kernels of the attention on a GPU: the sums over positions, their summary, and the gradient.
+"""Triton kernels of the attention on a GPU: sums over positions, softmax statistics, and the gradient.
 
-Each covers the whole batch at once: frame f is one of B·T and belongs to clip f // T. A program owns a range of
-channels of a frame, or of a clip, and takes its sums in one fixed order, so a repeated call gives the same bits.
-The formulas are those of `attention_pass.py`; `gpu_attention.py` launches the kernels.
+Each kernel covers the whole batch: frame f is one of B·T and belongs to clip f // T. A program processes a range of
+channels of a frame or of a clip. Sums have a fixed order, so a repeated call gives the same bits.
+The formulas are those of `docs/attention.md`; `fused_gpu.py` launches the kernels.
 """
 
 import triton
@@ -10,9 +10,9 @@ import triton.language as tl
 
 
 @triton.jit
-def _tanh(x, FAST: tl.constexpr):
-    """The tanh; FAST takes the processor's instruction, whose relative error is 2^-11, half a step of float16."""
-    if FAST:
+def _tanh(x, FAST_TANH: tl.constexpr):
+    """Tanh. FAST_TANH uses the GPU's instruction, with a relative error of 2^-11, half a step of float16."""
+    if FAST_TANH:
         return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     e = tl.exp(-2 * tl.abs(x))
     size = (1 - e) / (1 + e)
@@ -21,13 +21,13 @@ def _tanh(x, FAST: tl.constexpr):
 
 @triton.jit
 def halve_weights(weight, halved, scale, dim, LANES: tl.constexpr):
-    """A row of weights (D, D) as halves, and a power of two that is 1 unless one of them is out of a half's range."""
+    """Convert a row of weights (D, D) to half precision, scaled down by a power of two if one exceeds its range."""
     row = tl.program_id(0)
     c = tl.arange(0, LANES)
     values = tl.load(weight + row * dim + c, mask=c < dim, other=0.0).to(tl.float32)
     largest = tl.max(tl.abs(values), 0)
     field = (largest.to(tl.int32, bitcast=True) >> 23) & 255
-    exponent = tl.where(field == 255, 0, tl.maximum(field - 126 - 15, 0))  # what is not finite stays that
+    exponent = tl.where(field == 255, 0, tl.maximum(field - 126 - 15, 0))  # inf and NaN stay
     down = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
     tl.store(halved + row * dim + c, (values * down).to(halved.dtype.element_ty), mask=c < dim)
     tl.store(scale + row, 1 / down)
@@ -37,15 +37,15 @@ def halve_weights(weight, halved, scale, dim, LANES: tl.constexpr):
 @triton.jit
 def sum_frames(
     keys, scale, bias, guide, values, sums, peaks, frames, positions, dim, STORE: tl.constexpr,
-    MOMENTS: tl.constexpr, PEAKS: tl.constexpr, FAST: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
-    LANES: tl.constexpr, AHEAD: tl.constexpr,
+    MOMENTS: tl.constexpr, PEAKS: tl.constexpr, FAST_TANH: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
+    LANES: tl.constexpr, STAGES: tl.constexpr,
 ):
     """Sums over a frame's positions of e, e·p and e·v, and with MOMENTS of e·p² and e·p·v: `sums` (B·T, 3 or 5, D).
 
-    `keys` (B·T·S, D) holds the product of tokens and weights; p = tanh(scale · product + bias), rounded as it is
-    kept, takes its place where STORE. v are `values` (B·T·S, D): the tokens, or a student's keys. `peaks` (B·T, D)
-    takes the largest |v| where PEAKS. EVEN: S is a multiple of ROWS and D of LANES, so nothing is out of range.
-    AHEAD is how many rounds of loads are under way.
+    `keys` (B·T·S, D) contains the product of tokens and weights. With STORE it is overwritten by
+    p = tanh(scale · product + bias), rounded to the stored type. v are `values` (B·T·S, D): the tokens, or a
+    student's keys. `peaks` (B·T, D) receives the largest |v| with PEAKS. EVEN: S is a multiple of ROWS and D of
+    LANES, so no mask is needed. STAGES is the number of rounds of loads in flight.
     """
     frame = tl.program_id(0)
     c = tl.program_id(1) * LANES + tl.arange(0, LANES)
@@ -55,13 +55,13 @@ def sum_frames(
     b = tl.load(bias + c, mask=is_channel, other=0.0).to(tl.float32)
     total = tl.zeros([ROWS, LANES], tl.float32)
     key, token, square, crossed, peak = total, total, total, total, total
-    for first in tl.range(0, positions, ROWS, num_stages=AHEAD):
+    for first in tl.range(0, positions, ROWS, num_stages=STAGES):
         s = first + tl.arange(0, ROWS)
         inside = EVEN or (s[:, None] < positions) & is_channel[None, :]
         at = (frame.to(tl.int64) * positions + s[:, None]) * dim + c[None, :]
         x = tl.load(keys + at, mask=inside, other=0.0).to(tl.float32)
         v = tl.load(values + at, mask=inside, other=0.0).to(tl.float32)
-        half = _tanh(x * up[None, :] + b[None, :], FAST).to(keys.dtype.element_ty)
+        half = _tanh(x * up[None, :] + b[None, :], FAST_TANH).to(keys.dtype.element_ty)
         if STORE:
             tl.store(keys + at, half, mask=inside)
         p = half.to(tl.float32)
@@ -91,7 +91,7 @@ def sum_frames(
 
 @triton.jit
 def _read(sums, frame, k, c, dim, COUNT: tl.constexpr, other):
-    """Sum k of a frame."""
+    """Load sum k of a frame."""
     return tl.load(sums + (frame.to(tl.int64) * COUNT + k) * dim + c, mask=c < dim, other=other)
 
 
@@ -100,7 +100,7 @@ def pool_frames(
     sums,
     guide,
     pooled,
-    whole,
+    normaliser,
     slopes,
     stats,
     frames,
@@ -108,9 +108,9 @@ def pool_frames(
     MOMENTS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Pooled (B, D) from the sums; with MOMENTS also its slope along the guide, and what backward needs.
+    """Pooled tokens (B, D) from the sums; with MOMENTS also their derivative with respect to the guide.
 
-    That is Z, q and P, `stats` (3, B·T, D), and `whole` (B, D), the sum of exponentials over frames.
+    For backward: Z, q and P in `stats` (3, B·T, D), and the sum of exponentials over frames in `normaliser` (B, D).
     """
     COUNT: tl.constexpr = 5 if MOMENTS else 3
     clip = tl.program_id(0)
@@ -119,7 +119,7 @@ def pool_frames(
     stride = tl.num_programs(0).to(tl.int64) * frames * dim
     a = tl.load(guide + own, mask=c < dim, other=0.0)
     exponentials = tl.zeros([LANES], tl.float32)
-    weighed, bent, slope = exponentials, exponentials, exponentials
+    weighted, score_slope, slope = exponentials, exponentials, exponentials
     for t in range(frames):
         frame = clip * frames + t
         at = frame.to(tl.int64) * dim + c
@@ -128,33 +128,33 @@ def pool_frames(
         token = _read(sums, frame, 2, c, dim, COUNT, 0.0) / total
         e = tl.exp(key * a)
         exponentials += e
-        weighed += e * token
+        weighted += e * token
         if MOMENTS:
             square = _read(sums, frame, 3, c, dim, COUNT, 0.0) / total
             crossed = _read(sums, frame, 4, c, dim, COUNT, 0.0) / total
-            of_score = key + a * (square - key * key)
-            bent += e * of_score
-            slope += e * (crossed - key * token + token * of_score)
+            frame_score_slope = key + a * (square - key * key)
+            score_slope += e * frame_score_slope
+            slope += e * (crossed - key * token + token * frame_score_slope)
             tl.store(stats + at, total, mask=c < dim)
             tl.store(stats + stride + at, key, mask=c < dim)
             tl.store(stats + 2 * stride + at, token, mask=c < dim)
-    mean = weighed / exponentials
+    mean = weighted / exponentials
     tl.store(pooled + own, mean, mask=c < dim)
-    tl.store(whole + own, exponentials, mask=c < dim)
+    tl.store(normaliser + own, exponentials, mask=c < dim)
     if MOMENTS:
-        tl.store(slopes + own, (slope - mean * bent) / exponentials, mask=c < dim)
+        tl.store(slopes + own, (slope - mean * score_slope) / exponentials, mask=c < dim)
 
 
 @triton.jit
 def compare_frames(
     sums,
-    other_sums,
+    teacher_sums,
     guide,
-    other_guide,
-    whole,
+    teacher_guide,
+    normaliser,
     divergence,
     slopes,
-    other_stats,
+    teacher_stats,
     first_clip,
     stride_of_slopes,
     frames,
@@ -162,10 +162,10 @@ def compare_frames(
     MOMENTS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """A teacher's clips: each channel's part of the two divergences (2, E, D), and with MOMENTS its slopes.
+    """Parts of the two divergences by channel (2, E, D), and with MOMENTS their derivatives by the guide.
 
-    `sums`, `guide`, `whole` and `slopes` (3, B, D) are the student's, of all clips, those compared from
-    `first_clip` on. `other_stats` (2, E·T, D) takes the teacher's Z and weights of frames.
+    `sums`, `guide`, `normaliser` and `slopes` (3, B, D) are the student's, of all clips; those from `first_clip` have
+    a teacher. `teacher_stats` (2, E·T, D) receives the teacher's Z and frame weights.
     """
     COUNT: tl.constexpr = 5 if MOMENTS else 3
     e = tl.program_id(0)
@@ -173,32 +173,32 @@ def compare_frames(
     c = tl.program_id(1) * LANES + tl.arange(0, LANES)
     stride = tl.num_programs(0).to(tl.int64) * dim
     a = tl.load(guide + clip * dim + c, mask=c < dim, other=0.0)
-    other_a = tl.load(other_guide + e * dim + c, mask=c < dim, other=0.0)
-    ours = tl.load(whole + clip * dim + c, mask=c < dim, other=1.0)
+    teacher_a = tl.load(teacher_guide + e * dim + c, mask=c < dim, other=0.0)
+    ours = tl.load(normaliser + clip * dim + c, mask=c < dim, other=1.0)
     theirs = tl.zeros([LANES], tl.float32)
     for t in range(frames):
-        total = _read(other_sums, e * frames + t, 0, c, dim, 3, 1.0)
-        key = _read(other_sums, e * frames + t, 1, c, dim, 3, 0.0)
-        theirs += tl.exp(key / total * other_a)
+        total = _read(teacher_sums, e * frames + t, 0, c, dim, 3, 1.0)
+        key = _read(teacher_sums, e * frames + t, 1, c, dim, 3, 0.0)
+        theirs += tl.exp(key / total * teacher_a)
     spatial = tl.zeros([LANES], tl.float32)
     temporal, of_spatial, of_temporal = spatial, spatial, spatial
     for t in range(frames):
         frame, other = clip * frames + t, e * frames + t
         total = _read(sums, frame, 0, c, dim, COUNT, 1.0)
         key = _read(sums, frame, 1, c, dim, COUNT, 0.0) / total
-        other_total = _read(other_sums, other, 0, c, dim, 3, 1.0)
-        other_key = _read(other_sums, other, 1, c, dim, 3, 0.0) / other_total
-        crossed = _read(other_sums, other, 2, c, dim, 3, 0.0) / other_total
-        weight = tl.exp(other_key * other_a) / theirs
-        spatial += other_key * other_a - crossed * a + tl.log(total) - tl.log(other_total)
-        temporal += weight * (other_key * other_a - key * a)
+        teacher_total = _read(teacher_sums, other, 0, c, dim, 3, 1.0)
+        teacher_key = _read(teacher_sums, other, 1, c, dim, 3, 0.0) / teacher_total
+        crossed = _read(teacher_sums, other, 2, c, dim, 3, 0.0) / teacher_total
+        weight = tl.exp(teacher_key * teacher_a) / theirs
+        spatial += teacher_key * teacher_a - crossed * a + tl.log(total) - tl.log(teacher_total)
+        temporal += weight * (teacher_key * teacher_a - key * a)
         if MOMENTS:
             square = _read(sums, frame, 3, c, dim, COUNT, 0.0) / total
             of_spatial += key - crossed
             of_temporal += (tl.exp(key * a) / ours - weight) * (key + a * (square - key * key))
             at = other.to(tl.int64) * dim + c
-            tl.store(other_stats + at, other_total, mask=c < dim)
-            tl.store(other_stats + stride * frames + at, weight, mask=c < dim)
+            tl.store(teacher_stats + at, teacher_total, mask=c < dim)
+            tl.store(teacher_stats + stride * frames + at, weight, mask=c < dim)
     at = e * dim + c
     tl.store(divergence + at, spatial, mask=c < dim)
     tl.store(divergence + stride + at, temporal + tl.log(ours) - tl.log(theirs), mask=c < dim)
@@ -211,51 +211,51 @@ def compare_frames(
 # fmt: off
 @triton.jit
 def find_factors(
-    stats, other_stats, guide, other_guide, pooled, whole, peak, of_pooled, of_divergence, factors, other_factor,
-    bound, first_clip, num_compared, other_stride, frames, dim, LANES: tl.constexpr,
+    stats, teacher_stats, guide, teacher_guide, pooled, normaliser, peak, pooled_grad, divergence_grad, factors,
+    teacher_factor, bound, first_clip, num_with_teacher, teacher_stride, frames, dim, LANES: tl.constexpr,
 ):
-    """Factors f (3, B·T, D) and f' (E·T, D) of `differentiate`, and a bound (B, D) of what it makes of them.
+    """Factors f (3, B·T, D) and f' (E·T, D) of `differentiate`, and an upper bound (B, D) of its result.
 
-    `of_pooled` (B, D) and `of_divergence` (2, E) are gradients; `peak` is the largest |v| of all tokens.
+    `pooled_grad` (B, D) and `divergence_grad` (2, E) are gradients; `peak` is the largest |v| of all tokens.
     """
     clip = tl.program_id(0)
     c = tl.program_id(1) * LANES + tl.arange(0, LANES)
     own = clip.to(tl.int64) * dim + c
     stride = tl.num_programs(0).to(tl.int64) * frames * dim
-    is_compared = clip >= first_clip
-    e = tl.where(is_compared, clip - first_clip, 0)
-    theirs = (c < dim) & is_compared
+    has_teacher = clip >= first_clip
+    e = tl.where(has_teacher, clip - first_clip, 0)
+    theirs = (c < dim) & has_teacher
     a = tl.load(guide + own, mask=c < dim, other=0.0)
-    other_a = tl.load(other_guide + e * dim + c, mask=theirs, other=0.0)
+    teacher_a = tl.load(teacher_guide + e * dim + c, mask=theirs, other=0.0)
     mean = tl.load(pooled + own, mask=c < dim, other=0.0)
-    exponentials = tl.load(whole + own, mask=c < dim, other=1.0)
-    gradient = tl.load(of_pooled + own, mask=c < dim, other=0.0)
-    of_constant = tl.load(of_divergence + e, mask=is_compared, other=0.0) * a
-    of_weights = tl.load(of_divergence + num_compared + e, mask=is_compared, other=0.0)
+    exponentials = tl.load(normaliser + own, mask=c < dim, other=1.0)
+    gradient = tl.load(pooled_grad + own, mask=c < dim, other=0.0)
+    of_constant = tl.load(divergence_grad + e, mask=has_teacher, other=0.0) * a
+    of_weights = tl.load(divergence_grad + num_with_teacher + e, mask=has_teacher, other=0.0)
     largest = tl.load(peak)
     most = tl.zeros([LANES], tl.float32)
     for t in range(frames):
         at = (clip * frames + t).to(tl.int64) * dim + c
-        other_at = (e * frames + t).to(tl.int64) * dim + c
+        teacher_at = (e * frames + t).to(tl.int64) * dim + c
         total = tl.load(stats + at, mask=c < dim, other=1.0)
         key = tl.load(stats + stride + at, mask=c < dim, other=0.0)
         token = tl.load(stats + 2 * stride + at, mask=c < dim, other=0.0)
-        other_total = tl.load(other_stats + other_at, mask=theirs, other=1.0)
-        other_weight = tl.load(other_stats + other_stride + other_at, mask=theirs, other=0.0)
+        teacher_total = tl.load(teacher_stats + teacher_at, mask=theirs, other=1.0)
+        teacher_weight = tl.load(teacher_stats + teacher_stride + teacher_at, mask=theirs, other=0.0)
         weight = tl.exp(key * a) / exponentials
         share = weight * gradient
-        of_key = a * (of_weights * (weight - other_weight) + share * (token - mean))
+        of_key = a * (of_weights * (weight - teacher_weight) + share * (token - mean))
         of_token = a * share
         constant = (of_constant + of_key * (1 - a * key) - of_token * token) / total
         of_key = of_key * a / total
         of_token = of_token / total
-        of_other = of_constant / other_total
+        teacher_term = of_constant / teacher_total
         tl.store(factors + at, constant, mask=c < dim)
         tl.store(factors + stride + at, of_key, mask=c < dim)
         tl.store(factors + 2 * stride + at, of_token, mask=c < dim)
-        tl.store(other_factor + other_at, of_other, mask=theirs)
+        tl.store(teacher_factor + teacher_at, teacher_term, mask=theirs)
         inner = tl.abs(constant) + tl.abs(of_key) + tl.abs(of_token) * largest
-        both = tl.exp(tl.abs(a)) * inner + tl.exp(tl.abs(other_a)) * tl.abs(of_other)
+        both = tl.exp(tl.abs(a)) * inner + tl.exp(tl.abs(teacher_a)) * tl.abs(teacher_term)
         most = tl.maximum(most, both, propagate_nan=tl.PropagateNan.ALL)
     tl.store(bound + own, most, mask=c < dim)
 # fmt: on
@@ -267,9 +267,9 @@ def differentiate(
     tokens,
     guide,
     factors,
-    other_keys,
-    other_guide,
-    other_factor,
+    teacher_keys,
+    teacher_guide,
+    teacher_factor,
     scale,
     out,
     sums,
@@ -281,37 +281,37 @@ def differentiate(
     EVEN: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
-    AHEAD: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """The gradient by the keys' linear map, (1 − p²)·(e·(f₀ + f₁·p + f₂·v) − f'·e'), times `scale` (D,), to `out`.
+    """Gradient of the keys' linear map, (1 − p²)·(e·(f₀ + f₁·p + f₂·v) − f'·e'), times `scale` (D,), into `out`.
 
-    `out` may be where the keys are. `sums` (B·T, D) takes its sums over positions, without the scale. Frames from
-    `first_frame` on have a teacher's keys, others no f'. EVEN and AHEAD are as in `sum_frames`.
+    `out` may be `keys`. `sums` (B·T, D) receives the sums over positions, without the scale. Frames from `first_frame`
+    have a teacher. EVEN and STAGES are as in `sum_frames`.
     """
     frame = tl.program_id(0)
     c = tl.program_id(1) * LANES + tl.arange(0, LANES)
-    is_compared = frame >= first_frame
-    other = tl.where(is_compared, frame - first_frame, 0)
-    theirs = (c < dim) & is_compared
+    has_teacher = frame >= first_frame
+    other = tl.where(has_teacher, frame - first_frame, 0)
+    theirs = (c < dim) & has_teacher
     own = frame.to(tl.int64) * dim + c
     a = tl.load(guide + (frame // frames).to(tl.int64) * dim + c, mask=c < dim, other=0.0)
     constant = tl.load(factors + own, mask=c < dim, other=0.0)
     of_key = tl.load(factors + stride + own, mask=c < dim, other=0.0)
     of_token = tl.load(factors + 2 * stride + own, mask=c < dim, other=0.0)
-    other_a = tl.load(other_guide + other // frames * dim + c, mask=theirs, other=0.0)
-    of_other = tl.load(other_factor + other.to(tl.int64) * dim + c, mask=theirs, other=0.0)
+    teacher_a = tl.load(teacher_guide + other // frames * dim + c, mask=theirs, other=0.0)
+    teacher_term = tl.load(teacher_factor + other.to(tl.int64) * dim + c, mask=theirs, other=0.0)
     up = tl.load(scale + c, mask=c < dim, other=0.0)
     total = tl.zeros([ROWS, LANES], tl.float32)
-    for first in tl.range(0, positions, ROWS, num_stages=AHEAD):
+    for first in tl.range(0, positions, ROWS, num_stages=STAGES):
         s = first + tl.arange(0, ROWS)
         inside = EVEN or (s[:, None] < positions) & (c[None, :] < dim)
         at = (frame.to(tl.int64) * positions + s[:, None]) * dim + c[None, :]
-        other_at = (other.to(tl.int64) * positions + s[:, None]) * dim + c[None, :]
+        teacher_at = (other.to(tl.int64) * positions + s[:, None]) * dim + c[None, :]
         p = tl.load(keys + at, mask=inside, other=0.0).to(tl.float32)
         v = tl.load(tokens + at, mask=inside, other=0.0).to(tl.float32)
-        q = tl.load(other_keys + other_at, mask=inside & is_compared, other=0.0).to(tl.float32)
+        q = tl.load(teacher_keys + teacher_at, mask=inside & has_teacher, other=0.0).to(tl.float32)
         gradient = tl.exp(p * a[None, :]) * (constant[None, :] + of_key[None, :] * p + of_token[None, :] * v)
-        gradient -= tl.exp(q * other_a[None, :]) * of_other[None, :]
+        gradient -= tl.exp(q * teacher_a[None, :]) * teacher_term[None, :]
         gradient *= 1 - p * p
         if not EVEN:
             gradient = tl.where(inside, gradient, 0.0)

@@ -1,6 +1,7 @@
-"""The sweeps of `sweeps.py` for a GPU, in Triton: a program a frame and a range of channels, positions in turn.
+"""Kernels of the attention in Triton, for types and shapes that `fused_gpu` does not support.
 
-Each token is read once, and sums are taken in one fixed order, so that a repeated call gives the same bits.
+A program processes a range of channels of one frame, position by position. Each token is read once. Sums have a fixed
+order, so a repeated call gives the same bits.
 """
 
 import torch
@@ -8,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from avcil_dist.models.attention.kernels_torch import Compared
+from avcil_dist.models.attention.kernels_torch import TeacherTerm
 
-POSITIONS, CHANNELS = 8, 64  # that a program has in its registers at a time
+POSITIONS, CHANNELS = 8, 64  # that a program has in registers at a time
 
 
 @triton.jit
@@ -22,7 +23,7 @@ def _tanh(x):
 
 @triton.jit
 def _keys(pointer, bias, inside):
-    """The tanh of what lies there and the bias, rounded as it is kept."""
+    """Keys: tanh of the product at `pointer` plus the bias, rounded to the stored type."""
     x = tl.load(pointer, mask=inside, other=0.0).to(tl.float32) + bias
     return _tanh(x).to(pointer.dtype.element_ty).to(tl.float32)
 
@@ -117,16 +118,16 @@ def _differentiate(
     tokens,
     guide,
     factors,
-    other_keys,
-    other_guide,
-    other_factor,
+    teacher_keys,
+    teacher_guide,
+    teacher_factor,
     out,
     sums,
     stride,
     frames,
     positions,
     dim,
-    COMPARED: tl.constexpr,
+    HAS_TEACHER: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
 ):
@@ -135,11 +136,11 @@ def _differentiate(
     clip, frame = row // frames * dim + c, row * dim + c
     a = tl.load(guide + clip, mask=c < dim, other=0.0)
     constant = tl.load(factors + frame, mask=c < dim, other=0.0)
-    of_key = tl.load(factors + stride + frame, mask=c < dim, other=0.0)
-    of_token = tl.load(factors + 2 * stride + frame, mask=c < dim, other=0.0)
-    if COMPARED:
-        other_a = tl.load(other_guide + clip, mask=c < dim, other=0.0)
-        other_f = tl.load(other_factor + frame, mask=c < dim, other=0.0)
+    key_factor = tl.load(factors + stride + frame, mask=c < dim, other=0.0)
+    token_factor = tl.load(factors + 2 * stride + frame, mask=c < dim, other=0.0)
+    if HAS_TEACHER:
+        teacher_a = tl.load(teacher_guide + clip, mask=c < dim, other=0.0)
+        teacher_f = tl.load(teacher_factor + frame, mask=c < dim, other=0.0)
     total = tl.zeros([ROWS, LANES], tl.float32)
     for first in range(0, positions, ROWS):
         s = first + tl.arange(0, ROWS)
@@ -147,50 +148,56 @@ def _differentiate(
         at = (row * positions + s[:, None]) * dim + c[None, :]
         p = tl.load(keys + at, mask=inside, other=0.0).to(tl.float32)
         v = tl.load(tokens + at, mask=inside, other=0.0).to(tl.float32)
-        gradient = tl.exp(p * a[None, :]) * (constant[None, :] + of_key[None, :] * p + of_token[None, :] * v)
-        if COMPARED:
-            other_p = tl.load(other_keys + at, mask=inside, other=0.0).to(tl.float32)
-            gradient -= tl.exp(other_p * other_a[None, :]) * other_f[None, :]
+        gradient = tl.exp(p * a[None, :]) * (constant[None, :] + key_factor[None, :] * p + token_factor[None, :] * v)
+        if HAS_TEACHER:
+            teacher_p = tl.load(teacher_keys + at, mask=inside, other=0.0).to(tl.float32)
+            gradient -= tl.exp(teacher_p * teacher_a[None, :]) * teacher_f[None, :]
         gradient = tl.where(inside, gradient * (1 - p * p), 0.0)
         tl.store(out + at, gradient.to(out.dtype.element_ty), mask=inside)
         total += gradient
     tl.store(sums + frame, tl.sum(total, 0), mask=c < dim)
 
 
-class TritonSweeps:
-    """For keys and tokens of any floating type but float64; sums are float32."""
+class TritonKernels:
+    """Kernels for keys and tokens of any floating type except float64; sums are float32."""
 
     def convert(self, tokens: Tensor, out: Tensor) -> Tensor:
-        """See `Sweeps`."""
+        """See `AttentionKernels`."""
         return out.copy_(tokens)
 
     def attend(
         self, keys: Tensor, bias: Tensor, tokens: Tensor, guide: Tensor, *, store: bool, moments: bool
     ) -> Tensor:
-        """See `Sweeps`."""
+        """See `AttentionKernels`."""
         sums, shape, grid = _layout(keys, 5 if moments else 3)
         _attend[grid](keys, bias, tokens, guide, sums, *shape, store, moments, POSITIONS, CHANNELS)
         return sums
 
     def compare(self, keys: Tensor, bias: Tensor, guide: Tensor, student_keys: Tensor, *, store: bool) -> Tensor:
-        """See `Sweeps`."""
+        """See `AttentionKernels`."""
         sums, shape, grid = _layout(keys, 3)
         _compare[grid](keys, bias, guide, student_keys, sums, *shape, store, POSITIONS, CHANNELS)
         return sums
 
     def differentiate(
-        self, keys: Tensor, tokens: Tensor, guide: Tensor, factors: Tensor, compared: Compared | None, out: Tensor
+        self,
+        keys: Tensor,
+        tokens: Tensor,
+        guide: Tensor,
+        factors: Tensor,
+        teacher_term: TeacherTerm | None,
+        out: Tensor,
     ) -> Tensor:
-        """See `Sweeps`."""
+        """See `AttentionKernels`."""
         sums, shape, grid = _layout(keys, 1)
-        others = compared or (keys, guide, guide)  # looked at only where there is something to compare with
-        arguments = (keys, tokens, guide, factors, *others, out, sums, *shape)
-        _differentiate[grid](*arguments, compared is not None, POSITIONS, CHANNELS)
+        terms = teacher_term or (keys, guide, guide)  # not read without a teacher
+        arguments = (keys, tokens, guide, factors, *terms, out, sums, *shape)
+        _differentiate[grid](*arguments, teacher_term is not None, POSITIONS, CHANNELS)
         return sums[0].sum(1)
 
 
 def _layout(keys: Tensor, count: int) -> tuple[Tensor, tuple[int, ...], tuple[int, int]]:
-    """Room for sums (count, C, T, D), the sizes that kernels take, and the grid of programs."""
+    """Allocate sums (count, C, T, D); return them with the kernels' size arguments and the grid of programs."""
     clips, frames, positions, dim = keys.shape
     sums = torch.empty(count, clips, frames, dim, device=keys.device)
     return sums, (clips * frames * dim, frames, positions, dim), (clips * frames, triton.cdiv(dim, CHANNELS))

@@ -134,6 +134,17 @@ def test_afc_is_nca_and_a_discrepancy_that_weighs_more_with_every_step() -> None
     assert importance_loss.tolist() == pytest.approx([LOG8, LOG2, math.log(11)], rel=1e-6)
 
 
+def test_the_discrepancy_of_afc_has_a_gradient_for_the_student_alone() -> None:
+    student_sound, teacher_sound = (torch.tensor([row] * 3, requires_grad=True) for row in ([1.0, 0.0], [0.0, 3.0]))
+    pictures = torch.ones(3, 2)
+    teacher = Output(TEACHER.logits, teacher_sound, pictures, importance=torch.ones(3, 2))
+    losses = method_of("afc").loss(TARGETS, Output(LOGITS, student_sound, pictures), teacher)
+    losses["discrepancy"].backward()
+    assert student_sound.grad is not None
+    assert student_sound.grad[:, 1].abs().min() > 0
+    assert teacher_sound.grad is None
+
+
 def test_afc_imprints_proxies_of_the_norm_class_by_class() -> None:
     features = [torch.tensor([[3.0, 0.0], [5.0, 0.0]]), torch.tensor([[0.0, 4.0]])]
     proxies = method_of("afc", num_proxies=2).imprint(features, norm=1.5)
@@ -234,6 +245,27 @@ def test_steps_that_train_by_gradients() -> None:
     for training, trains in (("every step", [True, True]), ("first step", [True, False]), ("never", [False, False])):
         needs = Needs(training=training)  # type: ignore[arg-type]
         assert [needs.trains_at(step) for step in (0, 1)] == trains
+
+
+def test_a_method_needs_nothing_unless_it_lists_it() -> None:
+    assert Needs() == Needs(
+        teacher=False,
+        memory="none",
+        selection="random",
+        means=False,
+        divergence=False,
+        importance=False,
+        both_modalities=False,
+        all_data=False,
+        fresh_network=False,
+        validation=False,
+        training="every step",
+        network_spec=NetworkSpec(head="linear", pool=None),
+    )
+
+
+def test_of_all_methods_only_avcil_has_a_static_loss() -> None:
+    assert [name for name in METHODS if method_class(name).has_static_loss] == ["avcil"]
 
 
 def test_a_context_counts_old_and_seen_classes() -> None:

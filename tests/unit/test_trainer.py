@@ -18,7 +18,7 @@ from avcil_dist.errors import DataError, StepStopped
 from avcil_dist.signals import StopRequest
 from avcil_dist.streams.artifact import StepArtifact, load_artifact, step_url
 from avcil_dist.streams.stream import stream_url
-from avcil_dist.training import trainer
+from avcil_dist.training import engine, trainer
 from avcil_dist.training.engine import Engine
 from avcil_dist.training.evaluation import Predictions
 from avcil_dist.training.observer import Observer
@@ -178,6 +178,17 @@ def test_a_counter_is_reported_from_its_first_value_that_is_not_zero(tmp_path: P
     assert {name.split("/")[0] for name in reported[0]} == {"loss", "val", "data", "speed"}
 
 
+def test_a_counter_from_before_a_stop_is_reported_after_it_too(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        count = trainer.Trainer._sum_over_ranks
+        patch.setattr(
+            trainer.Trainer, "_sum_over_ranks", lambda own, read: count(own, read) | {"retries": float(bool(read))}
+        )
+        [first] = stop_after(config, PER_EPOCH - 1).epochs
+    assert first["data/retries"] == 1
+    assert [values["data/retries"] for values in run(config).epochs] == [0] * (EPOCHS - 1)
+
+
 def test_a_snapshot_of_other_data_is_skipped(config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     stop_after(config, 9)
     make_feature_shards(tmp_path / "shards", classes=6, clips={"train": 24, "val": 6, "test": 10}, separation=0.7)
@@ -228,16 +239,19 @@ class FailsAt(Observer):
 
 def test_the_engine_is_closed_when_training_fails(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     closed: list[Engine] = []
-    close = Engine.close
+    released: list[Any] = []
+    close, release = Engine.close, engine.release
 
-    def recorded(engine: Engine) -> None:
-        closed.append(engine)
-        close(engine)
+    def recorded(made: Engine) -> None:
+        closed.append(made)
+        close(made)
 
     monkeypatch.setattr(Engine, "close", recorded)
+    monkeypatch.setattr(engine, "release", lambda inner: released.append(inner) or release(inner))
     with pytest.raises(ZeroDivisionError):
         run(config, 0, FailsAt())
     assert len(closed) == 1
+    assert released == [closed[0]._engine]
 
 
 def test_the_shards_of_the_step_or_of_the_stream_are_checked_before_it_trains(config: Config) -> None:

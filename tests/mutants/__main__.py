@@ -10,6 +10,7 @@ lines are the table of CONTRIBUTING.md. Mutants that do not change the behaviour
 
 import argparse
 import contextlib
+import gc
 import importlib
 import os
 import random
@@ -77,6 +78,7 @@ def run_file(file: str, tests: list[str], copy: Path, options: argparse.Namespac
             importlib.import_module(name)
     for cached in (path.parent / "__pycache__").glob(f"{path.stem}.*.pyc"):
         cached.unlink()  # two mutants of equal size within a second would be taken for the same
+    gc.freeze()  # a collection in a fork would visit, and so copy, all that it shares with this process
     candidates = mutants_of(source)
     sample = random.Random(f"{options.seed}:{file}").sample(candidates, min(options.sample, len(candidates)))
     count = Counter[str]()

@@ -16,6 +16,7 @@ from avcil_dist.models.encoders.base import Precomputed
 from avcil_dist.models.network import PooledTokens
 from avcil_dist.models.outputs import Output
 from avcil_dist.scenario import Scenario
+from avcil_dist.seeds import generator
 
 DIM, PER_CLASS = 24, 30
 GAMMAS = [0.1, 10.0, 1000.0]
@@ -128,6 +129,16 @@ def test_an_expansion_is_fixed_by_its_seed_and_followed_by_a_constant() -> None:
     assert one.weights.shape == (51, 6)
     assert torch.equal(one.weights, same.weights)
     assert not torch.equal(one.weights, other.weights)
+
+
+def test_the_directions_of_an_expansion_are_normal_numbers_of_its_own_seed() -> None:
+    method = learn(SCENARIOS[0], choose=[1, 0, 0], expansion=50, expansion_seed=3)
+    drawn = generator(3, "expansion", DIM + 1).standard_normal((DIM + 1, 50), dtype=np.float32)
+    features = clips_of("c1")
+    phi = np.concatenate([features.numpy(), np.ones((PER_CLASS, 1))], axis=1)
+    expanded = np.concatenate([np.maximum(phi @ drawn / np.sqrt(DIM + 1), 0), np.ones((PER_CLASS, 1))], axis=1)
+    expected = expanded @ method.weights.numpy()
+    np.testing.assert_allclose(method.scores(output_of(features)).numpy(), expected, rtol=0, atol=1e-5)
 
 
 def test_a_class_with_one_clip_and_a_batch_of_none_are_summed() -> None:

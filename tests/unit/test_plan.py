@@ -21,6 +21,7 @@ from avcil_dist.data.plan import (
     plan_evaluation,
     plan_replay,
     rank_share,
+    replay_passes,
     rows_at_a_time,
 )
 from avcil_dist.errors import ConfigError
@@ -139,6 +140,17 @@ def test_the_plan_is_equal_across_processes() -> None:
     ]
     assert plans[0] == plans[1]
     assert json.loads(plans[0]) == plan(make_manifest(TEN_BY_THREE), seed=5, canonical_nodes=2).batches.tolist()
+
+
+def test_the_plan_of_a_seed_stays_the_same_in_every_version() -> None:
+    # Numbers of an earlier version: a stream that is continued must read what it would have read then.
+    manifest = make_manifest([[5, 4], [6], [3, 2]])
+    epoch = plan(manifest, seed=3, step=1, epoch=2, global_batch=4, canonical_nodes=2, window=2)
+    assert epoch.batches.tolist() == [
+        [19, 21, 4, 1], [0, 20, 22, 2], [11, 12, 5, 3], [15, 14, 8, 6], [13, 16, 23, 7]
+    ]  # fmt: skip
+    assert epoch.rest.tolist() == []
+    assert replay(5, 2, 3, 4, seed=3, step=2).tolist() == [[47, 17, 17, 37], [27, 47, 7, 7], [47, 37, 27, 17]]
 
 
 def test_the_order_differs_by_epoch_step_and_seed() -> None:
@@ -311,6 +323,13 @@ def test_each_pass_of_replay_holds_each_exemplar_once(size: int, batch: int, cou
 def test_a_part_of_the_replay_is_the_same_part_of_the_whole(size: int, batch: int, first: int, count: int) -> None:
     whole = replay(size, 0, first + count, batch)
     np.testing.assert_array_equal(replay(size, first, count, batch), whole[first:])
+
+
+def test_the_passes_of_a_replay_are_counted_over_the_whole_step() -> None:
+    passes = replay_passes(5, first=2, count=3, global_batch=4)
+    assert passes.tolist() == [[1, 1, 2, 2], [2, 2, 2, 3], [3, 3, 3, 3]]
+    batches = replay(5, 2, 3, 4)
+    assert sorted(batches[passes == 2].tolist()) == [7, 17, 27, 37, 47]
 
 
 def test_a_memory_smaller_than_a_batch_repeats_evenly() -> None:

@@ -73,7 +73,7 @@ def ours(setting: BenchSetting, batch: Batch) -> Iterator[Run]:
 
 @contextmanager
 def eager(setting: BenchSetting, batch: Batch, *, compiled: bool = False) -> Iterator[Run]:
-    """The iteration as the paper reads, in float32 with TF32 allowed; the teacher sees all clips."""
+    """Iteration in plain eager torch as in the paper, in float32 with TF32 allowed; the teacher runs on all clips."""
     torch.manual_seed(0)
     student, teacher = (EagerNetwork(setting.dim, count).to(setting.device) for count in (CLASSES, OLD))
     optimizer = torch.optim.Adam(student.parameters(), lr=OptimConfig().lr, fused=True)
@@ -81,9 +81,11 @@ def eager(setting: BenchSetting, batch: Batch, *, compiled: bool = False) -> Ite
     def loss_of() -> torch.Tensor:
         visual, audio = batch.visual.float(), batch.audio.float()
         with torch.no_grad():
-            taught = teacher(visual, audio)
-        seen = student(visual, audio)
-        loss: torch.Tensor = avcil_loss(seen, taught, batch.labels, num_current=setting.current, tasks=[slice(0, OLD)])
+            teacher_output = teacher(visual, audio)
+        student_output = student(visual, audio)
+        loss: torch.Tensor = avcil_loss(
+            student_output, teacher_output, batch.labels, num_current=setting.current, tasks=[slice(0, OLD)]
+        )
         return loss
 
     forward = torch.compile(loss_of) if compiled else loss_of
@@ -117,12 +119,12 @@ def in_tiles(setting: BenchSetting, batch: Batch, *, compiled: bool = False) -> 
 
 @contextmanager
 def without_graph(setting: BenchSetting, batch: Batch) -> Iterator[Run]:
-    """Ours with the loss's kernels started one by one."""
+    """Ours with the kernels of the loss launched one by one."""
     with mock.patch.object(Avcil, "has_static_loss", False), ours(setting, batch) as run:
         yield run
 
 
-def sides_of(device: torch.device) -> dict[str, Callable[[BenchSetting, Batch], Any]]:
+def contenders_of(device: torch.device) -> dict[str, Callable[[BenchSetting, Batch], Any]]:
     """The iterations that are compared on a device, by name."""
     found = {"ours": ours, "eager, TF32": eager}
     if device.type == "cuda":
@@ -135,18 +137,18 @@ def sides_of(device: torch.device) -> dict[str, Callable[[BenchSetting, Batch], 
 
 
 def measure(device: torch.device, *, small: bool) -> dict[str, Any]:
-    """Each side's milliseconds, peak beyond the inputs and first loss; then a profile of ours."""
+    """Measure each contender's milliseconds, peak beyond the inputs and first loss; then a profile of ours."""
     setting = setting_of(device, small=small)
     inputs = setting.batch()
     found: dict[str, Any] = {"setting": [setting.current, setting.replay, setting.frames, setting.positions]}
     with process_group(local_worlds(1)[0], device, timeout_minutes=30):
-        for name, side in sides_of(device).items():
+        for name, contender in contenders_of(device).items():
             try:
-                with side(setting, inputs) as run:
+                with contender(setting, inputs) as run:
                     found[name] = _measured(run, setting, inputs, device)
                     if name == "ours":
                         found["profile"] = profiled(run, device)
-            except Exception as error:  # another side may still run
+            except Exception as error:  # another contender may still run
                 found[name] = {"failed": repr(error)[:500]}
             print(name, found[name], flush=True)
             if device.type == "cuda":
@@ -170,7 +172,7 @@ def _measured(run: Run, setting: BenchSetting, inputs: Batch, device: torch.devi
     started = time.perf_counter()
     run()
     run()
-    host = (time.perf_counter() - started) / 2  # until all is started, which waits for nothing
+    host = (time.perf_counter() - started) / 2  # time to launch all kernels, without waiting for them
     return {
         "ms": 1e3 * each,
         "host ms": 1e3 * host,

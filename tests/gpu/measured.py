@@ -35,7 +35,7 @@ def seconds(function: Callable[[], Any], device: torch.device, *, least: float =
 
 
 def peak_beyond(function: Callable[[], Any], device: torch.device) -> float:
-    """Bytes of device memory that a call takes beyond what is taken before it; 0 without a GPU."""
+    """Return the peak device memory of a call above the memory before it, in bytes; 0 without a GPU."""
     if device.type != "cuda":
         return 0.0
     synchronize(device)
@@ -47,7 +47,7 @@ def peak_beyond(function: Callable[[], Any], device: torch.device) -> float:
 
 
 def ceilings(device: torch.device, *, small: bool) -> dict[str, float]:
-    """What the device can do: TFLOP/s of products in bf16 and float16, TB/s of a copy, read and written."""
+    """Ceilings of the device: TFLOP/s of products in bf16 and float16, TB/s of a copy, read and written."""
     side, rows, dim = (256, 1568, 64) if small else (8192, 602_112, 768)
     found: dict[str, float] = {}
     for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):

@@ -1,7 +1,7 @@
-"""Everything that a GPU can show, in one run of minutes: each part in a process with a time limit, then one table.
+"""All measurements and tests that need a GPU, in one run of minutes: each part in a process with a time limit.
 
 Usage: python -m tests.gpu.on_device [--out FOLDER] [--small] [--seconds N] [--parts NAME,NAME]
-Without a GPU it runs in small, and names what it skips.
+Without a GPU the parts run in small, and those that need one are skipped.
 """
 
 import argparse
@@ -32,7 +32,7 @@ class Part:
 
 
 def parts_of(*, small: bool) -> dict[str, Part]:
-    """All parts, in their order: the most telling first."""
+    """Return all parts, the most important first."""
 
     def measure(name: str) -> tuple[str, ...]:
         return ("-m", "tests.gpu.on_device", "--measure", name, "{json}", *(["--small"] if small else []))
@@ -73,7 +73,7 @@ def measure_part(name: str, path: Path, *, small: bool) -> None:
 
 
 def run_part(name: str, part: Part, out: Path, limit: float) -> dict[str, Any]:
-    """Run a part; its figures, how it ended and how long it took. At its limit it is killed, children and all."""
+    """Run a part; return its figures, end and seconds. At its limit the part and its children are killed."""
     path, log = out / f"{name}.json", out / f"{name}.log"
     command = [sys.executable, *(word.replace("{json}", str(path)) for word in part.command)]
     started = time.monotonic()
@@ -88,17 +88,17 @@ def run_part(name: str, part: Part, out: Path, limit: float) -> dict[str, Any]:
             code = f"stopped after {limit:.0f} s"
             _stop(process)
     figures = json.loads(path.read_text()) if path.exists() else None
-    said = log.read_text(errors="replace")
+    output_text = log.read_text(errors="replace")
     return {
         "ended": "ok" if code == 0 else code,
         "seconds": round(time.monotonic() - started, 1),
         "figures": figures,
-        "said": said[-TAIL:] if code != 0 or name in ("tests", "streams") else "",
+        "output": output_text[-TAIL:] if code != 0 or name in ("tests", "streams") else "",
     }
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Interrupt a part, so that it can still show what it has found; kill its processes if that takes long."""
+    """Interrupt a part, so that it can still print its results; kill its processes after some seconds."""
     process.send_signal(signal.SIGINT)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(STOPPING)
@@ -108,19 +108,19 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def device_facts() -> dict[str, str]:
-    """The versions and the device, asked of a process of its own: this one never touches the GPU."""
-    asked = (
+    """Return versions and device, from another process, so that this one does not use the GPU."""
+    code = (
         "import json, platform, torch, triton; has = torch.cuda.is_available();"
         "print(json.dumps({'device': torch.cuda.get_device_name(0) if has else 'cpu', 'torch': torch.__version__,"
         "'triton': triton.__version__, 'python': platform.python_version()}))"
     )
-    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     facts: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
     return facts
 
 
 def lines_of(figures: Any, depth: int = 0) -> list[str]:
-    """Nested figures as indented lines; a mapping of plain values is one line."""
+    """Format nested figures as indented lines; a mapping of plain values is one line."""
     if not isinstance(figures, dict):
         return [f"{'  ' * depth}{_shown(figures)}"]
     lines = []
@@ -141,7 +141,7 @@ def _shown(value: Any) -> str:
 
 
 def main() -> int:
-    """Run the parts that are asked for; 0 when all ended well or were skipped."""
+    """Run the selected parts; return 0 if all succeeded or were skipped."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=Path("on_device"))
     parser.add_argument("--small", action="store_true")
@@ -174,7 +174,7 @@ def main() -> int:
     for name, result in results["parts"].items():
         shown.append(f"\n== {name}: {result['ended']}, {result['seconds']} s")
         shown += lines_of(result["figures"]) if result.get("figures") else []
-        shown += [result["said"]] if result.get("said") else []
+        shown += [result["output"]] if result.get("output") else []
     (out / "on_device.txt").write_text("\n".join(shown) + "\n")
     print("\n".join(shown))
     return int(

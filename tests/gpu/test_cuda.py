@@ -1,4 +1,4 @@
-"""What only a GPU can show: kernels and transfers."""
+"""Kernels and transfers on a GPU."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ def test_triton_kernels_give_what_torch_gives() -> None:
 
 
 @pytest.mark.parametrize("tier", ["none", "host", "device"])
-def test_batches_on_the_device_are_those_of_the_processor(tmp_path: Path, tier: str) -> None:
+def test_batches_on_the_device_are_those_on_a_cpu(tmp_path: Path, tier: str) -> None:
     manifest = load_manifest(make_feature_shards(tmp_path, classes=4, clips={"train": 12}))
     source = training_source(manifest, epochs=3, exemplars=manifest.clips(["class_000"], "train")[:5])
 

@@ -1,4 +1,4 @@
-"""The script for a GPU runs where there is none, in small, and names what it skips."""
+"""The GPU script runs in small without a GPU, and reports the parts that it skips."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ from tests.gpu.on_device import Part, lines_of, parts_of, run_part
 ROOT = Path(__file__).parents[2]
 
 
-def test_all_parts_but_those_of_a_gpu_run_in_small_on_the_processor(tmp_path: Path) -> None:
+def test_parts_that_need_no_gpu_run_in_small_on_a_cpu(tmp_path: Path) -> None:
     command = ["bash", "tests/gpu/on_device.sh", "run", "-", "--small", "--out", str(tmp_path)]
     command += ["--parts", "kernels,iteration,tests,encoders"]  # the others are tested where `avcil bench` is
     environment = {
@@ -35,15 +35,15 @@ def test_all_parts_but_those_of_a_gpu_run_in_small_on_the_processor(tmp_path: Pa
     assert "VideoMAE, bf16" in done.stdout
 
 
-def test_a_part_at_its_limit_is_stopped_and_a_failing_one_shows_what_it_said(tmp_path: Path) -> None:
+def test_a_part_at_its_limit_is_stopped_and_a_failing_one_shows_its_output(tmp_path: Path) -> None:
     sleeping = Part(("-c", "import time; time.sleep(60)"), limit=1)
     assert run_part("sleeping", sleeping, tmp_path, 1)["ended"] == "stopped after 1 s"
     failing = run_part("failing", Part(("-c", "raise SystemExit('broken')"), limit=20), tmp_path, 20)
     assert failing["ended"] == 1
-    assert "broken" in failing["said"]
+    assert "broken" in failing["output"]
 
 
-def test_every_command_of_the_full_run_is_known_to_the_command_line() -> None:
+def test_every_command_of_the_full_run_exists() -> None:
     from click.testing import CliRunner
 
     from launch.cli.main import cli

@@ -1,4 +1,4 @@
-"""A loss that is computed again by a graph; here what a graph would run again is simply run again."""
+"""Loss by a graph. Without a GPU, `capture` is replaced by a function that runs the same code again."""
 
 from unittest import mock
 
@@ -55,7 +55,7 @@ def test_every_batch_has_the_loss_and_gradient_of_the_method_to_the_last_bit(met
         assert all(map(torch.equal, gradients(found["loss"], output), gradients(expected["loss"], output)))
 
 
-def test_a_gradient_whose_place_was_taken_is_an_error(method: Method) -> None:
+def test_backward_after_the_next_batch_is_an_error(method: Method) -> None:
     with mock.patch.object(loss_graph, "capture", lambda compute: compute):
         graph = LossGraph(method, *drawn(0))
     loss = graph(*drawn(0))["loss"]
@@ -64,7 +64,7 @@ def test_a_gradient_whose_place_was_taken_is_an_error(method: Method) -> None:
         loss.backward()
 
 
-def test_on_the_processor_and_for_other_methods_the_loss_is_the_methods_own(method: Method) -> None:
+def test_on_a_cpu_the_loss_is_that_of_the_method(method: Method) -> None:
     targets, output, teacher = drawn(0)
     with mock.patch.object(loss_graph, "LossGraph", side_effect=AssertionError):
         assert torch.equal(

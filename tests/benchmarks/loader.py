@@ -1,10 +1,10 @@
-"""Rates of loading: our batches beside the disk, other loaders, the S3 client and the decoder, in one table.
+"""Program that measures loading: our batches beside the disk, other loaders, the S3 client and the decoder.
 
-No test: it asserts nothing. Run it on a quiet machine:
+It is not a test, and lives here because it uses the S3 server of the tests. Run it on a quiet machine:
 
     python -m tests.benchmarks.loader --clips 768 --folder FOLDER
 
-FOLDER takes about 4 times the size of the data (768 clips: 1.9 GB), which are removed at the end.
+FOLDER needs about 4 times the size of the data (768 clips: 1.9 GB). The data are removed at the end.
 """
 
 import argparse
@@ -113,8 +113,8 @@ def feature_rows(folder: Path, clips: int, repeats: int) -> list[Row]:
         ("tarfile, sequential", best_rate(repeats, lambda: read_as_tar(paths)), "GB/s"),
     ]
     for workers in (0, 2):
-        found = rate(partial(webdataset_bytes, paths, workers))
-        rows.append((f"webdataset: shuffle, decode, batch; {workers} workers", found, "GB/s"))
+        measured_rate = rate(partial(webdataset_bytes, paths, workers))
+        rows.append((f"webdataset: shuffle, decode, batch; {workers} workers", measured_rate, "GB/s"))
     rows += mds_rows(manifest, folder / "mds")
     measured = [our_rates(url, BATCH) for _ in range(repeats)]
     rows.append(("avcil-dist, first epoch of a process", max(first for first, _ in measured), "GB/s"))
@@ -132,8 +132,8 @@ def mds_rows(manifest: Manifest, folder: Path) -> list[Row]:
     streaming.base.util.clean_stale_shared_memory()
     rows: list[Row] = []
     for workers in (0, 2):
-        found = rate(partial(mds_bytes, folder, workers))
-        rows.append((f"MosaicML Streaming: shuffled; {workers} workers", found, "GB/s"))
+        measured_rate = rate(partial(mds_bytes, folder, workers))
+        rows.append((f"MosaicML Streaming: shuffled; {workers} workers", measured_rate, "GB/s"))
     shutil.rmtree(folder)
     return rows
 
@@ -192,7 +192,7 @@ def video_rows(folder: Path, repeats: int) -> list[Row]:
 
     def plain() -> float:
         with ProcessPoolExecutor(CORES, mp_context=get_context("forkserver")) as pool:
-            list(pool.map(decode_whole, clips[:CORES]))  # the processes are there
+            list(pool.map(decode_whole, clips[:CORES]))  # starts the processes
             return rate(lambda: sum(pool.map(decode_whole, clips, chunksize=4)))
 
     def ours() -> float:
@@ -212,8 +212,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=256, help="feature clips, 2.4 MB each")
     parser.add_argument("--threads", type=int, default=8, help="requests to S3 at a time")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each, of which the best counts")
-    parser.add_argument("--folder", help="where the data are made; default: below TMPDIR")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each; the best is reported")
+    parser.add_argument("--folder", help="folder for temporary data; default: TMPDIR")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
@@ -223,10 +223,10 @@ def main() -> None:
         rows += video_rows(folder, arguments.repeats)
     size = f"{arguments.clips} clips of ({FRAMES * POSITIONS}, {DIM}) float16 in {SHARDS} shards, page cache"
     table = Table(title=f"{size}; {platform.machine()}, {CORES} cores, Python {platform.python_version()}")
-    table.add_column("what")
+    table.add_column("reader")
     table.add_column("rate", justify="right")
-    for what, value, unit in rows:
-        table.add_row(what, f"{value:.2f} {unit}")
+    for name, value, unit in rows:
+        table.add_row(name, f"{value:.2f} {unit}")
     Console(width=120).print(table)
 
 

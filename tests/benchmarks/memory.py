@@ -1,7 +1,7 @@
 """Peak host memory of a rank by ZeRO stage: `python -m tests.benchmarks.memory`.
 
-Two processes train a transformer on frames of noise, each stage in processes of its own. The peak
-is what the operating system saw the process hold (VmHWM), less what it held before the network was made.
+Two processes train a transformer on frames of noise, new ones for each stage. The peak is VmHWM of the operating
+system, less the memory of the process before the network was built.
 """
 
 import argparse
@@ -25,7 +25,7 @@ ROWS, ITERATIONS = 2, 3
 
 
 class Peak(NamedTuple):
-    """Megabytes of one rank above what it held before the network: the highest, and at the end, of each part."""
+    """Memory of one rank above that before the network, in MB: peak and end of building and of training."""
 
     building: float
     built: float
@@ -43,7 +43,7 @@ def megabytes(field: str) -> float:
 
 def measure(world: World, stage: int, dim: int, depth: int) -> Peak:
     """Train a few iterations."""
-    import deepspeed  # noqa: F401 - its own memory is not the network's
+    import deepspeed  # noqa: F401 - loaded first, so that its memory is not counted
 
     before = megabytes("VmRSS")
     sizes = {"weights": "random", "train": "full", "dim": dim, "depth": depth, "heads": 8}
@@ -56,7 +56,7 @@ def measure(world: World, stage: int, dim: int, depth: int) -> Peak:
     engine = Engine(network, build_optimizer(network, OptimConfig()), config=config, rows=ROWS, world=world, device=CPU)
     building = megabytes("VmHWM")
     held = megabytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     for _ in range(ITERATIONS):
         output = engine(torch.randn(ROWS, 2, 3, 32, 32), torch.randn(ROWS, 32, 16))
         engine.backward(output.logits.square().mean())
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=10)
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3])
     given = parser.parse_args()
-    # What is freed goes back to the system at once, else the peak is that of the allocator's habits.
+    # Freed memory is returned to the system at once; otherwise the peak includes the allocator's reserves.
     os.environ.update(MALLOC_MMAP_THRESHOLD_="262144", MALLOC_TRIM_THRESHOLD_="262144", MALLOC_ARENA_MAX="1")
     rows = []
     for stage in given.stages:

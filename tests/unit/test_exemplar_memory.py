@@ -64,6 +64,10 @@ def test_a_random_order_follows_the_seed_and_the_class_and_holds_every_key_once(
     assert order != random_order("b", keys, seed=0)
 
 
+def test_a_random_order_stays_the_same_in_every_version() -> None:
+    assert random_order("a", keys_of("a", 6), seed=3) == ["a-3", "a-1", "a-0", "a-5", "a-4", "a-2"]
+
+
 def test_a_memory_of_size_zero_knows_its_classes_and_holds_nothing() -> None:
     memory = EMPTY_MEMORY.update({"a": keys_of("a", 5)}, size=0)
     assert memory.keys == {"a": ()}

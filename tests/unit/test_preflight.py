@@ -9,7 +9,10 @@ from avcil_dist.compose import load_config
 from avcil_dist.data.manifest import load_manifest
 from avcil_dist.errors import ConfigError, DataError
 from avcil_dist.methods import method_names
-from avcil_dist.training.preflight import preflight
+from avcil_dist.methods.base import Needs
+from avcil_dist.models.network_spec import NetworkSpec
+from avcil_dist.training import preflight as preflight_module
+from avcil_dist.training.preflight import describe_needs, preflight
 from data_shards.build import build_shards
 from data_shards.random_features import make_feature_shards
 from launch.cli.main import cli
@@ -110,3 +113,63 @@ def test_methods_are_listed_with_needs_and_options() -> None:
     assert "needs    teacher, memory" not in listed.output
     assert "option   predict=nme (nme | fc)" in listed.output
     assert "needs    nothing" in listed.output
+
+
+def test_every_need_of_a_method_is_described() -> None:
+    assert describe_needs(Needs()) == []
+    described = {
+        "teacher": Needs(teacher=True),
+        "memory (exemplars beside current clips)": Needs(memory="replay"),
+        "memory (exemplars join)": Needs(memory="join"),
+        "herding": Needs(selection="herding"),
+        "features of exemplars": Needs(means=True),
+        "attention of both modalities": Needs(divergence=True),
+        "both modalities": Needs(both_modalities=True),
+        "gradients of the teacher": Needs(importance=True),
+        "a head of proxies": Needs(network_spec=NetworkSpec(head="proxies")),
+        "all data of seen classes": Needs(all_data=True),
+        "a fresh network each step": Needs(fresh_network=True),
+        "validation clips": Needs(validation=True),
+        "gradients at step 0 alone": Needs(training="first step"),
+        "no gradients": Needs(training="never"),
+    }
+    assert {text: describe_needs(needs) for text, needs in described.items()} == {text: [text] for text in described}
+
+
+def test_features_are_refused_for_encoders_of_clips(tmp_path: Path) -> None:
+    line = refused(write_config(tmp_path), "model.visual={kind: small}", "model.audio={kind: small}")
+    assert "holds features, which model.visual.kind=small cannot take" in line
+
+
+def test_batches_must_fit_each_of_the_world_sizes(tmp_path: Path) -> None:
+    path = str(write_config(tmp_path))
+    preflight(load_config(path), [1, 2], restart=True)
+    batch, replay = "optim.global_batch=12", "optim.global_replay_batch"
+    for sizes, words, text in (
+        ([1, 5], [batch], r"optim\.global_batch=12 cannot be shared by 5 processes"),
+        (
+            [1, 2],
+            [batch, f"{replay}=5"],
+            r"optim\.global_replay_batch=5 cannot be shared by 2 processes",
+        ),
+        ([2], [batch, f"{replay}=8", "engine.micro_batch=4"], r"6 current clips and 4 exemplars"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            preflight(load_config(path, words), sizes, restart=True)
+    words = ["method=lwf", batch, f"{replay}=8", "engine.micro_batch=4"]
+    preflight(load_config(path, words), [2], restart=True)  # without replay, 3 of 6 clips at a time
+
+
+def test_a_stream_with_committed_steps_is_refused_for_other_settings_unless_it_restarts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(str(write_config(tmp_path)))
+    checked: list[int] = []
+    monkeypatch.setattr(preflight_module, "check_continues", lambda _config, _manifest, step: checked.append(step))
+    preflight(config, [1], restart=False)
+    assert checked == []  # nothing is committed
+    monkeypatch.setattr(preflight_module, "next_step", lambda _stream, num_steps: num_steps - 1)
+    preflight(config, [1], restart=True)
+    assert checked == []
+    preflight(config, [1], restart=False)
+    assert checked == [2]

@@ -128,6 +128,12 @@ def test_a_command_that_runs_a_stream_leaves_its_steps_their_own_lock(
             pass
 
 
+def test_the_locks_of_a_stream_are_files_beside_it_and_its_folder_is_not_made(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "runs"
+    with sole_writer(str(folder / "tiny")), sole_runner(str(folder / "tiny")):
+        assert sorted(path.name for path in folder.iterdir()) == [".tiny.lock", ".tiny.run.lock"]
+
+
 def test_a_stream_on_object_storage_has_no_lock() -> None:
     with sole_writer("memory://runs/tiny"), sole_writer("memory://runs/tiny"):
         pass

@@ -130,6 +130,22 @@ def test_closed_form_training_uses_the_readable_clips_of_the_new_classes_and_val
     assert accuracy == 0.5
 
 
+def test_closed_form_training_adds_up_statistics_hits_and_clips_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A second rank with the same clips: every sum is twice that of this rank, and each accuracy stays the same.
+    reduced: list[list[float]] = []
+
+    def all_reduce(total: Tensor) -> None:
+        reduced.append(total.tolist())
+        total.mul_(2)
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    method, inference = Recording(), Inference()
+    accuracy = train_closed_form(make_step(method), None, inference)  # type: ignore[arg-type]
+    assert reduced == [[3], [2, 1, 1], [4]]
+    assert method.chosen == ([600, 601, 602], [0.5, 0.25, 0.25])
+    assert accuracy == 0.5
+
+
 def test_closed_form_training_without_validation_clips_chooses_without_accuracies() -> None:
     method, step = Recording(), make_step(Recording())
     step.method, step.manifest = method, Manifest({("c", "train"): [10, 12]})

@@ -1,6 +1,8 @@
 """Preflight: needs of methods against configuration and data; the list of methods with their needs."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -11,8 +13,9 @@ from avcil_dist.errors import ConfigError, DataError
 from avcil_dist.methods import method_names
 from avcil_dist.methods.base import Needs
 from avcil_dist.models.network_spec import NetworkSpec
+from avcil_dist.scenario import Scenario
 from avcil_dist.training import preflight as preflight_module
-from avcil_dist.training.preflight import describe_needs, preflight
+from avcil_dist.training.preflight import check_method_fits, describe_needs, preflight
 from data_shards.build import build_shards
 from data_shards.random_features import make_feature_shards
 from launch.cli.main import cli
@@ -103,6 +106,25 @@ def test_shards_are_checked_unless_the_ranks_of_a_launcher_check_them_together(
     with pytest.raises(DataError, match=f"{missing}: missing"):
         preflight(config, [1], restart=True)
     assert preflight(config, [1], restart=True, with_shards=False).num_steps == 3
+
+
+def test_the_shards_of_the_last_step_are_checked_too(tmp_path: Path) -> None:
+    config = load_config(str(write_config(tmp_path)))
+    manifest = load_manifest(config.data.manifest)
+    missing = Path(manifest.url(manifest.shard_numbers(manifest.classes[-1:], "test")[0]))
+    missing.unlink()
+    with pytest.raises(DataError, match=f"{missing}: missing"):
+        preflight(config, [1], restart=True)
+
+
+def test_pooled_tokens_of_clips_need_encoders_that_are_not_trained() -> None:
+    config, scenario = load_config("demo", ["method=finetune"]), Scenario((("a",),))
+    pooled = Needs(network_spec=NetworkSpec(pool=(8, 1)))
+    manifests: dict[str, Any] = {kind: SimpleNamespace(kind=kind) for kind in ("clip", "feature")}
+    check_method_fits(config, Needs(), manifests["clip"], scenario)
+    check_method_fits(config, pooled, manifests["feature"], scenario)
+    with pytest.raises(ConfigError, match=r"encoder of kind small is trained; .* or method\.features=network"):
+        check_method_fits(config, pooled, manifests["clip"], scenario)
 
 
 def test_methods_are_listed_with_needs_and_options() -> None:

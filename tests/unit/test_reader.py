@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from avcil_dist import storage
+from avcil_dist.data import reader
 from avcil_dist.data.manifest import Manifest, Shard, load_manifest
 from data_shards.random_features import make_feature_shards
 from data_shards.shard_writer import write_shard
@@ -325,3 +326,24 @@ def test_a_cache_smaller_than_the_window_gives_the_same_batches(shards: Path, tm
     plain = rows(list(training_batches(f"{shards}/manifest.json")))
     assert all(torch.equal(one, other) for one, other in zip(rows(cached), plain, strict=True))
     storage.remove_tree(root)
+
+
+def test_segments_are_read_together_up_to_16_mebibytes_and_small_gaps() -> None:
+    size, gap = 5 << 20, reader.GAP_BYTES
+    buffer = memoryview(bytearray(size))
+
+    def segment(shard: int, start: int) -> reader.Segment:
+        return reader.Segment(shard, start, (buffer,), 0)
+
+    def starts(*segments: reader.Segment) -> list[list[int]]:
+        return [[part.start for part in run] for run in reader._runs(segments)]
+
+    assert starts(*(segment(0, number * size) for number in (3, 1, 0, 2))) == [[0, size, 2 * size], [3 * size]]
+    assert starts(segment(0, 0), segment(0, size + gap)) == [[0, size + gap]]
+    assert starts(segment(0, 0), segment(0, size + gap + 1)) == [[0], [size + gap + 1]]
+    assert starts(segment(0, 0), segment(1, size)) == [[0], [size]]
+    half = memoryview(bytearray(8 << 20))
+    exact = [reader.Segment(0, start, (half,), 0) for start in (0, 8 << 20)]
+    assert len(reader._runs(exact)) == 1
+    over = [exact[0], reader.Segment(0, (8 << 20) + 1, (half,), 0)]
+    assert len(reader._runs(over)) == 2

@@ -1,6 +1,8 @@
+import fcntl
 import hashlib
 import os
 import resource
+import stat
 import subprocess
 import sys
 import uuid
@@ -9,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -179,6 +182,45 @@ def test_what_a_killed_process_left_makes_room(shards: Shards) -> None:
     left.write_bytes(bytes(3 * SIZE))
     shards.use(1)
     assert not left.exists()
+
+
+def test_what_a_killed_process_left_is_removed_before_any_shard(shards: Shards) -> None:
+    for number in (1, 2):
+        shards.use(number)
+    left = shards.cache.folder / ".0123.dead"
+    left.write_bytes(bytes(SIZE))  # newer than both shards
+    shards.use(3)
+    assert not left.exists()
+    assert shards.kept() == {1, 2, 3}
+
+
+def test_only_the_user_can_read_the_cache(shards: Shards) -> None:
+    shards.use(1)
+    [file] = shards.cache.folder.glob("*.tar")
+    assert stat.S_IMODE(shards.cache.folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+def test_a_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getuid", lambda: tmp_path.stat().st_uid + 1)
+    with pytest.raises(ConfigError, match=r"^data\.shard_cache: .*cache: belongs to another user"):
+        Shards(tmp_path, 1)
+
+
+def test_a_shard_is_locked_while_it_is_fetched_and_shared_afterwards(shards: Shards, monkeypatch: Any) -> None:
+    locks: list[int] = []
+    flock = fcntl.flock
+
+    def recorded(file: int, kind: int) -> None:
+        if kind in (fcntl.LOCK_EX, fcntl.LOCK_SH):  # the others are of locks for adding and removing files
+            locks.append(kind)
+        flock(file, kind)
+
+    monkeypatch.setattr(fcntl, "flock", recorded)
+    shards.use(1)
+    assert locks == [fcntl.LOCK_EX, fcntl.LOCK_SH]
+    shards.use(1)
+    assert locks == [fcntl.LOCK_EX, fcntl.LOCK_SH, fcntl.LOCK_SH]
 
 
 def test_a_kept_file_of_another_length_is_not_taken(shards: Shards) -> None:

@@ -22,6 +22,7 @@ from avcil_dist.scenario import Scenario
 from avcil_dist.training.inference_pass import InferencePass
 from avcil_dist.training.teacher import Teacher
 from avcil_dist.training.teacher_cache import TeacherCache, build_teacher_cache
+from avcil_dist.world import World
 
 CPU, DIM, NOTHING = torch.device("cpu"), 4, None
 SCENARIO = Scenario((("a", "b", "c"), ("d", "e")))
@@ -170,6 +171,24 @@ def test_a_teacher_stays_in_evaluation_mode_and_takes_no_gradient() -> None:
     assert not logits.requires_grad
 
 
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_a_teacher_runs_in_inference_mode_unless_its_parameters_are_sharded(
+    monkeypatch: pytest.MonkeyPatch, is_sharded: bool
+) -> None:
+    sharded: list[object] = []
+    monkeypatch.setattr("avcil_dist.training.teacher.shard_out", lambda network, world: sharded.append(network))
+    teacher, modes = make_teacher(), list[tuple[bool, bool]]()
+    if is_sharded:
+        teacher.shard(World())
+    teacher.network.register_forward_hook(
+        lambda *_: modes.append((torch.is_inference_mode_enabled(), torch.is_grad_enabled()))
+    )
+    teacher.logits(batch_of([11, 13]))
+    assert modes == [(not is_sharded, False)]
+    assert sharded == [teacher.network] * is_sharded
+    assert not any(module.training for module in teacher.network.modules())
+
+
 def test_importance_is_the_norm_of_each_clips_own_gradient() -> None:
     teacher, method, batch = make_teacher(ProxyHead(DIM, 3, 0, num_proxies=2)), method_of("afc"), batch_of([11, 13, 19])
     output = teacher.output(batch, method)
@@ -234,7 +253,7 @@ def test_encoders_shared_with_the_student_run_once_for_both_modalities() -> None
     assert unchanged.audio is batch.audio
 
 
-@pytest.mark.parametrize(("times_its_size", "is_moved"), [(11, True), (9, False)])
+@pytest.mark.parametrize(("times_its_size", "is_moved"), [(11, True), (10, True), (9, False)])
 def test_a_cache_moves_to_a_gpu_that_has_ten_times_its_size_free(
     monkeypatch: pytest.MonkeyPatch, times_its_size: int, is_moved: bool
 ) -> None:

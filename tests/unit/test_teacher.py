@@ -162,6 +162,7 @@ def test_a_teacher_stays_in_evaluation_mode_and_takes_no_gradient() -> None:
     parent = torch.nn.ModuleList([teacher]).train()
     assert not any(module.training for module in teacher.network.modules())
     assert teacher.train() is teacher
+    assert not any(parameter.requires_grad for parameter in parent.parameters())
     teacher.grow(5, None)
     assert not any(module.training for module in teacher.network.modules())
     assert not any(parameter.requires_grad for parameter in parent.parameters())

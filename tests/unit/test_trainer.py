@@ -14,7 +14,7 @@ from avcil_dist import storage
 from avcil_dist.compose import load_config
 from avcil_dist.config.schema import Config
 from avcil_dist.data.manifest import load_manifest
-from avcil_dist.errors import DataError, StepStopped
+from avcil_dist.errors import ConfigError, DataError, StepStopped
 from avcil_dist.signals import StopRequest
 from avcil_dist.streams.artifact import StepArtifact, load_artifact, step_url
 from avcil_dist.streams.stream import stream_url
@@ -172,6 +172,7 @@ def test_a_step_that_stopped_within_an_epoch_reports_the_whole_of_it(tmp_path: P
 def test_a_counter_is_reported_from_its_first_value_that_is_not_zero(tmp_path: Path) -> None:
     reported = run(resolve(tmp_path, "data.clip_cache=host")).epochs
     assert reported[0]["data/read_bytes"] > 0
+    assert reported[0]["data/stall_seconds"] > 0  # the first batch is always waited for
     assert [values["data/read_bytes"] for values in reported[1:]] == [0] * (EPOCHS - 1)
     assert not [name for values in reported for name in values if "retries" in name or "damaged" in name]
     assert all(values.keys() == reported[0].keys() for values in reported)
@@ -195,6 +196,15 @@ def test_a_snapshot_of_other_data_is_skipped(config: Config, tmp_path: Path, cap
     with caplog.at_level(logging.WARNING):
         assert run(config).started_from == 0
     assert "of other data or of another previous step; skipping this snapshot" in caplog.text
+
+
+def test_a_snapshot_with_other_settings_is_refused_and_a_setting_of_the_machine_may_change(
+    config: Config, tmp_path: Path
+) -> None:
+    stop_after(config, 9)
+    with pytest.raises(ConfigError, match=r"step 0 was begun with optim\.lr=0\.003, not 0\.5"):
+        run(resolve(tmp_path, "optim.lr=0.5"))
+    assert run(resolve(tmp_path, "data.read_threads=3")).started_from == 10
 
 
 def test_a_snapshot_of_another_previous_step_is_skipped_and_so_is_its_teacher_cache(

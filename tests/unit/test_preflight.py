@@ -57,6 +57,13 @@ def test_analytic_chooses_gamma_on_validation_clips(tmp_path: Path) -> None:
     preflight(load_config(str(path), [*words, "method.gammas=[1.0]"]), [1], restart=True)
 
 
+def test_validation_clips_are_needed_only_where_they_select_the_epoch(tmp_path: Path) -> None:
+    path = write_config(tmp_path)
+    make_feature_shards(tmp_path / "shards", classes=6, clips={"train": 24, "test": 10})
+    assert "has no val clips" in refused(path, "method=finetune", "optim.keep_epoch=best_val")
+    preflight(load_config(str(path), ["method=finetune", "optim.keep_epoch=last"]), [1], restart=True)
+
+
 def test_analytic_needs_no_full_batch(tmp_path: Path) -> None:
     path = write_config(tmp_path)
     assert "has only 24 training clips" in refused(path, "method=finetune", "optim.global_batch=48")
@@ -79,6 +86,13 @@ def test_a_source_disjoint_test_of_nothing_is_refused(tmp_path: Path) -> None:
     )
     assert "every test clip of step 0" in refused(path, "data.source_disjoint=true")
     preflight(load_config(str(path), ["data.source_disjoint=false"]), [1], restart=True)
+    make_feature_shards(
+        tmp_path / "shards",
+        classes=6,
+        clips={"train": 24, "val": 6, "test": 10},
+        key=lambda split, number, row: f"video{number}-{row % (5 if split == 'test' else 4)}_{split}-{row}",
+    )
+    preflight(load_config(str(path), ["data.source_disjoint=true"]), [1], restart=True)  # video 4 is in the test alone
 
 
 @pytest.mark.slow
@@ -179,7 +193,7 @@ def test_batches_must_fit_each_of_the_world_sizes(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=text):
             preflight(load_config(path, words), sizes, restart=True)
     words = ["method=lwf", batch, f"{replay}=8", "engine.micro_batch=4"]
-    preflight(load_config(path, words), [2], restart=True)  # without replay, 3 of 6 clips at a time
+    preflight(load_config(path, words), [1, 2], restart=True)  # without replay, 4 of 12 clips at a time, or 3 of 6
 
 
 def test_a_stream_with_committed_steps_is_refused_for_other_settings_unless_it_restarts(

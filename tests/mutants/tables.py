@@ -47,6 +47,12 @@ EQUIVALENT = {
     ("data/plan", "np.where(shifted > count", "shifted > count -> shifted >= count"): "count is reflected to itself",
     ("data/exemplar_memory", "np.where(lengths > 0", "1 -> 2"): "the divisor of rows of zeros",
     ("streams/metrics", "zip(others, counts", "True -> False"): "np.unique returns as many counts as values",
+    (
+        "training/closed_form",
+        "hits = ",
+        "torch.zeros(len(candidates), dtype=torch.long, device=step.device) -> torch.zeros(len(candidates), "
+        "device=step.device)",
+    ): "float32 is exact for less than 16 million clips",
 }
 
 

@@ -19,6 +19,7 @@ from avcil_dist.models.heads import ProxyHead
 from avcil_dist.models.network import AudioVisualNetwork
 from avcil_dist.models.outputs import Output
 from avcil_dist.scenario import Scenario
+from avcil_dist.training import teacher_cache
 from avcil_dist.training.inference_pass import InferencePass
 from avcil_dist.training.teacher import Teacher
 from avcil_dist.training.teacher_cache import TeacherCache, build_teacher_cache
@@ -266,3 +267,11 @@ def test_a_cache_moves_to_a_gpu_that_has_ten_times_its_size_free(
     monkeypatch.setattr(Output, "map", lambda self, _: moves.append(None) or self)
     assert (cache.to(torch.device("cuda")) is cache) is not is_moved
     assert len(moves) == is_moved
+
+
+def test_values_go_to_a_gpu_from_pinned_memory_and_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, copies = torch.device("cuda"), list[tuple[torch.device, dict[str, bool]]]()
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda own: own + 1)
+    monkeypatch.setattr(torch.Tensor, "to", lambda own, device, **options: copies.append((device, options)) or own)
+    assert teacher_cache._to(torch.zeros(2), gpu).tolist() == [1, 1]
+    assert copies == [(gpu, {"non_blocking": True})]

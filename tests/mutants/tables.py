@@ -52,6 +52,12 @@ EQUIVALENT = {
         "torch.full((dim,), torch.nan, dtype=torch.float64) -> torch.full((dim,), torch.nan)",
     ): "the stack is in float64 if any mean is, and the result in float32",
     ("data/plan", "np.where(shifted > count", "shifted > count -> shifted >= count"): "count is reflected to itself",
+    ("data/plan", "range(1, global_batch + 1)", "1 -> 2"): "of the end: no batch is divided by the next number",
+    (
+        "data/plan",
+        "padded = ",
+        "np.full(num_batches * global_batch, PADDING, dtype=np.int64) -> np.full(num_batches * global_batch, PADDING)",
+    ): "the default for an integer",
     ("data/exemplar_memory", "np.where(lengths > 0", "1 -> 2"): "the divisor of rows of zeros",
     ("streams/metrics", "zip(others, counts", "True -> False"): "np.unique returns as many counts as values",
     (

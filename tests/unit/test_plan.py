@@ -16,6 +16,7 @@ from avcil_dist.data.manifest import Manifest, Shard
 from avcil_dist.data.plan import (
     PADDING,
     EpochPlan,
+    _by_shard,
     check_batch_fits,
     plan_epoch,
     plan_evaluation,
@@ -261,6 +262,11 @@ def test_joined_exemplars_occur_once_per_epoch_among_the_current_clips() -> None
         )
         clips = [*planned.batches.ravel().tolist(), *planned.rest.tolist()]
         assert sorted(clips) == sorted([*current.tolist(), *exemplars.tolist()])
+
+
+def test_exemplars_are_divided_where_a_shard_begins() -> None:
+    manifest = make_manifest([[3, 3], [4]])  # a test shard of two clips follows each class
+    assert [part.tolist() for part in _by_shard(manifest, np.array([8, 3, 2, 5]))] == [[2], [3, 5], [8]]
 
 
 def test_classes_of_unequal_size_are_spread_over_the_whole_epoch() -> None:

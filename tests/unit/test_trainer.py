@@ -173,7 +173,8 @@ def test_a_counter_is_reported_from_its_first_value_that_is_not_zero(tmp_path: P
     reported = run(resolve(tmp_path, "data.clip_cache=host")).epochs
     assert reported[0]["data/read_bytes"] > 0
     assert reported[0]["data/stall_seconds"] > 0  # the first batch is always waited for
-    assert [values["data/read_bytes"] for values in reported[1:]] == [0] * (EPOCHS - 1)
+    # Batches are read ahead: those at the end of an epoch may not be cached yet when the next one requests their clips.
+    assert [values["data/read_bytes"] for values in reported[2:]] == [0] * (EPOCHS - 2)
     assert not [name for values in reported for name in values if "retries" in name or "damaged" in name]
     assert all(values.keys() == reported[0].keys() for values in reported)
     assert {name.split("/")[0] for name in reported[0]} == {"loss", "val", "data", "speed"}

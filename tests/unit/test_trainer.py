@@ -133,6 +133,22 @@ def test_the_loss_of_an_epoch_is_the_mean_of_its_iterations(config: Config, monk
         assert values["loss/total"] == pytest.approx(mean, rel=1e-6)
 
 
+def test_losses_are_checked_in_groups_and_at_the_end_of_an_epoch(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    check = trainer.Trainer._check_losses
+
+    def recorded(own: trainer.Trainer, *rest: Any) -> None:
+        sizes.append(len(own._unchecked))
+        check(own, *rest)
+
+    monkeypatch.setattr(trainer, "ITERATIONS_PER_CHECK", 4)
+    monkeypatch.setattr(trainer.Trainer, "_check_losses", recorded)
+    run(config)
+    assert sizes == [4, 2] * EPOCHS
+
+
 def test_the_first_of_equally_good_epochs_is_the_result(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     accuracies(monkeypatch, [0.5, 0.9, 0.9, 0.7])
     run(config)

@@ -39,7 +39,7 @@ def test_a_stream_stopped_with_its_snapshots_in_s3_ends_in_the_bits_of_one_that_
 
     again = run_avcil("train", config, f"output={tmp_path}/stopped")
     assert again.returncode == 0, again.stderr
-    assert "goes on from iteration" in again.stderr
+    assert "continues from iteration" in again.stderr
     for step in (0, 1):
         assert weights_digest(f"{tmp_path}/stopped/{NAME}", step) == weights_digest(f"{tmp_path}/whole/{NAME}", step)
     assert not storage.list_folder(f"{s3}/{NAME}/snapshots")

@@ -15,6 +15,7 @@ from avcil_dist.models.attention import fused_gpu
 from avcil_dist.models.attention.fused import AttentionInputs
 from avcil_dist.models.attention.fused_gpu import FusedAttend, FusedPass
 from avcil_dist.models.attention.module import AudioGuidedAttention, TeacherView
+from tests.helpers.attention import defined
 
 FRAMES, POSITIONS, DIM = 3, 75, 64  # no multiples of a program's tile
 
@@ -32,20 +33,6 @@ def poisoned() -> Iterator[None]:
         mock.patch.object(torch, "empty_like", lambda tensor, **kind: fill(empty_like(tensor, **kind))),
     ):
         yield
-
-
-def defined(
-    student: AudioGuidedAttention, audio: Tensor, visual: Tensor, view: TeacherView | None
-) -> tuple[Tensor, ...]:
-    """Pooled and divergences as the paper defines them."""
-    spatial, temporal = student.maps(audio, visual)
-    pooled = (temporal.unsqueeze(2) * spatial * visual).sum(dim=(1, 2))
-    if view is None:
-        return (pooled,)
-    theirs = [maps.detach() for maps in view.attention.maps(view.audio, view.visual)]
-    compared = slice(len(audio) - len(view.audio), None)
-    parts = zip(theirs, (spatial, temporal), strict=True)
-    return pooled, *((t * (t / o[compared]).log()).flatten(1).sum(1) for t, o in parts)
 
 
 def fused(student: AudioGuidedAttention, audio: Tensor, visual: Tensor, view: TeacherView | None) -> tuple[Tensor, ...]:

@@ -17,6 +17,7 @@ from avcil_dist.models.attention.kernels_cpu import cpu_kernels
 from avcil_dist.models.attention.module import AudioGuidedAttention, Choice, TeacherView
 from avcil_dist.models.encoders.base import Precomputed
 from avcil_dist.models.network import AudioVisualNetwork
+from tests.helpers.attention import defined
 
 CLIPS, FRAMES, POSITIONS, DIM = 5, 3, 4, 6
 NUM_WITH_TEACHER = 2
@@ -47,23 +48,6 @@ def view(batch: tuple[Tensor, Tensor]) -> TeacherView:
     """A teacher of the last rows; copies of them, for gradcheck changes its inputs in place."""
     audio, visual = (rows[-NUM_WITH_TEACHER:].clone() for rows in batch)
     return TeacherView(AudioGuidedAttention(DIM).double(), audio, visual)
-
-
-def kl(theirs: Tensor, ours: Tensor) -> Tensor:
-    return (theirs * (theirs / ours).log()).flatten(1).sum(1)
-
-
-def defined(
-    student: AudioGuidedAttention, audio: Tensor, visual: Tensor, view: TeacherView | None
-) -> tuple[Tensor, ...]:
-    """Pooled and divergences as the paper defines them."""
-    spatial, temporal = student.maps(audio, visual)
-    pooled = (temporal.unsqueeze(2) * spatial * visual).sum(dim=(1, 2))
-    if view is None:
-        return (pooled,)
-    theirs = [maps.detach() for maps in view.attention.maps(view.audio, view.visual)]
-    compared = slice(len(audio) - len(view.audio), None)
-    return pooled, kl(theirs[0], spatial[compared]), kl(theirs[1], temporal[compared])
 
 
 def computed(

@@ -4,9 +4,14 @@ The command line prints such an error as one line and exits with code 2. Any oth
 traceback.
 """
 
+from avcil_dist.redaction import redacted
+
 
 class AvcilError(Exception):
-    """A fault outside the program. The message is one line: what was wrong, where, and what to do."""
+    """A fault outside the program. The message is one line: what was wrong, where, and what to do, no secrets."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(redacted(argument) if isinstance(argument, str) else argument for argument in args))
 
 
 class ConfigError(AvcilError):

@@ -95,8 +95,7 @@ def _shard_faults(url: str, shard: Shard) -> list[str]:
         size = storage.size(url)
         if size != shard.bytes:
             return [f"{url}: {size} bytes, in the manifest {shard.bytes}"]
-        filesystem, path = storage.open_filesystem(url)
-        with filesystem.open(path, "rb", block_size=READ_BYTES * 8) as file:
+        with storage.open_file(url, READ_BYTES * 8) as file:
             reader = DigestingReader(file)
             faults = _tar_faults(url, shard, reader)
             reader.drain()

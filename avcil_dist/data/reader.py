@@ -232,7 +232,8 @@ class OpenReader:
         if path is None:
             return _Ranges(url, self)
         try:
-            return _File(url, os.open(path, os.O_RDONLY))
+            with storage.open_regular(path) as file:
+                return _File(url, os.dup(file.fileno()))
         except FileNotFoundError:
             raise DataError(f"{url}: missing") from None
         except OSError as error:

@@ -1,16 +1,15 @@
-"""Storage: files by url, local or remote. The face of the package `files`."""
+"""Storage: files by url, local or remote. The face of the modules below it."""
 
 from avcil_dist.storage.files import (
     CHUNK_BYTES,
     exists,
     is_remote,
-    join,
     list_folder,
     local_copy,
     local_path,
     new_file,
+    open_file,
     open_filesystem,
-    parent,
     read_bytes,
     read_json,
     read_range,
@@ -22,18 +21,25 @@ from avcil_dist.storage.files import (
     write_bytes,
     write_json,
 )
+from avcil_dist.storage.local import open_regular
+from avcil_dist.storage.urls import check_url, inner_path, join, parent, path_below
 
 __all__ = [
     "CHUNK_BYTES",
+    "check_url",
     "exists",
+    "inner_path",
     "is_remote",
     "join",
     "list_folder",
     "local_copy",
     "local_path",
     "new_file",
+    "open_file",
     "open_filesystem",
+    "open_regular",
     "parent",
+    "path_below",
     "read_bytes",
     "read_json",
     "read_range",

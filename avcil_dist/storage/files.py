@@ -1,16 +1,14 @@
-"""Files by url, through fsspec: `s3://`, `gs://`, `az://`, `file://`, `memory://` or a plain path.
+"""Files by url: a plain path, or one of the protocols of `urls.py`, through fsspec.
 
-Writes are atomic: a reader finds the old bytes, the new bytes or nothing, never a part of them. Transient failures of
-remote storage are retried (`retry.py`). Credentials come from the environment only.
+Writes are atomic: a reader finds the old bytes, the new bytes or nothing, never a part of them. Local files are regular
+ones (`local.py`). Transient failures of remote storage are retried (`retry.py`). Credentials come from the environment
+only.
 """
 
 import errno
 import hashlib
 import json
-import os
 import shutil
-import tempfile
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,13 +19,14 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from avcil_dist.errors import ConfigError, DataError
-from avcil_dist.storage.retry import NO_ROOM, ShortReadError, as_fault, missing_bucket, no_room, with_retries
+from avcil_dist.storage.local import check_regular, open_regular, replacing, temporary_folder
+from avcil_dist.storage.retry import ShortReadError, as_fault, missing_bucket, with_retries
+from avcil_dist.storage.urls import LOCAL, WITH_BUCKETS, is_inner, split_url
 
 T = TypeVar("T")
 
 CHUNK_BYTES = 8 << 20
 READ_SECONDS, WRITE_SECONDS = 60.0, 300.0  # time limits of retries; results of long work are worth a longer wait
-WITH_BUCKETS = ("s3", "s3a", "gs", "gcs", "az", "abfs")
 S3_CONFIG = {
     "retries": {"total_max_attempts": 1},  # no retries here: `retry.py` does and counts them
     "connect_timeout": 10,
@@ -42,32 +41,17 @@ S3_CONFIG = {
 def open_filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """Return the filesystem of `url` and the path in it. A filesystem is made once per process, and again after a fork.
 
-    Raises ConfigError for unknown protocols, and for `pipe:`, which would run a shell.
+    Raises ConfigError for a url that `check_url` refuses, and where the client of its protocol is not installed.
     """
-    if url.startswith("pipe:"):
-        raise ConfigError(
-            f"{url}: pipe urls run shell commands and are refused; give an fsspec url (s3://, file://, ...)"
-        )
+    protocol, path = split_url(url)
+    if protocol == LOCAL:
+        return fsspec.filesystem(LOCAL), path
     try:
-        filesystem, path = fsspec.core.url_to_fs(url, **_options(url))
-        filesystem.retries = 1  # of gcsfs and s3fs: see S3_CONFIG
-        return filesystem, path
+        filesystem, path = fsspec.core.url_to_fs(url, **_options(protocol))
     except (ValueError, ImportError) as error:
         raise ConfigError(f"{url}: {error}") from None
-
-
-def join(root: str, *parts: str) -> str:
-    """Return `root/part/part`; a part that is an absolute path or a full url replaces what precedes it."""
-    joined = root
-    for part in parts:
-        is_complete = "://" in part or part.startswith(("/", "pipe:"))  # kept for `open_filesystem` to refuse
-        joined = part if is_complete else f"{joined.rstrip('/')}/{part}"
-    return joined
-
-
-def parent(url: str) -> str:
-    """Return the folder of `url`; `.` for a bare file name."""
-    return url.rsplit("/", 1)[0] if "/" in url else "."
+    filesystem.retries = 1  # of gcsfs and s3fs: see S3_CONFIG
+    return filesystem, path
 
 
 def local_path(url: str) -> str | None:
@@ -97,6 +81,8 @@ def size(url: str) -> int:
     filesystem, path = open_filesystem(url)
 
     def look_up() -> int:
+        if isinstance(filesystem, LocalFileSystem):
+            return check_regular(path, Path(path).stat()).st_size
         filesystem.invalidate_cache()
         return int(filesystem.size(path))
 
@@ -106,7 +92,21 @@ def size(url: str) -> int:
 def read_bytes(url: str) -> bytes:
     """Return the whole file. Raises DataError where there is none."""
     filesystem, path = open_filesystem(url)
-    return _call(lambda: bytes(filesystem.cat_file(path)), url, READ_SECONDS)
+    return _call(lambda: _content(filesystem, path), url, READ_SECONDS)
+
+
+@contextmanager
+def open_file(url: str, block_bytes: int | None = None) -> Iterator[BinaryIO]:
+    """Open a file for reading, in blocks where it is remote. Raises DataError where there is none."""
+    filesystem, path = open_filesystem(url)
+
+    def open_it() -> BinaryIO:
+        if isinstance(filesystem, LocalFileSystem):
+            return open_regular(path)
+        return filesystem.open(path, "rb", block_size=block_bytes)
+
+    with _call(open_it, url, READ_SECONDS) as file:
+        yield file
 
 
 def read_range(
@@ -117,7 +117,7 @@ def read_range(
 
     def read() -> bytes:
         try:
-            data = bytes(filesystem.cat_file(path, start=start, end=stop))
+            data = _content(filesystem, path, start, stop)
         except (OSError, ValueError) as error:  # raised by some filesystems for a range beyond the end
             if isinstance(error, ValueError) or error.errno == errno.EINVAL:
                 _check_reaches(url, stop)
@@ -137,7 +137,7 @@ def write_bytes(url: str, data: bytes) -> None:
         # one request, or a multipart upload: object stores show complete objects only
         _call(lambda: filesystem.pipe_file(path, data), url, WRITE_SECONDS)
         return
-    with _replacing(Path(path)) as file:
+    with replacing(Path(path)) as file:
         file.write(data)
 
 
@@ -152,27 +152,8 @@ def upload(source: str | Path, url: str) -> None:
     if not isinstance(filesystem, LocalFileSystem):
         _call(lambda: filesystem.put_file(str(source), path), url, WRITE_SECONDS)
         return
-    with Path(source).open("rb") as opened, _replacing(Path(path)) as file:
+    with open_regular(source) as opened, replacing(Path(path)) as file:
         shutil.copyfileobj(opened, file, CHUNK_BYTES)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file that replaces `path` at the end of the block, and is removed if the block raises."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        if error.errno in NO_ROOM:
-            raise no_room(str(path), error) from None
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -180,11 +161,11 @@ def new_file(url: str) -> Iterator[BinaryIO]:
     """Open a local file that is written to `url` at the end of the block, for files larger than memory."""
     filesystem, path = open_filesystem(url)
     if isinstance(filesystem, LocalFileSystem):
-        with _replacing(Path(path)) as file:
+        with replacing(Path(path)) as file:
             yield file
         return
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "file"
+    with temporary_folder() as folder:
+        copy = folder / "file"
         with copy.open("wb") as file:
             yield file
         upload(copy, url)
@@ -196,20 +177,28 @@ def remove_tree(url: str) -> None:
 
     def remove() -> None:
         filesystem.invalidate_cache()
-        if filesystem.exists(path):
+        if not filesystem.exists(path):
+            return
+        if isinstance(filesystem, LocalFileSystem) and Path(path).is_dir():
+            shutil.rmtree(path)  # fsspec refuses the working folder by an error that is no OSError
+        else:
             filesystem.rm(path, recursive=True)
 
     _call(remove, url, WRITE_SECONDS)
 
 
 def list_folder(url: str) -> list[str]:
-    """Return the sorted names in a folder, never cached; an empty list where there is no folder."""
+    """Return the sorted names in a folder, never cached; an empty list where there is no folder.
+
+    Names that `join` refuses, such as one with a line break, are left out.
+    """
     filesystem, path = open_filesystem(url)
 
     def look_up() -> list[str]:
         filesystem.invalidate_cache()
         paths = filesystem.ls(path, detail=False) if filesystem.exists(path) else []
-        return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in paths)
+        names = (name.rstrip("/").rsplit("/", 1)[-1] for name in paths)
+        return sorted(name for name in names if is_inner(name))
 
     return _call(look_up, url, READ_SECONDS)
 
@@ -221,9 +210,9 @@ def local_copy(url: str) -> Iterator[str]:
     if isinstance(filesystem, LocalFileSystem):
         yield path
         return
-    with tempfile.TemporaryDirectory() as folder:
-        _call(lambda: filesystem.get(path.rstrip("/") + "/", folder + "/", recursive=True), url, READ_SECONDS)
-        yield folder
+    with temporary_folder() as folder:
+        _call(lambda: filesystem.get(path.rstrip("/") + "/", f"{folder}/", recursive=True), url, READ_SECONDS)
+        yield str(folder)
 
 
 def read_json(url: str) -> Any:
@@ -246,11 +235,10 @@ def sha256(data: bytes) -> str:
 
 def sha256_file(url: str) -> str:
     """Return the hex digest of the file at `url`, read in chunks. Raises DataError where there is none."""
-    filesystem, path = open_filesystem(url)
 
     def read() -> str:
         digest = hashlib.sha256()
-        with filesystem.open(path, "rb") as file:
+        with open_file(url) as file:
             while chunk := file.read(CHUNK_BYTES):
                 digest.update(chunk)
         return digest.hexdigest()
@@ -258,10 +246,19 @@ def sha256_file(url: str) -> str:
     return _call(read, url, READ_SECONDS)
 
 
-def _options(url: str) -> dict[str, Any]:
+def _content(
+    filesystem: fsspec.AbstractFileSystem, path: str, start: int | None = None, stop: int | None = None
+) -> bytes:
+    if not isinstance(filesystem, LocalFileSystem):
+        return bytes(filesystem.cat_file(path, start=start, end=stop))
+    with open_regular(path) as file:
+        file.seek(start or 0)
+        return file.read() if stop is None else file.read(max(0, stop - (start or 0)))
+
+
+def _options(protocol: str) -> dict[str, Any]:
     """Return the options of a filesystem. Listings are never cached, so that files of other writers are visible."""
-    protocol = fsspec.core.split_protocol(url)[0]
-    if protocol not in ("s3", "s3a"):
+    if protocol != "s3":
         return {}
     configured = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})  # from FSSPEC_S3_CONFIG_KWARGS
     return {"config_kwargs": S3_CONFIG | configured, "use_listings_cache": False}

@@ -14,6 +14,7 @@ from typing import TypeVar
 import tenacity
 
 from avcil_dist.errors import AvcilError, DataError, StorageError
+from avcil_dist.redaction import redacted
 
 T = TypeVar("T")
 
@@ -94,7 +95,7 @@ def is_transient(error: BaseException) -> bool:
 def as_fault(url: str, error: Exception) -> AvcilError | None:
     """Return a permanent failure of a storage as a typed error; None for an error of the program."""
     protocol = url.split("://")[0] if "://" in url else "file"
-    variables = ENVIRONMENT.get({"s3a": "s3", "gcs": "gs", "abfs": "az"}.get(protocol, protocol))
+    variables = ENVIRONMENT.get({"gcs": "gs", "abfs": "az"}.get(protocol, protocol))
     advice = f"check the credentials in the environment: {variables}" if variables else "check its permissions"
     if isinstance(error, AvcilError):
         return error
@@ -107,17 +108,25 @@ def as_fault(url: str, error: Exception) -> AvcilError | None:
     if isinstance(error, PermissionError):
         return StorageError(f"{url}: access refused ({_text(error)}); {advice}")
     if isinstance(error, OSError) and error.errno in NO_ROOM:
-        return no_room(url, error)
+        return cannot_write(url, error)
     if type(error).__name__ in NO_CREDENTIALS:
         return StorageError(f"{url}: no credentials; {advice}")
     if _client(error) in CLIENTS or _code(error):
         return StorageError(f"{url}: {_text(error)}")
+    if isinstance(error, OSError):
+        return StorageError(f"{url}: {error.strerror or _text(error)}")
     return None
 
 
-def no_room(url: str, error: OSError) -> StorageError:
-    """Return the error of a storage that is full or read-only."""
-    return StorageError(f"{url}: cannot be written ({_text(error)}); make room, or name another folder")
+def cannot_write(url: str, error: OSError) -> StorageError:
+    """Return the error of a file that cannot be written."""
+    if isinstance(error, (NotADirectoryError, FileExistsError)):
+        advice = "a part of its path is a file; name another folder"
+    elif isinstance(error, PermissionError):
+        advice = "check the permissions, or name another folder"
+    else:
+        advice = "make room, or name another folder"
+    return StorageError(f"{url}: cannot be written ({error.strerror or _text(error)}); {advice}")
 
 
 def missing_bucket(url: str) -> StorageError:
@@ -149,4 +158,4 @@ def _warn(url: str, error: BaseException | None, seconds: float) -> None:
         if time.monotonic() - _warned_at < SECONDS_BETWEEN_WARNINGS:
             return
         _warned_at = time.monotonic()
-    _logger.warning("%s: %s; retrying for up to %.0f s", url, _text(error), seconds)
+    _logger.warning("%s: %s; retrying for up to %.0f s", redacted(url), redacted(_text(error)), seconds)

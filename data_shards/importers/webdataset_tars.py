@@ -38,15 +38,17 @@ def import_tars(
     processes: int = 0,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Write the manifest of clip shards `urls`, in their order; urls below the manifest's folder become relative.
+    """Write the manifest of clip shards `urls`, in their order; all are below the manifest's folder.
 
     `split` is the split of tars whose metadata has none. `classes` are the names of `.cls` numbers, and the order
     of the manifest's classes; by default it is that of appearance. Raises DataError for a tar that is damaged,
-    compressed, or no such shard; ConfigError where a manifest exists already.
+    compressed, or no such shard; ConfigError for one elsewhere, and where a manifest exists already.
     """
     if storage.exists(manifest_url):
         raise ConfigError(f"{manifest_url}: the manifest exists already; give another name, or remove it")
     root = storage.parent(manifest_url)
+    for url in urls:
+        _url_in_manifest(url, root)
     total = len(urls)
 
     def on_start(count: int) -> None:
@@ -64,6 +66,16 @@ def import_tars(
     return manifest
 
 
+def _url_in_manifest(url: str, root: str) -> str:
+    inner = storage.path_below(url, root)
+    if inner is None:
+        raise ConfigError(
+            f"{url}: not below {root}, the folder of the manifest, where its shards must be; "
+            "give --output a folder that holds all of them"
+        )
+    return storage.inner_path(inner)
+
+
 def _check_unique(shards: Sequence[Shard]) -> None:
     seen: dict[tuple[str, str, str], str] = {}
     for shard in shards:
@@ -78,14 +90,11 @@ def _check_unique(shards: Sequence[Shard]) -> None:
 def _import_tar(
     root: str, split: Split | None, classes: tuple[str, ...], url: str, crashed: frozenset[int], mark_start: MarkStart
 ) -> Shard:
-    filesystem, path = storage.open_filesystem(url)
     try:
-        with filesystem.open(path, "rb", block_size=READ_BYTES * 8) as file:
+        with storage.open_file(url, READ_BYTES * 8) as file:
             reader = DigestingReader(file)
             clips = _read_clips(url, reader, split, classes)
             reader.drain()
-    except FileNotFoundError:
-        raise DataError(f"{url}: missing") from None
     except tarfile.TarError as error:
         raise DataError(f"{url}: not a tar, or cut or compressed ({error})") from None
     mark_start(0)
@@ -98,7 +107,7 @@ def _import_tar(
             )
     members = list(next(iter(clips.values())).members)
     return Shard(
-        url=url.removeprefix(root.rstrip("/") + "/"),
+        url=_url_in_manifest(url, root),
         class_name=metadata["label"][0],
         split=_split(metadata["split"][0], url),
         bytes=reader.size,

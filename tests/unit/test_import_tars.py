@@ -70,15 +70,21 @@ def test_import_of_built_shards_gives_their_manifest(tmp_path: Path) -> None:
     assert import_tars(urls, f"{tmp_path}/out/two.json", processes=2).content_hash == built.content_hash
 
 
+def test_a_tar_that_is_not_below_the_folder_of_the_manifest_is_refused(tmp_path: Path) -> None:
+    url = _tar(tmp_path / "a.tar", {"x.mp4": b"1", "x.json": _json("dog")})
+    with pytest.raises(ConfigError, match=r"a\.tar: not below .*/m, the folder of the manifest"):
+        import_tars([url], f"{tmp_path}/m/manifest.json")
+    assert not (tmp_path / "m").exists()
+
+
 def test_class_numbers_get_names_and_the_split_is_given(tmp_path: Path) -> None:
     url = _tar(tmp_path / "a.tar", {"x.mp4": b"1", "x.cls": b"1", "y.mp4": b"22", "y.cls": b"1"})
-    named = import_tars([url], f"{tmp_path}/m/named.json", split="train", classes=["dog", "cat"])
+    named = import_tars([url], f"{tmp_path}/named.json", split="train", classes=["dog", "cat"])
     assert named.classes == ("cat",)
-    assert named.shards[0].url == url  # not below the manifest's folder
-    assert verify_shards(f"{tmp_path}/m/named.json") == []
-    assert import_tars([url], f"{tmp_path}/m/numbered.json", split="train").classes == ("class_001",)
+    assert verify_shards(f"{tmp_path}/named.json") == []
+    assert import_tars([url], f"{tmp_path}/numbered.json", split="train").classes == ("class_001",)
     with pytest.raises(DataError, match="give --split"):
-        import_tars([url], f"{tmp_path}/m/none.json")
+        import_tars([url], f"{tmp_path}/none.json")
 
 
 def test_metadata_without_split_is_verified_by_its_label(tmp_path: Path) -> None:

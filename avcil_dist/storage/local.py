@@ -1,0 +1,97 @@
+"""Local files: only regular files are read, and a write replaces a regular file as a whole, or nothing."""
+
+import os
+import stat
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from avcil_dist.errors import DataError, StorageError
+from avcil_dist.storage.retry import NO_ROOM, cannot_write
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a regular file for reading. Raises DataError for a pipe, a device or a socket, OSError as `open` does.
+
+    Such a file is never waited for: the first byte of a pipe, or the end of a device, may never come.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        check_regular(str(path), os.fstat(descriptor))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def check_regular(path: str, status: os.stat_result) -> os.stat_result:
+    """Return `status`, if it is that of a regular file. Raises IsADirectoryError or DataError otherwise."""
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise DataError(f"{path}: not a regular file, but a device, a pipe or a socket; name a file")
+    return status
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file that replaces `path` at the end of the block, and is removed if the block raises.
+
+    Folders are made as needed. Raises StorageError where the file cannot be written, or is there and no regular file.
+    """
+    temporary = path.with_name(f".{path.name[:200]}.{uuid.uuid4().hex}")
+    with _written(path):
+        with suppress(FileNotFoundError):
+            _check_replaceable(path, path.stat())
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        file = temporary.open("wb")
+    try:
+        with _written(path, NO_ROOM), file:  # other faults of the block are those of its own files
+            yield file
+            with _written(path):
+                file.flush()
+                os.fsync(file.fileno())
+        with _written(path):
+            temporary.replace(path)
+    finally:
+        with suppress(OSError):  # the error of the write is the one that counts
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Make a folder below TMPDIR for the length of the block. Raises StorageError where that has no room."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="avcil-")
+    except OSError as error:
+        raise StorageError(f"TMPDIR: no temporary folder can be made ({error.strerror}); name another one") from None
+    with folder as path:
+        try:
+            yield Path(path)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            raise StorageError(
+                f"{path}: cannot be written ({error.strerror}); make room, or set TMPDIR to another folder"
+            ) from None
+
+
+@contextmanager
+def _written(path: Path, numbers: tuple[int, ...] | None = None) -> Iterator[None]:
+    """Raise StorageError for an OSError of the block, if its number is one of `numbers`."""
+    try:
+        yield
+    except OSError as error:
+        if numbers is not None and error.errno not in numbers:
+            raise
+        raise cannot_write(str(path), error) from None
+
+
+def _check_replaceable(path: Path, status: os.stat_result) -> None:
+    if stat.S_ISDIR(status.st_mode):
+        raise StorageError(f"{path}: cannot be written, it is a folder; give the name of a file")
+    if not stat.S_ISREG(status.st_mode):
+        raise StorageError(f"{path}: cannot be written, it is a device, a pipe or a socket; give the name of a file")

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +13,12 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from avcil_dist.models.attention import fused, kernels_triton
+from avcil_dist.models.attention import fused, kernels_cpu, kernels_triton
 from avcil_dist.models.attention.kernels_cpu import cpu_kernels
 from avcil_dist.models.attention.module import AudioGuidedAttention, Choice, TeacherView
 from avcil_dist.models.encoders.base import Precomputed
 from avcil_dist.models.network import AudioVisualNetwork
+from avcil_dist.trusted_files import make_private_folder
 from tests.helpers.attention import defined
 
 CLIPS, FRAMES, POSITIONS, DIM = 5, 3, 4, 6
@@ -263,3 +265,30 @@ def test_a_network_gives_the_same_in_inference_mode_and_a_teacher_may_view_there
     torch.testing.assert_close(output.logits, inferred)
     output.divergence.spatial.sum().backward()
     assert network.attention.attn_visual.weight.grad.abs().sum() > 0
+
+
+@needs_compiler
+@pytest.mark.parametrize("mode", [0o777, 0o700])
+def test_a_library_that_others_could_have_written_is_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int
+) -> None:
+    name = kernels_cpu._compiled().name
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    planted = make_private_folder(tmp_path / "avcil-dist") / name
+    (tmp_path / "elsewhere").write_bytes(b"planted")
+    if mode == 0o700:  # a link, in a folder of the user's own
+        planted.symlink_to(tmp_path / "elsewhere")
+    else:
+        planted.write_bytes(b"planted")
+    planted.parent.chmod(mode)
+    compiled = kernels_cpu._compiled()
+    assert compiled.read_bytes()[:4] == b"\x7fELF"
+    if mode == 0o700:
+        assert compiled == planted
+        assert not compiled.is_symlink()
+        assert kernels_cpu._compiled() == compiled
+    else:
+        assert compiled.parent.stat().st_mode & 0o777 == 0o700
+        assert planted.read_bytes() == b"planted"
+    assert (tmp_path / "elsewhere").read_bytes() == b"planted"

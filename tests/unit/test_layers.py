@@ -20,6 +20,7 @@ LAYERS = (
         "avcil_dist.redaction",
         "avcil_dist.seeds",
         "avcil_dist.signals",
+        "avcil_dist.trusted_files",
         "avcil_dist.world",
     ),
     ("avcil_dist.storage.",),

@@ -1,7 +1,8 @@
 """Kernels of the attention on a CPU: `kernels_cpu.cpp`, compiled for this processor.
 
 The source is compiled once, in about two seconds, into the user's cache folder. The file name there is a digest of
-source, compiler and processor, so machines with different processors can share the folder.
+source, compiler and processor, so machines with different processors can share the folder. A library is loaded only if
+no other user can have written it.
 """
 
 import ctypes
@@ -18,7 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from avcil_dist.errors import ConfigError
 from avcil_dist.models.attention.kernels_torch import TeacherTerm
+from avcil_dist.trusted_files import check_trusted_file, make_private_folder
 
 SOURCE = Path(__file__).with_name("kernels_cpu.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
@@ -117,7 +120,7 @@ def _compiled() -> Path:
     identity = "\n".join((SOURCE.read_text(), *FLAGS, version, _processor()))
     folder = _cache_folder()
     library = folder / f"attention-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
-    if not library.exists():
+    if not _is_trusted(library):
         handle, compiled = tempfile.mkstemp(suffix=".so", dir=folder)
         os.close(handle)
         try:
@@ -129,15 +132,27 @@ def _compiled() -> Path:
     return library
 
 
+def _is_trusted(library: Path) -> bool:
+    """Whether the library is there and no other user can have written it; otherwise a new one replaces it."""
+    try:
+        check_trusted_file(library)
+    except (ConfigError, OSError):
+        return False
+    return True
+
+
 def _cache_folder() -> Path:
-    """Return the user's cache folder, or a new private folder if that cannot be written."""
+    """Return the user's cache folder, or a new private folder if that cannot be written or is not trusted."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "avcil-dist"
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private_folder(folder)
         with tempfile.TemporaryFile(dir=folder):
             return folder
+    except ConfigError as error:
+        log.warning("the C++ kernels of the attention are compiled anew: %s", error)
     except OSError:
-        return Path(tempfile.mkdtemp(prefix="avcil-dist-"))
+        pass
+    return Path(tempfile.mkdtemp(prefix="avcil-dist-"))
 
 
 def _processor() -> str:

@@ -1,0 +1,56 @@
+"""Files that carry code, such as compiled libraries and pickled jobs: loaded only if no other user can write them.
+
+A folder or file is trusted if it belongs to the user of this process and other users cannot write it. The check is made
+on the name itself: a symbolic link is not followed.
+"""
+
+import os
+import stat
+from pathlib import Path
+
+from avcil_dist.errors import ConfigError
+
+OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+OTHERS_ENTER = stat.S_IXGRP | stat.S_IXOTH
+
+
+def make_private_folder(folder: Path) -> Path:
+    """Make a folder that only this user can read, write or enter, if it is not there; its parents as needed.
+
+    Raises ConfigError for one that is there and not trusted, OSError as `mkdir` does.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:
+        check_trusted_folder(folder)
+    return folder
+
+
+def check_trusted_folder(folder: Path) -> None:
+    """Check that a folder belongs to this user and others cannot write it. Raises ConfigError, OSError if missing."""
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode):
+        raise ConfigError(f"{folder}: not a folder; code is loaded from folders alone, remove it")
+    _check_owner(folder, status)
+    if status.st_mode & OTHERS_WRITE:
+        raise ConfigError(f"{folder}: others can write it, so no code is loaded from it; run: chmod go-w {folder}")
+
+
+def check_trusted_file(path: Path) -> None:
+    """Check a file that carries code, and its folder. Raises ConfigError, and OSError where it is missing.
+
+    The file may have the rights of a generous umask if others cannot enter its folder.
+    """
+    check_trusted_folder(path.parent)
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ConfigError(f"{path}: not a regular file; no code is loaded from it, remove it")
+    _check_owner(path, status)
+    if status.st_mode & OTHERS_WRITE and path.parent.lstat().st_mode & OTHERS_ENTER:
+        raise ConfigError(f"{path}: others can write it, so no code is loaded from it; remove it")
+
+
+def _check_owner(path: Path, status: os.stat_result) -> None:
+    if status.st_uid != os.getuid():
+        raise ConfigError(f"{path}: belongs to another user, so no code is loaded from it; name a folder of your own")

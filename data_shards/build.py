@@ -8,7 +8,7 @@ whole file are not changed.
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from json import dumps
 from pathlib import Path
@@ -31,8 +31,9 @@ from data_shards.build_plan import (
     start_part,
 )
 from data_shards.cut import cut_clip
-from data_shards.listings.listing import ListedClip, Listing
+from data_shards.listings.listing import ClipFile, ListedClip, Listing
 from data_shards.listings.read import read_listing
+from data_shards.listings.splits import SplitShares
 from data_shards.rejections import ClipRejectedError, Rejection
 from data_shards.shard_writer import clip_members, shard_url
 from data_shards.workers import MarkStart, Progress, map_in_workers
@@ -61,6 +62,10 @@ class BuildSettings:
     min_seconds: float
     keep_muted: bool
 
+    def __post_init__(self) -> None:
+        if self.clips_per_shard < 1:
+            raise ConfigError(f"clips_per_shard: {self.clips_per_shard}; a shard needs at least one clip")
+
     def digest(self, content: Any) -> str:
         """Digest of these settings and `content`. The url of the output is no part of it."""
         return storage.sha256(
@@ -76,6 +81,7 @@ def build_shards(
     min_seconds: float,
     keep_muted: bool = True,
     videos: Path | None = None,
+    shares: SplitShares | None = None,
     processes: int = 0,
     strict: bool = False,
     progress: Progress | None = None,
@@ -90,26 +96,9 @@ def build_shards(
     same inputs and settings is not changed. Raises ConfigError for an output of other inputs or settings, DataError
     for a listing that cannot be read or has no good clip.
     """
-    is_new = not storage.exists(output)
-    unchanged = build_part(
-        source,
-        output,
-        WHOLE,
-        clips_per_shard=clips_per_shard,
-        min_seconds=min_seconds,
-        keep_muted=keep_muted,
-        videos=videos,
-        processes=processes,
-        progress=progress,
-    )
-    if unchanged:
-        return unchanged
-    try:
-        return merge_parts(output, strict=strict)
-    except DataError:
-        if is_new and not storage.exists(storage.join(output, "parts")):
-            storage.remove_tree(output)  # no clip could be taken: the output is empty
-        raise
+    settings = BuildSettings(clips_per_shard, min_seconds, keep_muted)
+    listing = read_listing(source, videos, shares)
+    return build_listing(listing, output, settings, processes=processes, strict=strict, progress=progress)
 
 
 def build_part(
@@ -121,6 +110,7 @@ def build_part(
     min_seconds: float,
     keep_muted: bool = True,
     videos: Path | None = None,
+    shares: SplitShares | None = None,
     processes: int = 0,
     progress: Progress | None = None,
 ) -> BuildReport | None:
@@ -129,12 +119,47 @@ def build_part(
     The merged manifest equals that of a single build. Returns None, or the report of a data set that exists
     already. Raises ConfigError when other parts have other clips or settings.
     """
-    if clips_per_shard < 1:
-        raise ConfigError(f"clips_per_shard: {clips_per_shard}; a shard needs at least one clip")
     settings = BuildSettings(clips_per_shard, min_seconds, keep_muted)
-    listing = read_listing(source, videos)
+    listing = read_listing(source, videos, shares)
+    return build_listing_part(listing, output, part, settings, processes=processes, progress=progress)
+
+
+def build_listing(
+    listing: Listing,
+    output: str,
+    settings: BuildSettings,
+    *,
+    processes: int = 0,
+    strict: bool = False,
+    progress: Progress | None = None,
+) -> BuildReport:
+    """Build the shards of a listing; see `build_shards`."""
+    is_new = not storage.exists(output)
+    unchanged = build_listing_part(listing, output, WHOLE, settings, processes=processes, progress=progress)
+    if unchanged:
+        return unchanged
+    try:
+        return merge_parts(output, strict=strict)
+    except DataError:
+        if is_new and not storage.exists(storage.join(output, "parts")):
+            storage.remove_tree(output)  # no clip could be taken: the output is empty
+        raise
+
+
+def build_listing_part(
+    listing: Listing,
+    output: str,
+    part: Part,
+    settings: BuildSettings,
+    *,
+    processes: int = 0,
+    progress: Progress | None = None,
+) -> BuildReport | None:
+    """Build the shards of one part of a listing; see `build_part`."""
     if listing.passed_over:
-        _logger.warning("%s: %d files without the ending of a video were passed over", source, listing.passed_over)
+        _logger.warning(
+            "%s: %d files without the ending of a video were passed over", listing.where, listing.passed_over
+        )
     plan, chunks = plan_build(listing, settings)
     unchanged = load_finished(output, plan.digest)
     if unchanged:
@@ -180,7 +205,8 @@ def plan_build(listing: Listing, settings: BuildSettings) -> tuple[Plan, list[Ch
             taken = clips[first : first + settings.clips_per_shard]
             url = shard_url(split, class_numbers[label], label, first // settings.clips_per_shard)
             stamped = [
-                [clip.key, clip.source, clip.cut, *stamp, *map(_stamp, clip.alternatives)] for clip, stamp in taken
+                [clip.key, clip.source, clip.cut, *stamp, *(_stamp(file.path) for file in clip.alternatives)]
+                for clip, stamp in taken
             ]
             digest = settings.digest([label, split, stamped])
             job = ShardJob(url.removesuffix(".tar"), digest, len(taken))
@@ -216,32 +242,37 @@ def _good_clips(
     """Key and members of each clip that can be taken; the others are passed to `reject`."""
     for position, clip in enumerate(chunk.clips):
         mark_start(position)
-        members = None
-        for path in (clip.path, *clip.alternatives):
+        members, faults = None, list[Rejection]()
+        for file in clip.files:
             try:
                 if position in crashed:
                     raise ClipRejectedError("crash", "its decoder crashed")
                 if members is not None:
                     raise ClipRejectedError("duplicate", f"another file of clip {clip.key!r} is taken")
-                members = _members(replace(clip, path=path), chunk.class_name, chunk.split, settings)
+                members = _members(clip, file, chunk.class_name, chunk.split, settings)
             except DataError as error:
                 kind = error.kind if isinstance(error, ClipRejectedError) else "corrupt"
-                reason = str(error).removeprefix(f"{path}: ")
-                reject(Rejection(path, chunk.class_name, chunk.split, kind, reason))
+                reason = str(error).removeprefix(f"{file.path}: ")
+                faults.append(Rejection(file.path, chunk.class_name, chunk.split, kind, reason))
+        if clip.is_named_by_id:  # the first of the files that may be the clip stands for all
+            faults = faults[:1] if members is None else []
+        for fault in faults:
+            reject(fault)
         if members is not None:
             yield clip.key, members
 
 
-def _members(clip: ListedClip, label: str, split: Split, settings: BuildSettings) -> dict[str, bytes]:
-    """The clip's mp4 and metadata members. Raises DataError for a clip that training could not use."""
+def _members(clip: ListedClip, file: ClipFile, label: str, split: Split, settings: BuildSettings) -> dict[str, bytes]:
+    """The mp4 and metadata members of a clip in this file. Raises DataError for one that training could not use."""
+    path = file.path
     try:
-        data = cut_clip(clip.path, *clip.cut) if clip.cut else Path(clip.path).read_bytes()
+        data = cut_clip(path, *file.cut) if file.cut else Path(path).read_bytes()
     except OSError as error:
-        raise ClipRejectedError("missing", f"{clip.path}: cannot be read ({error.strerror})") from None
-    info = probe_clip(data, clip.path)
-    _check(clip, info, settings.min_seconds)
+        raise ClipRejectedError("missing", f"{path}: cannot be read ({error.strerror})") from None
+    info = probe_clip(data, path)
+    _check(info, settings.min_seconds)
     try:
-        decoded = decode_clip(data, num_frames=1, sample_rate=info.sample_rate or 0, silent="error", where=clip.path)
+        decoded = decode_clip(data, num_frames=1, sample_rate=info.sample_rate or 0, silent="error", where=path)
     except SilentClipError:
         raise ClipRejectedError("silent", "no sound in its audio track") from None
     if not settings.keep_muted and not decoded.waveform.any():
@@ -251,7 +282,7 @@ def _members(clip: ListedClip, label: str, split: Split, settings: BuildSettings
     return clip_members(data, metadata)
 
 
-def _check(clip: ListedClip, info: ClipInfo, min_seconds: float) -> None:
+def _check(info: ClipInfo, min_seconds: float) -> None:
     if "mp4" not in info.container.split(","):
         raise ClipRejectedError("format", f"not an mp4 ({info.container}); convert it first")
     if info.sample_rate is None:

@@ -1,4 +1,4 @@
-"""AVE's `Annotations.txt`, split by the three lists beside it where all are there, otherwise by hash.
+"""AVE's `Annotations.txt`, split by the three lists beside it where all are there, otherwise within each class.
 
 AVE's files are the clips. StartTime and EndTime are those of the event within the clip, so nothing is cut.
 """
@@ -8,8 +8,16 @@ from pathlib import Path
 
 from avcil_dist.data.manifest import Split
 from avcil_dist.errors import DataError
-from data_shards.listings.listing import Listing, ListingRow, first_row, not_utf8
-from data_shards.listings.splits import hashed_split
+from data_shards.listings.listing import (
+    Listing,
+    ListingRow,
+    clean_label,
+    first_row,
+    not_utf8,
+    refuse_shares,
+    split_rows,
+)
+from data_shards.listings.splits import SplitShares
 from data_shards.listings.video_folder import VideoFolder
 
 NEEDS_VIDEOS = True
@@ -22,20 +30,19 @@ def matches(path: Path) -> bool:
     return "&".join(first_row(path)).startswith(HEADER)
 
 
-def read(path: Path, videos: Path | None) -> Listing:
+def read(path: Path, videos: Path | None, shares: SplitShares | None) -> Listing:
     """The annotated clips. Raises DataError for a faulty line."""
     folder = VideoFolder(path, videos)
     files = {split: path.parent / name for split, name in SPLIT_FILES.items()}
     splits: dict[tuple[str, str], Split] = {}
     if all(file.is_file() for file in files.values()):
+        refuse_shares(shares, path)
         splits = {(label, video): split for split, file in files.items() for label, video in _lines(file)}
-    rows = {}
-    for label, video in _lines(path):
-        if splits and (label, video) not in splits:
-            continue
-        clip = folder.whole_video(video)
-        rows[label, video] = ListingRow(label, splits.get((label, video)) or hashed_split(label, clip.key), clip)
-    return Listing.from_rows(list(rows.values()))
+    clips = {(label, video): folder.whole_video(video) for label, video in _lines(path)}
+    if splits:
+        listed = [ListingRow(name[0], splits[name], clip) for name, clip in clips.items() if name in splits]
+        return Listing.from_rows(listed)
+    return Listing.from_rows(split_rows(((label, video, clip) for (label, video), clip in clips.items()), shares, path))
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
@@ -50,4 +57,4 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
             continue
         if len(fields) != 5:
             raise DataError(f"{path}: line {number}: not {HEADER}")
-        yield fields[0], fields[1]
+        yield clean_label(fields[0], f"{path}: line {number}"), fields[1].strip()

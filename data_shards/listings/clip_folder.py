@@ -1,4 +1,4 @@
-"""A folder of clips: `FOLDER/<split>/<class>/*`, or `FOLDER/<class>/*`, split 80/10/10 by a hash of class and key.
+"""A folder of clips: `FOLDER/<split>/<class>/*`, or `FOLDER/<class>/*`, split within each class by source video.
 
 Classes are sorted by name. Files without the ending of a video are passed over and counted. Files that differ in their
 ending only are alternatives of one clip.
@@ -11,14 +11,18 @@ from avcil_dist.data.manifest import SPLITS
 from avcil_dist.errors import DataError
 from data_shards.listings.listing import (
     VIDEO_ENDINGS,
+    ClipFile,
     ListedClip,
     Listing,
     ListingRow,
     clean_label,
     parse_split,
+    refuse_shares,
     safe_key,
+    split_rows,
 )
-from data_shards.listings.splits import hashed_split
+from data_shards.listings.splits import SplitShares
+from data_shards.listings.video_names import source_video
 
 NEEDS_VIDEOS = False
 
@@ -28,14 +32,16 @@ def matches(path: Path) -> bool:
     return path.is_dir()
 
 
-def read(path: Path, videos: Path | None) -> Listing:
+def read(path: Path, videos: Path | None, shares: SplitShares | None) -> Listing:
     """The video files of the folder. Raises DataError for splits beside folders that are none."""
     top = _folders(path)
     splits = [entry for entry in top if entry.name in SPLITS]
     others = [entry for entry in top if entry not in splits and (not splits or _has_video(entry))]
     if splits and others:
         raise DataError(f"{path}: {others[0].name}: none of {', '.join(SPLITS)}; rename or move this folder")
-    rows, passed_over = [], 0
+    if splits:
+        refuse_shares(shares, path)
+    rows, clips, passed_over = list[ListingRow](), list[tuple[str, str, ListedClip]](), 0
     for entry in sorted(
         [entry for split in splits for entry in _folders(split)] or others, key=lambda entry: entry.name
     ):
@@ -48,11 +54,13 @@ def read(path: Path, videos: Path | None) -> Listing:
             else:
                 passed_over += 1
         for stem, (first, *rest) in by_stem.items():
-            key = safe_key(stem)
-            split = parse_split(entry.parent.name, str(first)) if splits else hashed_split(label, key)
-            clip = ListedClip(str(first), key, stem, alternatives=tuple(map(str, rest)))
-            rows.append(ListingRow(label, split, clip))
-    return replace(Listing.from_rows(rows), passed_over=passed_over)
+            others_of_stem = tuple(ClipFile(str(file)) for file in rest)
+            clip = ListedClip(str(first), safe_key(stem), stem, alternatives=others_of_stem)
+            if splits:
+                rows.append(ListingRow(label, parse_split(entry.parent.name, str(first)), clip))
+            else:
+                clips.append((label, source_video(stem), clip))
+    return replace(Listing.from_rows(rows or split_rows(clips, shares, path)), passed_over=passed_over)
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -1,28 +1,46 @@
-"""A csv with the header `path,label,split` and any of `source,start,duration`; paths are relative to the csv.
+"""A csv with the header `path,label` and any of `split,source,start,duration`; paths are relative to the csv.
 
-Classes are in order of first appearance. A row with a start or a duration is a cut of its file.
+Classes are in order of first appearance. A row with a start or a duration is a cut of its file. Without the column
+`split` the clips are split within each class by source video: `source`, or the id in the file's name, or the file.
 """
 
+import os
 import re
 from pathlib import Path
 
 from avcil_dist.errors import DataError
-from data_shards.listings.listing import ListedClip, Listing, ListingRow, first_row, open_csv, parse_split, safe_key
+from data_shards.listings.listing import (
+    ListedClip,
+    Listing,
+    ListingRow,
+    first_row,
+    open_csv,
+    parse_split,
+    refuse_shares,
+    safe_key,
+    split_rows,
+)
+from data_shards.listings.splits import SplitShares
+from data_shards.listings.video_names import source_video
 
 NEEDS_VIDEOS = False
-COLUMNS, OPTIONAL_COLUMNS = {"path", "label", "split"}, {"source", "start", "duration"}
+COLUMNS, OPTIONAL_COLUMNS = {"path", "label"}, {"split", "source", "start", "duration"}
 
 
 def matches(path: Path) -> bool:
-    """Whether the first row of the file names the three columns."""
+    """Whether the first row of the file names both columns."""
     return set(first_row(path)) >= COLUMNS
 
 
-def read(path: Path, videos: Path | None) -> Listing:
+def read(path: Path, videos: Path | None, shares: SplitShares | None) -> Listing:
     """The rows of the csv. Raises DataError for an unknown column or a faulty row."""
-    rows = []
+    rows, clips = list[ListingRow](), list[tuple[str, str, ListedClip]]()
     with open_csv(path) as lines:
         _, header = next(lines)
+        has_splits = "split" in header
+        needed = COLUMNS | ({"split"} if has_splits else set())
+        if has_splits:
+            refuse_shares(shares, path)
         unknown = sorted(set(header) - COLUMNS - OPTIONAL_COLUMNS)
         if unknown:
             raise DataError(
@@ -32,11 +50,20 @@ def read(path: Path, videos: Path | None) -> Listing:
             if not values:
                 continue
             where, row = f"{path}: line {line}", dict(zip(header, values, strict=False))
-            if len(values) > len(header) or not all(row.get(column, "").strip() for column in COLUMNS):
-                raise DataError(f"{where}: needs a path, a label and a split")
+            if len(values) > len(header) or not all(row.get(column, "").strip() for column in needed):
+                raise DataError(f"{where}: needs a path, a label{' and a split' if has_splits else ''}")
             clip = _clip(path.parent / row["path"], row, where)
-            rows.append(ListingRow(row["label"], parse_split(row["split"], where), clip))
-    return Listing.from_rows(rows)
+            if has_splits:
+                rows.append(ListingRow(row["label"], parse_split(row["split"], where), clip))
+            else:
+                clips.append((row["label"], row.get("source") or _source(row["path"]), clip))
+    return Listing.from_rows(rows or split_rows(clips, shares, path))
+
+
+def _source(path: str) -> str:
+    """The source video of a file: the id in its name; of a name without one, the file, whatever its folder's name."""
+    stem = Path(path).stem
+    return video if (video := source_video(stem)) != stem else os.path.normpath(path)
 
 
 def _clip(file: Path, row: dict[str, str], where: str) -> ListedClip:

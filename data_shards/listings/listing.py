@@ -4,7 +4,7 @@ import csv
 import os
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, get_args
 
 from avcil_dist import storage
 from avcil_dist.data.manifest import SPLITS, Split
-from avcil_dist.errors import DataError
+from avcil_dist.errors import ConfigError, DataError
+from data_shards.listings.splits import DEFAULT_SHARES, SplitShares, split_sources
 
 MP4_ENDINGS = {".mp4", ".m4v", ".mov"}
 VIDEO_ENDINGS = MP4_ENDINGS | {
@@ -21,20 +22,37 @@ VIDEO_ENDINGS = MP4_ENDINGS | {
 KEY_LENGTH = 90  # a tar member's name has at most 100 characters
 
 
+Cut = tuple[float, float | None]  # start and duration in seconds; duration None: to the end
+WHOLE_FILE: Cut = (0.0, None)  # a cut of all of a file converts it to mp4
+
+
+class ClipFile(NamedTuple):
+    """A file that holds a clip, as a whole or as a part."""
+
+    path: str
+    cut: Cut | None = None
+
+
 @dataclass(frozen=True)
 class ListedClip:
     """A file, its clip key, and the video (`source`) and second (`start`) that it begins at.
 
-    With `cut` (start, duration in seconds; duration None: to the end), the clip is a part of the file.
-    `alternatives` are further files of the same clip, for the case that this one cannot be taken.
+    With `cut` the clip is a part of the file. `alternatives` are further files of the same clip, in the order in which
+    they are tried where this one cannot be taken. `is_named_by_id`: the listing has an id, for which files were found.
     """
 
     path: str
     key: str
     source: str
     start: float = 0.0
-    cut: tuple[float, float | None] | None = None
-    alternatives: tuple[str, ...] = ()
+    cut: Cut | None = None
+    alternatives: tuple[ClipFile, ...] = ()
+    is_named_by_id: bool = False
+
+    @property
+    def files(self) -> tuple[ClipFile, ...]:
+        """All files of the clip, in the order in which they are tried."""
+        return ClipFile(self.path, self.cut), *self.alternatives
 
 
 class ListingRow(NamedTuple):
@@ -47,16 +65,35 @@ class ListingRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Listing:
-    """The classes and the clips of a data set, both ordered, and the number of files that are no videos."""
+    """The classes and the clips of a data set, both ordered, and the number of files that are no videos.
+
+    `where`: the path or url of the listing.
+    """
 
     classes: tuple[str, ...]
     rows: tuple[ListingRow, ...]
     passed_over: int = 0
+    where: str = ""
 
     @classmethod
     def from_rows(cls, rows: list[ListingRow]) -> "Listing":
         """A listing whose classes are in order of first appearance."""
         return cls(tuple(dict.fromkeys(row.label for row in rows)), tuple(rows))
+
+
+def split_rows(
+    clips: Iterable[tuple[str, str, ListedClip]], shares: SplitShares | None, where: Path
+) -> list[ListingRow]:
+    """Rows of clips without a split, given as (class, source video, clip); see `split_sources`."""
+    named = [(clean_label(label, str(where)), source, clip) for label, source, clip in clips]
+    splits = split_sources([(label, source) for label, source, _ in named], shares or DEFAULT_SHARES)
+    return [ListingRow(label, splits[source], clip) for label, source, clip in named]
+
+
+def refuse_shares(shares: SplitShares | None, where: Path) -> None:
+    """Raise ConfigError where shares are given for a listing that has its own splits."""
+    if shares is not None:
+        raise ConfigError(f"{where}: has its own splits; leave out --split")
 
 
 def safe_key(name: str) -> str:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from avcil_dist.data.manifest import SPLITS, Split
 from avcil_dist.errors import DataError
-from data_shards.listings.listing import Listing, ListingRow
+from data_shards.listings.listing import Listing, ListingRow, clean_label, refuse_shares
 from data_shards.listings.pickled_dict import read_pickled_dict
+from data_shards.listings.splits import SplitShares
 from data_shards.listings.video_folder import VideoFolder
 
 NEEDS_VIDEOS = True
@@ -27,8 +28,9 @@ def matches(path: Path) -> bool:
     return all((path / name).is_file() for name in PUBLISHED_FILES)
 
 
-def read(path: Path, videos: Path | None) -> Listing:
+def read(path: Path, videos: Path | None, shares: SplitShares | None) -> Listing:
     """The clips of the lists, in the lists' order."""
+    refuse_shares(shares, path)
     folder = VideoFolder(path, videos)
     lists = read_published_lists(path)
     rows = [
@@ -61,5 +63,8 @@ def read_published_lists(folder: Path) -> PublishedLists:
     for split in SPLITS:
         if labels.get(split) != by_class[split]:
             raise DataError(f"{folder}: {LABEL_FILE} and {CLASS_FILE} do not agree on the {split} clips")
-    classes = tuple(names[number] for number in range(len(names)))
-    return PublishedLists(classes, {split: labels[split] for split in SPLITS})
+    cleaned = {name: clean_label(name, str(folder / NUMBER_FILE)) for name in numbers}
+    classes = tuple(cleaned[names[number]] for number in range(len(names)))
+    return PublishedLists(
+        classes, {split: {key: cleaned[name] for key, name in by_class[split].items()} for split in SPLITS}
+    )

@@ -10,6 +10,7 @@ from typing import Protocol
 from avcil_dist.errors import ConfigError, DataError
 from data_shards.listings import ave, clip_folder, clips_csv, published_lists, vggsound
 from data_shards.listings.listing import Listing, clean_label, distinct_keys, first_row
+from data_shards.listings.splits import SplitShares
 
 LAYOUT = "a folder of clips is FOLDER/<split>/<class>/*.mp4 or FOLDER/<class>/*.mp4"
 
@@ -22,19 +23,23 @@ class ListingForm(Protocol):
     def matches(self, path: Path) -> bool:
         """Whether `path`, an existing file or folder, is a listing of this form."""
 
-    def read(self, path: Path, videos: Path | None) -> Listing:
-        """The listing at `path`. Raises DataError, naming file and line, for a faulty one."""
+    def read(self, path: Path, videos: Path | None, shares: SplitShares | None) -> Listing:
+        """The listing at `path`; clips without a split are split by `shares` (None: the usual ones).
+
+        Raises DataError, naming file and line, for a faulty one; ConfigError for `shares` where it has its own splits.
+        """
 
 
 FORMS: tuple[ListingForm, ...] = (published_lists, clip_folder, clips_csv, ave, vggsound)
 
 
-def read_listing(path: Path, videos: Path | None = None) -> Listing:
+def read_listing(path: Path, videos: Path | None = None, shares: SplitShares | None = None) -> Listing:
     """The listing at `path`, in the first of `FORMS` that matches; each module describes its form.
 
-    `videos` is the folder of the files of a listing that names videos by id. Raises DataError, naming file and
+    `videos` is the folder of the files of a listing that names videos by id. `shares` are those of the splits of each
+    class, for a listing without splits (None: 0.8, 0.1 and 0.1). Raises DataError, naming file and
     line, for a listing that is missing, of no known form, faulty or empty; ConfigError where `videos` is missing,
-    or given to a listing that has paths.
+    or given to a listing that has paths, or `shares` to one that has splits.
     """
     if not path.exists():
         raise DataError(f"{path}: missing; give a csv with the header path,label,split, or a folder of clips")
@@ -43,10 +48,10 @@ def read_listing(path: Path, videos: Path | None = None) -> Listing:
         raise DataError(f"{path}: its header is {','.join(first_row(path))!r}; make it path,label,split")
     if videos is not None and not form.NEEDS_VIDEOS:
         raise ConfigError(f"{path}: has the paths of its clips; leave out --videos")
-    listing = form.read(path, videos)
+    listing = form.read(path, videos, shares)
     if not listing.rows:
         raise DataError(f"{path}: no clips in it; {LAYOUT}")
     root = videos or (path if path.is_dir() else path.parent)
     rows = [row._replace(label=clean_label(row.label, str(path))) for row in listing.rows]
     classes = dict.fromkeys(clean_label(name, str(path)) for name in listing.classes)
-    return Listing(tuple(classes), distinct_keys(rows, root), listing.passed_over)
+    return Listing(tuple(classes), distinct_keys(rows, root), listing.passed_over, str(path))

@@ -7,8 +7,16 @@ own lists are, both are read, whichever is given. Ten training clips a class bec
 from pathlib import Path
 
 from avcil_dist.errors import DataError
-from data_shards.listings.listing import Listing, ListingRow, csv_rows, first_row, parse_split
-from data_shards.listings.splits import hold_out_validation
+from data_shards.listings.listing import (
+    Listing,
+    ListingRow,
+    clean_label,
+    csv_rows,
+    first_row,
+    parse_split,
+    refuse_shares,
+)
+from data_shards.listings.splits import SplitShares, hold_out_validation
 from data_shards.listings.video_folder import VideoFolder
 
 NEEDS_VIDEOS = True
@@ -21,8 +29,9 @@ def matches(path: Path) -> bool:
     return _has_seconds(first) or (len(first) == 2 and path.name in OWN_LISTS)
 
 
-def read(path: Path, videos: Path | None) -> Listing:
+def read(path: Path, videos: Path | None, shares: SplitShares | None) -> Listing:
     """The clips of the lists. Raises DataError for a faulty row."""
+    refuse_shares(shares, path)
     read_rows = _rows_with_seconds if _has_seconds(first_row(path)) else _rows_of_own_lists
     return Listing.from_rows(_with_validation(read_rows(path, VideoFolder(path, videos))))
 
@@ -37,7 +46,7 @@ def _rows_with_seconds(path: Path, videos: VideoFolder) -> list[ListingRow]:
         video, start, label, split = (text.strip() for text in row)
         if not start.isdigit():
             raise DataError(f"{where}: start {start!r} is not a number of seconds")
-        rows.append(ListingRow(label, parse_split(split, where), videos.clip_at(video, int(start))))
+        rows.append(ListingRow(clean_label(label, where), parse_split(split, where), videos.clip_at(video, int(start))))
     return rows
 
 
@@ -45,9 +54,10 @@ def _rows_of_own_lists(path: Path, videos: VideoFolder) -> list[ListingRow]:
     rows = []
     for name in OWN_LISTS:
         if (path.parent / name).is_file():
-            for _, (file, label) in csv_rows(path.parent / name, columns=2):
+            for where, (file, label) in csv_rows(path.parent / name, columns=2):
                 split = parse_split(Path(name).stem, name)
-                rows.append(ListingRow(label, split, videos.clip_of_key(Path(file).stem)))
+                clip = videos.clip_of_key(Path(file.strip()).stem)
+                rows.append(ListingRow(clean_label(label, where), split, clip))
     return rows
 
 

@@ -6,15 +6,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from avcil_dist.errors import ConfigError, DataError
-from data_shards.listings.listing import MP4_ENDINGS, VIDEO_ENDINGS, ListedClip, safe_key
+from data_shards.listings.listing import MP4_ENDINGS, VIDEO_ENDINGS, WHOLE_FILE, ClipFile, ListedClip, safe_key
+from data_shards.listings.video_names import NamedSpan, named_spans
 
 VGGSOUND_SECONDS = 10
+LONGEST_SECONDS = 10.5  # of a part's file; with a longer span, the numbers are of another unit
 
 
 class VideoFolder:
-    """The video files in a folder tree, found by their usual names.
+    """The video files in a folder tree, found by their usual names in any container.
 
-    These are `ID_000030`, `ID_30000_40000`, `ID_000030_000040` and `ID`.
+    A name is `ID`, or `ID` and the time of a part: `ID_000030`, `ID_30`, `ID_30_40`, `ID_30000_40000` (ms) or
+    `ID_000030_000040`. Where several files may be a clip, files of the part come before the whole video, and mp4 files
+    before others; the first that decodes is taken.
     """
 
     def __init__(self, listing: Path, folder: Path | None) -> None:
@@ -24,13 +28,12 @@ class VideoFolder:
         if not folder.is_dir():
             raise DataError(f"{folder}: no such folder")
         self.folder = folder
-        self._files: dict[str, Path] = {}
-        self._spans: dict[str, Path] = {}
-        for path in sorted(self._walk()):
-            self._files.setdefault(path.stem, path)
-            span = re.fullmatch(r"(.+)_\d+_\d+", path.stem)
-            if span:
-                self._spans.setdefault(span[1], path)
+        self._whole: dict[str, list[Path]] = {}
+        self._parts: dict[str, list[tuple[NamedSpan, Path]]] = {}
+        for path in sorted(self._walk(), key=lambda path: (path.suffix.lower() not in MP4_ENDINGS, path)):
+            self._whole.setdefault(path.stem, []).append(path)
+            for span in named_spans(path.stem):
+                self._parts.setdefault(span.video, []).append((span, path))
 
     def _walk(self) -> Iterator[Path]:
         visited = set()
@@ -44,24 +47,33 @@ class VideoFolder:
 
     def clip_at(self, video: str, start: int) -> ListedClip:
         """The ten seconds from second `start` on: a file of their own, or a cut of the whole video's file."""
-        end = start + VGGSOUND_SECONDS
-        key = f"{video}_{start:06d}"
-        for name in (key, f"{video}_{start * 1000}_{end * 1000}", f"{video}_{start:06d}_{end:06d}"):
-            if name in self._files:
-                file = self._files[name]
-                convert = None if file.suffix.lower() in MP4_ENDINGS else (0.0, None)  # a cut of all of it is an mp4
-                return ListedClip(str(file), safe_key(key), video, float(start), convert)
-        if video in self._files:
-            cut = float(start), float(VGGSOUND_SECONDS)
-            return ListedClip(str(self._files[video]), safe_key(key), video, float(start), cut)
-        return ListedClip(str(self.folder / f"{key}.mp4"), safe_key(key), video, float(start))
+        files = [_all_of(path) for span, path in self._parts.get(video, []) if _is_span_at(span, start)]
+        cut = float(start), float(VGGSOUND_SECONDS)
+        files += [ClipFile(str(path), cut) for path in self._whole.get(video, [])]
+        return self._clip(files, f"{video}_{start:06d}", video, float(start))
 
     def whole_video(self, video: str) -> ListedClip:
         """The file of a video: `ID`, or, as Kinetics names its files, `ID_000012_000022`."""
-        path = self._files.get(video) or self._spans.get(video) or self.folder / f"{video}.mp4"
-        return ListedClip(str(path), safe_key(video), video)
+        files = [*self._whole.get(video, []), *(path for _, path in self._parts.get(video, []))]
+        return self._clip([_all_of(path) for path in files], video, video, 0.0)
 
     def clip_of_key(self, key: str) -> ListedClip:
         """The clip of a key: a video id, or, as VGGSound's keys, id and second: `ID_000030`."""
         match = re.fullmatch(r"(.+)_(\d{6})", key)
         return self.clip_at(match[1], int(match[2])) if match else self.whole_video(key)
+
+    def _clip(self, files: list[ClipFile], name: str, video: str, start: float) -> ListedClip:
+        """The clip in the first of the files; without one, in the file that it would be."""
+        first, *others = files or [ClipFile(str(self.folder / f"{name}.mp4"))]
+        return ListedClip(first.path, safe_key(name), video, start, first.cut, tuple(others), is_named_by_id=True)
+
+
+def _all_of(path: Path) -> ClipFile:
+    return ClipFile(str(path), None if path.suffix.lower() in MP4_ENDINGS else WHOLE_FILE)
+
+
+def _is_span_at(span: NamedSpan, start: int) -> bool:
+    """Whether a file's times are those of the part from `start` on, in seconds or, as in AudioSet, in ms."""
+    if span.end is None:
+        return span.begin == start
+    return any(span.begin == start * unit and 0 < span.end - span.begin <= LONGEST_SECONDS * unit for unit in (1, 1000))

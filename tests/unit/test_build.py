@@ -87,7 +87,7 @@ def test_folder_with_splits_is_read(tmp_path: Path) -> None:
     assert by_folder.content_hash == by_csv.content_hash
 
 
-def test_folder_without_splits_is_split_by_hash(tmp_path: Path) -> None:
+def test_folder_without_splits_is_split_within_the_class(tmp_path: Path) -> None:
     data = tiny_clip()
     for i in range(40):
         (tmp_path / "clips/dog").mkdir(parents=True, exist_ok=True)

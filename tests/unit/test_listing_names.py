@@ -14,9 +14,11 @@ from rich.console import Console
 from avcil_dist.errors import DataError
 from data_shards.build import BuildReport, build_shards
 from data_shards.listings.listing import KEY_LENGTH, safe_key
+from data_shards.listings.published_lists import read_published_lists
 from data_shards.listings.read import read_listing
 from data_shards.rejections import Rejection, rejection_table
 from tests.helpers.media import media
+from tests.helpers.published_forms import write_split_lists
 from tests.helpers.rendered import remuxed, tiny_clip
 
 torch.set_num_threads(1)
@@ -116,6 +118,33 @@ def test_spellings_of_one_class_are_one_class(tmp_path: Path) -> None:
     )
     assert read_listing(source).classes == ("café", "dog")
     assert _build(source, tmp_path / "out").manifest.classes == ("café", "dog")
+
+
+def test_labels_of_all_listings_are_stripped_and_composed(tmp_path: Path) -> None:
+    spelled = ["caf\u00e9", "cafe\u0301 ", " caf\u00e9"]
+    ids = [f"abcdefghij{i}" for i in range(3)]
+    rows = {
+        "vggsound.csv": [f"{video},30,{label},train" for video, label in zip(ids, spelled, strict=True)],
+        "test.csv": [f"{video}_000030.mp4,{label}" for video, label in zip(ids, spelled, strict=True)],
+        "Annotations.txt": [
+            "Category&VideoID&Quality&StartTime&EndTime",
+            *(f"{label}&{video}&good&0&10" for video, label in zip(ids, spelled, strict=True)),
+        ],
+    }
+    for name, lines in rows.items():
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+        assert {row.label for row in read_listing(tmp_path / name, tmp_path).rows} == {"caf\u00e9"}, name
+    labels = {"train": {ids[0]: spelled[1]}, "val": {}, "test": {ids[1]: spelled[1]}}
+    lists = read_published_lists(write_split_lists(tmp_path / "lists", labels, {spelled[1]: 0}))
+    assert lists.classes == ("caf\u00e9",)
+    assert set(lists.labels["test"].values()) == {"caf\u00e9"}
+
+
+def test_validation_clips_are_held_out_of_classes_however_spelled(tmp_path: Path) -> None:
+    rows = [f"abcdefghi{number:02d},30,{label},train" for number, label in enumerate(["dog"] * 10 + [" dog"] * 10)]
+    (tmp_path / "vggsound.csv").write_text("\n".join(rows) + "\n")
+    splits = [row.split for row in read_listing(tmp_path / "vggsound.csv", tmp_path).rows]
+    assert splits.count("val") == 10
 
 
 def test_name_that_is_not_utf8_is_listed_among_the_rejected(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 from avcil_dist.errors import ConfigError, DataError
 from data_shards.listings.listing import Listing
 from data_shards.listings.read import read_listing
-from data_shards.listings.splits import hashed_split, hold_out_validation
+from data_shards.listings.splits import hold_out_validation
 from tests.helpers.data import needs_published, published
 from tests.helpers.published_forms import (
     CLASS_NAMES,
@@ -215,14 +215,6 @@ def test_faulty_list_is_named_with_its_line(tmp_path: Path, name: str, text: str
         (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=words):
         read_listing(tmp_path / name, None if name == "clips.csv" else tmp_path)
-
-
-def test_hashed_split_gives_tenths_and_depends_on_class_and_key() -> None:
-    splits = [hashed_split("dog", f"k{i}") for i in range(5000)]
-    shares = [splits.count(split) / 5000 for split in ("train", "val", "test")]
-    assert shares == pytest.approx([0.8, 0.1, 0.1], abs=0.015)
-    assert [hashed_split("dog", f"k{i}") for i in range(8)] == splits[:8]
-    assert splits != [hashed_split("cat", f"k{i}") for i in range(5000)]
 
 
 def test_file_of_the_whole_video_comes_before_that_of_a_span(tmp_path: Path) -> None:

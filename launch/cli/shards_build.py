@@ -1,0 +1,224 @@
+"""Commands `avcil shards build`, `merge` and `features`: the shards of clips and of their features."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+
+from avcil_dist.errors import ConfigError
+from launch.cli.count_bar import CountBar
+
+if TYPE_CHECKING:
+    from data_shards.build_plan import BuildReport
+    from data_shards.listings.listing import Listing
+
+CORES = len(os.sched_getaffinity(0))
+
+BUILD_HELP = """Build shards and OUTPUT/manifest.json from the clips of SOURCE. OUTPUT is a folder or url (s3://...).
+
+SOURCE is one of these; its form is recognised:
+
+\b
+  clips.csv            header path,label and any of split,start,duration,source;
+                       paths relative to the csv; start and duration cut out a part
+  FOLDER               FOLDER/<split>/<class>/*.mp4, or FOLDER/<class>/*.mp4
+  vggsound.csv         or VGGSound's train.csv and test.csv; 10 training clips per class
+                       become val; needs --videos, as all below
+  Annotations.txt      of AVE, with its trainSet.txt, valSet.txt, testSet.txt beside it
+  FOLDER of lists      all_classId_vid_dict.npy and its two companions, as published
+
+A SOURCE without splits is split within each class (--split). Clips of one source video, by the source column or by the
+video id in the file name, are in one split, and each class has a clip in each split where it can.
+
+Files in the folder tree of --videos have the names ID_000030, ID_30_40, ID_30000_40000 (ms), ID_000030_000040 or ID,
+in any container. Of the last, VGGSound's ten seconds are cut out: copied where a key frame allows it, otherwise encoded
+again. In FOLDER, files without the ending of a video are passed over and counted.
+
+Every clip is decoded once. Clips that are missing, damaged, silent, too short, no mp4 or duplicate are left out and
+listed with the reason in OUTPUT/rejected.csv. An interrupted build continues when it is started again. An OUTPUT
+with a manifest is never overwritten; with the same clips and settings it is left unchanged.
+
+\b
+Examples:
+  avcil shards build runs/clips/clips.csv runs/shards
+  avcil shards build vggsound.csv s3://bucket/vggsound --videos ~/vggsound --min-seconds 9
+  avcil shards build vggsound.csv s3://bucket/vggsound --videos /data/vggsound --part $SLURM_ARRAY_TASK_ID/64
+"""
+
+
+def print_report(report: "BuildReport") -> None:
+    """Print the data set, its splits, and its rejected clips."""
+    from data_shards.rejections import rejection_table
+    from data_shards.split_table import lacking_classes, split_table
+
+    manifest = report.manifest
+    clips = sum(shard.count for shard in manifest.shards)
+    state = "unchanged, built before from the same clips" if report.unchanged else "written"
+    click.echo(
+        f"{report.manifest_url}: {state}: {clips} clips, {len(manifest.classes)} classes, {len(manifest.shards)} shards"
+    )
+    console = Console(stderr=True)
+    console.print(split_table(manifest))
+    for line in lacking_classes(manifest):
+        click.echo(line, err=True)
+    if report.rejected:
+        console.print(rejection_table(report.rejected))
+        click.echo(f"{len(report.rejected)} clips rejected; rejected.csv lists them with their reasons", err=True)
+
+
+def clip_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of every build of clip shards to a command; see `run_build`."""
+    options = (
+        click.option(
+            "--clips-per-shard", default=256, show_default=True, type=click.IntRange(1), help="Clips in a full shard."
+        ),
+        click.option(
+            "--min-seconds", default=0.5, show_default=True, type=click.FloatRange(0), help="Reject shorter clips."
+        ),
+        click.option(
+            "--keep-muted", is_flag=True, help="Take clips whose sound is all zeros; by default they are rejected."
+        ),
+        click.option(
+            "--processes",
+            default=CORES,
+            show_default=True,
+            type=click.IntRange(1),
+            help="Number of processes that check clips.",
+        ),
+        click.option("--part", metavar="I/N", help="Build the I-th of N parts only; run merge when all are done."),
+        click.option("--strict", is_flag=True, help="A rejected clip is an error: no manifest is written."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def run_build(
+    listing: "Listing",
+    output: str,
+    *,
+    clips_per_shard: int,
+    min_seconds: float,
+    keep_muted: bool,
+    processes: int,
+    part: str | None,
+    strict: bool,
+) -> None:
+    """Build the shards of a listing, or one part of them, with the options of `clip_options`; print the report."""
+    from data_shards.build import BuildSettings, build_listing, build_listing_part
+    from data_shards.build_plan import Part
+
+    settings = BuildSettings(clips_per_shard, min_seconds, keep_muted)
+    with CountBar("building shards") as bar:
+        if part is None:
+            report = build_listing(listing, output, settings, processes=processes, strict=strict, progress=bar.show)
+        else:
+            share = Part.parse(part)
+            unchanged = build_listing_part(listing, output, share, settings, processes=processes, progress=bar.show)
+            if unchanged is None:
+                click.echo(f"{output}: part {part} is done; when all parts are done: avcil shards merge {output}")
+                return
+            report = unchanged
+    print_report(report)
+
+
+def check_part(part: str | None, strict: bool) -> None:
+    """Raise ConfigError for a part that is to be strict, or of another form than I/N."""
+    from data_shards.build_plan import Part
+
+    if part is not None:
+        Part.parse(part)
+        if strict:
+            raise ConfigError("--strict: a part writes no manifest; give --strict to avcil shards merge")
+
+
+@click.command(help=BUILD_HELP, short_help="Pack the clips of a folder, a csv, or a benchmark's lists.")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("output")
+@click.option(
+    "--videos", type=click.Path(path_type=Path), help="Folder of the video files, for a SOURCE that names videos by id."
+)
+@click.option(
+    "--split",
+    metavar="TRAIN,VAL,TEST",
+    help="Shares of the splits in each class, for a SOURCE without splits.  [default: 0.8,0.1,0.1]",
+)
+@clip_options
+def build(
+    source: Path, output: str, videos: Path | None, split: str | None, part: str | None, strict: bool, **settings: Any
+) -> None:
+    """Build shards of the clips of a listing; see `BUILD_HELP`."""
+    from data_shards.listings.read import read_listing
+    from data_shards.listings.splits import SplitShares
+
+    check_part(part, strict)
+    shares = SplitShares.parse(split) if split is not None else None
+    run_build(read_listing(source, videos, shares), output, part=part, strict=strict, **settings)
+
+
+@click.command(short_help="Write the manifest when all parts are done.")
+@click.argument("output")
+@click.option("--strict", is_flag=True, help="A rejected clip is an error: no manifest is written.")
+def merge(output: str, strict: bool) -> None:
+    """Write OUTPUT/manifest.json when all parts of a build, or of features, are done.
+
+    It equals the manifest of a single build. The error for missing parts names the first missing shard.
+
+    Example: avcil shards merge s3://bucket/vggsound
+    """
+    from data_shards.build_plan import merge_parts
+
+    print_report(merge_parts(output, strict=strict))
+
+
+@click.command(short_help="Run frozen encoders over clip shards.")
+@click.argument("manifest")
+@click.argument("output")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--config", default="features", show_default=True, help="A yaml file, or the name of a shipped one.")
+@click.option(
+    "--batch", default=16, show_default=True, type=click.IntRange(1), help="Number of clips encoded at a time."
+)
+@click.option("--part", metavar="I/N", help="Encode the I-th of N parts only; run merge when all are done.")
+def features(manifest: str, output: str, overrides: tuple[str, ...], config: str, batch: int, part: str | None) -> None:
+    """Run frozen encoders over the clip shards of MANIFEST and write feature shards (float16) to OUTPUT.
+
+    The configuration has the encoders and the preparation of clips for them. Under torchrun or srun each process
+    encodes its share of the shards on its own GPU, and `avcil shards merge OUTPUT` completes the data set. Shards
+    that an interrupted run finished are not encoded again.
+
+    \b
+    Examples:
+      avcil shards features shards/manifest.json features \\
+          model.visual.weights=MCG-NJU/videomae-base model.audio.weights=audiomae.pth
+      torchrun --nproc-per-node 8 -m launch shards features s3://bucket/vggsound/manifest.json \\
+          s3://bucket/vggsound-features --config mine.yaml --part $SLURM_ARRAY_TASK_ID/4
+    """
+    from avcil_dist.compose import load_config
+    from avcil_dist.training.collectives import local_device
+    from avcil_dist.world import world_from_environment
+    from data_shards.build_plan import WHOLE, Part
+    from data_shards.features import make_features, make_features_part
+
+    resolved = load_config(config, (*overrides, f"data.manifest={manifest}"))
+    world = world_from_environment(os.environ)
+    share = (Part.parse(part) if part else WHOLE).of_rank(world.rank, world.size)
+    device = local_device(world)
+    with CountBar("encoding features") as bar:
+        if share.is_whole:
+            report = make_features(resolved, output, batch=batch, device=device, progress=bar.show)
+        else:
+            show = bar.show if world.is_main else None
+            unchanged = make_features_part(resolved, output, share, batch=batch, device=device, progress=show)
+            if unchanged is None:
+                if world.is_main:
+                    click.echo(
+                        f"{output}: this rank's part is done; when all parts are done: avcil shards merge {output}"
+                    )
+                return
+            report = unchanged
+    if world.is_main:
+        print_report(report)

@@ -62,7 +62,7 @@ def submit_stream(
     with _submission_lock(stream, chain):
         chain = _with_recorded_jobs(chain, stream)
         if policy != KEEP_ALL:
-            if scheduler.live_jobs(stream, chain):
+            if scheduler.live_jobs({stream: chain})[stream]:
                 raise ConfigError(f"{stream}: its jobs wait or run; end them first: avcil cancel {stream}")
             discard_state(config, policy, chain.num_steps)
             chain = _with_recorded_jobs(chain, stream)
@@ -114,9 +114,9 @@ def script_texts(config: Config, cluster: ClusterConfig) -> dict[int, str]:
 
 def _live_jobs(scheduler: Scheduler, stream: str, chain: Chain, first: int) -> dict[int, JobState]:
     """Return the jobs of the steps from `first` on that wait or run; jobs without the one they wait for are ended."""
-    live = {step: job for step, job in scheduler.live_jobs(stream, chain).items() if step >= first}
+    live = {step: job for step, job in scheduler.live_jobs({stream: chain})[stream].items() if step >= first}
     if live and first not in live:
-        scheduler.cancel(chain, first)
+        scheduler.cancel({stream: chain}, first)
         return {}
     return live
 

@@ -22,7 +22,7 @@ RECORD, CONFIG, CLUSTER = "jobs.json", "config.yaml", "cluster.json"
 class Chain:
     """The jobs of a stream.
 
-    `kind`: of its scheduler. `name`: the beginning of each job's name. `folder`: of its files. `code`: the copy of the
+    `kind`: of its scheduler. `name`: the end of each job's name. `folder`: of its files. `code`: the copy of the
     code that its jobs run, None for an installed package. `jobs`: the ids of each step's jobs, the newest last.
     """
 
@@ -33,14 +33,9 @@ class Chain:
     code: str | None = None
     jobs: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
-    @property
-    def job_prefix(self) -> str:
-        """The beginning of the names of this chain's jobs, and of no others."""
-        return f"{self.name}-step_"
-
     def job_name(self, step: int) -> str:
-        """Return the name of a step's job."""
-        return f"{self.job_prefix}{step:03d}"
+        """Return the name of a step's job. It begins with the step: tables of schedulers show the first letters."""
+        return f"s{step:02d}-{self.name}"
 
     def newest_job(self, step: int) -> str | None:
         """Return the id of a step's newest job, None where none was recorded."""
@@ -56,7 +51,7 @@ class Chain:
         return step_prefix(self.folder, step)
 
     def log_folder(self, step: int) -> Path:
-        """Return the folder of a step's logs; submitit also keeps the pickled ranks in it."""
+        """Return the folder of a step's logs, and of the scripts and pickled ranks of its jobs."""
         return Path(self.step_prefix(step))
 
     def progress_file(self, step: int) -> str:

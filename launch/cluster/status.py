@@ -49,8 +49,7 @@ def chain_status(stream: str) -> tuple[Chain, list[StepStatus]]:
     """
     chain = read_chain(stream)
     scheduler = scheduler_of(chain.kind)
-    live = scheduler.live_jobs(stream, chain)
-    jobs = live | scheduler.past_jobs(chain, [step for step in range(chain.num_steps) if step not in live])
+    jobs = scheduler.past_jobs({stream: chain})[stream] | scheduler.live_jobs({stream: chain})[stream]
     accuracies = _seen_accuracies(stream, chain.num_steps)
     steps: list[StepStatus] = []
     for step in range(chain.num_steps):
@@ -94,7 +93,7 @@ def print_status(stream: str, console: Console) -> None:
 def cancel_chain(stream: str) -> int:
     """End all jobs of a stream that wait or run. Returns their number. Committed steps and snapshots stay."""
     chain = read_chain(stream)
-    count = scheduler_of(chain.kind).cancel(chain)
+    count = scheduler_of(chain.kind).cancel({stream: chain})[stream]
     if count:
         close_run(chain.config(), KeyboardInterrupt)
     return count

@@ -41,7 +41,7 @@ def submit(config: Path, *words: object) -> str:
 
 def ranks(supervisor: int) -> list[psutil.Process]:
     children = psutil.Process(supervisor).children(recursive=True)
-    return [child for child in children if "_submit" in str(child.cmdline())]
+    return [child for child in children if "launch.cluster.rank_main" in child.cmdline()]
 
 
 def supervisor_of(stream: str) -> int:

@@ -76,6 +76,6 @@ def hold_ranks(sandbox: Sandbox, job: str) -> None:
 def ranks_of(sandbox: Sandbox, job: str) -> list[int]:
     """Return the processes of a job's two ranks; another sandbox may have a job with the same id."""
     found = processes_with(f"SLURM_CONF={sandbox.conf}", f"SLURM_JOB_ID={job}", "SLURM_PROCID=")
-    ranks = [pid for pid in found if psutil.Process(pid).cmdline()[1:4] == ["-u", "-m", "submitit.core._submit"]]
+    ranks = [pid for pid in found if psutil.Process(pid).cmdline()[1:4] == ["-u", "-m", "launch.cluster.rank_main"]]
     assert len(ranks) == 2
     return ranks

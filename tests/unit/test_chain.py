@@ -1,6 +1,6 @@
 """Submission of a chain of jobs with a scheduler that only records what it is given."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,28 +47,31 @@ class RecordingScheduler:
         write_chain(stream_url(config), chain)
         return chain
 
-    def live_jobs(self, stream: str, chain: Chain) -> dict[int, JobState]:
-        return self.live
+    def live_jobs(self, chains: Mapping[str, Chain]) -> dict[str, dict[int, JobState]]:
+        return dict.fromkeys(chains, self.live)
 
-    def past_jobs(self, chain: Chain, steps: Iterable[int]) -> dict[int, JobState]:
-        return {}
+    def past_jobs(self, chains: Mapping[str, Chain]) -> dict[str, dict[int, JobState]]:
+        return {stream: {} for stream in chains}
 
     def last_job(self, chain: Chain) -> str:
         return chain.jobs[chain.num_steps - 1][-1]
 
-    def cancel(self, chain: Chain, first_step: int = 0) -> int:
+    def cancel(self, chains: Mapping[str, Chain], first_step: int = 0) -> dict[str, int]:
         self.cancelled_from.append(first_step)
-        return len(self.live)
+        return {stream: len(self.live) for stream in chains}
 
     def script(self, chain: Chain, cluster: ClusterConfig, step: int, previous: str | None) -> str:
         return f"{step} after {previous}"
+
+    def options(self, chain: Chain, cluster: ClusterConfig, step: int, previous: str | None) -> dict[str, str]:
+        return {}
 
     def world(self, port: int) -> World:
         return World()
 
 
 def waiting(step: int) -> JobState:
-    return JobState(f"old-{step}", f"job-{step}", "PENDING", "", "", is_live=True)
+    return JobState(f"old-{step}", "PENDING", "", "", is_live=True)
 
 
 @pytest.fixture
@@ -122,7 +125,7 @@ def test_jobs_that_wait_or_run_are_kept_and_recorded(config: Config, scheduler: 
 
 def test_a_job_is_recorded_once(config: Config, scheduler: RecordingScheduler) -> None:
     submit(config)
-    scheduler.live = {step: JobState(f"new-{step}", "", "PENDING", "", "", is_live=True) for step in range(3)}
+    scheduler.live = {step: JobState(f"new-{step}", "PENDING", "", "", is_live=True) for step in range(3)}
     done = submit(config)
     assert done.chain.jobs == {0: ("new-0",), 1: ("new-1",), 2: ("new-2",), 3: ("new-3", "new-3")}
 
@@ -209,13 +212,13 @@ def test_restart_discards_nothing_during_another_submission(
     commit_steps(config, 1)
     monkeypatch.setattr(chain_module, "LOCK_SECONDS", 0.1)
 
-    def submit_again(kind: object, *_: object) -> dict[int, JobState]:
+    def submit_again(chains: Mapping[str, Chain]) -> dict[str, dict[int, JobState]]:
         """While the outer submission holds the lock; it must refuse before it discards anything."""
-        monkeypatch.setattr(scheduler, "live_jobs", lambda *_: {})
+        monkeypatch.setattr(scheduler, "live_jobs", lambda chains: {stream: {} for stream in chains})
         with pytest.raises(SchedulerError, match="another submission"):
             submit(config, RESTART)
         assert Path(stream_url(config), "step_000", "COMMITTED.json").exists()
-        return {}
+        return {stream: {} for stream in chains}
 
     monkeypatch.setattr(scheduler, "live_jobs", submit_again)
     assert submit(config).new == (1, 2, 3)

@@ -12,7 +12,8 @@ from launch.cli.options import split_words
 from launch.cluster.code_snapshot import snapshot_code, snapshot_folder, source_folder
 from launch.cluster.resources import ClusterConfig, load_cluster
 from launch.cluster.schedulers.base import scheduler_of
-from launch.cluster.schedulers.slurm_script import sbatch_parameters, sbatch_text
+from launch.cluster.schedulers.slurm_commands import require_slurm
+from launch.cluster.schedulers.slurm_script import rank_command, sbatch_parameters, sbatch_text
 from tests.helpers.data import DATA
 
 GOLDEN = DATA / "sbatch"
@@ -42,13 +43,14 @@ def script(cluster: ClusterConfig, step: int, code: str | None, dependency: str 
     parameters = sbatch_parameters(
         cluster,
         step,
-        name=f"vs100-avcil-seed0-0a1b2c-step_{step:03d}",
+        name=f"s{step:02d}-vs100-avcil-seed0-0a1b2c",
         code=code,
         prefix=f"{JOBS}/step_{step:03d}",
         python=PYTHON,
         dependency=dependency,
     )
-    return sbatch_text(parameters, folder=f"{JOBS}/step_{step:03d}", python=PYTHON)
+    folder = f"{JOBS}/step_{step:03d}"
+    return sbatch_text(parameters, folder=folder, command=rank_command(PYTHON, folder, "0123abcd.pkl"))
 
 
 @pytest.mark.parametrize(
@@ -183,4 +185,4 @@ def test_the_code_is_copied_once_for_each_state_of_it(tmp_path: Path) -> None:
 def test_without_slurm_the_error_names_the_local_chain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(SchedulerError, match="--cluster local"):
-        scheduler_of("slurm").require()
+        require_slurm()

@@ -1,9 +1,12 @@
-"""The SLURM scheduler with the output of squeue and sacct given."""
+"""The SLURM scheduler with programs of SLURM on the path that print what the test writes, and record their calls."""
 
-from collections.abc import Sequence
+import json
+import os
+import pickle
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,21 +18,68 @@ from launch.cluster.chain_record import Chain, read_chain
 from launch.cluster.mark_failed import mark_failed
 from launch.cluster.rank_entry import RankEntry
 from launch.cluster.resources import ClusterConfig
-from launch.cluster.schedulers import slurm
+from launch.cluster.schedulers import slurm_commands
 from launch.cluster.schedulers.base import JobStart, scheduler_of
 from launch.step_run import StepRun
 
+pytestmark = pytest.mark.slow  # each command is a process
+
+FAKE = f"""#!{sys.executable} -I
+import json, os, sys, time
+from pathlib import Path
+folder, name = Path(sys.argv[0]).parent, Path(sys.argv[0]).name
+calls = folder / "calls"
+with calls.open("a") as file:
+    file.write(json.dumps([name, sys.argv[1:], dict(os.environ)]) + "\\n")
+number = sum(json.loads(line)[0] == name for line in calls.read_text().splitlines())
+answer = json.loads((folder / f"{{name}}.json").read_text())
+time.sleep(answer["seconds"])
+sys.stdout.write(answer["output"].replace("{{number}}", str(number)))
+sys.exit(answer["code"])
+"""
 SQUEUE = """\
-90|vs100-0a1b2c-step_000|COMPLETING|node1|None
-101|vs100-0a1b2c-step_001|RUNNING|node[1-2]|None
-99|vs100-0a1b2c-step_002|PENDING||Dependency
-7|vs100-0a1b2c-extra-step_001|RUNNING|node3|None
-8|other|RUNNING|node4|None
-9|vs100-0a1b2c-step_003|PENDING"""
+90|COMPLETING|node1|10:02|4:00:00|1|None|{jobs}/step_000/0a.sh|
+101|RUNNING|node[1-2]|5:00|4:00:00|0|None|/elsewhere/step_001/0b.sh|
+99|PENDING||0:00|4:00:00|0|Dependency|{jobs}/step_002/0c.sh|
+7|RUNNING|node3|1:00|4:00:00|0|None|{jobs}-more/step_001/0d.sh|
+8|RUNNING|node4|1:00|4:00:00|0|None|(null)|
+40|RUNNING|node4|1:00|4:00:00|0|None|/other/script.sh|
+9|PENDING|"""
 SACCT = """\
-80|vs100-0a1b2c-step_000|COMPLETED|node1|0:0
-81|vs100-0a1b2c-step_001|CANCELLED by 1000|None assigned|0:15
-82|vs100-0a1b2c-step_002|FAILED|node[1-2]|2:0"""
+80|COMPLETED|node1|00:10:00|04:00:00|0:0
+81|CANCELLED by 1000|None assigned|00:00:00|04:00:00|0:15
+82|FAILED|node[1-2]|00:01:00|04:00:00|2:0
+83|"""
+
+
+class Slurm:
+    """Programs of SLURM in a folder of the path."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir()
+        for name in ("sbatch", "squeue", "sacct", "scancel"):
+            (folder / name).write_text(FAKE)
+            (folder / name).chmod(0o755)
+            self.answer(name, "")
+        self.answer("sbatch", "{number}\n")
+
+    def answer(self, name: str, output: str, *, code: int = 0, seconds: float = 0) -> None:
+        """Set the output of a program; `{number}` in it is the number of its calls."""
+        (self.folder / f"{name}.json").write_text(json.dumps({"output": output, "code": code, "seconds": seconds}))
+
+    def calls(self, name: str) -> list[tuple[list[str], dict[str, str]]]:
+        """Return arguments and environment of each call of a program."""
+        log = self.folder / "calls"
+        lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        return [(arguments, environment) for program, arguments, environment in lines if program == name]
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
+    found = Slurm(tmp_path / "bin")
+    monkeypatch.setenv("PATH", f"{found.folder}:{os.environ['PATH']}")
+    return found
 
 
 def chain(folder: Path, **jobs: tuple[str, ...]) -> Chain:
@@ -37,119 +87,228 @@ def chain(folder: Path, **jobs: tuple[str, ...]) -> Chain:
     return Chain("slurm", "vs100-0a1b2c", str(folder), num_steps=4, jobs=recorded)
 
 
-@pytest.fixture
-def commands(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
-    """The commands that are run, of which squeue and sacct print the lines above."""
-    run: list[Sequence[str]] = []
-
-    def answer(command: Sequence[str]) -> list[str]:
-        run.append(command)
-        return {"squeue": SQUEUE, "sacct": SACCT}.get(command[0], "").splitlines()
-
-    monkeypatch.setattr(slurm, "_run", answer)
-    return run
+def live(record: Chain) -> dict[int, Any]:
+    return scheduler_of("slurm").live_jobs({"runs/vs100": record})["runs/vs100"]
 
 
-def test_live_jobs_are_those_of_the_chain(commands: list[Sequence[str]], tmp_path: Path) -> None:
-    live = scheduler_of("slurm").live_jobs("runs/vs100", chain(tmp_path))
-    assert {step: (job.id, job.state, job.nodes, job.is_live) for step, job in live.items()} == {
-        0: ("90", "COMPLETING", "node1", True),
-        1: ("101", "RUNNING", "node[1-2]", True),
-        2: ("99", "PENDING", "", True),
+def test_live_jobs_are_those_that_were_recorded_or_whose_script_is_in_the_folder_of_the_step(
+    slurm: Slurm, tmp_path: Path
+) -> None:
+    slurm.answer("squeue", SQUEUE.format(jobs=tmp_path))
+    found = live(chain(tmp_path, step_1=("101",), step_3=("40",)))  # 40 is by now a job of something else
+    assert {step: (job.id, job.state, job.nodes, job.reason, job.restarts) for step, job in found.items()} == {
+        0: ("90", "COMPLETING", "node1", "", 1),
+        1: ("101", "RUNNING", "node[1-2]", "", 0),
+        2: ("99", "PENDING", "", "Dependency", 0),
     }
-
-
-def test_the_recorded_job_of_a_step_comes_before_another_of_its_name(
-    commands: list[Sequence[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(f"{__name__}.SQUEUE", f"{SQUEUE}\n50|vs100-0a1b2c-step_001|COMPLETING|node9|None")
-    for recorded in ("101", "50"):
-        live = scheduler_of("slurm").live_jobs("runs/vs100", chain(tmp_path, step_1=("40", recorded)))
-        assert live[1].id == recorded
-
-
-def test_past_jobs_are_the_newest_of_each_step(commands: list[Sequence[str]], tmp_path: Path) -> None:
-    recorded = chain(tmp_path, step_0=("80",), step_1=("70", "81"), step_2=("82",))
-    past = scheduler_of("slurm").past_jobs(recorded, [1, 2, 3])
-    assert commands[0][4] == "--jobs=81,82"
-    assert {step: (job.state, job.nodes, job.reason, job.is_live) for step, job in past.items()} == {
-        1: ("CANCELLED", "", "exit code 0", False),
-        2: ("FAILED", "node[1-2]", "exit code 2", False),
-    }
-    assert scheduler_of("slurm").past_jobs(recorded, [3]) == {}
-    assert len(commands) == 1
-
-
-def test_a_cluster_without_accounting_has_no_past_jobs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def refuse(command: Sequence[str]) -> list[str]:
-        raise SchedulerError("sacct: Slurm accounting storage is disabled")
-
-    monkeypatch.setattr(slurm, "_run", refuse)
-    assert scheduler_of("slurm").past_jobs(chain(tmp_path, step_0=("80",)), [0]) == {}
-
-
-def test_later_jobs_are_cancelled_first_and_no_others(commands: list[Sequence[str]], tmp_path: Path) -> None:
-    assert scheduler_of("slurm").cancel(chain(tmp_path)) == 3
-    assert commands[-1] == ["scancel", "101", "99", "90"]
-    assert scheduler_of("slurm").cancel(chain(tmp_path), first_step=2) == 1
-    assert commands[-1] == ["scancel", "99"]
-    assert scheduler_of("slurm").cancel(chain(tmp_path), first_step=3) == 0
-    assert commands[-1][0] == "squeue"
-
-
-def test_a_job_is_submitted_without_the_status_of_an_earlier_one(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    config, record = load_config("demo", [f"output={tmp_path}"]), replace(chain(tmp_path), code="/code")
-    mark_failed(record.folder, 2, "an earlier error")
-    given: dict[str, Any] = {}
-
-    class Executor:
-        def __init__(self, folder: Path) -> None:
-            given["folder"] = folder
-
-        def update_parameters(self, **parameters: Any) -> None:
-            given["parameters"] = parameters
-
-        def submit(self, entry: RankEntry) -> SimpleNamespace:
-            assert record.failure(2) is None
-            given["entry"] = entry
-            return SimpleNamespace(job_id=4711)
-
-    monkeypatch.setattr("submitit.SlurmExecutor", Executor)
-    cluster = ClusterConfig(kind="slurm", partition="gpu")
-    record = scheduler_of("slurm").submit(config, cluster, record, [2], JobStart("id", first_step=2, after="9"))
-    assert record.jobs == {2: ("4711",)}
-    run = StepRun(config, 2, 4, "id", False, f"{tmp_path}/step_002.json")
-    assert given["entry"] == RankEntry(run, str(tmp_path), "slurm")
-    assert given["folder"] == tmp_path / "step_002"
-    names = ("job_name", "partition", "dependency")
-    assert [given["parameters"][name] for name in names] == ["vs100-0a1b2c-step_002", "gpu", "afterany:9"]
-
-
-def test_each_job_waits_for_the_one_before_it_and_is_recorded_at_once(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    config = load_config("demo", [f"output={tmp_path}"])
-    submitted: list[tuple[int, str | None, bool, Any]] = []
-
-    def submit(run: StepRun, cluster: ClusterConfig, record: Chain, dependency: str | None) -> str:
-        submitted.append((run.step, dependency, run.reset_optimizer, run.progress_file))
-        if run.step == 3:
-            raise SchedulerError("sbatch refuses")
-        return f"10{run.step}"
-
-    monkeypatch.setattr(slurm, "_sbatch", submit)
-    start = JobStart("id", first_step=1, after="77", reset_optimizer=True)
-    record, cluster = chain(tmp_path), ClusterConfig(kind="slurm")
-    with pytest.raises(SchedulerError):
-        scheduler_of("slurm").submit(config, cluster, record, [1, 2, 3], start)
-    assert submitted == [
-        (1, "afterany:77", True, f"{tmp_path}/step_001.json"),
-        (2, "afterok:101", False, f"{tmp_path}/step_002.json"),
-        (3, "afterok:102", False, f"{tmp_path}/step_003.json"),
+    assert [(job.elapsed, job.limit) for job in found.values()] == [
+        ("10:02", "4:00:00"),
+        ("5:00", "4:00:00"),
+        ("", "4:00:00"),
     ]
-    assert read_chain(stream_url(config)).jobs == {1: ("101",), 2: ("102",)}
-    submitted.clear()
-    scheduler_of("slurm").submit(config, cluster, record, [1], JobStart("id", first_step=1))
-    assert submitted[0][1:3] == (None, False)
+    assert all(job.is_live for job in found.values())
+
+
+def test_one_call_finds_the_jobs_of_many_streams(slurm: Slurm, tmp_path: Path) -> None:
+    slurm.answer("squeue", SQUEUE.format(jobs=tmp_path))
+    more = chain(Path(f"{tmp_path}-more"))
+    found = scheduler_of("slurm").live_jobs({"a": chain(tmp_path), "b": more, "c": chain(tmp_path / "c")})
+    assert {stream: sorted(jobs) for stream, jobs in found.items()} == {"a": [0, 2], "b": [1], "c": []}
+    assert len(slurm.calls("squeue")) == 1
+
+
+def test_the_job_that_was_recorded_last_comes_before_others_of_the_step(slurm: Slurm, tmp_path: Path) -> None:
+    slurm.answer(
+        "squeue", "".join(f"{id}|RUNNING|n|1:00|1:00|0|None|{tmp_path}/step_001/x.sh|\n" for id in (9, 50, 101))
+    )
+    for jobs, newest in ((("40", "101"), "101"), (("101", "50"), "50"), ((), "101")):
+        assert live(chain(tmp_path, step_1=jobs))[1].id == newest
+
+
+def test_past_jobs_are_the_newest_of_each_step(slurm: Slurm, tmp_path: Path) -> None:
+    slurm.answer("sacct", SACCT)
+    recorded = chain(tmp_path, step_1=("70", "81"), step_2=("82",), step_3=("83",))
+    past = scheduler_of("slurm").past_jobs({"runs/vs100": recorded})["runs/vs100"]
+    assert "--jobs=81,82,83" in slurm.calls("sacct")[0][0]
+    assert {step: (job.state, job.nodes, job.reason, job.elapsed, job.is_live) for step, job in past.items()} == {
+        1: ("CANCELLED", "", "exit code 0", "00:00:00", False),
+        2: ("FAILED", "node[1-2]", "exit code 2", "00:01:00", False),
+    }
+    assert scheduler_of("slurm").past_jobs({"runs/vs100": chain(tmp_path)}) == {"runs/vs100": {}}
+    assert len(slurm.calls("sacct")) == 1
+
+
+def test_later_jobs_are_cancelled_first_and_no_others(slurm: Slurm, tmp_path: Path) -> None:
+    slurm.answer("squeue", SQUEUE.format(jobs=tmp_path))
+    streams = {"a": chain(tmp_path, step_1=("101",)), "b": chain(Path(f"{tmp_path}-more"))}
+    assert scheduler_of("slurm").cancel(streams) == {"a": 3, "b": 1}
+    assert scheduler_of("slurm").cancel(streams, first_step=2) == {"a": 1, "b": 0}
+    assert scheduler_of("slurm").cancel(streams, first_step=3) == {"a": 0, "b": 0}
+    assert [arguments for arguments, _ in slurm.calls("scancel")] == [["101", "99", "90", "7"], ["99"]]
+
+
+@pytest.mark.parametrize(
+    ("program", "answer", "error"),
+    [
+        (
+            "squeue",
+            {"output": "slurm_load_jobs error: \n timeout", "code": 1},
+            "squeue: slurm_load_jobs error: timeout",
+        ),
+        ("squeue", {"output": "", "code": 7}, "squeue: exit code 7"),
+        ("squeue", {"output": "", "seconds": 9}, "squeue: SLURM does not answer within 0.5 s; try again"),
+        ("sbatch", {"output": "slurm is fine\n"}, "step 2: sbatch: no job id in its output: 'slurm is fine'"),
+        ("sbatch", {"output": "invalid partition", "code": 1}, "step 2: sbatch: invalid partition"),
+    ],
+)
+def test_a_program_that_fails_or_does_not_answer_is_one_line(
+    slurm: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, answer: dict[str, Any], error: str
+) -> None:
+    slurm.answer(program, **answer)
+    monkeypatch.setattr(slurm_commands, "COMMAND_SECONDS", 0.5 if answer.get("seconds") else 60)
+    with pytest.raises(SchedulerError) as caught:
+        submit(tmp_path, ClusterConfig(kind="slurm")) if program == "sbatch" else live(chain(tmp_path))
+    assert str(caught.value) == error
+
+
+def test_a_program_that_is_missing_is_one_line(slurm: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(slurm.folder))
+    (slurm.folder / "squeue").unlink()
+    with pytest.raises(SchedulerError, match="squeue: not found; it belongs to SLURM's client programs"):
+        live(chain(tmp_path))
+
+
+def submit(folder: Path, cluster: ClusterConfig, start: JobStart | None = None, *steps: int) -> Chain:
+    config, record = load_config("demo", [f"output={folder}"]), replace(chain(folder / "jobs"), code="/code")
+    start = start or JobStart("id", first_step=2)
+    return scheduler_of("slurm").submit(config, cluster, record, steps or (2,), start)
+
+
+def test_a_job_has_its_ranks_and_its_script_before_it_is_submitted(slurm: Slurm, tmp_path: Path) -> None:
+    record = chain(tmp_path / "jobs")
+    (tmp_path / "jobs").mkdir()
+    mark_failed(record.folder, 2, "an earlier error")
+    slurm.answer("sbatch", "sbatch: welcome to the cluster\n4711;gpus\n")
+    submitted = submit(tmp_path, ClusterConfig(kind="slurm", partition="gpu"), JobStart("id", 2, after="9"))
+    assert submitted.jobs == {2: ("4711",)}
+    assert record.failure(2) is None
+    [([parsable, script], _)] = slurm.calls("sbatch")
+    assert parsable == "--parsable"
+    assert Path(script).parent == record.log_folder(2)
+    text = Path(script).read_text()
+    for line in ("job-name=s02-vs100-0a1b2c", "partition=gpu", "dependency=afterany:9", "signal=USR2@120"):
+        assert f"#SBATCH --{line}\n" in text
+    ranks = Path(script).with_suffix(".pkl")
+    assert f"{record.log_folder(2)} {ranks.name}\n" in text
+    run = StepRun(load_config("demo", [f"output={tmp_path}"]), 2, 4, "id", False, record.progress_file(2))
+    assert pickle.loads(ranks.read_bytes()).function == RankEntry(run, record.folder, "slurm")
+
+
+def test_each_job_waits_for_the_one_before_it_and_is_recorded_at_once(slurm: Slurm, tmp_path: Path) -> None:
+    start = JobStart("id", first_step=1, after="77", reset_optimizer=True)
+    submit(tmp_path, ClusterConfig(kind="slurm"), start, 1, 2, 3)
+    texts = [Path(arguments[1]).read_text() for arguments, _ in slurm.calls("sbatch")]
+    waits_for = [[line for line in text.splitlines() if "--dependency" in line] for text in texts]
+    assert waits_for == [[f"#SBATCH --dependency={word}"] for word in ("afterany:77", "afterok:1", "afterok:2")]
+    runs = [
+        pickle.loads(Path(arguments[1]).with_suffix(".pkl").read_bytes()).function.run
+        for arguments, _ in slurm.calls("sbatch")
+    ]
+    assert [(run.step, run.reset_optimizer) for run in runs] == [(1, True), (2, False), (3, False)]
+    stream = stream_url(load_config("demo", [f"output={tmp_path}"]))
+    assert read_chain(stream).jobs == {1: ("1",), 2: ("2",), 3: ("3",)}
+
+    slurm.answer("sbatch", "no", code=1)
+    with pytest.raises(SchedulerError, match="step 1: sbatch: no"):
+        submit(tmp_path, ClusterConfig(kind="slurm"), JobStart("id", first_step=1), 1)
+    assert read_chain(stream).jobs == {1: ("1",), 2: ("2",), 3: ("3",)}
+
+
+# Set around each program: by jobs and launchers, by options that users have in their profiles, and by what they mean.
+OUTER = {
+    "job": {
+        "SLURM_JOB_ID": "7",
+        "SLURM_MEM_PER_CPU": "500",
+        "SLURM_CPU_BIND": "quiet,mask_cpu:0x1",
+        "SLURM_GPUS_PER_TASK": "1",
+        "SLURM_HET_SIZE": "2",
+        "SLURM_JOB_ID_HET_GROUP_0": "7",
+        "SLURM_ARRAY_JOB_ID": "7",
+        "SLURM_ARRAY_TASK_ID": "3",
+        "SLURM_EXPORT_ENV": "NONE",
+        "SLURM_TIME_FORMAT": "relative",
+        "SRUN_CPUS_PER_TASK": "3",
+        "PMI_RANK": "0",
+        "PMIX_NAMESPACE": "x",
+        "OMPI_COMM_WORLD_RANK": "0",
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "elsewhere",
+        "SUBMITIT_PREEMPT_SIGNAL": "HUP",
+        "SUBMITIT_LOCAL_NTASKS": "3",
+    },
+    "options": {
+        "SBATCH_JOB_NAME": "mine",
+        "SBATCH_OUTPUT": "mine",
+        "SBATCH_TIMELIMIT": "1",
+        "SBATCH_NO_REQUEUE": "1",
+        "SBATCH_EXPORT": "NONE",
+        "SBATCH_SIGNAL": "HUP@1",
+        "SQUEUE_STATES": "RUNNING",
+        "SQUEUE_FORMAT": "%i",
+        "SACCT_LOCAL": "1",
+        "SCANCEL_INTERACTIVE": "1",
+    },
+    "meant": {
+        "SLURM_CONF": "/etc/mine.conf",
+        "SLURM_CLUSTERS": "a",
+        "HTTPS_PROXY": "http://proxy:3128",
+        "LD_LIBRARY_PATH": "/opt/lib",
+        "LOADEDMODULES": "cuda/12",
+        "MLFLOW_TRACKING_TOKEN": "secret",
+        "OMPI_MCA_btl": "tcp",
+        "PYTHONPATH": "/plugins",
+        "PMIDDLE": "x",
+    },
+}
+
+
+@pytest.mark.parametrize("program", ["sbatch", "squeue", "sacct", "scancel"])
+def test_no_program_gets_variables_of_an_outer_job_or_options_of_a_profile(
+    slurm: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str
+) -> None:
+    for name, value in (OUTER["job"] | OUTER["options"] | OUTER["meant"]).items():
+        monkeypatch.setenv(name, value)
+    slurm.answer("squeue", SQUEUE.format(jobs=tmp_path))
+    record = {"runs/vs100": chain(tmp_path, step_0=("80",))}
+    call: dict[str, Callable[[], object]] = {
+        "sbatch": lambda: submit(tmp_path, ClusterConfig(kind="slurm")),
+        "squeue": lambda: scheduler_of("slurm").live_jobs(record),
+        "sacct": lambda: scheduler_of("slurm").past_jobs(record),
+        "scancel": lambda: scheduler_of("slurm").cancel(record),
+    }
+    call[program]()
+    [(_, environment)] = slurm.calls(program)
+    assert not {*OUTER["job"], *OUTER["options"]} & environment.keys()
+    assert OUTER["meant"].items() <= environment.items()
+
+
+def test_an_account_of_the_profile_stays_where_the_cluster_file_has_none(
+    slurm: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SBATCH_ACCOUNT", "lab")
+    monkeypatch.setenv("SBATCH_PARTITION", "long")
+    monkeypatch.setenv("SBATCH_RESERVATION", "course")
+    submit(tmp_path, ClusterConfig(kind="slurm", partition="gpu", extra={"reservation": "mine"}))
+    [(_, environment)] = slurm.calls("sbatch")
+    assert {name for name in environment if name.startswith("SBATCH_")} == {"SBATCH_ACCOUNT"}
+
+
+def test_devices_of_an_outer_job_are_not_those_of_the_new_one(
+    slurm: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    submit(tmp_path, ClusterConfig(kind="slurm"))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    submit(tmp_path, ClusterConfig(kind="slurm"))
+    assert [environment.get("CUDA_VISIBLE_DEVICES") for _, environment in slurm.calls("sbatch")] == ["0", None]

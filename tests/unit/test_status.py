@@ -17,7 +17,7 @@ from launch.cluster.status import chain_status, log_file, log_text
 
 
 def job(number: int, state: str, *, is_live: bool) -> JobState:
-    return JobState(str(number), f"job-{number}", state, "node1", "reason", is_live)
+    return JobState(str(number), state, "node1", "reason", is_live)
 
 
 @pytest.fixture
@@ -34,8 +34,8 @@ def stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def set_jobs(monkeypatch: pytest.MonkeyPatch, live: dict[int, JobState], past: dict[int, JobState]) -> None:
     scheduler = SimpleNamespace(
-        live_jobs=lambda stream, chain: live,
-        past_jobs=lambda chain, steps: {step: state for step, state in past.items() if step in steps},
+        live_jobs=lambda chains: dict.fromkeys(chains, live),
+        past_jobs=lambda chains: dict.fromkeys(chains, past),
     )
     monkeypatch.setattr(status_module, "scheduler_of", lambda kind: scheduler)
 

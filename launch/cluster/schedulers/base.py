@@ -5,7 +5,7 @@ belong to it are named `NAME_*.py`. A further scheduler is one such module and a
 """
 
 import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -23,14 +23,17 @@ class JobState:
 
     `state`: the scheduler's own word, but CANCELLED for every job that was ended by a user or for lack of the job
     before it. `nodes`: the machines that it runs on. `is_live`: it waits, runs, or is about to start again.
+    `elapsed` and `limit`: its time, in the words of the scheduler. `restarts`: how often it was started again.
     """
 
     id: str
-    name: str
     state: str
     nodes: str
     reason: str
     is_live: bool
+    elapsed: str = ""
+    limit: str = ""
+    restarts: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,20 +68,26 @@ class Scheduler(Protocol):
         Returns the record with the new jobs; it is also written, at the latest as each job starts.
         """
 
-    def live_jobs(self, stream: str, chain: Chain) -> dict[int, JobState]:
-        """Return the job of each step that has one which waits or runs."""
+    def live_jobs(self, chains: Mapping[str, Chain]) -> dict[str, dict[int, JobState]]:
+        """Return for each stream the jobs that wait or run, by step."""
 
-    def past_jobs(self, chain: Chain, steps: Iterable[int]) -> dict[int, JobState]:
-        """Return the last known state of the newest job of these steps; a job may be unknown by now."""
+    def past_jobs(self, chains: Mapping[str, Chain]) -> dict[str, dict[int, JobState]]:
+        """Return for each stream the last known state of each step's newest job; a job may be unknown by now."""
 
     def last_job(self, chain: Chain) -> str:
         """Return what `JobStart.after` of another chain names to wait for the end of this chain."""
 
-    def cancel(self, chain: Chain, first_step: int = 0) -> int:
-        """End the jobs that wait or run, of the steps from `first_step` on, for good. Returns their number."""
+    def cancel(self, chains: Mapping[str, Chain], first_step: int = 0) -> dict[str, int]:
+        """End the jobs that wait or run, of the steps from `first_step` on, for good. Returns their number by stream.
+
+        No job of these streams starts because another one has ended.
+        """
 
     def script(self, chain: Chain, cluster: ClusterConfig, step: int, previous: str | None) -> str:
         """Return the script that would be submitted for a step. `previous`: the id of the job that it waits for."""
+
+    def options(self, chain: Chain, cluster: ClusterConfig, step: int, previous: str | None) -> dict[str, str]:
+        """Return the options in the script of a step, by name."""
 
     def world(self, port: int) -> World:
         """Return the world of the calling rank. `port`: a free port, where ranks of one machine can meet."""

@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from avcil_dist.world import World
 from launch.cluster.chain_record import Chain, write_chain
 from launch.cluster.resources import ClusterConfig
 from launch.cluster.schedulers.base import JobStart, JobState
+from launch.environments import without_launcher
 
 LOCK, PID, LOG = "supervisor.lock", "supervisor.pid", "supervisor.log"
 POLL_SECONDS, START_SECONDS, STOP_SECONDS = 0.2, 60.0, 120.0
@@ -52,46 +54,44 @@ class LocalScheduler:
         _start_supervisor(stream_url(config), chain, cluster, start)
         return chain
 
-    def live_jobs(self, stream: str, chain: Chain) -> dict[int, JobState]:
+    def live_jobs(self, chains: Mapping[str, Chain]) -> dict[str, dict[int, JobState]]:
         """See `Scheduler.live_jobs`. The first step that is not committed runs while the supervisor does."""
-        if not is_supervised(chain.folder):
-            return {}
-        waiting = [step for step in range(chain.num_steps) if not is_committed(stream, step)]
-        return {
-            step: JobState(
-                id=chain.newest_job(step) or "",
-                name=chain.job_name(step),
-                state="RUNNING" if step == waiting[0] else "WAITING",
-                nodes="this machine" if step == waiting[0] else "",
-                reason="",
-                is_live=True,
-            )
-            for step in waiting
-        }
+        return {stream: _live_jobs(stream, chain) for stream, chain in chains.items()}
 
-    def past_jobs(self, chain: Chain, steps: Iterable[int]) -> dict[int, JobState]:
+    def past_jobs(self, chains: Mapping[str, Chain]) -> dict[str, dict[int, JobState]]:
         """Return nothing: there is no accounting."""
-        return {}
+        return {stream: {} for stream in chains}
 
     def last_job(self, chain: Chain) -> str:
         """Return the chain's folder, in which its lock is."""
         return chain.folder
 
-    def cancel(self, chain: Chain, first_step: int = 0) -> int:
-        """End the supervisor, and with it all steps; the step that runs writes a snapshot. Returns 1 if it ran."""
-        if not is_supervised(chain.folder):
-            return 0
-        os.kill(int(Path(chain.folder, PID).read_text()), signal.SIGTERM)
+    def cancel(self, chains: Mapping[str, Chain], first_step: int = 0) -> dict[str, int]:
+        """End the supervisors, and with them all steps; a step that runs writes a snapshot. Returns 1 for each.
+
+        All receive the signal first: a chain that waits for another one must not start when that ends.
+        """
+        running = {stream: chain for stream, chain in chains.items() if is_supervised(chain.folder)}
         deadline = time.monotonic() + STOP_SECONDS
-        while is_supervised(chain.folder):
-            if time.monotonic() > deadline:
-                raise SchedulerError(f"the chain does not end; see {Path(chain.folder, LOG)}")
-            time.sleep(POLL_SECONDS)
-        return 1
+        for chain in running.values():
+            while is_supervised(chain.folder) and not Path(chain.folder, PID).exists():  # it has just started
+                time.sleep(POLL_SECONDS)
+            with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+                os.kill(int(Path(chain.folder, PID).read_text()), signal.SIGTERM)
+        for chain in running.values():
+            while is_supervised(chain.folder):
+                if time.monotonic() > deadline:
+                    raise SchedulerError(f"the chain does not end; see {Path(chain.folder, LOG)}")
+                time.sleep(POLL_SECONDS)
+        return {stream: int(stream in running) for stream in chains}
 
     def script(self, chain: Chain, cluster: ClusterConfig, step: int, previous: str | None) -> str:
         """Raise ConfigError: a local chain has no job script."""
         raise ConfigError("--dry-run prints job scripts, and a chain with kind: local has none")
+
+    def options(self, chain: Chain, cluster: ClusterConfig, step: int, previous: str | None) -> dict[str, str]:
+        """Return nothing: there is no job script."""
+        return {}
 
     def world(self, port: int) -> World:
         """Return the world that submitit's local executor has set in the environment."""
@@ -100,6 +100,22 @@ class LocalScheduler:
 
 
 SCHEDULER = LocalScheduler()
+
+
+def _live_jobs(stream: str, chain: Chain) -> dict[int, JobState]:
+    if not is_supervised(chain.folder):
+        return {}
+    waiting = [step for step in range(chain.num_steps) if not is_committed(stream, step)]
+    return {
+        step: JobState(
+            id=chain.newest_job(step) or "",
+            state="RUNNING" if step == waiting[0] else "WAITING",
+            nodes="this machine" if step == waiting[0] else "",
+            reason="",
+            is_live=True,
+        )
+        for step in waiting
+    }
 
 
 def is_supervised(folder: str) -> bool:
@@ -120,6 +136,7 @@ def _start_supervisor(stream: str, chain: Chain, cluster: ClusterConfig, start: 
     arguments = [stream, start.run_id, start.after or "", str(int(start.reset_optimizer))]
     command = shlex.join([sys.executable, "-u", "-m", module, *arguments])
     script = "\n".join(["set -e", *cluster.setup, f"exec {command}"])
+    Path(chain.folder, PID).unlink(missing_ok=True)  # of an earlier supervisor
     with Path(chain.folder, LOG).open("ab") as log:
         process = subprocess.Popen(
             ["/bin/bash", "-c", script],
@@ -127,7 +144,7 @@ def _start_supervisor(stream: str, chain: Chain, cluster: ClusterConfig, start: 
             stdout=log,
             stderr=log,
             start_new_session=True,
-            env=os.environ | {"PYTHONSAFEPATH": "1", "PYTHONPATH": path},
+            env=without_launcher(os.environ) | {"PYTHONSAFEPATH": "1", "PYTHONPATH": path},
         )
     deadline = time.monotonic() + START_SECONDS
     while not is_supervised(chain.folder):

@@ -5,6 +5,7 @@ RESET_OPTIMIZER`. SIGTERM ends it; the step that runs writes a snapshot first.
 """
 
 import os
+import shlex
 import signal
 import sys
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 from filelock import FileLock
 from submitit import LocalExecutor
 
+from avcil_dist import storage
 from avcil_dist.streams.stream import next_step
 from launch.cluster.chain_record import read_chain, write_chain
 from launch.cluster.mark_failed import fail_stream
@@ -20,6 +22,14 @@ from launch.cluster.rank_entry import RankEntry
 from launch.cluster.schedulers.local import LOCK, PID, POLL_SECONDS, is_supervised
 from launch.local_worlds import local_worlds
 from launch.step_run import StepRun
+
+
+class _Executor(LocalExecutor):
+    """submitit's local executor with the program of a rank that both schedulers start."""
+
+    @property
+    def _submitit_command_str(self) -> str:
+        return shlex.join([sys.executable, "-u", "-m", "launch.cluster.rank_main", str(self.folder)])
 
 
 class Supervisor:
@@ -58,7 +68,7 @@ class Supervisor:
     def _run_job(self, step: int) -> int:
         """Run one job with submitit's local executor. Returns its exit code."""
         resources = self.cluster.at(step)
-        executor = LocalExecutor(self.chain.log_folder(step))
+        executor = _Executor(self.chain.log_folder(step))
         executor.update_parameters(
             tasks_per_node=resources.tasks,
             gpus_per_node=resources.gpus_per_node,
@@ -90,7 +100,7 @@ def main(stream: str, run_id: str, after: str, reset_optimizer: str) -> None:
     """Run the chain of a stream; the arguments are those of the command line."""
     folder = Path(read_chain(stream).folder)
     with FileLock(folder / LOCK, timeout=0):
-        (folder / PID).write_text(str(os.getpid()))
+        storage.write_bytes(str(folder / PID), str(os.getpid()).encode())  # whole at once
         Supervisor(stream, run_id, bool(int(reset_optimizer))).run(after)
 
 

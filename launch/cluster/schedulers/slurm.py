@@ -1,10 +1,9 @@
-"""SLURM: jobs are submitted with sbatch (through submitit), listed with squeue and sacct, ended with scancel."""
+"""SLURM: sbatch submits the jobs, squeue and sacct list them, scancel ends them; submitit starts the ranks."""
 
 import os
-import shutil
-import subprocess
+import secrets
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +13,11 @@ from avcil_dist.streams.stream import stream_url
 from avcil_dist.world import World, world_from_environment
 from launch.cluster.chain_record import Chain, write_chain
 from launch.cluster.resources import ClusterConfig
+from launch.cluster.schedulers import slurm_commands
 from launch.cluster.schedulers.base import JobStart, JobState
-from launch.cluster.schedulers.slurm_script import sbatch_parameters, sbatch_text
+from launch.cluster.schedulers.slurm_commands import QueuedJob
+from launch.cluster.schedulers.slurm_script import rank_command, sbatch_options, sbatch_parameters, sbatch_text
 from launch.step_run import StepRun
-
-COMMAND_SECONDS = 60
-MAX_ERROR_LENGTH = 300
 
 
 @dataclass(frozen=True)
@@ -31,11 +29,7 @@ class SlurmScheduler:
 
     def require(self) -> None:
         """Raise SchedulerError where sbatch is not installed."""
-        if not shutil.which("sbatch"):
-            raise SchedulerError(
-                "no SLURM on this machine (sbatch is not installed); submit from a machine of the cluster, "
-                "or run the chain on this machine with --cluster local"
-            )
+        slurm_commands.require_slurm()
 
     def submit(
         self, config: Config, cluster: ClusterConfig, chain: Chain, steps: Sequence[int], start: JobStart
@@ -50,41 +44,45 @@ class SlurmScheduler:
             write_chain(stream_url(config), chain)  # at once, so that an interrupted submission can be continued
         return chain
 
-    def live_jobs(self, stream: str, chain: Chain) -> dict[int, JobState]:
-        """See `Scheduler.live_jobs`. A job that an interrupted submission did not record is found by its name."""
-        jobs = _squeue(chain.job_prefix)
-        by_id, by_name = {job.id: job for job in jobs}, {job.name: job for job in jobs}
+    def live_jobs(self, chains: Mapping[str, Chain]) -> dict[str, dict[int, JobState]]:
+        """See `Scheduler.live_jobs`."""
+        queue = slurm_commands.queued_jobs()
         found = {}
-        for step in range(chain.num_steps):
-            newest = chain.newest_job(step)
-            job = by_id.get(newest) if newest else None
-            job = job or by_name.get(chain.job_name(step))
-            if job is not None:
-                found[step] = job
+        for stream, chain in chains.items():
+            jobs = _jobs_by_step(queue, chain)
+            found[stream] = {step: _newest(chain, step, jobs[step]) for step in sorted(jobs)}
         return found
 
-    def past_jobs(self, chain: Chain, steps: Iterable[int]) -> dict[int, JobState]:
-        """See `Scheduler.past_jobs`; empty on a cluster without accounting."""
-        newest = {step: job for step in steps if (job := chain.newest_job(step))}
-        jobs = _sacct(newest.values())
-        return {step: jobs[job] for step, job in newest.items() if job in jobs}
+    def past_jobs(self, chains: Mapping[str, Chain]) -> dict[str, dict[int, JobState]]:
+        """See `Scheduler.past_jobs`. Raises SchedulerError on a cluster without accounting."""
+        jobs = slurm_commands.past_jobs(ids[-1] for chain in chains.values() for ids in chain.jobs.values() if ids)
+        return {
+            stream: {step: jobs[ids[-1]] for step, ids in chain.jobs.items() if ids and ids[-1] in jobs}
+            for stream, chain in chains.items()
+        }
 
     def last_job(self, chain: Chain) -> str:
         """Return the id of the last step's job."""
         return chain.jobs[chain.num_steps - 1][-1]
 
-    def cancel(self, chain: Chain, first_step: int = 0) -> int:
-        """See `Scheduler.cancel`. Later jobs end first: none starts because the one before it has ended."""
-        names = {chain.job_name(step) for step in range(first_step, chain.num_steps)}
-        jobs = [job.id for job in _squeue(chain.job_prefix) if job.name in names]
-        if jobs:
-            _run(["scancel", *sorted(jobs, key=int, reverse=True)])
-        return len(jobs)
+    def cancel(self, chains: Mapping[str, Chain], first_step: int = 0) -> dict[str, int]:
+        """See `Scheduler.cancel`."""
+        queue = slurm_commands.queued_jobs()
+        ids = {
+            stream: [job.id for step, jobs in _jobs_by_step(queue, chain).items() if step >= first_step for job in jobs]
+            for stream, chain in chains.items()
+        }
+        slurm_commands.cancel_jobs(id for of_stream in ids.values() for id in of_stream)
+        return {stream: len(of_stream) for stream, of_stream in ids.items()}
 
     def script(self, chain: Chain, cluster: ClusterConfig, step: int, previous: str | None) -> str:
         """Return the script that sbatch receives."""
-        parameters = _parameters(chain, cluster, step, f"afterok:{previous}" if previous else None)
-        return sbatch_text(parameters, folder=str(chain.log_folder(step)), python=sys.executable)
+        dependency = f"afterok:{previous}" if previous else None
+        return _script(chain, step, _parameters(chain, cluster, step, dependency), "PICKLED_RANKS")
+
+    def options(self, chain: Chain, cluster: ClusterConfig, step: int, previous: str | None) -> dict[str, str]:
+        """See `Scheduler.options`."""
+        return sbatch_options(_parameters(chain, cluster, step, f"afterok:{previous}" if previous else None))
 
     def world(self, port: int) -> World:
         """Return the world that srun has set in the environment, or torchrun within the job."""
@@ -95,20 +93,31 @@ SCHEDULER = SlurmScheduler()
 
 
 def _sbatch(run: StepRun, cluster: ClusterConfig, chain: Chain, dependency: str | None) -> str:
-    """Submit the job of one step; its id."""
-    from submitit import SlurmExecutor
-    from submitit.core.utils import FailedJobError
+    """Submit the job of one step; its id.
+
+    All that the job needs is written before: it also runs when this process is killed right after sbatch.
+    """
+    from submitit.core.utils import DelayedSubmission
 
     from launch.cluster.rank_entry import RankEntry  # imports the training engine, which status does not need
 
     chain.clear_status(run.step)
-    executor = SlurmExecutor(chain.log_folder(run.step))
-    executor.update_parameters(**_parameters(chain, cluster, run.step, dependency))
+    folder = chain.log_folder(run.step)
+    folder.mkdir(parents=True, exist_ok=True)
+    ranks = folder / f"{secrets.token_hex(4)}.pkl"
+    DelayedSubmission(RankEntry(run, chain.folder, chain.kind)).dump(ranks)
+    parameters = _parameters(chain, cluster, run.step, dependency)
+    script = ranks.with_suffix(".sh")
+    script.write_text(_script(chain, run.step, parameters, ranks.name))
     try:
-        return str(executor.submit(RankEntry(run, chain.folder, chain.kind)).job_id)
-    except (FailedJobError, subprocess.SubprocessError) as error:
-        text = " ".join(str(error).split())[:MAX_ERROR_LENGTH]
-        raise SchedulerError(f"step {run.step}: sbatch refuses: {text}") from None
+        return slurm_commands.submit_script(script, sbatch_options(parameters))
+    except SchedulerError as error:
+        raise SchedulerError(f"step {run.step}: {error}") from None
+
+
+def _script(chain: Chain, step: int, parameters: dict[str, Any], ranks: str) -> str:
+    folder = str(chain.log_folder(step))
+    return sbatch_text(parameters, folder=folder, command=rank_command(sys.executable, folder, ranks))
 
 
 def _parameters(chain: Chain, cluster: ClusterConfig, step: int, dependency: str | None) -> dict[str, Any]:
@@ -123,43 +132,24 @@ def _parameters(chain: Chain, cluster: ClusterConfig, step: int, dependency: str
     )
 
 
-def _squeue(prefix: str) -> list[JobState]:
-    """The user's jobs that have not ended and whose names begin with `prefix`."""
-    lines = _run(["squeue", "--me", "--noheader", "--format=%i|%j|%T|%N|%r"])
-    fields = [line.split("|") for line in lines if line.count("|") == 4]
-    return [
-        JobState(id, name, state, nodes, reason, is_live=True)
-        for id, name, state, nodes, reason in fields
-        if name.startswith(prefix)
-    ]
+def _jobs_by_step(queue: Collection[QueuedJob], chain: Chain) -> dict[int, list[JobState]]:
+    """Return the chain's jobs of the queue.
+
+    A job belongs to a step if its id was recorded, or if its script lies in the step's folder: so is one found whose
+    submission was interrupted before the record. Names count for nothing: users and their variables change them. A
+    recorded id alone does not suffice: a new installation of SLURM counts from 1 again.
+    """
+    found: dict[int, list[JobState]] = {}
+    for state, script in queue:
+        for step in range(chain.num_steps):
+            folder = chain.log_folder(step)
+            is_recorded = state.id in chain.jobs.get(step, ()) and script.parent.name == folder.name
+            if is_recorded or script.parent == folder:
+                found.setdefault(step, []).append(state)
+    return found
 
 
-def _sacct(ids: Iterable[str]) -> dict[str, JobState]:
-    """The jobs with these ids in the accounting, by id; none where there is no accounting."""
-    wanted = ",".join(ids)
-    if not wanted:
-        return {}
-    command = ["sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={wanted}"]
-    try:
-        lines = _run([*command, "--format=JobID,JobName%200,State,NodeList,ExitCode"])
-    except SchedulerError:
-        return {}
-    jobs = {}
-    for id, name, state, nodes, code in (line.split("|") for line in lines if line.count("|") == 4):
-        nodes = "" if nodes == "None assigned" else nodes
-        jobs[id] = JobState(id, name, state.split()[0], nodes, f"exit code {code.partition(':')[0]}", is_live=False)
-    return jobs
-
-
-def _run(command: Sequence[str]) -> list[str]:
-    """Run a command of SLURM; its lines. Raises SchedulerError when it fails or does not answer."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS)
-    except FileNotFoundError:
-        SCHEDULER.require()
-        raise SchedulerError(f"{command[0]}: not found; it belongs to SLURM's client programs") from None
-    except subprocess.TimeoutExpired:
-        raise SchedulerError(f"{command[0]}: SLURM does not answer; try again") from None
-    if done.returncode:
-        raise SchedulerError(f"{command[0]}: {' '.join((done.stderr or done.stdout).split())[:MAX_ERROR_LENGTH]}")
-    return done.stdout.splitlines()
+def _newest(chain: Chain, step: int, jobs: Sequence[JobState]) -> JobState:
+    """Return the job that was recorded last, else the one that was submitted last."""
+    recorded = [job for job in jobs if job.id == chain.newest_job(step)]
+    return recorded[0] if recorded else max(jobs, key=lambda job: int(job.id))

@@ -1,4 +1,4 @@
-"""Parameters and script of a SLURM job, from a cluster file.
+"""Options and script of a SLURM job, from a cluster file.
 
 Pure: it runs no command of SLURM and writes nothing.
 """
@@ -13,6 +13,7 @@ from launch.cluster.resources import ClusterConfig
 
 WAIT_SECONDS = 3600  # rank 0 uploads results after the others have ended; a rank that still runs then is lost
 REQUEUE_SECONDS = 600  # longest wait for SLURM to end a job that it has requeued
+NO_OPTIONS = ("setup", "teardown", "srun_args", "stderr_to_stdout", "signal_delay_s", "additional_parameters")
 LATE_SHARE = 4  # ranks have all but this part of the time between warning and limit for their snapshot
 
 
@@ -41,22 +42,39 @@ def sbatch_parameters(
         "signal_delay_s": resources.signal_seconds,
         "setup": _setup(resources, code, step),
         "teardown": _teardown(step, prefix, resources.max_requeues, python),
-        "srun_args": [  # srun does not take the number of processors from the job
-            f"--cpus-per-task={resources.cpus_per_task}",
+        "srun_args": [
+            "--export=ALL",  # the script's environment, whatever `export` or SLURM_EXPORT_ENV the job has
+            f"--cpus-per-task={resources.cpus_per_task}",  # srun does not take it from the job
             "--kill-on-bad-exit=1",
             f"--wait={WAIT_SECONDS}",
         ],
         "stderr_to_stdout": True,
-        "additional_parameters": {"kill-on-invalid-dep": "yes", "requeue": True, **resources.extra},
+        "additional_parameters": {
+            "kill-on-invalid-dep": "yes",
+            "requeue": True,
+            "signal": f"USR2@{resources.signal_seconds}",  # of all signals, ranks handle this one and SIGTERM
+            **{key.replace("_", "-"): value for key, value in resources.extra.items() if value is not False},
+        },
     }
     return {key: value for key, value in parameters.items() if value is not None}
 
 
-def sbatch_text(parameters: dict[str, Any], *, folder: str, python: str) -> str:
-    """Return the script that submitit passes to sbatch."""
+def sbatch_options(parameters: dict[str, Any]) -> dict[str, str]:
+    """Return the options of sbatch among these parameters, by name; a flag's value is an empty string."""
+    given = parameters | parameters["additional_parameters"]
+    values = {key.replace("_", "-"): value for key, value in given.items() if key not in NO_OPTIONS}
+    return {key: "" if value is True else str(value) for key, value in values.items()}
+
+
+def rank_command(python: str, folder: str, ranks: str) -> str:
+    """Return the command of a rank; `ranks` is the file in `folder` with the pickled ranks."""
+    return f"{shlex.quote(python)} -u -m launch.cluster.rank_main {shlex.quote(folder)} {ranks}"
+
+
+def sbatch_text(parameters: dict[str, Any], *, folder: str, command: str) -> str:
+    """Return the script for sbatch. `folder`: of its logs. `command`: of a rank."""
     from submitit.slurm.slurm import _make_sbatch_string  # used by submitit's executor, which would also need srun
 
-    command = f"{shlex.quote(python)} -u -m submitit.core._submit {shlex.quote(folder)}"
     return str(_make_sbatch_string(command=command, folder=folder, **parameters))
 
 
@@ -81,13 +99,14 @@ def _setup(cluster: ClusterConfig, code: str | None, step: int) -> list[str]:
         f'  if scontrol requeue "$SLURM_JOB_ID"; then sleep {REQUEUE_SECONDS}; exit 1; fi',
         "}",
         "late() {",
-        "  trap 'kill $!; exit' TERM",
+        '  trap \'[ -z "$pause" ] || kill "$pause"; exit\' TERM',
         "  export SLURM_TIME_FORMAT=standard",
         '  while end=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e) && [ -n "$end" ] \\',
         '      && end=$(date --date="$end" +%s); do',
         f"    left=$((end - {late_seconds} - $(date +%s)))",
         '    if [ "$left" -le 0 ]; then again "the ranks do not react, and the time limit is near"; exit; fi',
-        '    sleep "$left" & wait $!',
+        '    sleep "$left" & pause=$!',
+        '    wait "$pause"',
         "  done",
         "}",
         "late & late=$!",

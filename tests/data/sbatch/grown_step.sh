@@ -8,7 +8,7 @@
 #SBATCH --exclude='gpu[03,07]'
 #SBATCH --exclusive
 #SBATCH --gpus-per-node=8
-#SBATCH --job-name=vs100-avcil-seed0-0a1b2c-step_004
+#SBATCH --job-name=s04-vs100-avcil-seed0-0a1b2c
 #SBATCH --kill-on-invalid-dep=yes
 #SBATCH --mem=492032MB
 #SBATCH --nodes=4
@@ -34,20 +34,21 @@ again() {
   if scontrol requeue "$SLURM_JOB_ID"; then sleep 600; exit 1; fi
 }
 late() {
-  trap 'kill $!; exit' TERM
+  trap '[ -z "$pause" ] || kill "$pause"; exit' TERM
   export SLURM_TIME_FORMAT=standard
   while end=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e) && [ -n "$end" ] \
       && end=$(date --date="$end" +%s); do
     left=$((end - 75 - $(date +%s)))
     if [ "$left" -le 0 ]; then again "the ranks do not react, and the time limit is near"; exit; fi
-    sleep "$left" & wait $!
+    sleep "$left" & pause=$!
+    wait "$pause"
   done
 }
 late & late=$!
 
 # command
 export SUBMITIT_EXECUTOR=slurm
-srun --unbuffered --output /shared/runs/vs100-avcil-seed0/jobs/step_004/%j_%t_log.out --cpus-per-task=12 --kill-on-bad-exit=1 --wait=3600 /shared/venv/bin/python -u -m submitit.core._submit /shared/runs/vs100-avcil-seed0/jobs/step_004
+srun --unbuffered --output /shared/runs/vs100-avcil-seed0/jobs/step_004/%j_%t_log.out --export=ALL --cpus-per-task=12 --kill-on-bad-exit=1 --wait=3600 /shared/venv/bin/python -u -m launch.cluster.rank_main /shared/runs/vs100-avcil-seed0/jobs/step_004 0123abcd.pkl
 
 
 # teardown

@@ -1,0 +1,31 @@
+"""Program of one rank of a submitted job: it starts the pickled `RankEntry` with submitit.
+
+Run as `python -m launch.cluster.rank_main FOLDER [FILE]`; FILE is the pickle in FOLDER. Without it submitit's name is
+used, which contains the job's id.
+"""
+
+import os
+import signal
+import socket
+import sys
+
+from submitit.core.job_environment import JobEnvironment
+from submitit.core.submission import process_job
+
+from avcil_dist.signals import STOP_SIGNALS
+
+
+def main(folder: str, file: str | None = None) -> None:
+    """Run the rank that the environment names."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # pending until the step handles them, not submitit
+    if file is not None:
+        os.environ["SUBMITIT_FOLDER"] = folder
+        link = JobEnvironment().paths.submitted_pickle
+        new_link = link.with_name(f".{link.name}.{socket.gethostname()}.{os.getpid()}")
+        new_link.symlink_to(file)
+        new_link.replace(link)  # all ranks write the same one; an earlier job may have had the same id
+    process_job(folder)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -11,31 +11,45 @@ from avcil_dist.data.manifest import load_manifest
 from avcil_dist.methods import make_method
 from avcil_dist.models.network import build_network
 from avcil_dist.streams.stream import scenario_of
-from avcil_dist.training.evaluation import Predictions, evaluate
+from avcil_dist.training.evaluation import DAMAGED, Predictions, evaluate
 from avcil_dist.training.incremental_step import Step
 from avcil_dist.world import World
 from data_shards.random_features import make_feature_shards
+from tests.helpers.features import damage
 from tests.helpers.ranks import CPU, run_ranks
 from tests.helpers.streams import write_config
 
 
-def predict(world: World, config: Config) -> Predictions:
+def predict(world: World, config: Config) -> tuple[Predictions, int]:
+    """Predict the test clips; return also the number of batches that were reported."""
     manifest = load_manifest(config.data.manifest)
     scenario = scenario_of(config, manifest)
     torch.manual_seed(0)
     network = build_network(config.model, config.data.clip, manifest.shape, scenario.num_seen(1))
     assert config.optim.global_eval_batch == 16
     step = Step(config, manifest, scenario, 1, make_method(config.method), world, CPU)
-    return evaluate(step, network, "test", step.inference())
+    batches: list[None] = []
+    predictions = evaluate(step, network, "test", step.inference(), on_batch=lambda: batches.append(None))
+    return predictions, len(batches)
 
 
 def test_three_ranks_predict_each_clip_as_one_rank_does(tmp_path: Path) -> None:
     make_feature_shards(tmp_path / "shards", classes=6, clips={"train": 4, "val": 2, "test": 10}, separation=0.5)
-    config = load_config(str(write_config(tmp_path)))
-    [one] = run_ranks(predict, 1, config)
+    damage(tmp_path / "shards", "test-001-00003")
+    config = load_config(str(write_config(tmp_path)), ["data.max_bad_fraction=0.1"])
+    [(one, num_batches)] = run_ranks(predict, 1, config)
     assert len(one.clips) > 32  # several batches
-    assert len(set(one.predictions)) > 1
-    for found in run_ranks(predict, 3, config):
+    assert num_batches == -(-len(one.clips) // 16)
+    manifest = load_manifest(config.data.manifest)
+    scenario = scenario_of(config, manifest)
+    np.testing.assert_array_equal(one.clips, manifest.clips(scenario.seen(1), "test"))
+    assert [scenario.classes[label] for label in one.labels] == [manifest.class_of(clip) for clip in one.clips]
+    assert len(set(one.predictions)) > 2
+    assert one.accuracy == sum(one.labels == one.predictions) / len(one.clips)
+    [damaged] = np.flatnonzero(~np.isin(one.predictions, one.labels))  # no label, so it counts as wrong for any class
+    assert one.predictions[damaged] == DAMAGED
+    for found, reported in run_ranks(predict, 3, config):
+        assert reported > 1
         np.testing.assert_array_equal(found.clips, one.clips)
         np.testing.assert_array_equal(found.labels, one.labels)
         np.testing.assert_array_equal(found.predictions, one.predictions)

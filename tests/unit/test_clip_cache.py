@@ -109,10 +109,18 @@ def test_host_memory_is_mapped_by_other_processes_and_leaves_no_file(manifest: M
     assert not Path(path).exists()
 
 
-@pytest.mark.parametrize("controller", LIMITS)
+# As the kernel names them: documentation of cgroup-v1/memory and of cgroup-v2.
+KERNEL_FILES = {
+    "": ("", "memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
+
+@pytest.mark.parametrize("controller", KERNEL_FILES)
 def test_free_memory_is_that_of_the_tightest_control_group(controller: str, tmp_path: Path) -> None:
     assert 0 < free_host_bytes() < 2**50
-    _, limit, use, droppable = LIMITS[controller]
+    root, limit, use, droppable = KERNEL_FILES[controller]
+    assert LIMITS[controller] == (Path("/sys/fs/cgroup") / root, limit, use, droppable)
     for folder, most in ((tmp_path / "job", 5000), (tmp_path / "job" / "task", 9000)):
         folder.mkdir()
         (folder / limit).write_text(f"{most}\n")

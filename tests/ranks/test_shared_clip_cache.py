@@ -7,8 +7,10 @@ import torch
 import torch.distributed as dist
 
 from avcil_dist.config.schema import DataConfig
+from avcil_dist.data.clip_cache import ClipCache, EntrySpec
 from avcil_dist.data.manifest import load_manifest
 from avcil_dist.data.sampler import Request
+from avcil_dist.training import clip_cache_placement
 from avcil_dist.training.clip_cache_placement import place_clip_cache
 from avcil_dist.world import World
 from data_shards.random_features import make_feature_shards
@@ -30,6 +32,25 @@ def found(world: World, url: str) -> dict[str, tuple[str, int]]:
         results[tier] = message, len(CLIPS) - len(cache.mark_missing(Request(CLIPS, 6)).to_read.clips) if cache else 0
         dist.barrier()  # until then another rank may look
     return results
+
+
+def found_from_another_container(world: World, url: str) -> tuple[bool, str]:
+    """Whether this rank has a cache, and the message, where rank 1 does not see the file of rank 0."""
+
+    class CacheOfAContainer(ClipCache):
+        def __init__(self, clips: np.ndarray, spec: EntrySpec, device: None, path: str | None = None) -> None:
+            super().__init__(clips, spec, device, path and f"/nowhere/{path}")
+
+    clip_cache_placement.ClipCache = CacheOfAContainer  # type: ignore[misc, attr-defined]  # in this process alone
+    data = DataConfig.model_validate({"manifest": url, "clip_cache": "host"})
+    cache, message = place_clip_cache(load_manifest(url), data, CLIPS, world, CPU)
+    return cache is not None, message
+
+
+def test_no_rank_of_a_node_has_a_cache_if_one_cannot_map_it(tmp_path: Path) -> None:
+    url = make_feature_shards(tmp_path, classes=1, clips={"train": 6})
+    none = False, "clip cache: none, because the ranks of a node cannot share memory"
+    assert run_ranks(found_from_another_container, 2, url) == [none, none]
 
 
 def test_ranks_share_host_memory(tmp_path: Path) -> None:

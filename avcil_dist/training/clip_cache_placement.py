@@ -12,6 +12,7 @@ from avcil_dist.data.manifest import Manifest
 from avcil_dist.world import World
 
 SHARE = 0.5  # of free memory; the rest is for the training itself
+PROC = Path("/proc")
 CGROUPS = Path("/sys/fs/cgroup")
 # By controller, as named in a line of /proc/self/cgroup (version 2 names none): limit, usage, and reclaimable pages.
 LIMITS = {
@@ -44,9 +45,9 @@ def place_clip_cache(
 
 def free_host_bytes() -> int:
     """Return the host memory that is still available, by the machine and by the control groups of this process."""
-    info = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    info = dict(line.split(":") for line in (PROC / "meminfo").read_text().splitlines())
     free = [int(info["MemAvailable"].split()[0]) * 1024]
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
+    for line in (PROC / "self" / "cgroup").read_text().splitlines():
         _, controller, own = line.split(":", 2)
         if controller in LIMITS:
             free += _free_in_group(own.lstrip("/"), *LIMITS[controller])

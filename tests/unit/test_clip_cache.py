@@ -13,6 +13,7 @@ from avcil_dist.data.clip_cache import ClipCache, EntrySpec
 from avcil_dist.data.loader import load_on_device
 from avcil_dist.data.manifest import Manifest, load_manifest
 from avcil_dist.data.sampler import TrainingSampler
+from avcil_dist.training import clip_cache_placement
 from avcil_dist.training.clip_cache_placement import LIMITS, _free_in_group, free_host_bytes
 from data_shards.random_features import make_feature_shards
 from tests.helpers.features import damage
@@ -117,7 +118,9 @@ KERNEL_FILES = {
 
 
 @pytest.mark.parametrize("controller", KERNEL_FILES)
-def test_free_memory_is_that_of_the_tightest_control_group(controller: str, tmp_path: Path) -> None:
+def test_free_memory_is_that_of_the_tightest_control_group(
+    controller: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert 0 < free_host_bytes() < 2**50
     root, limit, use, droppable = KERNEL_FILES[controller]
     assert LIMITS[controller] == (Path("/sys/fs/cgroup") / root, limit, use, droppable)
@@ -127,3 +130,15 @@ def test_free_memory_is_that_of_the_tightest_control_group(controller: str, tmp_
         (folder / use).write_text("3000\n")
         (folder / "memory.stat").write_text(f"anon 7\n{droppable} 1000\n")
     assert _free_in_group("job/task", tmp_path, limit, use, droppable) == [7000, 3000]
+
+    proc = tmp_path / "proc"
+    (proc / "self").mkdir(parents=True)
+    (proc / "meminfo").write_text("MemTotal: 99 kB\nMemAvailable: 8 kB\n")
+    (proc / "self" / "cgroup").write_text(f"7:{controller}:/job/task\n3:cpu:/job\n")
+    monkeypatch.setattr(clip_cache_placement, "PROC", proc)
+    monkeypatch.setitem(LIMITS, controller, (tmp_path, limit, use, droppable))
+    assert free_host_bytes() == 3000
+    (tmp_path / "job" / limit).write_text("max\n")
+    assert free_host_bytes() == 7000
+    (tmp_path / "job" / "task" / limit).write_text("max\n")
+    assert free_host_bytes() == 8 * 1024

@@ -15,6 +15,7 @@ from avcil_dist.methods import make_method
 from avcil_dist.methods.base import Method, StepContext
 from avcil_dist.models.network import Network, load_whole_state
 from avcil_dist.streams.artifact import StepArtifact, committed_steps, load_artifact, step_url
+from avcil_dist.streams.compat import check_manifest_scenario
 from avcil_dist.streams.metrics import accuracy_row, per_class_accuracy, seen_accuracy
 from avcil_dist.training.build import network_after
 from avcil_dist.training.collectives import local_device, process_group
@@ -106,6 +107,7 @@ def evaluate_step(
     config, scenario = artifact.config, artifact.scenario
     manifest_url = manifest_url or config.data.manifest
     manifest = load_manifest(manifest_url)
+    check_manifest_scenario(stream, artifact, manifest)
     seen = scenario.seen(artifact.step)
     for task in range(artifact.step + 1):
         if not len(manifest.clips(scenario.new(task), split)):

@@ -8,16 +8,29 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Annotated
 
+from pydantic import Field
+
+from avcil_dist.config.schema import ScenarioConfig
 from avcil_dist.errors import ConfigError
 from avcil_dist.seeds import generator
+
+# Without the characters that a terminal interprets.
+ClassName = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]+$", max_length=1000)]
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """Classes of each step, in order. Steps count from 0."""
+    """Classes of each step, in order. Steps count from 0. Raises ValueError for a class that is in it twice."""
 
-    steps: tuple[tuple[str, ...], ...]
+    steps: Annotated[
+        tuple[Annotated[tuple[ClassName, ...], Field(min_length=1)], ...], Field(min_length=1, max_length=100_000)
+    ]
+
+    def __post_init__(self) -> None:
+        if len(set(self.classes)) != len(self.classes):
+            raise ValueError("a class is in it twice")
 
     @property
     def num_steps(self) -> int:
@@ -57,6 +70,16 @@ class Scenario:
     def head_slices(self, step: int) -> tuple[slice, ...]:
         """Return the head's slice of each task 0 … `step`."""
         return tuple(slice(self.num_old(task), self.num_seen(task)) for task in range(step + 1))
+
+
+def configured_scenario(settings: ScenarioConfig, available: Sequence[str]) -> Scenario:
+    """Return the scenario that the settings define over the `available` classes. Raises as `make_scenario` does."""
+    return make_scenario(
+        available,
+        classes_per_step=settings.classes_per_step,
+        classes=settings.classes,
+        shuffle=settings.shuffle_seed,
+    )
 
 
 def make_scenario(

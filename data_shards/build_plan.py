@@ -11,17 +11,22 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from itertools import chain
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, Field
 
 from avcil_dist import storage
-from avcil_dist.data.manifest import SPLITS, Manifest, Shard, Split, load_manifest
+from avcil_dist.data.manifest import SPLITS, FeatureShape, Manifest, Shard, ShardRecord, Split, load_manifest
 from avcil_dist.errors import ConfigError, DataError
+from avcil_dist.scenario import ClassName
 from data_shards.rejections import Rejection, read_rejections, write_rejections
 from data_shards.shard_writer import write_shard
 
 FORMAT = 3
 PARTS, MANIFEST, REJECTED, BUILD_INFO, PLAN = "parts", "manifest.json", "rejected.csv", "build.json", "plan.json"
 OUR_TARS = re.compile(r"(c\d{3,}-.*\.tar)|(\.c\d{3,}-.*\.tar\.[0-9a-f]{32})")
+JobName = Annotated[str, Field(pattern=r"^(train|val|test)/c[0-9]{3,}-[A-Za-z0-9_]*-[0-9]{4,}$", max_length=200)]
+MAX_RECORD_BYTES = 1 << 30
 READERS = 16  # result files are small: latency dominates
 
 
@@ -89,10 +94,31 @@ class JobResult:
         }
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The inverse of `to_dict`."""
-        shard = Shard.from_dict(values["shard"]) if values["shard"] else None
-        return cls(values["digest"], shard, tuple(Rejection(**row) for row in values["rejected"]))
+    def read(cls, url: str) -> "JobResult":
+        """Return the result that was written to `url`. Raises DataError for any other file."""
+        record = storage.read_json(url, ResultRecord, "the result of a build's job", max_bytes=MAX_RECORD_BYTES)
+        shard = Shard.from_record(record.shard) if record.shard else None
+        return cls(record.digest, shard, record.rejected)
+
+
+class ResultRecord(BaseModel):
+    """The result of a job, as its JSON has it."""
+
+    digest: str
+    shard: ShardRecord | None
+    rejected: tuple[Rejection, ...]
+
+
+class PlanRecord(BaseModel):
+    """A plan, as its JSON has it: without the digests of the jobs."""
+
+    format: Literal[3]
+    kind: Literal["clip", "feature"]
+    classes: tuple[ClassName, ...]
+    shape: FeatureShape
+    digest: str
+    jobs: list[tuple[JobName, Annotated[int, Field(ge=1, lt=1 << 32)]]]
+    rejected: tuple[Rejection, ...]
 
 
 @dataclass(frozen=True)
@@ -138,18 +164,12 @@ class Plan:
         }
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], where: str) -> "Plan":
-        """The inverse of `to_dict`, except for the jobs' digests. Raises DataError for another format."""
-        if values.get("format") != FORMAT:
-            raise DataError(f"{where}: not a plan of format {FORMAT}; remove the folder {PARTS} and build again")
-        return cls(
-            kind=values["kind"],
-            classes=tuple(values["classes"]),
-            shape=values["shape"],
-            digest=values["digest"],
-            jobs=tuple(ShardJob(name, "", clips) for name, clips in values["jobs"]),
-            rejected=tuple(Rejection(**rejection) for rejection in values["rejected"]),
-        )
+    def read(cls, url: str) -> "Plan":
+        """Return the plan that was written to `url`, without the jobs' digests. Raises DataError for any other file."""
+        what = f"a plan of format {FORMAT}; to begin anew, remove the folder {PARTS}"
+        record = storage.read_json(url, PlanRecord, what, max_bytes=MAX_RECORD_BYTES)
+        jobs = tuple(ShardJob(name, "", clips) for name, clips in record.jobs)
+        return cls(record.kind, record.classes, record.shape, record.digest, jobs, record.rejected)
 
 
 @dataclass(frozen=True)
@@ -172,7 +192,7 @@ def load_finished(output: str, digest: str) -> BuildReport | None:
         return None
     manifest = load_manifest(manifest_url)
     info_url = storage.join(output, BUILD_INFO)
-    info = storage.read_json(info_url) if storage.exists(info_url) else {}
+    info = storage.read_json(info_url, dict[str, str], "a record of a build") if storage.exists(info_url) else {}
     if info != {"digest": digest, "content_hash": manifest.content_hash}:
         raise ConfigError(
             f"{manifest_url}: made from other clips or with other settings; give another output, or remove this one"
@@ -188,7 +208,7 @@ def start_part(output: str, plan: Plan, part: Part) -> list[int]:
     """
     url = storage.join(output, PARTS, PLAN)
     if not part.is_whole and storage.exists(url):
-        other = Plan.from_dict(storage.read_json(url), url)
+        other = Plan.read(url)
         if other.digest != plan.digest:
             raise ConfigError(
                 f"{url}: the parts there are of other clips or settings; "
@@ -232,7 +252,7 @@ def merge_parts(output: str, *, strict: bool = False) -> BuildReport:
             raise DataError(f"{output}: no parts of a build in it; build them with --part")
         rejected = read_rejections(storage.join(output, REJECTED))
         return BuildReport(manifest_url, load_manifest(manifest_url), rejected, unchanged=True)
-    plan = Plan.from_dict(storage.read_json(url), url)
+    plan = Plan.read(url)
     results = _load_results(output, plan)
     shards = tuple(result.shard for result in results if result.shard)
     rejected = tuple(rejection for result in results for rejection in result.rejected) + plan.rejected
@@ -263,7 +283,7 @@ def _is_finished(output: str, job: ShardJob) -> bool:
     url = storage.join(output, job.result_url)
     if not storage.exists(url):
         return False
-    result = JobResult.from_dict(storage.read_json(url))
+    result = JobResult.read(url)
     if result.digest != job.digest:
         return False
     if result.shard is None:
@@ -277,7 +297,7 @@ def _load_results(output: str, plan: Plan) -> list[JobResult]:
 
     def load(job: ShardJob) -> JobResult | None:
         url = storage.join(output, job.result_url)
-        return JobResult.from_dict(storage.read_json(url)) if storage.exists(url) else None
+        return JobResult.read(url) if storage.exists(url) else None
 
     with ThreadPoolExecutor(READERS) as pool:
         results = list(pool.map(load, plan.jobs))

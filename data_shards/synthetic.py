@@ -18,6 +18,7 @@ from typing import Any
 
 import av
 import numpy as np
+from pydantic import JsonValue
 
 from avcil_dist import storage
 from avcil_dist.data.manifest import SPLITS
@@ -127,7 +128,7 @@ def _check(folder: Path, spec: SyntheticSpec) -> None:
         raise ConfigError(f"seconds: {spec.seconds}; a clip needs at least one frame")
     spec_file = str(folder / "spec.json")
     look = {name: value for name, value in asdict(spec).items() if name != "clips"}
-    if storage.exists(spec_file) and storage.read_json(spec_file) != look:
+    if storage.exists(spec_file) and storage.read_json(spec_file, dict[str, JsonValue], "settings") != look:
         raise ConfigError(f"{folder}: holds clips rendered with other settings; give another folder, or remove it")
     storage.write_json(spec_file, look)
 

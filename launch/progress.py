@@ -3,14 +3,17 @@
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from types import TracebackType
-from typing import Self
+from typing import Annotated, Self
 
 import click
+from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from avcil_dist import storage
+from avcil_dist.streams.metrics import Count
 from avcil_dist.training.observer import Observer
 
 LOG_LINES = 5
@@ -72,6 +75,16 @@ class ProgressBar(Observer):
             self.console.print(f"{self.title}  {line}", highlight=False)
 
 
+@dataclass(frozen=True)
+class ProgressRecord:
+    """Content of a progress file: batches done and in all, the line of the last epoch, and the Unix time."""
+
+    done: Count
+    total: Count
+    values: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$", max_length=1000)]
+    time: Annotated[float, Field(ge=0, le=1e12)]
+
+
 class ProgressFile(Observer):
     """Progress of a step in a JSON file, written at most every two seconds."""
 
@@ -100,8 +113,8 @@ class ProgressFile(Observer):
         if now - self._written_at < SECONDS_BETWEEN_WRITES:
             return
         self._written_at = now
-        progress = {"done": self._num_done, "total": self._num_batches, "values": self._line, "time": time.time()}
-        storage.write_json(self.url, progress)
+        progress = ProgressRecord(self._num_done, self._num_batches, self._line, time.time())
+        storage.write_json(self.url, asdict(progress))
 
 
 def epoch_line(epoch: int, num_epochs: int, values: Mapping[str, float]) -> str:

@@ -28,11 +28,6 @@ class ExemplarMemory:
         """Return the memory as plain JSON values, classes in their order of arrival."""
         return {name: list(keys) for name, keys in self.keys.items()}
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Sequence[str]]) -> "ExemplarMemory":
-        """Return the memory that `to_dict` wrote."""
-        return cls({name: tuple(keys) for name, keys in values.items()})
-
     def update(self, ranked: Mapping[str, Sequence[str]], size: int) -> "ExemplarMemory":
         """Return the memory after a step with the new classes of `ranked` (name to keys, the best first).
 

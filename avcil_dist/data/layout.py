@@ -19,14 +19,13 @@ from torch import Tensor
 
 from avcil_dist.config.schema import AugmentConfig, ClipConfig
 from avcil_dist.data.decode import decode_clip
-from avcil_dist.data.manifest import Manifest
+from avcil_dist.data.manifest import TAR_BLOCK, Manifest
 from avcil_dist.data.plan import PADDING
 from avcil_dist.data.reader import Segment
 from avcil_dist.data.sampler import AugmentSeeds
 from avcil_dist.data.transforms import ClipTransform
 from avcil_dist.errors import DataError
 
-TAR_BLOCK = 512  # a member's header precedes its bytes; the name in it proves that the offset is right
 NAME_BYTES = 100
 SPARE_BUFFERS = 8
 # Errors of numpy for damaged bytes: it reads the header as Python text, and a zip where they begin like one.

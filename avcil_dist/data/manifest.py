@@ -12,19 +12,57 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
 
 from avcil_dist import storage
 from avcil_dist.errors import DataError
+from avcil_dist.scenario import ClassName
 
 FORMAT = 1
+MAX_MANIFEST_BYTES = 4 << 30  # some 80 million clips
+MAX_SIZE = 1 << 53  # of a file in bytes; beyond it, JSON readers of other languages round
+MAX_KEY_LENGTH = 255
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]+")
+ALL_KEYS = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_KEY_LENGTH}}}(\n[A-Za-z0-9_-]{{1,{MAX_KEY_LENGTH}}})*")
+TAR_BLOCK = 512  # a member's bytes follow its header
 MEMBERS = {"clip": ("mp4", "json"), "feature": ("visual.npy", "audio.npy", "json")}
 Split = Literal["train", "val", "test"]
 CONCURRENT_REQUESTS = 16
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+ClipKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=MAX_KEY_LENGTH)]
+Size = Annotated[int, Field(ge=0, lt=MAX_SIZE)]
+FeatureShape = dict[Annotated[str, Field(pattern="^(frames|positions|dim)$")], Annotated[int, Field(ge=1, le=1 << 20)]]
+
+
+class ShardRecord(BaseModel):
+    """A shard as the manifest's JSON has it. `members`: offsets and sizes of each member, one of each per clip."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    url: Annotated[str, Field(min_length=1, max_length=4096)]
+    class_name: ClassName = Field(alias="class")
+    split: Split
+    count: Size
+    bytes: Size
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    keys: list[str]  # `check_keys` checks them all at once
+    members: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$", max_length=100)], tuple[list[Size], list[Size]]]
+
+
+class ManifestRecord(BaseModel):
+    """A manifest as its JSON has it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal[1]
+    kind: Literal["clip", "feature"]
+    classes: tuple[ClassName, ...]
+    shape: FeatureShape
+    shards: list[ShardRecord]
+    content_hash: str
 
 
 @dataclass(frozen=True)
@@ -59,18 +97,31 @@ class Shard:
         }
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Shard":
-        """The inverse of `to_dict`."""
-        return cls(
-            url=values["url"],
-            class_name=values["class"],
-            split=values["split"],
-            bytes=values["bytes"],
-            sha256=values["sha256"],
-            keys=tuple(values["keys"]),
-            offsets={name: np.asarray(spans[0], dtype=np.int64) for name, spans in values["members"].items()},
-            sizes={name: np.asarray(spans[1], dtype=np.int64) for name, spans in values["members"].items()},
+    def from_record(cls, record: ShardRecord) -> "Shard":
+        """Return the shard of a record.
+
+        Raises DataError for keys that are not unique or not allowed, and for members beyond the shard's bytes.
+        """
+        shard = cls(
+            url=record.url,
+            class_name=record.class_name,
+            split=record.split,
+            bytes=record.bytes,
+            sha256=record.sha256,
+            keys=tuple(record.keys),
+            offsets={name: np.array(spans[0], dtype=np.int64) for name, spans in record.members.items()},
+            sizes={name: np.array(spans[1], dtype=np.int64) for name, spans in record.members.items()},
         )
+        check_keys(record.url, shard.keys)
+        if not len(set(shard.keys)) == shard.count == record.count or not shard.count:
+            raise DataError(f"{record.url}: count {record.count}, but {len(set(shard.keys))} different keys")
+        for name, offsets in shard.offsets.items():
+            sizes = shard.sizes[name]
+            if not len(offsets) == len(sizes) == shard.count:
+                raise DataError(f"{record.url}: {shard.count} clips, but {len(offsets)} offsets of {name}")
+            if (offsets < TAR_BLOCK).any() or (offsets + sizes > shard.bytes).any():
+                raise DataError(f"{record.url}: {name}: an offset or size is beyond the shard's {shard.bytes} bytes")
+        return shard
 
 
 @dataclass(frozen=True)
@@ -182,36 +233,52 @@ def load_manifest(url: str) -> Manifest:
 
     Raises DataError for a file that is not a manifest, was modified, or contains invalid keys.
     """
-    document = storage.read_json(url)
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise DataError(f"{url}: not a manifest of format {FORMAT}; make one with `avcil shards build`")
+    record = storage.read_json(url, ManifestRecord, f"a manifest of format {FORMAT}", max_bytes=MAX_MANIFEST_BYTES)
     try:
-        manifest = Manifest(
-            kind=document["kind"],
-            classes=tuple(document["classes"]),
-            shards=tuple(Shard.from_dict(shard) for shard in document["shards"]),
-            shape=dict(document["shape"]),
-            root=storage.parent(url),
-        )
-    except (LookupError, AttributeError, TypeError, ValueError) as error:
-        raise DataError(f"{url}: damaged manifest: {error!r}") from None
-    if manifest.content_hash != document.get("content_hash"):
+        shards = tuple(map(Shard.from_record, record.shards))
+        _check_shard_list(record, shards)
+    except DataError as error:
+        raise DataError(f"{url}: damaged manifest: {error}; build it again") from None
+    manifest = Manifest(record.kind, record.classes, shards, dict(record.shape), root=storage.parent(url))
+    if manifest.content_hash != record.content_hash:
         raise DataError(
             f"{url}: its content does not match its hash; it was changed by hand or cut short: build it again"
         )
-    check_keys(url, (key for shard in manifest.shards for key in shard.keys))
     return manifest
+
+
+def _check_shard_list(record: ManifestRecord, shards: Sequence[Shard]) -> None:
+    """Raise DataError for a shard that is listed twice, of an unknown class, or without the members of its kind."""
+    classes = set(record.classes)
+    if len(classes) != len(record.classes):
+        raise DataError("a class is listed twice")
+    required = set(MEMBERS[record.kind]) - {"json"}
+    urls: set[str] = set()
+    contents: set[tuple[str, str, str]] = set()
+    for shard in shards:
+        content = shard.sha256, shard.class_name, shard.split
+        if shard.url in urls or content in contents:
+            raise DataError(f"{shard.url}: listed twice, so its clips would count twice")
+        if shard.class_name not in classes:
+            raise DataError(f"{shard.url}: its class {shard.class_name!r} is none of the manifest's")
+        if missing := required - shard.offsets.keys():
+            raise DataError(f"{shard.url}: has no member {min(missing)}")
+        urls.add(shard.url)
+        contents.add(content)
+    if (record.kind == "feature") != (len(record.shape) == 3):
+        raise DataError(f"shape {record.shape}: features have frames, positions and dim, clips have none")
 
 
 def _to_json(value: object) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
-def check_keys(where: str, keys: Iterable[str]) -> None:
+def check_keys(where: str, keys: Sequence[str]) -> None:
     """Check clip keys. Raises DataError for a key that WebDataset would split or that is unsafe in a path."""
-    for key in keys:
-        if not KEY_PATTERN.fullmatch(key):
-            raise DataError(f"{where}: clip key {key!r}; keys are letters, digits, '_' and '-'")
+    joined = "\n".join(keys)
+    if keys and not (joined.count("\n") == len(keys) - 1 and ALL_KEYS.fullmatch(joined)):
+        wrong = next(key for key in keys if not KEY_PATTERN.fullmatch(key) or len(key) > MAX_KEY_LENGTH)
+        raise DataError(f"{where}: clip key {wrong[:MAX_KEY_LENGTH]!r}; keys are letters, digits, '_' and '-'")
 
 
 def check_shards(manifest: Manifest, numbers: Iterable[int]) -> None:

@@ -11,7 +11,6 @@ from avcil_dist.storage.files import (
     open_file,
     open_filesystem,
     read_bytes,
-    read_json,
     read_range,
     remove_tree,
     sha256,
@@ -19,14 +18,16 @@ from avcil_dist.storage.files import (
     size,
     upload,
     write_bytes,
-    write_json,
 )
+from avcil_dist.storage.json_files import MAX_JSON_BYTES, describe, parse_json, read_json, write_json
 from avcil_dist.storage.local import open_regular
 from avcil_dist.storage.urls import check_url, inner_path, join, parent, path_below
 
 __all__ = [
     "CHUNK_BYTES",
+    "MAX_JSON_BYTES",
     "check_url",
+    "describe",
     "exists",
     "inner_path",
     "is_remote",
@@ -39,6 +40,7 @@ __all__ = [
     "open_filesystem",
     "open_regular",
     "parent",
+    "parse_json",
     "path_below",
     "read_bytes",
     "read_json",

@@ -7,7 +7,6 @@ only.
 
 import errno
 import hashlib
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -89,9 +88,11 @@ def size(url: str) -> int:
     return _call(look_up, url, READ_SECONDS)
 
 
-def read_bytes(url: str) -> bytes:
-    """Return the whole file. Raises DataError where there is none."""
+def read_bytes(url: str, *, max_bytes: int | None = None) -> bytes:
+    """Return the whole file. Raises DataError where there is none, or it has more than `max_bytes`."""
     filesystem, path = open_filesystem(url)
+    if max_bytes is not None and size(url) > max_bytes:
+        raise DataError(f"{url}: larger than {max_bytes} bytes; it is not what belongs here")
     return _call(lambda: _content(filesystem, path), url, READ_SECONDS)
 
 
@@ -213,19 +214,6 @@ def local_copy(url: str) -> Iterator[str]:
     with temporary_folder() as folder:
         _call(lambda: filesystem.get(path.rstrip("/") + "/", f"{folder}/", recursive=True), url, READ_SECONDS)
         yield str(folder)
-
-
-def read_json(url: str) -> Any:
-    """Return the parsed JSON file. Raises DataError where it is missing or not JSON."""
-    try:
-        return json.loads(read_bytes(url))
-    except ValueError as error:
-        raise DataError(f"{url}: not valid JSON ({error})") from None
-
-
-def write_json(url: str, value: Any) -> None:
-    """Write `value` as JSON with sorted keys: equal values give equal bytes."""
-    write_bytes(url, json.dumps(value, sort_keys=True, indent=1).encode())
 
 
 def sha256(data: bytes) -> str:

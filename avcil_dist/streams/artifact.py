@@ -7,13 +7,11 @@ without `COMMITTED.json` is no artifact. Every read verifies digests; nothing is
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import safetensors.torch
-from safetensors import SafetensorError
+from pydantic import Field
 from torch import Tensor
 
 import avcil_dist
@@ -21,22 +19,35 @@ from avcil_dist import storage
 from avcil_dist.config.schema import Config
 from avcil_dist.config.serialization import config_from_yaml, config_to_yaml
 from avcil_dist.data.exemplar_memory import ExemplarMemory
+from avcil_dist.data.manifest import ClipKey
 from avcil_dist.errors import ArtifactError, ConfigError
-from avcil_dist.scenario import Scenario
+from avcil_dist.scenario import ClassName, Scenario, configured_scenario
 from avcil_dist.streams.commit import (
-    decode_state,
+    Commit,
     encode_json,
     encode_state,
     has_commit,
     read_commit,
     read_committed_file,
+    read_committed_json,
+    read_committed_tensors,
+    read_state,
     write_commit,
     write_files,
 )
-from avcil_dist.streams.identity import Change, read_identity
+from avcil_dist.streams.identity import Change, StepNumber, read_identity
 from avcil_dist.streams.metrics import StreamMetrics
 
-STEP_FOLDER = re.compile(r"step_(\d{3,})")
+STEP_FOLDER = re.compile(r"step_([0-9]{3,7})")
+
+
+class StepCommit(Commit):
+    """Commit of a step artifact."""
+
+    step: StepNumber
+    manifest_hash: Annotated[str, Field(max_length=64)]
+    code_version: Annotated[str, Field(max_length=100)]
+    changes: tuple[Change, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,66 +114,90 @@ def load_artifact(stream: str, step: int) -> StepArtifact:
     not committed.
     """
     folder, commit = _committed(stream, step)
-    files = {name: read_committed_file(folder, name, commit) for name in commit["files"]}
-    with _decoding(folder, commit):
-        return StepArtifact(
-            step=commit["step"],
-            model=safetensors.torch.load(files["model.safetensors"]),
-            method=decode_state("method", files),
-            memory=ExemplarMemory.from_dict(json.loads(files["memory.json"])),
-            scenario=_decode_scenario(files["scenario.json"]),
-            metrics=_decode_metrics(files["metrics.json"]),
-            config=config_from_yaml(files["config.yaml"].decode()),
-            manifest_hash=commit["manifest_hash"],
-        )
+    summary = _read_summary(folder, commit)
+    memory = read_committed_json(
+        folder, "memory.json", commit, dict[ClassName, tuple[ClipKey, ...]], "an exemplar memory"
+    )
+    if strangers := memory.keys() - set(summary.scenario.seen(step)):
+        raise ArtifactError(f"{folder}/memory.json: has exemplars of {min(strangers)!r}, which is no class seen so far")
+    return StepArtifact(
+        **vars(summary),
+        model=read_committed_tensors(folder, "model.safetensors", commit),
+        method=read_state(folder, "method", commit),
+        memory=ExemplarMemory(memory),
+    )
 
 
 def load_summary(stream: str, step: int) -> StepSummary:
     """Read the small files of a committed step, verified. Raises ArtifactError as `load_artifact` does."""
-    folder, commit = _committed(stream, step)
-    with _decoding(folder, commit):
-        return StepSummary(
-            step=step,
-            scenario=_decode_scenario(read_committed_file(folder, "scenario.json", commit)),
-            metrics=_decode_metrics(read_committed_file(folder, "metrics.json", commit)),
-            config=config_from_yaml(read_committed_file(folder, "config.yaml", commit).decode()),
-            manifest_hash=commit["manifest_hash"],
-        )
+    return _read_summary(*_committed(stream, step))
 
 
 def load_metrics(stream: str, step: int) -> StreamMetrics:
     """Read the metrics of a committed step, verified. Raises ArtifactError as `load_artifact` does."""
-    folder, commit = _committed(stream, step)
-    with _decoding(folder, commit):
-        return _decode_metrics(read_committed_file(folder, "metrics.json", commit))
+    return _read_metrics(*_committed(stream, step))
 
 
 def recorded_changes(stream: str, step: int) -> tuple[Change, ...]:
     """The settings that were changed up to a committed step. Raises ArtifactError as `load_artifact` does."""
-    folder, commit = _committed(stream, step)
-    with _decoding(folder, commit):
-        return tuple(Change(**change) for change in commit.get("changes", ()))
+    return _committed(stream, step)[1].changes
 
 
-def _committed(stream: str, step: int) -> tuple[str, dict[str, Any]]:
+def _committed(stream: str, step: int) -> tuple[str, StepCommit]:
     """A step's folder and its commit."""
     folder = step_url(stream, step)
     if not has_commit(folder):
         raise ArtifactError(f"{folder}: no committed step artifact; run step {step} first")
-    return folder, read_commit(folder)
+    commit = read_commit(folder, StepCommit)
+    if commit.step != step:
+        raise ArtifactError(f"{folder}: its commit is that of step {commit.step}; restore the folder of step {step}")
+    return folder, commit
 
 
-@contextmanager
-def _decoding(folder: str, commit: dict[str, Any]) -> Iterator[None]:
-    """Raise errors of decoding as ArtifactError: the files are undamaged, but written by another version."""
+def _read_summary(folder: str, commit: StepCommit) -> StepSummary:
+    summary = StepSummary(
+        step=commit.step,
+        scenario=read_committed_json(folder, "scenario.json", commit, Scenario, "a scenario"),
+        metrics=_read_metrics(folder, commit),
+        config=_read_config(folder, commit),
+        manifest_hash=commit.manifest_hash,
+    )
+    _check_scenario(folder, summary)
+    return summary
+
+
+def _read_metrics(folder: str, commit: StepCommit) -> StreamMetrics:
+    metrics = read_committed_json(folder, "metrics.json", commit, StreamMetrics, "the metrics of a stream")
+    if metrics.step != commit.step:
+        raise ArtifactError(f"{folder}/metrics.json: those of step {metrics.step}; run step {commit.step} again")
+    return metrics
+
+
+def _read_config(folder: str, commit: StepCommit) -> Config:
     try:
-        yield
-    except (ConfigError, SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
-        text = " ".join(str(error).split()) or type(error).__name__
+        return config_from_yaml(read_committed_file(folder, "config.yaml", commit).decode())
+    except (ConfigError, UnicodeDecodeError) as error:
         raise ArtifactError(
-            f"{folder}: not readable by avcil-dist {avcil_dist.__version__} ({text}); use version "
-            f"{commit.get('code_version')}, which wrote it, or run the step again"
+            f"{folder}/config.yaml: not readable by avcil-dist {avcil_dist.__version__} ({error}); use version "
+            f"{commit.code_version}, which wrote it, or run the step again"
         ) from None
+
+
+def _check_scenario(folder: str, summary: StepSummary) -> None:
+    """Raise ArtifactError for a scenario that the step's configuration cannot have given.
+
+    Without a list of classes in the configuration their order is that of the manifest, which `check_manifest_scenario`
+    compares; the sizes of the steps are compared here.
+    """
+    settings, scenario = summary.config.scenario, summary.scenario
+    if settings.classes is None:
+        settings = settings.model_copy(update={"shuffle_seed": None})
+    try:
+        expected = configured_scenario(settings, settings.classes or scenario.classes)
+    except ConfigError as error:
+        raise ArtifactError(f"{folder}/scenario.json: not that of config.yaml ({error}); run the step again") from None
+    if expected != scenario or summary.step >= scenario.num_steps:
+        raise ArtifactError(f"{folder}/scenario.json: not that of config.yaml; run the step again")
 
 
 def _encode(artifact: StepArtifact) -> dict[str, bytes]:
@@ -174,11 +209,3 @@ def _encode(artifact: StepArtifact) -> dict[str, bytes]:
         "metrics.json": encode_json(artifact.metrics.to_dict()),
         "config.yaml": config_to_yaml(artifact.config).encode(),
     }
-
-
-def _decode_scenario(data: bytes) -> Scenario:
-    return Scenario(tuple(tuple(names) for names in json.loads(data)["steps"]))
-
-
-def _decode_metrics(data: bytes) -> StreamMetrics:
-    return StreamMetrics.from_dict(json.loads(data))

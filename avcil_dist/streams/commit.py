@@ -1,13 +1,17 @@
 """Atomic commits of folders: files first, then `COMMITTED.json` with the size and the digest of each file.
 
-A folder without `COMMITTED.json` does not count. Readers verify every file against its digest.
+A folder without `COMMITTED.json` does not count. A reader opens only files that the commit lists, each a regular file
+directly in the folder, and compares it with its digest. Nothing is unpickled.
 """
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
 import safetensors.torch
+import torch
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from safetensors import SafetensorError
 from torch import Tensor
 
 from avcil_dist import storage
@@ -15,8 +19,33 @@ from avcil_dist.errors import ArtifactError, DataError
 
 FORMAT = 1
 COMMITTED = "COMMITTED.json"
+MAX_BYTES = 1 << 50
 
-FileDigests = dict[str, dict[str, Any]]
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=200)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+FileDigests = dict[str, dict[str, Any]]  # as written: size and sha256 by file name
+T = TypeVar("T")
+
+
+class FileDigest(BaseModel):
+    """Size in bytes and digest of a committed file."""
+
+    model_config = ConfigDict(frozen=True)
+
+    size: int = Field(ge=0, le=MAX_BYTES)
+    sha256: Sha256
+
+
+class Commit(BaseModel):
+    """Content of `COMMITTED.json`. Kinds of folders have fields of their own; unknown fields are ignored."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+    format: Literal[1]
+    files: dict[FileName, FileDigest]
+
+
+C = TypeVar("C", bound=Commit)
 
 
 def write_files(folder: str, files: Mapping[str, bytes]) -> FileDigests:
@@ -36,50 +65,90 @@ def has_commit(folder: str) -> bool:
     return storage.exists(storage.join(folder, COMMITTED))
 
 
-def read_commit(folder: str) -> dict[str, Any]:
+def read_commit(folder: str, kind: type[C]) -> C:
     """Return the commit of a folder. Raises ArtifactError when it is missing, damaged or of another format."""
     try:
-        commit: Any = storage.read_json(storage.join(folder, COMMITTED))
+        return storage.read_json(
+            storage.join(folder, COMMITTED), kind, f"a commit of format {FORMAT}", fault=ArtifactError
+        )
     except DataError as error:
         raise ArtifactError(str(error)) from None
-    if not isinstance(commit, dict) or not isinstance(commit.get("files", {}), dict):
-        raise ArtifactError(f"{storage.join(folder, COMMITTED)}: damaged; run the step again")
-    if commit.get("format") != FORMAT or "files" not in commit:
-        raise ArtifactError(f"{folder}: of format {commit.get('format')}, this program reads {FORMAT}")
-    return dict(commit)
 
 
-def read_committed_file(folder: str, name: str, commit: Mapping[str, Any]) -> bytes:
+def parse_commit(data: bytes, kind: type[C], where: str) -> C:
+    """Return the commit of the bytes of a `COMMITTED.json`. Raises ArtifactError as `read_commit` does."""
+    return storage.parse_json(data, kind, f"a commit of format {FORMAT}", where, fault=ArtifactError)
+
+
+def read_committed_file(folder: str, name: str, commit: Commit) -> bytes:
     """Return a file of a committed folder, verified. Raises ArtifactError, naming the file."""
-    url, digest = storage.join(folder, name), commit["files"][name]
+    url, digest = _committed(folder, name, commit)
     try:
-        data = storage.read_bytes(url)
+        data = storage.read_bytes(url, max_bytes=digest.size)
     except DataError as error:
         raise ArtifactError(str(error)) from None
-    if len(data) != digest["size"] or storage.sha256(data) != digest["sha256"]:
+    if len(data) != digest.size or storage.sha256(data) != digest.sha256:
         raise ArtifactError(_damaged(url))
     return data
 
 
-def read_verified_commit(folder: str) -> dict[str, Any]:
+def read_committed_json(folder: str, name: str, commit: Commit, kind: type[T], what: str) -> T:
+    """Return a json file of a committed folder as a `kind` (see `storage.parse_json`), verified.
+
+    Raises ArtifactError, naming the file.
+    """
+    url, digest = _committed(folder, name, commit)
+    if digest.size > storage.MAX_JSON_BYTES:
+        raise ArtifactError(f"{url}: larger than {storage.MAX_JSON_BYTES} bytes; it is not what belongs here")
+    return storage.parse_json(read_committed_file(folder, name, commit), kind, what, url, fault=ArtifactError)
+
+
+def read_committed_tensors(folder: str, name: str, commit: Commit, *, finite: bool = True) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file of a committed folder, verified.
+
+    Raises ArtifactError, naming the file; with `finite` also for a number that is not: a network that computes with
+    it has worthless outputs.
+    """
+    data = read_committed_file(folder, name, commit)
+    url = storage.join(folder, name)
+    try:
+        tensors = safetensors.torch.load(data)
+    except (SafetensorError, ValueError, KeyError) as error:  # KeyError: a type that torch does not have
+        raise ArtifactError(f"{url}: not a file of tensors ({_one_line(error)}); run the step again") from None
+    for key, tensor in tensors.items() if finite else ():
+        if (tensor.is_floating_point() or tensor.is_complex()) and not bool(torch.isfinite(tensor).all()):
+            raise ArtifactError(f"{url}: {key}: has values that are no finite number; run the step again")
+    return tensors
+
+
+def read_state(folder: str, name: str, commit: Commit, *, finite: bool = True) -> dict[str, Any]:
+    """Return the state of tensors and plain values that `encode_state` encoded, verified.
+
+    Raises ArtifactError, naming the file, as `read_committed_tensors` does.
+    """
+    plain = read_committed_json(folder, f"{name}.json", commit, dict[str, JsonValue], "the plain values of a state")
+    return {**read_committed_tensors(folder, f"{name}.safetensors", commit, finite=finite), **plain}
+
+
+def read_verified_commit(folder: str, kind: type[C]) -> C:
     """Return the commit of a folder after verifying each of its files. Raises ArtifactError, naming the file."""
-    commit = read_commit(folder)
-    for name in commit["files"]:
+    commit = read_commit(folder, kind)
+    for name in commit.files:
         verify_file(folder, name, commit)
     return commit
 
 
-def verify_file(folder: str, name: str, commit: Mapping[str, Any]) -> None:
+def verify_file(folder: str, name: str, commit: Commit) -> None:
     """Compare a file with its digest in chunks, so that a large file need not fit in memory.
 
     Raises ArtifactError, naming the file.
     """
-    url = storage.join(folder, name)
+    url, digest = _committed(folder, name, commit)
     try:
-        digest = storage.sha256_file(url)
+        is_same = storage.size(url) == digest.size and storage.sha256_file(url) == digest.sha256
     except DataError as error:
         raise ArtifactError(str(error)) from None
-    if digest != commit["files"][name]["sha256"]:
+    if not is_same:
         raise ArtifactError(_damaged(url))
 
 
@@ -95,11 +164,18 @@ def encode_state(name: str, state: Mapping[str, Any]) -> dict[str, bytes]:
     return {f"{name}.safetensors": safetensors.torch.save(tensors), f"{name}.json": encode_json(plain)}
 
 
-def decode_state(name: str, files: Mapping[str, bytes]) -> dict[str, Any]:
-    """The inverse of `encode_state`."""
-    plain: dict[str, Any] = json.loads(files[f"{name}.json"])
-    return safetensors.torch.load(files[f"{name}.safetensors"]) | plain
+def _committed(folder: str, name: str, commit: Commit) -> tuple[str, FileDigest]:
+    """The url and the digest of a file that the commit lists."""
+    if name not in commit.files:
+        raise ArtifactError(
+            f"{storage.join(folder, COMMITTED)}: does not list {name}; restore it, or run the step again"
+        )
+    return storage.join(folder, name), commit.files[name]
 
 
 def _damaged(url: str) -> str:
     return f"{url}: damaged, its digest is not the one committed; restore it or run the step again"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -4,10 +4,10 @@ from avcil_dist.config.compat import MANIFEST_HASH, result_changes
 from avcil_dist.config.schema import Config
 from avcil_dist.config.serialization import flatten
 from avcil_dist.data.manifest import Manifest
-from avcil_dist.errors import ConfigError
-from avcil_dist.streams.artifact import StepArtifact, load_artifact, load_summary
+from avcil_dist.errors import ArtifactError, ConfigError
+from avcil_dist.streams.artifact import StepArtifact, StepSummary, load_artifact, load_summary, step_url
 from avcil_dist.streams.identity import read_identity
-from avcil_dist.streams.stream import stream_url
+from avcil_dist.streams.stream import scenario_of, stream_url
 
 
 def load_previous(config: Config, manifest: Manifest, step: int) -> StepArtifact | None:
@@ -15,7 +15,21 @@ def load_previous(config: Config, manifest: Manifest, step: int) -> StepArtifact
     if step == 0:
         return None
     check_continues(config, manifest, step)
-    return load_artifact(stream_url(config), step - 1)
+    artifact = load_artifact(stream_url(config), step - 1)
+    check_manifest_scenario(stream_url(config), artifact, manifest)
+    return artifact
+
+
+def check_manifest_scenario(stream: str, artifact: StepArtifact | StepSummary, manifest: Manifest) -> None:
+    """Check that a step has the scenario that its configuration defines over the manifest that it was made from.
+
+    Another manifest may list its classes in another order, and is not compared. Raises ArtifactError.
+    """
+    if artifact.manifest_hash == manifest.content_hash and artifact.scenario != scenario_of(artifact.config, manifest):
+        raise ArtifactError(
+            f"{step_url(stream, artifact.step)}/scenario.json: not that of config.yaml and the manifest; "
+            "run the step again"
+        )
 
 
 def check_continues(config: Config, manifest: Manifest, step: int) -> None:

@@ -5,22 +5,27 @@ The identity is created here, not by a tracking server, so a stream can begin wi
 
 import uuid
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field
 
 from avcil_dist import storage
 from avcil_dist.errors import ArtifactError
 
 FILE = "stream.json"
+MAX_STEP = 1 << 20
+
+# The id names folders and tags: no character of it may be part of a path.
+StreamId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+StepNumber = Annotated[int, Field(ge=0, lt=MAX_STEP)]
 
 
 @dataclass(frozen=True)
 class Change:
     """A setting that the user changed when the stream was resumed after `step`."""
 
-    step: int
-    key: str
+    step: StepNumber
+    key: Annotated[str, Field(max_length=200)]
     was: Any
     now: Any
     forced: bool
@@ -30,9 +35,9 @@ class Change:
 class StreamIdentity:
     """`id` names the stream on every server. A fork has the run, and the step of it, that it continues as origin."""
 
-    id: str
-    origin_run: str | None = None
-    origin_step: int | None = None
+    id: StreamId
+    origin_run: Annotated[str, Field(max_length=200)] | None = None
+    origin_step: StepNumber | None = None
     changes: tuple[Change, ...] = ()
 
     def allows(self, key: str, was: Any, now: Any, step: int) -> bool:
@@ -54,14 +59,7 @@ def read_identity(stream: str) -> StreamIdentity | None:
     url = storage.join(stream, FILE)
     if not storage.exists(url):
         return None
-    try:
-        return TypeAdapter(StreamIdentity).validate_python(storage.read_json(url))
-    except ValidationError as error:
-        fault = error.errors()[0]
-        raise ArtifactError(
-            f"{url}: not the identity of a stream ({'.'.join(map(str, fault['loc']))}: {fault['msg']}); restore it, "
-            "or begin the stream anew with --restart"
-        ) from None
+    return storage.read_json(url, StreamIdentity, "the identity of a stream", fault=ArtifactError)
 
 
 def write_identity(stream: str, identity: StreamIdentity) -> None:

@@ -4,16 +4,22 @@ A[k][j] is the accuracy on the test clips of task j after step k, over the logit
 accuracy is a fraction in [0, 1]. Predictions come from `training/evaluation.py`.
 
 To add a metric: a field of `StreamMetrics` with a default, an argument of `after`, and a line in `scalars` if it
-is one number per step. Artifacts written before have no such key and read as the default.
+is one number per step. Artifacts written before have no such key and read as the default; `storage.parse_json` ignores
+keys without a field.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field
+
+from avcil_dist.scenario import ClassName
+
+Accuracy = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 
 
 def accuracy_row(labels: ArrayLike, predictions: ArrayLike, tasks: Sequence[slice]) -> list[float]:
@@ -79,8 +85,8 @@ def forgetting(matrix: Sequence[Sequence[float]]) -> list[float]:
 class SubsetMetrics:
     """a_0 … a_step on a subset of the test clips, and the size of the subset at the last step."""
 
-    seen_accuracy: tuple[float, ...]
-    num_test_clips: int
+    seen_accuracy: tuple[Accuracy, ...]
+    num_test_clips: Count
 
     @property
     def mean_accuracy(self) -> float:
@@ -97,19 +103,20 @@ class StreamMetrics:
     covers the test clips whose source video no training clip shares. Raises ValueError for inconsistent lengths.
     """
 
-    step: int
-    accuracy: tuple[tuple[float, ...], ...]
-    seen_accuracy: tuple[float, ...]
-    per_class: Mapping[str, float] = field(repr=False)
-    num_test_clips: int
-    epoch: int
-    val_accuracy: float | None
-    confusion: Mapping[str, Mapping[str, int]] = field(default_factory=dict, repr=False)
+    step: Annotated[int, Field(ge=0, lt=1 << 20)]
+    accuracy: tuple[tuple[Accuracy, ...], ...]
+    seen_accuracy: tuple[Accuracy, ...]
+    per_class: Mapping[ClassName, Accuracy] = field(repr=False)
+    num_test_clips: Count
+    epoch: Count
+    val_accuracy: Accuracy | None
+    confusion: Mapping[ClassName, Mapping[ClassName, Count]] = field(default_factory=dict, repr=False)
     source_disjoint: SubsetMetrics | None = None
 
     def __post_init__(self) -> None:
-        if [len(row) for row in self.accuracy] != list(range(1, self.step + 2)):
-            raise ValueError(f"step {self.step}: the accuracy matrix has rows of {[len(row) for row in self.accuracy]}")
+        lengths = [len(row) for row in self.accuracy]
+        if lengths != list(range(1, self.step + 2)):
+            raise ValueError(f"step {self.step}: the accuracy matrix has rows of {lengths[:9]}")
         if len(self.seen_accuracy) != self.step + 1:
             raise ValueError(f"step {self.step}: there are {len(self.seen_accuracy)} seen accuracies")
 
@@ -186,19 +193,6 @@ class StreamMetrics:
         if self.source_disjoint is not None:
             record["source_disjoint"]["mean_accuracy"] = self.source_disjoint.mean_accuracy
         return record
-
-    @classmethod
-    def from_dict(cls, record: Mapping[str, Any]) -> "StreamMetrics":
-        """Inverse of `to_dict`. Keys without a field are ignored, missing fields with a default have it.
-
-        Raises ValueError for missing fields without a default and for values of other types.
-        """
-        try:
-            return TypeAdapter(cls).validate_python(record)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise ValueError(f"not a record of stream metrics: {where}: {first['msg']}") from None
 
 
 def _correct(labels: ArrayLike, predictions: ArrayLike) -> tuple[NDArray[Any], NDArray[np.bool_]]:

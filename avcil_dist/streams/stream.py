@@ -10,7 +10,7 @@ from avcil_dist import storage
 from avcil_dist.config.schema import Config
 from avcil_dist.data.manifest import SPLITS, Manifest
 from avcil_dist.errors import ConfigError
-from avcil_dist.scenario import Scenario, make_scenario
+from avcil_dist.scenario import Scenario, configured_scenario
 from avcil_dist.streams.artifact import is_committed
 
 LOCK_SECONDS = 60
@@ -23,13 +23,7 @@ def stream_url(config: Config) -> str:
 
 def scenario_of(config: Config, manifest: Manifest) -> Scenario:
     """The scenario that the configuration defines over the manifest's classes."""
-    scenario = config.scenario
-    return make_scenario(
-        manifest.classes,
-        classes_per_step=scenario.classes_per_step,
-        classes=scenario.classes,
-        shuffle=scenario.shuffle_seed,
-    )
+    return configured_scenario(config.scenario, manifest.classes)
 
 
 def shards_of(manifest: Manifest, scenario: Scenario, step: int) -> list[int]:

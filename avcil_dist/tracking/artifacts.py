@@ -7,7 +7,7 @@ A download verifies every file against them.
 import json
 import tempfile
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -15,8 +15,8 @@ from mlflow.entities import Run
 from avcil_dist import storage
 from avcil_dist.config.schema import TrackingConfig
 from avcil_dist.errors import ArtifactError, DataError
-from avcil_dist.streams.artifact import step_url
-from avcil_dist.streams.commit import COMMITTED
+from avcil_dist.streams.artifact import StepCommit, step_url
+from avcil_dist.streams.commit import COMMITTED, parse_commit, verify_file
 from avcil_dist.tracking.client import COMMITTED_TAG, REFERENCE_TAG, reported
 
 REFERENCE = "REFERENCE.json"
@@ -34,12 +34,14 @@ def upload_step(
 ) -> dict[str, str]:
     """Upload a committed step to its run, `COMMITTED.json` last. Returns the tags that mark the run as committed.
 
-    `uploaded` holds the names of files that were uploaded before; new ones are added. Raises DataError when the
-    step no longer exists.
+    `uploaded` holds the names of files that were uploaded before; new ones are added. Only files that the commit
+    lists are sent, each compared with its digest just before. Raises DataError when the step no longer exists,
+    ArtifactError for a damaged one.
     """
     folder = step_url(stream, step)
-    data = storage.read_bytes(storage.join(folder, COMMITTED))
-    files = json.loads(data)["files"]
+    data = storage.read_bytes(storage.join(folder, COMMITTED), max_bytes=storage.MAX_JSON_BYTES)
+    commit = parse_commit(data, StepCommit, storage.join(folder, COMMITTED))
+    files = {name: digest.model_dump() for name, digest in commit.files.items()}
     tags = {COMMITTED_TAG: storage.sha256(data)}
     name = f"step_{step:03d}"
 
@@ -47,6 +49,8 @@ def upload_step(
         with storage.local_copy(folder) as local:
             for file in (*sorted(files), COMMITTED):
                 if file not in uploaded:
+                    if file != COMMITTED:
+                        verify_file(local, file, commit)
                     upload(Path(local, file))
                     uploaded.add(file)
 
@@ -72,29 +76,28 @@ def download_step(client: MlflowClient, uri: str, run: Run, step: int, stream: s
     folder = step_url(stream, step)
     with tempfile.TemporaryDirectory() as temporary:
 
-        def fetch(file: str) -> Path:
+        def fetch(file: str, max_bytes: int = storage.MAX_JSON_BYTES) -> Path:
             if source:
-                return _from_reference(source, file, Path(temporary))
+                return _from_reference(source, file, Path(temporary), max_bytes)
             with reported(uri):
                 return Path(client.download_artifacts(run.info.run_id, f"{name}/{file}", temporary))
 
         commit = fetch(COMMITTED)
         _verify(commit, run.data.tags[COMMITTED_TAG], run, name)
+        listed = parse_commit(commit.read_bytes(), StepCommit, f"run {run.info.run_id}: {name}/{COMMITTED}")
         storage.remove_tree(folder)
-        for file, digest in json.loads(commit.read_bytes())["files"].items():
-            if PurePosixPath(file).name != file:
-                raise ArtifactError(f"run {run.info.run_id}: {name}/{COMMITTED}: {file!r} is no file of a step")
-            path = fetch(file)
-            _verify(path, digest["sha256"], run, name)
+        for file, digest in listed.files.items():
+            path = fetch(file, digest.size)
+            _verify(path, digest.sha256, run, name)
             storage.upload(path, storage.join(folder, file))
             path.unlink()
         storage.upload(commit, storage.join(folder, COMMITTED))
 
 
-def _from_reference(source: str, file: str, folder: Path) -> Path:
+def _from_reference(source: str, file: str, folder: Path, max_bytes: int) -> Path:
     url = storage.join(source, file)
     try:
-        (folder / file).write_bytes(storage.read_bytes(url))
+        (folder / file).write_bytes(storage.read_bytes(url, max_bytes=max_bytes))
     except DataError:
         raise ArtifactError(
             f"{url}: missing; the files of this step are kept by reference: resuming needs access to that folder"

@@ -25,15 +25,17 @@ from mlflow import MlflowClient
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, Schema, TensorSpec
 from mlflow.types.schema import Array
+from pydantic import BaseModel
 from torch import Tensor
 
 import avcil_dist
 from avcil_dist import storage
-from avcil_dist.data.manifest import Manifest, load_manifest
+from avcil_dist.data.manifest import FeatureShape, Manifest, load_manifest
 from avcil_dist.errors import ArtifactError, ConfigError, DataError
 from avcil_dist.inference import Predictor
-from avcil_dist.streams.artifact import load_artifact, load_summary, step_url
-from avcil_dist.streams.commit import COMMITTED
+from avcil_dist.streams.artifact import StepCommit, load_artifact, load_summary, step_url
+from avcil_dist.streams.commit import COMMITTED, read_verified_commit
+from avcil_dist.streams.identity import StepNumber
 from avcil_dist.streams.stream import scenario_of
 from avcil_dist.tracking.client import COMMITTED_TAG, STREAM_TAG
 
@@ -76,8 +78,11 @@ def _save_model(folder: Path, local: Path, stream: str, step: int, run_id: str, 
         data = Path(temporary, "data")
         data.mkdir()
         (data / ABOUT).write_text(json.dumps(about, indent=1))
-        if uri is None:
-            Path(data, step_url(".", step)).symlink_to(local)
+        if uri is None:  # copied by MLflow, which follows links: only files that the commit lists, verified
+            files = Path(data, step_url(".", step))
+            files.mkdir()
+            for name in (*read_verified_commit(str(local), StepCommit).files, COMMITTED):
+                (files / name).symlink_to(local / name)
         scenario = scenario_of(summary.config, manifest)
         mlflow.pyfunc.save_model(
             str(folder),
@@ -146,17 +151,26 @@ def _requirements() -> list[str]:
     return pinned
 
 
+class _About(BaseModel):
+    """Content of `about.json`: the step, the shape of its features, and its folder if the model is a reference."""
+
+    step: StepNumber
+    shape: FeatureShape
+    uri: str | None
+    committed: str
+
+
 def _load_pyfunc(path: str) -> "RegisteredModel":
     """Load a model from its data folder; MLflow calls this. Raises ArtifactError for missing or damaged files."""
-    about = storage.read_json(str(Path(path, ABOUT)))
-    folder = step_url(path, about["step"]) if about["uri"] is None else str(about["uri"])
+    about = storage.read_json(str(Path(path, ABOUT)), _About, "a description of a model", fault=ArtifactError)
+    folder = step_url(path, about.step) if about.uri is None else about.uri
     try:
         digest = storage.sha256_file(storage.join(folder, COMMITTED))
     except DataError as error:
         raise ArtifactError(f"{error}; the model refers to this folder and cannot be loaded without it") from None
-    if digest != about["committed"]:
+    if digest != about.committed:
         raise ArtifactError(f"{folder}/{COMMITTED}: damaged, its digest is not the one registered")
-    return RegisteredModel(Predictor(load_artifact(storage.parent(folder), about["step"]), about["shape"], folder))
+    return RegisteredModel(Predictor(load_artifact(storage.parent(folder), about.step), about.shape, folder))
 
 
 class RegisteredModel:

@@ -14,7 +14,14 @@ from avcil_dist.config.section import ChangeClass
 from avcil_dist.config.serialization import flatten
 from avcil_dist.data.manifest import load_manifest
 from avcil_dist.errors import ConfigError, DataError, TrackingError
-from avcil_dist.streams.artifact import committed_steps, is_committed, load_summary, recorded_changes, step_url
+from avcil_dist.streams.artifact import (
+    StepCommit,
+    committed_steps,
+    is_committed,
+    load_summary,
+    recorded_changes,
+    step_url,
+)
 from avcil_dist.streams.commit import COMMITTED, read_commit
 from avcil_dist.streams.identity import Change, StreamIdentity, read_identity, write_identity
 from avcil_dist.streams.stream import stream_url
@@ -158,7 +165,7 @@ def _install(folder: str, stream: str, step: int, identity: StreamIdentity) -> N
         if is_committed(stream, step) and _commit_digest(stream, step) == _commit_digest(folder, step):
             return
         storage.remove_tree(step_url(stream, step))
-        for name in (*read_commit(step_url(folder, step))["files"], COMMITTED):
+        for name in (*read_commit(step_url(folder, step), StepCommit).files, COMMITTED):
             storage.upload(f"{step_url(folder, step)}/{name}", storage.join(step_url(stream, step), name))
     except OSError as error:
         raise ConfigError(f"{stream}: cannot be written ({error.strerror}); give output= a folder here") from None

@@ -19,8 +19,7 @@ import numpy as np
 import torch.distributed as dist
 
 from avcil_dist import storage
-from avcil_dist.data.layout import TAR_BLOCK
-from avcil_dist.data.manifest import MEMBERS, Manifest, Shard, load_manifest
+from avcil_dist.data.manifest import MEMBERS, TAR_BLOCK, Manifest, Shard, load_manifest
 from avcil_dist.data.sampler import Request, TrainingSampler
 from avcil_dist.errors import DataError, StorageError
 

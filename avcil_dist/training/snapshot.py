@@ -6,17 +6,17 @@ shards it), and `COMMITTED.json`, which is written last. The newest two are kept
 Nothing in them is ever unpickled.
 """
 
-import json
 import logging
 import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import safetensors.torch
 import torch
 import torch.distributed as dist
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from torch import Tensor
 
 from avcil_dist import storage
@@ -27,17 +27,20 @@ from avcil_dist.errors import ArtifactError, ConfigError
 from avcil_dist.streams.artifact import step_url
 from avcil_dist.streams.commit import (
     COMMITTED,
+    Commit,
     FileDigests,
-    decode_state,
     encode_json,
     encode_state,
     has_commit,
     read_commit,
-    read_committed_file,
+    read_committed_json,
+    read_committed_tensors,
+    read_state,
     read_verified_commit,
     write_commit,
     write_files,
 )
+from avcil_dist.streams.metrics import Accuracy, Count
 from avcil_dist.streams.stream import stream_url
 from avcil_dist.training.collectives import decide_together
 from avcil_dist.training.engine import Engine
@@ -47,6 +50,44 @@ NUM_KEPT = 2
 SECONDS_PER_MINUTE = 60
 
 _logger = logging.getLogger(__name__)
+
+
+class SnapshotCommit(Commit):
+    """Commit of a snapshot: the settings, ranks and data that it is of."""
+
+    settings: dict[str, JsonValue]
+    world_size: Annotated[int, Field(ge=1)]
+    zero_stage: Annotated[int, Field(ge=0, le=3)]
+    manifest_hash: str
+    previous_step: str | None
+
+
+class BestEpochRecord(BaseModel):
+    """Number and validation accuracy of the best epoch, as `training.json` has them."""
+
+    epoch: Count
+    val_accuracy: Accuracy | None
+
+
+class TotalsRecord(BaseModel):
+    """Totals of an unfinished epoch, as `training.json` has them (see `EpochTotals`)."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    losses: dict[str, float]
+    reading: dict[str, float]
+    num_bad: Count
+    faults: list[str]
+    seconds: Annotated[float, Field(ge=0)]
+
+
+class TrainingRecord(BaseModel):
+    """Content of `training.json`."""
+
+    iteration: Count
+    best: BestEpochRecord | None
+    totals: TotalsRecord
+    counters: list[str]
 
 
 @dataclass(frozen=True)
@@ -85,12 +126,12 @@ class EpochTotals:
         }
 
     @classmethod
-    def from_dict(cls, totals: Mapping[str, Any], device: torch.device, *, is_main: bool) -> Self:
+    def from_record(cls, totals: TotalsRecord, device: torch.device, *, is_main: bool) -> Self:
         """The inverse of `to_dict`. Rank 0 takes over the sums over the ranks."""
-        losses = {name: torch.tensor(value, device=device) for name, value in totals["losses"].items()}
-        reading = Counter(totals["reading"]) if is_main else Counter()
-        faults = list(totals["faults"]) if is_main else []
-        return cls(losses, reading, totals["num_bad"], faults, totals["seconds"])
+        losses = {name: torch.tensor(value, device=device) for name, value in totals.losses.items()}
+        reading = Counter(totals.reading) if is_main else Counter()
+        faults = totals.faults if is_main else []
+        return cls(losses, reading, totals.num_bad, faults, totals.seconds)
 
 
 @dataclass
@@ -175,19 +216,21 @@ class SnapshotManager:
         folder: str | None = decide_together(self._find_newest)
         if folder is None:
             return None
-        commit = read_commit(folder)
-        training = json.loads(read_committed_file(folder, "training.json", commit))
-        best = training["best"]
-        if best is not None:
-            weights = safetensors.torch.load(read_committed_file(folder, "best.safetensors", commit))
-            best = BestEpoch(weights, best["epoch"], best["val_accuracy"])
-        totals = EpochTotals.from_dict(training["totals"], self.step.device, is_main=self.step.world.is_main)
-        self._iteration = training["iteration"]
-        return Snapshot(
-            safetensors.torch.load(read_committed_file(folder, "model.safetensors", commit)),
-            self._read_optimizer(folder, commit) if self._optimizer_fits(commit) else None,
-            TrainingState(training["iteration"], best, totals, set(training["counters"])),
-        )
+        commit = read_commit(folder, SnapshotCommit)
+        training = read_committed_json(folder, "training.json", commit, TrainingRecord, "the state of a training")
+        best = None
+        if training.best is not None:
+            weights = read_committed_tensors(folder, "best.safetensors", commit, finite=False)
+            best = BestEpoch(weights, training.best.epoch, training.best.val_accuracy)
+        totals = EpochTotals.from_record(training.totals, self.step.device, is_main=self.step.world.is_main)
+        self._iteration = training.iteration
+        # A weight that is not finite ends the next iteration with advice on how to train.
+        model = read_committed_tensors(folder, "model.safetensors", commit, finite=False)
+        optimizer = None
+        if self._optimizer_fits(commit):
+            optimizer = read_state(folder, self._optimizer_name(), commit, finite=False)
+        state = TrainingState(training.iteration, best, totals, set(training.counters))
+        return Snapshot(model, optimizer, state)
 
     def save_extra(self, name: str, state: dict[str, Any]) -> None:
         """Commit a state that is made once per step, beside the snapshots. It is the same on all ranks."""
@@ -205,10 +248,9 @@ class SnapshotManager:
         None where there is none, or it is damaged.
         """
         folder = self._extra_folder(name)
-        commit: dict[str, Any] | None = decide_together(lambda: self._find_extra(folder))
-        if commit is None:
+        if not decide_together(lambda: self._has_extra(folder)):
             return None
-        return decode_state(name, {file: read_committed_file(folder, file, commit) for file in commit["files"]})
+        return read_state(folder, name, read_commit(folder, SnapshotCommit), finite=False)
 
     def discard(self) -> None:
         """Delete all snapshots and extra states of the step, once it is committed."""
@@ -223,8 +265,8 @@ class SnapshotManager:
             "previous_step": storage.sha256(storage.read_bytes(commit)) if number else None,
         }
 
-    def _is_of_this_step(self, commit: Mapping[str, Any]) -> bool:
-        return all(commit[key] == value for key, value in self._identity().items())
+    def _is_of_this_step(self, commit: SnapshotCommit) -> bool:
+        return all(getattr(commit, key) == value for key, value in self._identity().items())
 
     def _optimizer_name(self) -> str:
         is_sharded = self.step.config.engine.zero_stage
@@ -236,28 +278,23 @@ class SnapshotManager:
             return {}
         return encode_state(self._optimizer_name(), engine.optimizer_state())
 
-    def _read_optimizer(self, folder: str, commit: dict[str, Any]) -> dict[str, Any]:
-        name = self._optimizer_name()
-        parts = (f"{name}.safetensors", f"{name}.json")
-        return decode_state(name, {part: read_committed_file(folder, part, commit) for part in parts})
-
-    def _optimizer_fits(self, commit: Mapping[str, Any]) -> bool:
+    def _optimizer_fits(self, commit: SnapshotCommit) -> bool:
         stage = self.step.config.engine.zero_stage
-        return commit["zero_stage"] == stage and (stage == 0 or commit["world_size"] == self.step.world.size)
+        return commit.zero_stage == stage and (stage == 0 or commit.world_size == self.step.world.size)
 
     def _extra_folder(self, name: str) -> str:
         return storage.join(storage.parent(self.folder), f"{name}_{self.step.number:03d}")
 
-    def _find_extra(self, folder: str) -> dict[str, Any] | None:
+    def _has_extra(self, folder: str) -> bool:
         if not has_commit(folder):
-            return None
+            return False
         try:
-            commit = read_verified_commit(folder)
+            commit = read_verified_commit(folder, SnapshotCommit)
         except ArtifactError as error:
             _logger.warning("%s; it is made again", error)
-            return None
-        changes = result_changes(commit["settings"], flatten(self.step.config))
-        return commit if self._is_of_this_step(commit) and not changes else None
+            return False
+        changes = result_changes(commit.settings, flatten(self.step.config))
+        return self._is_of_this_step(commit) and not changes
 
     def _commit_snapshot(self, folder: str, digests: FileDigests) -> None:
         """Commit, and delete all but the newest snapshots."""
@@ -281,7 +318,7 @@ class SnapshotManager:
             if not has_commit(folder):
                 continue
             try:
-                commit = read_verified_commit(folder)
+                commit = read_verified_commit(folder, SnapshotCommit)
             except ArtifactError as error:
                 _logger.warning("%s; skipping this snapshot", error)
                 continue
@@ -292,17 +329,17 @@ class SnapshotManager:
             return folder
         return None
 
-    def _check_fits(self, folder: str, commit: dict[str, Any]) -> None:
+    def _check_fits(self, folder: str, commit: SnapshotCommit) -> None:
         config, number = self.step.config, self.step.number
-        for change in result_changes(commit["settings"], flatten(config)):
+        for change in result_changes(commit.settings, flatten(config)):
             raise ConfigError(
                 f"{folder}: step {number} was begun with {change.key}={change.before}, not {change.after}; "
                 "choose another name=, or begin the step anew with --restart-step"
             )
         if not self._optimizer_fits(commit) and not self.reset_optimizer:
             raise ConfigError(
-                f"{folder}: its optimizer state is that of {commit['world_size']} processes at ZeRO stage "
-                f"{commit['zero_stage']}, these are {self.step.world.size} at stage {config.engine.zero_stage}; start "
+                f"{folder}: its optimizer state is that of {commit.world_size} processes at ZeRO stage "
+                f"{commit.zero_stage}, these are {self.step.world.size} at stage {config.engine.zero_stage}; start "
                 "it as it was, keep weights and position with --reset-optimizer, or begin the step anew with "
                 "--restart-step"
             )

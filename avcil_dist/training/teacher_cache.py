@@ -68,10 +68,16 @@ class TeacherCache:
     @classmethod
     def from_state(cls, state: Mapping[str, Any], clips: np.ndarray, manifest: Manifest) -> "TeacherCache | None":
         """Return the cache that `to_state` stored; None where it covers other clips than `clips` (ascending)."""
-        if state["keys"] != _keys(clips, manifest):
+        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        valid = tensors.pop("valid", None)
+        if valid is None or valid.dtype != torch.bool or "logits" not in tensors:
             return None
-        output = Output(**{name: state[name] for name in Output._fields if name in state})
-        return cls(clips, state["valid"].numpy(), output)
+        if any(tensor.shape[:1] != (len(clips),) for tensor in (valid, *tensors.values())):
+            return None
+        if state.get("keys") != _keys(clips, manifest):
+            return None
+        output: dict[str, Any] = {name: tensors.get(name) for name in Output._fields}
+        return cls(clips, valid.numpy(), Output(**output))
 
     def _rows(self, clips: np.ndarray) -> np.ndarray:
         return np.searchsorted(self.clips, clips)

@@ -16,8 +16,8 @@ from avcil_dist.data.manifest import Manifest
 from avcil_dist.data.plan import rows_at_a_time
 from avcil_dist.data.reader import COUNTS
 from avcil_dist.data.sampler import TrainingSampler
-from avcil_dist.errors import DataError, StepStopped, TrainingError
-from avcil_dist.models.network import Network
+from avcil_dist.errors import ArtifactError, DataError, StepStopped, TrainingError
+from avcil_dist.models.network import Network, load_whole_state
 from avcil_dist.signals import StopRequest
 from avcil_dist.training.collectives import Votes, collect_texts, gather_rows
 from avcil_dist.training.engine import Engine
@@ -72,8 +72,9 @@ class Trainer:
         snapshot = self.snapshots.load_newest()
         state = TrainingState()
         if snapshot:
-            student.load_state_dict(snapshot.model)
+            load_whole_state(student, snapshot.model, self.snapshots.folder)
             state = snapshot.state
+            self._check_position(state)
         if self.teacher and not self.step.config.data.augment.is_on:  # an augmented clip is new in each epoch
             self._teacher_cache = self._load_teacher_cache(self.teacher)
             self.teacher.use_cache(self._teacher_cache)
@@ -94,6 +95,15 @@ class Trainer:
                 clip_cache=self.inference.clip_cache,
             )
             return self._train(engine, batches, state, manifest)
+
+    def _check_position(self, state: TrainingState) -> None:
+        """Raise ArtifactError for a snapshot at an iteration that the step does not have, or has no best epoch at."""
+        is_over = state.iteration == self.num_iterations
+        if state.iteration > self.num_iterations or (is_over and state.best is None):
+            raise ArtifactError(
+                f"{self.snapshots.folder}: a snapshot of iteration {state.iteration}, the step has "
+                f"{self.num_iterations}; begin the step anew with --restart-step"
+            )
 
     def _train(self, engine: Engine, batches: Iterator[Batch], state: TrainingState, manifest: Manifest) -> BestEpoch:
         self.observer.begin(self.step.number, self.step.config.optim.epochs, self.num_iterations, state.iteration)

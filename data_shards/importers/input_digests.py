@@ -25,7 +25,7 @@ def input_digests(paths: Sequence[Path], output: str, progress: Progress | None 
     `progress` is called with the number of MiB read and their total. Raises DataError for a missing file.
     """
     url = storage.join(output, DIGESTS)
-    saved = storage.read_json(url) if storage.exists(url) else {}
+    saved = storage.read_json(url, dict[str, str], "digests of input files") if storage.exists(url) else {}
     stamps = [_stamp(path) for path in paths]
     digests: list[str | None] = [saved.get(stamp) for stamp in stamps]
     unread = [path for path, digest in zip(paths, digests, strict=True) if digest is None]

@@ -98,7 +98,7 @@ def _import_tar(
     except tarfile.TarError as error:
         raise DataError(f"{url}: not a tar, or cut or compressed ({error})") from None
     mark_start(0)
-    check_keys(f"{url}: {REBUILD}", clips)
+    check_keys(f"{url}: {REBUILD}", list(clips))
     metadata = {name: sorted({clip.metadata[name] for clip in clips.values()}) for name in ("label", "split")}
     for name, values in metadata.items():
         if len(values) != 1:

@@ -8,14 +8,19 @@ once the step has ended: `step_003.done`, or `step_003.failed` with the error's 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from avcil_dist import storage
 from avcil_dist.config.schema import Config
 from avcil_dist.config.serialization import config_from_yaml, config_to_yaml
 from avcil_dist.errors import ConfigError
+from avcil_dist.streams.identity import StepNumber
 from launch.cluster.resources import ClusterConfig
 
 RECORD, CONFIG, CLUSTER = "jobs.json", "config.yaml", "cluster.json"
+JobId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,100}$")]  # it becomes a word of scheduler commands
 
 
 @dataclass(frozen=True)
@@ -26,12 +31,12 @@ class Chain:
     code that its jobs run, None for an installed package. `jobs`: the ids of each step's jobs, the newest last.
     """
 
-    kind: str
-    name: str
-    folder: str
-    num_steps: int
-    code: str | None = None
-    jobs: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    kind: Annotated[str, Field(pattern=r"^[a-z]{1,40}$")]
+    name: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]{1,500}$")]
+    folder: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]{1,4096}$")]
+    num_steps: Annotated[int, Field(ge=1, le=100_000)]
+    code: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]{1,4096}$")] | None = None
+    jobs: Mapping[StepNumber, tuple[JobId, ...]] = field(default_factory=dict)
 
     def job_name(self, step: int) -> str:
         """Return the name of a step's job. It begins with the step: tables of schedulers show the first letters."""
@@ -121,8 +126,7 @@ def read_chain(stream: str) -> Chain:
         raise ConfigError(
             f"{stream}: no jobs were submitted for a stream in this folder; give the folder that `avcil submit` printed"
         )
-    record = storage.read_json(storage.join(stream, RECORD))
-    return Chain(**record | {"jobs": {int(step): tuple(ids) for step, ids in record["jobs"].items()}})
+    return storage.read_json(storage.join(stream, RECORD), Chain, "a record of a chain of jobs", fault=ConfigError)
 
 
 def write_chain(stream: str, chain: Chain) -> None:

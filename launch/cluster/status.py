@@ -16,6 +16,7 @@ from avcil_dist.streams.stream import next_step
 from avcil_dist.tracking.session import close_run, unsent
 from launch.cluster.chain_record import Chain, read_chain
 from launch.cluster.schedulers.base import JobState, scheduler_of
+from launch.progress import ProgressRecord
 
 TAIL_LINES = 8
 FOLLOW_SECONDS = 1.0
@@ -163,12 +164,12 @@ def _seen_accuracies(stream: str, num_steps: int) -> tuple[float, ...]:
 
 def _progress(chain: Chain, step: int) -> str:
     try:
-        progress = storage.read_json(chain.progress_file(step))
+        progress = storage.read_json(chain.progress_file(step), ProgressRecord, "progress of a step")
     except DataError:
         return ""
-    age = max(0, int(time.time() - progress["time"]))
-    share = progress["done"] / max(1, progress["total"])
-    return f"{share:.0%}  {progress['values']}".strip() + (f"  ({age} s ago)" if age > AGE_SECONDS else "")
+    age = max(0, int(time.time() - progress.time))
+    share = progress.done / max(1, progress.total)
+    return f"{share:.0%}  {progress.values}".strip() + (f"  ({age} s ago)" if age > AGE_SECONDS else "")
 
 
 def _failed_step(steps: list[StepStatus]) -> int | None:

@@ -47,4 +47,4 @@ class StreamFolder:
         """A step's folder with these metrics."""
         folder = f"{self.folder}/step_{metrics.step:03d}"
         contents = {"metrics.json": json.dumps(metrics.to_dict()).encode()} | files
-        write_commit(folder, write_files(folder, contents), step=metrics.step)
+        write_commit(folder, write_files(folder, contents), step=metrics.step, manifest_hash="m", code_version="1")

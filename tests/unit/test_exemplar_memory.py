@@ -129,8 +129,7 @@ def test_the_first_of_a_herding_are_the_herding_of_fewer() -> None:
 
 def test_a_record_keeps_the_order_of_classes_and_exemplars() -> None:
     memory = ExemplarMemory({"z": ("z-2", "z-1"), "a": ("a-1",), "m": ()})
-    again = ExemplarMemory.from_dict(json.loads(json.dumps(memory.to_dict())))
-    assert list(again.keys.items()) == list(memory.keys.items())
+    assert json.dumps(memory.to_dict()) == '{"z": ["z-2", "z-1"], "a": ["a-1"], "m": []}'
 
 
 def test_an_update_leaves_the_memory_before_as_it_was() -> None:

@@ -57,7 +57,7 @@ def write_stream(folder: Path, *, committed: int, started: int = 0, method: str 
         }
         digests = write_files(artifact, files)
         if step < committed:
-            write_commit(artifact, digests, step=step, manifest_hash="m")
+            write_commit(artifact, digests, step=step, manifest_hash="m", code_version="1")
 
 
 def page_of(streams: list[StreamReport], tmp_path: Path) -> str:

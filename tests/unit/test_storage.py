@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from pydantic import JsonValue
 
 from avcil_dist import storage
 from avcil_dist.errors import ConfigError, DataError, StorageError
@@ -45,24 +46,28 @@ def test_what_is_written_is_read(root: str) -> None:
     assert storage.size(url) == 6
 
 
+def read_settings(url: str) -> dict[str, JsonValue]:
+    return storage.read_json(url, dict[str, JsonValue], "settings")
+
+
 def test_json_comes_back_and_equal_values_give_equal_bytes(root: str) -> None:
     first, second = storage.join(root, "1.json"), storage.join(root, "2.json")
     storage.write_json(first, {"b": [1, None], "a": "é"})
     storage.write_json(second, {"a": "é", "b": [1, None]})
-    assert storage.read_json(first) == {"a": "é", "b": [1, None]}
+    assert storage.read_json(first, dict[str, JsonValue], "settings") == {"a": "é", "b": [1, None]}
     assert storage.read_bytes(first) == storage.read_bytes(second)
 
 
 def test_a_missing_file_is_named(root: str) -> None:
     url = storage.join(root, "gone.json")
-    for read in (storage.read_bytes, storage.size, storage.read_json, storage.sha256_file):
+    for read in (storage.read_bytes, storage.size, read_settings, storage.sha256_file):
         with pytest.raises(DataError) as caught:
             read(url)
         assert str(caught.value) == f"{url}: missing"
 
 
 def test_a_folder_in_the_place_of_a_file_is_named(tmp_path: Path) -> None:
-    for read in (storage.read_bytes, storage.read_json, storage.sha256_file):
+    for read in (storage.read_bytes, read_settings, storage.sha256_file):
         with pytest.raises(DataError, match=f"^{tmp_path}: a folder, not a file"):
             read(str(tmp_path))
 
@@ -77,7 +82,7 @@ def test_a_file_in_the_place_of_a_folder_is_a_missing_file(tmp_path: Path) -> No
 def test_a_file_that_is_no_json_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(DataError, match=r"x\.json: not valid JSON \(") as caught:
-        storage.read_json(f"{tmp_path}/x.json")
+        read_settings(f"{tmp_path}/x.json")
     assert "\n" not in str(caught.value)
 
 

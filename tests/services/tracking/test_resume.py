@@ -11,8 +11,7 @@ import pytest
 
 from avcil_dist.compose import load_config
 from avcil_dist.errors import ArtifactError, ConfigError, DataError, TrackingError
-from avcil_dist.streams.artifact import committed_steps, load_artifact
-from avcil_dist.streams.commit import read_commit
+from avcil_dist.streams.artifact import committed_steps, load_artifact, recorded_changes
 from avcil_dist.streams.identity import read_identity
 from avcil_dist.tracking.client import find_stream
 from avcil_dist.tracking.resume import ResumeRequest, Resumption, prepare_resume
@@ -106,8 +105,8 @@ def test_a_fork_is_a_run_of_its_own_with_its_origin_in_tags(folder: Path, tmp_pa
     assert "data.read_threads: 8 -> 2  (operational)" in shown
     [[stream]] = run_ranks(run_tracked, 1, [ready.config], [2])
     assert committed_steps(stream) == [1, 2]
-    changes = read_commit(f"{stream}/step_002")["changes"]
-    assert {change["key"]: change["now"] for change in changes} == {"optim.lr": 0.5, "name": "tiny-fork"}
+    changes = recorded_changes(stream, 2)
+    assert {change.key: change.now for change in changes} == {"optim.lr": 0.5, "name": "tiny-fork"}
     origin, fork = (find_stream(uri_of(f"{folder}/runs"), name) for name in (NAME, "tiny-fork-avcil-seed0"))
     assert sorted(origin.steps) == [0, 1]
     assert sorted(fork.steps) == [1, 2]

@@ -90,7 +90,7 @@ class JobResult:
         return {
             "digest": self.digest,
             "shard": self.shard.to_dict() if self.shard else None,
-            "rejected": [asdict(rejection) for rejection in self.rejected],
+            "rejected": [asdict(rejection.spelled()) for rejection in self.rejected],
         }
 
     @classmethod
@@ -98,7 +98,7 @@ class JobResult:
         """Return the result that was written to `url`. Raises DataError for any other file."""
         record = storage.read_json(url, ResultRecord, "the result of a build's job", max_bytes=MAX_RECORD_BYTES)
         shard = Shard.from_record(record.shard) if record.shard else None
-        return cls(record.digest, shard, record.rejected)
+        return cls(record.digest, shard, tuple(rejection.restored() for rejection in record.rejected))
 
 
 class ResultRecord(BaseModel):
@@ -160,16 +160,22 @@ class Plan:
             "shape": self.shape,
             "digest": self.digest,
             "jobs": [[job.name, job.clips] for job in self.jobs],
-            "rejected": [asdict(rejection) for rejection in self.rejected],
+            "rejected": [asdict(rejection.spelled()) for rejection in self.rejected],
         }
 
     @classmethod
     def read(cls, url: str) -> "Plan":
         """Return the plan that was written to `url`, without the jobs' digests. Raises DataError for any other file."""
-        what = f"a plan of format {FORMAT}; to begin anew, remove the folder {PARTS}"
-        record = storage.read_json(url, PlanRecord, what, max_bytes=MAX_RECORD_BYTES)
+        record = storage.read_json(
+            url,
+            PlanRecord,
+            f"a plan of format {FORMAT}",
+            remedy=f"remove the folder {PARTS} and build again",
+            max_bytes=MAX_RECORD_BYTES,
+        )
         jobs = tuple(ShardJob(name, "", clips) for name, clips in record.jobs)
-        return cls(record.kind, record.classes, record.shape, record.digest, jobs, record.rejected)
+        rejected = tuple(rejection.restored() for rejection in record.rejected)
+        return cls(record.kind, record.classes, record.shape, record.digest, jobs, rejected)
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,13 @@
 
 import csv
 import io
+import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from dataclasses import asdict, dataclass, replace
+from typing import Literal, get_args
 
+from pydantic import TypeAdapter, ValidationError
 from rich.table import Table
 from rich.text import Text
 
@@ -16,6 +18,10 @@ from avcil_dist.errors import DataError
 Kind = Literal["missing", "silent", "short", "corrupt", "format", "duplicate", "crash"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 MAX_CLASSES_SHOWN = 40
+MAX_BYTES = 1 << 30
+# Python reads a byte of a path that is no UTF-8 as a lone surrogate.
+_ESCAPES = {"\\": "\\\\"} | {chr(0xDC00 + byte): f"\\x{byte:02x}" for byte in range(0x80, 0x100)}
+_CHARACTERS = {escape: character for character, escape in _ESCAPES.items()}
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,17 @@ class Rejection:
     split: str
     kind: Kind
     reason: str
+
+    def spelled(self) -> "Rejection":
+        r"""Return the rejection in UTF-8: a byte of a path that is none is `\xff`, a backslash is `\\`."""
+        return replace(self, path=_spelled(self.path), reason=_spelled(self.reason))
+
+    def restored(self) -> "Rejection":
+        """The inverse of `spelled`."""
+        return replace(self, path=_restored(self.path), reason=_restored(self.reason))
+
+
+_REJECTIONS = TypeAdapter(list[Rejection])
 
 
 class ClipRejectedError(DataError):
@@ -42,16 +59,31 @@ def write_rejections(url: str, rejected: Iterable[Rejection]) -> None:
     text = io.StringIO()
     rows = csv.DictWriter(text, ["path", "label", "split", "kind", "reason"], lineterminator="\n")
     rows.writeheader()
-    rows.writerows(asdict(rejection) for rejection in rejected)
-    storage.write_bytes(url, text.getvalue().encode(errors="surrogateescape"))  # a path may be no UTF-8
+    rows.writerows(asdict(rejection.spelled()) for rejection in rejected)
+    storage.write_bytes(url, text.getvalue().encode())
 
 
 def read_rejections(url: str) -> tuple[Rejection, ...]:
-    """Read the csv of `write_rejections`."""
-    rows: Iterable[dict[str, Any]] = csv.DictReader(
-        io.StringIO(storage.read_bytes(url).decode(errors="surrogateescape"))
-    )
-    return tuple(Rejection(**row) for row in rows)
+    """Read the csv of `write_rejections`. Raises DataError for any other file."""
+    try:
+        rows = list(csv.DictReader(io.StringIO(storage.read_bytes(url, max_bytes=MAX_BYTES).decode(), newline="")))
+        return tuple(rejection.restored() for rejection in _REJECTIONS.validate_python(rows))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{url}: not a table of rejected clips ({error}); restore it, or build again") from None
+    except ValidationError as error:
+        fault = storage.describe(error)
+        raise DataError(f"{url}: not a table of rejected clips ({fault}); restore it, or build again") from None
+
+
+def _spelled(text: str) -> str:
+    return re.sub(r"[\\\ud800-\udfff]", lambda match: _ESCAPES.get(match[0]) or f"\\u{ord(match[0]):04x}", text)
+
+
+def _restored(text: str) -> str:
+    def character(match: re.Match[str]) -> str:
+        return _CHARACTERS.get(match[0]) or chr(int(match[0][2:], 16))
+
+    return re.sub(r"\\\\|\\x[89a-f][0-9a-f]|\\ud[89a-f][0-9a-f]{2}", character, text)
 
 
 def rejection_table(rejected: Iterable[Rejection]) -> Table:

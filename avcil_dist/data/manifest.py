@@ -31,6 +31,7 @@ TAR_BLOCK = 512  # a member's bytes follow its header
 MEMBERS = {"clip": ("mp4", "json"), "feature": ("visual.npy", "audio.npy", "json")}
 Split = Literal["train", "val", "test"]
 CONCURRENT_REQUESTS = 16
+REBUILD = "restore it, or make one with `avcil shards build`"
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 ClipKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=MAX_KEY_LENGTH)]
 Size = Annotated[int, Field(ge=0, lt=MAX_SIZE)]
@@ -112,6 +113,7 @@ class Shard:
             offsets={name: np.array(spans[0], dtype=np.int64) for name, spans in record.members.items()},
             sizes={name: np.array(spans[1], dtype=np.int64) for name, spans in record.members.items()},
         )
+        storage.inner_path(record.url)
         check_keys(record.url, shard.keys)
         if not len(set(shard.keys)) == shard.count == record.count or not shard.count:
             raise DataError(f"{record.url}: count {record.count}, but {len(set(shard.keys))} different keys")
@@ -233,12 +235,13 @@ def load_manifest(url: str) -> Manifest:
 
     Raises DataError for a file that is not a manifest, was modified, or contains invalid keys.
     """
-    record = storage.read_json(url, ManifestRecord, f"a manifest of format {FORMAT}", max_bytes=MAX_MANIFEST_BYTES)
+    what = f"a manifest of format {FORMAT}"
+    record = storage.read_json(url, ManifestRecord, what, remedy=REBUILD, max_bytes=MAX_MANIFEST_BYTES)
     try:
         shards = tuple(map(Shard.from_record, record.shards))
         _check_shard_list(record, shards)
     except DataError as error:
-        raise DataError(f"{url}: damaged manifest: {error}; build it again") from None
+        raise DataError(f"{url}: damaged manifest: {error}; {REBUILD}") from None
     manifest = Manifest(record.kind, record.classes, shards, dict(record.shape), root=storage.parent(url))
     if manifest.content_hash != record.content_hash:
         raise DataError(

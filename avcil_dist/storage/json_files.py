@@ -19,30 +19,39 @@ T = TypeVar("T")
 
 MAX_JSON_BYTES = 64 << 20
 LONGEST_SHOWN = 80
+REMEDY = "restore it, or make it again"
 
 _adapter: Callable[[Any], TypeAdapter[Any]] = lru_cache(maxsize=64)(TypeAdapter)
 
 
 def read_json(
-    url: str, kind: type[T], what: str, *, max_bytes: int = MAX_JSON_BYTES, fault: type[AvcilError] = DataError
+    url: str,
+    kind: type[T],
+    what: str,
+    *,
+    remedy: str = REMEDY,
+    max_bytes: int = MAX_JSON_BYTES,
+    fault: type[AvcilError] = DataError,
 ) -> T:
-    """Return the JSON file at `url` as a `kind`. `what` names it in errors: "a manifest", "a commit".
+    """Return the JSON file at `url` as a `kind`. Errors call it `what`, such as "a manifest", and end with `remedy`.
 
     Raises DataError for a file that is missing, not a regular file, or larger than `max_bytes`, and `fault` as
     `parse_json` does.
     """
-    return parse_json(read_bytes(url, max_bytes=max_bytes), kind, what, url, fault=fault)
+    return parse_json(read_bytes(url, max_bytes=max_bytes), kind, what, url, remedy=remedy, fault=fault)
 
 
-def parse_json(data: bytes, kind: type[T], what: str, where: str, *, fault: type[AvcilError] = DataError) -> T:
+def parse_json(
+    data: bytes, kind: type[T], what: str, where: str, *, remedy: str = REMEDY, fault: type[AvcilError] = DataError
+) -> T:
     """Return JSON text as a `kind`. Raises `fault`, one line that names `where` and the first wrong value."""
     try:
         value: T = _adapter(kind).validate_json(data, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         if first["type"] == "json_invalid":
-            raise fault(f"{where}: not valid JSON ({first['ctx']['error']}); restore it, or make it again") from None
-        raise fault(f"{where}: not {what} ({describe(error)}); restore it, or make it again") from None
+            raise fault(f"{where}: not valid JSON ({first['ctx']['error']}); {remedy}") from None
+        raise fault(f"{where}: not {what} ({describe(error)}); {remedy}") from None
     return value
 
 

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -78,15 +79,15 @@ def _set(document: dict[str, Any], *path: str | int, value: Any) -> None:
     "change",
     [
         lambda d: _set(d, "shards", 0, "keys", 0, value="other"),
-        lambda d: _set(d, "shards", 0, "members", "visual.npy", 0, 1, value=0),
-        lambda d: _set(d, "classes", 0, value="dog"),
+        lambda d: _set(d, "shards", 0, "members", "visual.npy", 0, 1, value=1024),
+        lambda d: d["classes"].reverse(),
         lambda d: d["shards"].pop(),
-        lambda d: d.pop("content_hash"),
+        lambda d: d.update(content_hash="0" * 64),
     ],
-    ids=["key", "offset", "class", "shard-taken-out", "no-hash"],
+    ids=["key", "offset", "order-of-classes", "shard-taken-out", "hash"],
 )
 def test_a_manifest_changed_by_hand_is_refused(url: str, change: Callable[[dict[str, Any]], None]) -> None:
-    document = storage.read_json(url)
+    document = json.loads(storage.read_bytes(url))
     change(document)
     storage.write_json(url, document)
     with pytest.raises(DataError, match=r"manifest\.json: its content does not match its hash"):
@@ -103,7 +104,7 @@ def test_a_cut_manifest_is_refused(url: str, kept: int) -> None:
 @pytest.mark.parametrize("document", [[], {}, {"format": 2}, "x"])
 def test_json_that_is_no_manifest_is_refused(url: str, document: Any) -> None:
     storage.write_json(url, document)
-    with pytest.raises(DataError, match="not a manifest of format 1; make one with"):
+    with pytest.raises(DataError, match=r"not a manifest of format 1 \(.*\); restore it, or make one with"):
         load_manifest(url)
 
 
@@ -120,12 +121,60 @@ def test_json_that_is_no_manifest_is_refused(url: str, document: Any) -> None:
     ids=["no-shards", "shards-a-number", "no-members", "offset-a-word", "members-a-list", "no-sizes"],
 )
 def test_a_manifest_of_wrong_shape_is_refused_in_one_line(url: str, change: Callable[[dict[str, Any]], None]) -> None:
-    document = storage.read_json(url)
+    document = json.loads(storage.read_bytes(url))
     change(document)
     storage.write_json(url, document)
-    with pytest.raises(DataError, match=r"manifest\.json: damaged manifest: ") as caught:
+    with pytest.raises(DataError, match=r"manifest\.json: not a manifest of format 1 \(shards") as caught:
         load_manifest(url)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: _set(d, "shards", 0, "bytes", value=-1), "shards.0.bytes: Input should be greater"),
+        (lambda d: _set(d, "shards", 0, "bytes", value=1 << 63), "shards.0.bytes: Input should be less"),
+        (lambda d: _set(d, "shards", 0, "bytes", value=100), "is beyond the shard's 100 bytes"),
+        (lambda d: _set(d, "shards", 0, "members", "json", 1, 1, value=10**11), "json: an offset or size is beyond"),
+        (lambda d: _set(d, "shards", 0, "members", "json", 0, 1, value=5), "json: an offset or size is beyond"),
+        (lambda d: _set(d, "shards", 0, "members", "json", 0, 1, value=1.5), "members.json.0.1: "),
+        (lambda d: _set(d, "shards", 0, "members", "json", 0, 1, value="512"), "members.json.0.1: "),
+        (lambda d: d["shards"][0]["members"]["json"][1].pop(), "4 clips, but 4 offsets of json"),
+        (lambda d: d["shards"][0]["members"].pop("audio.npy"), "has no member audio.npy"),
+        (lambda d: _set(d, "shards", 0, "count", value=3), "count 3, but 4 different keys"),
+        (lambda d: _set(d, "shards", 0, "keys", 1, value=d["shards"][0]["keys"][0]), "count 4, but 3 different keys"),
+        (lambda d: _set(d, "shards", 0, "keys", 1, value="a\nb"), "clip key 'a\\nb'; keys are letters"),
+        (lambda d: _set(d, "shards", 0, "class", value="nobody"), "its class 'nobody' is none of the manifest's"),
+        (lambda d: _set(d, "shards", 0, "split", value="dev"), "shards.0.split: Input should be 'train'"),
+        (lambda d: _set(d, "kind", value="frames"), "kind: Input should be 'clip' or 'feature'"),
+        (lambda d: _set(d, "kind", value="clip"), "has no member mp4"),
+        (lambda d: _set(d, "shape", value={}), "features have frames, positions and dim"),
+        (lambda d: _set(d, "shape", "dim", value=1 << 40), "shape.dim: Input should be less"),
+        (lambda d: _set(d, "classes", 1, value=d["classes"][0]), "a class is listed twice"),
+        (lambda d: _set(d, "classes", 1, value="dog\x1b[2J"), "classes.1: String should match"),
+        (lambda d: _set(d, "shards", 0, "sha256", value="../victim/secret"), "shards.0.sha256: String should match"),
+        (lambda d: _set(d, "shards", 0, "url", value="../a.tar"), "'../a.tar': not a plain path below the folder"),
+        (lambda d: d["shards"].append(d["shards"][0]), "listed twice, so its clips would count twice"),
+        (lambda d: d["shards"].append({**d["shards"][0], "url": "b.tar"}), "b.tar: listed twice"),
+    ],
+)  # fmt: skip
+def test_a_value_that_no_shard_can_have_is_refused_in_one_line(
+    url: str, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    document = json.loads(storage.read_bytes(url))
+    change(document)
+    storage.write_json(url, document)
+    with pytest.raises(DataError, match=re.escape(message)) as caught:
+        load_manifest(url)
+    assert str(caught.value).startswith(f"{url}: ")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"shards":' * 100_000, '{"format": 1, "classes": ["\\ud800"]}'])
+def test_json_that_no_parser_should_follow_is_refused(url: str, text: str) -> None:
+    storage.write_bytes(url, text.encode())
+    with pytest.raises(DataError, match=r"manifest\.json: not valid JSON"):
+        load_manifest(url)
 
 
 def test_a_missing_manifest_is_named(tmp_path: Path) -> None:
@@ -188,9 +237,9 @@ def test_a_key_that_a_tar_must_not_have_is_refused(tmp_path: Path, key: str) -> 
     with pytest.raises(DataError, match="x: clip key "):
         check_keys("x", ["fine_1-A", key])
     spans = {"mp4": np.array([512])}
-    shard = Shard("a.tar", "dog", "train", 10, "", (key,), spans, spans)
+    shard = Shard("a.tar", "dog", "train", 2000, "0" * 64, (key,), spans, spans)
     Manifest("clip", ("dog",), (shard,), {}).save(f"{tmp_path}/m.json")
-    with pytest.raises(DataError, match=r"m\.json: clip key "):
+    with pytest.raises(DataError, match=r"m\.json: damaged manifest: a\.tar: clip key "):
         load_manifest(f"{tmp_path}/m.json")
 
 
@@ -199,7 +248,7 @@ def test_a_pipe_url_is_refused_and_runs_nothing(tmp_path: Path, command: str) ->
     marker = tmp_path / "ran"
     spans = {"mp4": np.array([512])}
     pipe = "pipe:" + command.replace("MARKER", str(marker))
-    Manifest("clip", ("dog",), (Shard(pipe, "dog", "train", 10, "", ("k",), spans, spans),), {}).save(
+    Manifest("clip", ("dog",), (Shard(pipe, "dog", "train", 2000, "0" * 64, ("k",), spans, spans),), {}).save(
         f"{tmp_path}/m.json"
     )
     with pytest.raises(DataError, match="not a plain path below"):

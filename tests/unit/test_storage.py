@@ -244,7 +244,7 @@ def test_new_file_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
 def test_a_pipe_and_a_device_are_never_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (f"{tmp_path}/pipe", "/dev/zero", "/dev/null"):
-        for read in (storage.read_bytes, storage.size, storage.read_json, storage.sha256_file):
+        for read in (storage.read_bytes, storage.size, read_settings, storage.sha256_file):
             with pytest.raises(DataError, match=f"^{path}: not a regular file"):
                 read(path)
         with pytest.raises(DataError, match="not a regular file"):

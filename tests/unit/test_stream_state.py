@@ -21,7 +21,7 @@ from tests.helpers.artifacts import make_artifact
 
 
 def manifest(content_hash: str = "m") -> Any:
-    return SimpleNamespace(content_hash=content_hash)
+    return SimpleNamespace(content_hash=content_hash, classes=("dog", "cat", "bus"))
 
 
 class ListedShards:

@@ -86,7 +86,7 @@ def test_renamed_member_is_found_though_the_digest_agrees(url: str) -> None:
 
 
 def test_file_that_is_no_tar_is_found_though_the_digest_agrees(url: str) -> None:
-    _rerecord(url, 2, b"x" * 2048)
+    _rerecord(url, 2, b"x" * _path(url, 2).stat().st_size)
     assert "not a tar" in verify_shards(url)[0]
 
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from avcil_dist.config.section import Incomparable, Section
+from avcil_dist.config.section import Incomparable, PathText, Section
 
 
 class PrecomputedConfig(Section):
@@ -17,13 +17,13 @@ class SmallConfig(Section):
     """Small convolutional encoder, trained from scratch; for tests and laptops."""
 
     kind: Incomparable[Literal["small"]] = Field(description="Kind of encoder.")
-    dim: Incomparable[PositiveInt] = Field(64, description="Dimension of a token.")
+    dim: Incomparable[PositiveInt] = Field(64, le=65_536, description="Dimension of a token.")
 
 
 class TransformerConfig(Section):
     """Vision transformer. The weights must fit dim, depth and heads."""
 
-    weights: Incomparable[str] = Field(
+    weights: Incomparable[PathText] = Field(
         description="Path or hub name of the pretrained weights, or `random` for random initialisation."
     )
     train: Incomparable[Literal["frozen", "partial", "full"]] = Field(
@@ -34,9 +34,9 @@ class TransformerConfig(Section):
     last_blocks: Incomparable[PositiveInt | None] = Field(
         None, description="Number of blocks that train=partial trains, counted from the output."
     )
-    dim: Incomparable[PositiveInt] = Field(768, description="Dimension of a token.")
-    depth: Incomparable[PositiveInt] = Field(12, description="Number of blocks.")
-    heads: Incomparable[PositiveInt] = Field(12, description="Number of attention heads per block.")
+    dim: Incomparable[PositiveInt] = Field(768, le=65_536, description="Dimension of a token.")
+    depth: Incomparable[PositiveInt] = Field(12, le=1024, description="Number of blocks.")
+    heads: Incomparable[PositiveInt] = Field(12, le=1024, description="Number of attention heads per block.")
 
     @model_validator(mode="after")
     def _check_last_blocks(self) -> "TransformerConfig":

@@ -107,6 +107,6 @@ def _type_text(annotation: Any, metadata: Sequence[Any]) -> str:
         return f"list of ({_type_text(parts[0], ())})"
     if origin is tuple:
         return f"[{', '.join(_type_text(part, ()) for part in parts)}]"
-    bounds = [f"{sign} {getattr(marker, name)}" for marker in metadata for name, sign in BOUNDS.items()
+    bounds = [f"{sign} {getattr(marker, name)}" for name, sign in BOUNDS.items() for marker in metadata
               if getattr(marker, name, None) is not None]  # fmt: skip
     return " ".join([TYPE_NAMES[annotation], *bounds])

@@ -6,6 +6,8 @@ A section that is a single word names a shipped file of that section: `method: a
 Every value keeps its source (file or command line) for error messages.
 """
 
+import errno
+import os.path
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +17,13 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 import avcil_dist
+from avcil_dist import storage
 from avcil_dist.config.validation_errors import explain_error
+from avcil_dist.config.yaml_text import MAX_CHARACTERS, parse_yaml
 from avcil_dist.errors import ConfigError
 
+MAX_BYTES = 4 * MAX_CHARACTERS + 1  # the bounds of `parse_yaml` in UTF-8
+MAX_NAME = 255  # characters; more are no name of a file
 NAMED_SECTIONS = ("method", "engine")
 COMMAND_LINE = "command line"
 BY_METHOD = "by_method"
@@ -45,7 +51,7 @@ class SettingsTree:
         if not equals or not all(key.split(".")):
             raise ConfigError(f"{COMMAND_LINE}: {override!r} is not of the form section.key=value")
         try:
-            value = yaml.safe_load(text)
+            value = parse_yaml(text)
         except yaml.YAMLError:
             value = text
         if key in NAMED_SECTIONS and isinstance(value, str):
@@ -93,10 +99,24 @@ def find_config(name: str) -> Path:
     """Return the path of a file, or of the shipped benchmark of that name. Raises ConfigError where neither exists."""
     shipped = shipped_configs()
     for path in (Path(name), shipped / "benchmark" / f"{name}.yaml", shipped / f"{name}.yaml"):
-        if path.is_file():
+        if is_file(path):
             return path
+    if len(name) > MAX_NAME:
+        raise ConfigError(f"{name[:MAX_NAME]}…: no such file; the name is too long")
+    if Path(name).is_dir():
+        raise ConfigError(f"{name}: a folder; give a yaml file, or the name of a shipped benchmark")
     names = sorted(path.stem for path in (shipped / "benchmark").glob("*.yaml"))
     raise ConfigError(f"{name}: no such file, and no shipped benchmark of that name (there are: {', '.join(names)})")
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a file. Raises ConfigError where its folder cannot be read."""
+    try:
+        return path.is_file()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise ConfigError(f"{path}: {error.strerror}") from None
 
 
 def read_tree(path: Path, extended_by: tuple[Path, ...] = ()) -> SettingsTree:
@@ -138,7 +158,10 @@ def merge_values(values: Values, other: Values) -> None:
 
 def _read_document(path: Path) -> Values:
     try:
-        document = yaml.safe_load(path.read_text())
+        with storage.open_regular(path) as file:
+            document = parse_yaml(file.read(MAX_BYTES).decode("utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):
@@ -151,8 +174,9 @@ def _extended_files(path: Path, extends: Any) -> list[Path]:
     names = [extends] if isinstance(extends, str) else extends
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ConfigError(f"{path}: extends: {extends!r} is neither a file nor a list of files")
+    files = [(path.parent / os.path.expanduser(name), name) for name in names]  # noqa: PTH111 - `Path` raises for ~nobody
     try:
-        return [path.parent / name if (path.parent / name).is_file() else find_config(name) for name in names]
+        return [file if is_file(file) else find_config(name) for file, name in files]
     except ConfigError as error:
         raise ConfigError(f"{path}: extends: {error}") from None
 
@@ -170,7 +194,7 @@ def _named_section(section: str, name: str, source: str) -> Values:
     shipped = {file.stem: file for file in sorted((shipped_configs() / section).glob("*.yaml"))}
     if name not in shipped:
         raise ConfigError(f"{source}: {section}: {name!r} is none of {', '.join(shipped)}")
-    return dict(yaml.safe_load(shipped[name].read_text()))
+    return _read_document(shipped[name])
 
 
 def _dotted_keys(values: Values, prefix: str = "") -> Iterable[str]:

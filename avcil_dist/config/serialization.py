@@ -7,6 +7,7 @@ import yaml
 from pydantic import ValidationError
 
 from avcil_dist.config.schema import Config
+from avcil_dist.config.yaml_text import parse_yaml
 from avcil_dist.errors import ConfigError
 
 
@@ -18,7 +19,7 @@ def config_to_yaml(config: Config) -> str:
 def config_from_yaml(text: str) -> Config:
     """Return the configuration that `config_to_yaml` wrote. Raises ConfigError for any other text."""
     try:
-        return Config.model_validate(yaml.safe_load(text))
+        return Config.model_validate(parse_yaml(text))
     except (ValidationError, yaml.YAMLError) as error:
         raise ConfigError(f"not a resolved configuration: {str(error).splitlines()[0]}") from None
 

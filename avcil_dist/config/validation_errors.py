@@ -1,13 +1,14 @@
 """Validation errors of pydantic as one line: source, key, value and what is valid."""
 
 import difflib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from avcil_dist.config.fields import sections_in
+
+MAX_SHOWN = 200  # characters of a refused value
 
 
 def explain_error(
@@ -35,15 +36,19 @@ def explain_error(
     source = source_of(key)
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "union_tag_invalid":
-        return f"{source}: {key}: {node!r} is none of {fault['ctx']['expected_tags']}"
+        return f"{source}: {key}: {_shown(node)} is none of {fault['ctx']['expected_tags']}"
     if not key:
         return f"{source}: {message}"
     if fault["type"] == "extra_forbidden":
         return f"{source}: {key}: unknown key; {_nearest_key(keys, model)}"
     if fault["type"] in ("missing", "union_tag_not_found"):
         return f"{source}: {key}: missing; set it in the file or on the command line"
-    shown = re.sub("://[^/@]*@", "://***@", repr(node))  # the line may end up in logs: without passwords
-    return f"{source}: {key}: {shown}: {message}"
+    return f"{source}: {key}: {_shown(node)}: {message}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN // 2]} … {text[-MAX_SHOWN // 2 :]}"
 
 
 def _nearest_key(keys: Sequence[str], model: type[BaseModel]) -> str:

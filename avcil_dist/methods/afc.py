@@ -30,7 +30,7 @@ class Afc(NearestMean):
         """Head, weight of the discrepancy, and prediction."""
 
         predict: Literal["nme", "lsc"] = Field("nme", description="nearest mean of exemplars (nme), or the head (lsc)")
-        num_proxies: PositiveInt = Field(10, description="proxies per class, K")
+        num_proxies: PositiveInt = Field(10, le=10_000, description="proxies per class, K")
         lambda_discrepancy: float = Field(
             0.5, ge=0, description="λ; multiplied by the square root of the number of steps so far"
         )

@@ -49,7 +49,9 @@ class Analytic(ClosedFormMethod):
             min_length=1,
             description="candidates for γ; the best on validation clips is used, of equally good ones the largest",
         )
-        expansion: int = Field(0, ge=0, description="length of a fixed random ReLU expansion of φ; 0 for none")
+        expansion: int = Field(
+            0, ge=0, le=1_000_000, description="length of a fixed random ReLU expansion of φ; 0 for none"
+        )
         expansion_seed: int = Field(0, ge=0)
 
     def __init__(self, options: Any) -> None:

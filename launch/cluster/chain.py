@@ -89,7 +89,7 @@ def plan_chain(config: Config, cluster: ClusterConfig, *, restart: bool = False)
     num_steps = preflight(config, sizes, restart=restart).num_steps
     path = storage.local_path(stream)
     if cluster.folder is not None:
-        folder = Path(cluster.folder).expanduser() / config.stream_name
+        folder = Path(cluster.folder) / config.stream_name
     elif path is not None:
         folder = Path(path) / "jobs"
     else:

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from avcil_dist.config.loader import load_settings, shipped_configs
-from avcil_dist.config.section import Section
+from avcil_dist.config.loader import is_file, load_settings, shipped_configs
+from avcil_dist.config.section import PathText, Section, ShellLines
 from avcil_dist.errors import ConfigError
 
 
@@ -19,7 +19,7 @@ class StepResources(Section):
     tasks_per_node: PositiveInt | None = None
     cpus_per_task: PositiveInt | None = None
     memory_gb: PositiveFloat | None = None
-    hours: PositiveFloat | None = None
+    hours: PositiveFloat | None = Field(None, le=100_000)
 
 
 class ClusterConfig(Section):
@@ -31,18 +31,22 @@ class ClusterConfig(Section):
     tasks_per_node: PositiveInt | None = Field(None, description="tasks on a node without GPUs; default: 1")
     cpus_per_task: PositiveInt = Field(1, description="cores of a rank, for its decoding processes and threads")
     memory_gb: PositiveFloat | None = Field(None, description="memory of a node")
-    hours: PositiveFloat = Field(1.0, description="time limit of a step's job, which is requeued when it is reached")
+    hours: PositiveFloat = Field(
+        1.0, le=100_000, description="time limit of a step's job, which is requeued when it is reached"
+    )
     steps: dict[int, StepResources] = Field({}, description="other resources from that step on")
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
     extra: dict[str, str | int | bool] = Field({}, description="other options of sbatch, such as `exclude: node7`")
-    setup: list[str] = Field([], description="shell lines before the ranks start, such as `module load cuda`")
+    setup: Annotated[list[str], ShellLines] = Field(
+        [], description="shell lines before the ranks start, such as `module load cuda`"
+    )
     signal_seconds: PositiveInt = Field(120, description="time between the warning of a job and its time limit")
     max_requeues: int = Field(10, ge=0, description="restarts of a step's job before the step counts as failed")
     max_parallel: PositiveInt = Field(4, description="streams of a sweep that run at the same time")
-    folder: str | None = Field(
+    folder: PathText | None = Field(
         None, description="folder for code and logs on a disk that all nodes share; default: the stream's folder"
     )
 
@@ -80,7 +84,7 @@ def load_cluster(name: str, overrides: Sequence[str] = ()) -> ClusterConfig:
     """Load a cluster from a file or by its shipped name, with `key=value` overrides. Raises ConfigError."""
     shipped = shipped_configs() / "cluster"
     for path in (Path(name), shipped / f"{name}.yaml"):
-        if path.is_file():
+        if is_file(path):
             return load_settings(path, ClusterConfig, overrides)
     names = ", ".join(sorted(path.stem for path in shipped.glob("*.yaml")))
     raise ConfigError(f"--cluster {name}: no such file, and no shipped cluster of that name (there are: {names})")

@@ -15,6 +15,7 @@ from avcil_dist.config.loader import is_file
 from avcil_dist.config.serialization import config_from_yaml, config_to_yaml
 from avcil_dist.config.yaml_text import MAX_CHARACTERS, parse_yaml
 from avcil_dist.errors import AvcilError, ConfigError
+from launch.cluster.resources import load_cluster
 
 ALIASES = "a: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 30))
 
@@ -195,3 +196,18 @@ def test_no_permission_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("avcil_dist.storage.local.os.open", refuse)  # root may read everything
     with pytest.raises(ConfigError, match=r"mine\.yaml: cannot be read \(Permission denied\)"):
         load_config(str(path))
+
+
+def test_a_cluster_file_has_the_same_bounds_and_its_shell_lines_are_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for word in (r'partition="gpu\ntouch x"', r'extra={"a\nb": x}', r'extra={a: "x\ny"}', "hours=.inf", "hours=1e9"):
+        with pytest.raises(ConfigError, match=f"command line: {word.split('=')[0]}: ") as caught:
+            load_cluster("slurm", [word])
+        assert len(str(caught.value).splitlines()) == 1
+    shell = "export A=1\n\texport TOKEN=x"
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"kind": "slurm", "setup": [shell], "folder": "~/jobs"}))
+    cluster = load_cluster(f"{tmp_path}/c.yaml")
+    assert cluster.setup == [shell]
+    assert cluster.folder == f"{tmp_path}/jobs"

@@ -16,18 +16,15 @@ from typing import Annotated, Any, Self
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from avcil_dist import storage
 from avcil_dist.config.compat import result_changes
 from avcil_dist.config.schema import Config
 from avcil_dist.config.serialization import flatten
-from avcil_dist.errors import ArtifactError, ConfigError
-from avcil_dist.streams.artifact import step_url
+from avcil_dist.errors import ArtifactError
 from avcil_dist.streams.commit import (
-    COMMITTED,
-    Commit,
     FileDigests,
     encode_json,
     encode_state,
@@ -41,7 +38,14 @@ from avcil_dist.streams.commit import (
     write_files,
 )
 from avcil_dist.streams.metrics import Accuracy, Count
-from avcil_dist.streams.stream import stream_url
+from avcil_dist.streams.snapshots import (
+    SnapshotCommit,
+    check_snapshot_fits,
+    is_of_step,
+    optimizer_fits,
+    snapshot_identity,
+    snapshots_url,
+)
 from avcil_dist.training.collectives import decide_together
 from avcil_dist.training.engine import Engine
 from avcil_dist.training.incremental_step import Step
@@ -50,16 +54,6 @@ NUM_KEPT = 2
 SECONDS_PER_MINUTE = 60
 
 _logger = logging.getLogger(__name__)
-
-
-class SnapshotCommit(Commit):
-    """Commit of a snapshot: the settings, ranks and data that it is of."""
-
-    settings: dict[str, JsonValue]
-    world_size: Annotated[int, Field(ge=1)]
-    zero_stage: Annotated[int, Field(ge=0, le=3)]
-    manifest_hash: str
-    previous_step: str | None
 
 
 class BestEpochRecord(BaseModel):
@@ -157,12 +151,6 @@ class Snapshot:
     state: TrainingState
 
 
-def snapshots_url(config: Config, step: int) -> str:
-    """The folder of a step's snapshots."""
-    root = storage.join(config.snapshot.folder, config.stream_name) if config.snapshot.folder else stream_url(config)
-    return storage.join(root, "snapshots", f"step_{step:03d}")
-
-
 def discard_stale(config: Config, step: int, *, own: bool) -> None:
     """Delete snapshots left behind by finished steps, as a kill after a commit leaves them.
 
@@ -257,16 +245,11 @@ class SnapshotManager:
         decide_together(lambda: storage.remove_tree(storage.parent(self.folder)))
 
     def _identity(self) -> dict[str, Any]:
-        """Values that must match before a snapshot may be resumed."""
-        number = self.step.number
-        commit = storage.join(step_url(stream_url(self.step.config), number - 1), COMMITTED)
-        return {
-            "manifest_hash": self.step.manifest.content_hash,
-            "previous_step": storage.sha256(storage.read_bytes(commit)) if number else None,
-        }
+        step = self.step
+        return snapshot_identity(step.config, step.number, step.manifest.content_hash)
 
     def _is_of_this_step(self, commit: SnapshotCommit) -> bool:
-        return all(getattr(commit, key) == value for key, value in self._identity().items())
+        return is_of_step(commit, self._identity())
 
     def _optimizer_name(self) -> str:
         is_sharded = self.step.config.engine.zero_stage
@@ -279,8 +262,7 @@ class SnapshotManager:
         return encode_state(self._optimizer_name(), engine.optimizer_state())
 
     def _optimizer_fits(self, commit: SnapshotCommit) -> bool:
-        stage = self.step.config.engine.zero_stage
-        return commit.zero_stage == stage and (stage == 0 or commit.world_size == self.step.world.size)
+        return optimizer_fits(commit, self.step.config.engine.zero_stage, self.step.world.size)
 
     def _extra_folder(self, name: str) -> str:
         return storage.join(storage.parent(self.folder), f"{name}_{self.step.number:03d}")
@@ -325,24 +307,10 @@ class SnapshotManager:
             if not self._is_of_this_step(commit):
                 _logger.warning("%s: of other data or of another previous step; skipping this snapshot", folder)
                 continue
-            self._check_fits(folder, commit)
+            step, size = self.step, self.step.world.size
+            check_snapshot_fits(folder, commit, step.config, step.number, size, reset_optimizer=self.reset_optimizer)
             return folder
         return None
-
-    def _check_fits(self, folder: str, commit: SnapshotCommit) -> None:
-        config, number = self.step.config, self.step.number
-        for change in result_changes(commit.settings, flatten(config)):
-            raise ConfigError(
-                f"{folder}: step {number} was begun with {change.key}={change.before}, not {change.after}; "
-                "choose another name=, or begin the step anew with --restart-step"
-            )
-        if not self._optimizer_fits(commit) and not self.reset_optimizer:
-            raise ConfigError(
-                f"{folder}: its optimizer state is that of {commit.world_size} processes at ZeRO stage "
-                f"{commit.zero_stage}, these are {self.step.world.size} at stage {config.engine.zero_stage}; start "
-                "it as it was, keep weights and position with --reset-optimizer, or begin the step anew with "
-                "--restart-step"
-            )
 
 
 def _encode(model: dict[str, Tensor], state: TrainingState, totals: dict[str, Any]) -> dict[str, bytes]:

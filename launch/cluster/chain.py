@@ -7,17 +7,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from avcil_dist import storage
-from avcil_dist.config.compat import result_changes
+from avcil_dist.config.compat import setting_changes
 from avcil_dist.config.schema import Config
 from avcil_dist.config.serialization import flatten
+from avcil_dist.data.manifest import load_manifest
 from avcil_dist.errors import ConfigError, SchedulerError
+from avcil_dist.streams.snapshots import check_snapshot_fits, is_of_step, newest_snapshot, snapshot_identity
 from avcil_dist.streams.stream import next_step, stream_url
 from avcil_dist.tracking.session import open_run
 from avcil_dist.training.preflight import preflight
+from avcil_dist.trusted_files import make_private_folder
 from launch.cluster.chain_record import Chain, has_chain, read_chain
 from launch.cluster.code_snapshot import snapshot_code, snapshot_folder
 from launch.cluster.resources import ClusterConfig
@@ -25,6 +29,11 @@ from launch.cluster.schedulers.base import JobStart, JobState, Scheduler, schedu
 from launch.resume_policy import KEEP_ALL, ResumePolicy, discard_state
 
 LOCK_SECONDS = 60
+FOLDER_MARKS = {
+    "%": "in the paths of logs SLURM replaces it by numbers of the job",
+    "\\": "in the paths of logs SLURM takes it for a mark of its own",
+    ":": "it separates the folders of PYTHONPATH",
+}
 
 
 @dataclass(frozen=True)
@@ -69,12 +78,14 @@ def submit_stream(
         first = next_step(stream, chain.num_steps)
         live = _live_jobs(scheduler, stream, chain, first)
         if live:
-            _check_same(config, chain)
+            _check_same(config, cluster, chain)
         for step, job in live.items():
             if job.id and job.id not in chain.jobs.get(step, ()):  # its submission was interrupted before the record
                 chain = chain.with_job(step, job.id)
         new = tuple(step for step in range(first, chain.num_steps) if step not in live)
         if new:
+            if new[0] == first:
+                _check_snapshot(config, first, cluster.at(first).world_size, policy)
             chain = _freeze(config, cluster, chain)
             start = JobStart(run_id or open_run(config), first, after, policy.reset_optimizer)
             chain = scheduler.submit(config, cluster, chain, new, start)
@@ -94,9 +105,20 @@ def plan_chain(config: Config, cluster: ClusterConfig, *, restart: bool = False)
         folder = Path(path) / "jobs"
     else:
         raise ConfigError(f"{stream} is not on a disk: set `folder` in the cluster file, on a disk of all nodes")
+    _check_folder(folder)
     # Streams of the same name in other folders are other streams.
     identity = storage.sha256(str(Path(path).absolute() if path else stream).encode())[:6]
     return Chain(cluster.kind, f"{config.stream_name}-{identity}", str(folder.absolute()), num_steps)
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise ConfigError for a path that SLURM, submitit or PYTHONPATH takes for something else."""
+    for mark, reason in FOLDER_MARKS.items():
+        if mark in str(folder.absolute()):
+            raise ConfigError(
+                f"{folder}: {mark!r} in the path: {reason}; choose another output=, or cluster.folder= for the files "
+                "of the jobs"
+            )
 
 
 def script_texts(config: Config, cluster: ClusterConfig) -> dict[int, str]:
@@ -136,7 +158,7 @@ def _submission_lock(stream: str, chain: Chain) -> Iterator[None]:
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(file, timeout=LOCK_SECONDS):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_private_folder(folder)  # jobs run the code and load the pickles in it
             yield
     except Timeout:
         raise SchedulerError(f"{stream}: another submission of this stream is under way; try again") from None
@@ -149,11 +171,28 @@ def _freeze(config: Config, cluster: ClusterConfig, chain: Chain) -> Chain:
     return replace(chain, code=str(code) if code else None)
 
 
-def _check_same(config: Config, chain: Chain) -> None:
-    """Raise ConfigError when the jobs that wait or run were submitted with other settings."""
-    for change in result_changes(flatten(chain.config()), flatten(config)):
+def _check_same(config: Config, cluster: ClusterConfig, chain: Chain) -> None:
+    """Raise ConfigError when the jobs that wait or run were submitted with other settings, of stream or cluster."""
+    submitted = flatten(chain.config()) | _of_cluster(chain.cluster())
+    for change in setting_changes(submitted, flatten(config) | _of_cluster(cluster)):
         stream = stream_url(config)
         raise ConfigError(
             f"{stream}: its jobs were submitted with {change.key}={change.before}, not {change.after}; "
             f"end them first: avcil cancel {stream}"
         )
+
+
+def _of_cluster(cluster: ClusterConfig) -> dict[str, Any]:
+    """Return the settings of a cluster file that its jobs depend on, by their names on the command line."""
+    return {f"cluster.{key}": value for key, value in cluster.model_dump(exclude={"max_parallel"}).items()}
+
+
+def _check_snapshot(config: Config, step: int, world_size: int, policy: ResumePolicy) -> None:
+    """Raise ConfigError when the job of a step could not continue from its newest snapshot."""
+    found = newest_snapshot(config, step)
+    if found is None:
+        return
+    identity = snapshot_identity(config, step, load_manifest(config.data.manifest).content_hash)
+    if is_of_step(found.commit, identity):
+        reset = policy.reset_optimizer
+        check_snapshot_fits(found.folder, found.commit, config, step, world_size, reset_optimizer=reset)

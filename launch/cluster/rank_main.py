@@ -8,16 +8,23 @@ import os
 import signal
 import socket
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 from submitit.core.job_environment import JobEnvironment
 from submitit.core.submission import process_job
 
+from avcil_dist.errors import ConfigError
+from avcil_dist.exit_codes import USER_ERROR
 from avcil_dist.signals import STOP_SIGNALS
+from avcil_dist.trusted_files import check_trusted_folder
+from launch.cluster.mark_failed import mark_failed
 
 
 def main(folder: str, file: str | None = None) -> None:
     """Run the rank that the environment names."""
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # pending until the step handles them, not submitit
+    _check_trusted(Path(folder))
     if file is not None:
         os.environ["SUBMITIT_FOLDER"] = folder
         link = JobEnvironment().paths.submitted_pickle
@@ -25,6 +32,18 @@ def main(folder: str, file: str | None = None) -> None:
         new_link.symlink_to(file)
         new_link.replace(link)  # all ranks write the same one; an earlier job may have had the same id
     process_job(folder)
+
+
+def _check_trusted(folder: Path) -> None:
+    """End this process, and the chain, where another user can have written the folder of the pickle."""
+    try:
+        check_trusted_folder(folder.parent)
+        check_trusted_folder(folder)
+    except ConfigError as error:
+        sys.stderr.write(f"avcil: {error}\n")
+        with suppress(OSError):  # a folder of another user
+            mark_failed(str(folder.parent), int(folder.name.removeprefix("step_")), str(error))
+        sys.exit(USER_ERROR)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,49 @@
-"""Cluster file: a scheduler, and the resources that each step's job requests from it."""
+"""Cluster file: a scheduler, and the resources that each step's job requests from it.
 
-from collections.abc import Sequence
+Its values become lines of a job script, each an option of sbatch: a pattern describes every one of them. Only `setup`
+is shell text, as it stands.
+"""
+
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, StringConstraints, field_validator, model_validator
 
 from avcil_dist.config.loader import is_file, load_settings, shipped_configs
 from avcil_dist.config.section import PathText, Section, ShellLines
 from avcil_dist.errors import ConfigError
+
+START_SECONDS = 30  # a job that is warned before it has started to train continues from nothing, again and again
+# Options of sbatch that a job script sets itself, and the setting of a cluster file for those that have one.
+OWN_OPTIONS: Mapping[str, str | None] = {
+    "account": "account",
+    "constraint": "constraint",
+    "cpus-per-task": "cpus_per_task",
+    "gpus-per-node": "gpus_per_node",
+    "mem": "memory_gb",
+    "nodes": "nodes",
+    "ntasks": "tasks_per_node",
+    "ntasks-per-node": "tasks_per_node",
+    "partition": "partition",
+    "qos": "qos",
+    "signal": "signal_seconds",
+    "time": "hours",
+} | dict.fromkeys(
+    [
+        *("array", "chdir", "dependency", "error", "help", "input", "job-name", "kill-on-invalid-dep", "no-requeue"),
+        *("open-mode", "output", "parsable", "quiet", "requeue", "test-only", "usage", "version", "wait", "wrap"),
+    ]
+)
+
+# A name of SLURM, or several with commas between them; an expression of features; any text on one line. In a script,
+# SLURM takes a backslash for a mark of its own.
+Name = Annotated[str, StringConstraints(pattern=r"^[\w.@+][\w.,:@+-]*$")]
+Features = Annotated[str, StringConstraints(pattern=r"^[\w.,:@+&|*!()\[\]= -]+$")]
+Text = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f\\]*$")]
+Gigabytes = Annotated[float, Field(gt=0, le=1e6)]
+Hours = Annotated[float, Field(gt=0, le=100_000)]
+OptionName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]*$")]
 
 
 class StepResources(Section):
@@ -18,8 +53,8 @@ class StepResources(Section):
     gpus_per_node: int | None = Field(None, ge=0)
     tasks_per_node: PositiveInt | None = None
     cpus_per_task: PositiveInt | None = None
-    memory_gb: PositiveFloat | None = None
-    hours: PositiveFloat | None = Field(None, le=100_000)
+    memory_gb: Gigabytes | None = None
+    hours: Hours | None = None
 
 
 class ClusterConfig(Section):
@@ -30,18 +65,18 @@ class ClusterConfig(Section):
     gpus_per_node: int = Field(0, ge=0, description="one task for each")
     tasks_per_node: PositiveInt | None = Field(None, description="tasks on a node without GPUs; default: 1")
     cpus_per_task: PositiveInt = Field(1, description="cores of a rank, for its decoding processes and threads")
-    memory_gb: PositiveFloat | None = Field(None, description="memory of a node")
-    hours: PositiveFloat = Field(
-        1.0, le=100_000, description="time limit of a step's job, which is requeued when it is reached"
-    )
+    memory_gb: Gigabytes | None = Field(None, description="memory of a node")
+    hours: Hours = Field(1.0, description="time limit of a step's job, which is requeued when it is reached")
     steps: dict[int, StepResources] = Field({}, description="other resources from that step on")
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
-    extra: dict[str, str | int | bool] = Field({}, description="other options of sbatch, such as `exclude: node7`")
+    partition: Name | None = None
+    account: Name | None = None
+    qos: Name | None = None
+    constraint: Features | None = None
+    extra: dict[OptionName, Text | int | bool] = Field(
+        {}, description="other options of sbatch, such as `exclude: node7`"
+    )
     setup: Annotated[list[str], ShellLines] = Field(
-        [], description="shell lines before the ranks start, such as `module load cuda`"
+        [], description="shell lines before the ranks start, such as `module load cuda`; they are executed as they are"
     )
     signal_seconds: PositiveInt = Field(120, description="time between the warning of a job and its time limit")
     max_requeues: int = Field(10, ge=0, description="restarts of a step's job before the step counts as failed")
@@ -49,6 +84,27 @@ class ClusterConfig(Section):
     folder: PathText | None = Field(
         None, description="folder for code and logs on a disk that all nodes share; default: the stream's folder"
     )
+
+    @field_validator("extra")
+    @classmethod
+    def _leave_own_options(cls, extra: dict[str, Any]) -> dict[str, Any]:
+        for key in extra:
+            option = key.replace("_", "-")
+            if option in OWN_OPTIONS:
+                setting = OWN_OPTIONS[option]
+                raise ValueError(f"{key}: avcil sets this option itself" + (f"; use {setting}" if setting else ""))
+        return extra
+
+    @model_validator(mode="after")
+    def _leave_time_to_train(self) -> "ClusterConfig":
+        for step in sorted({0, *self.steps}):
+            hours = self.at(step).hours
+            if hours * 3600 <= self.signal_seconds + START_SECONDS:
+                raise ValueError(
+                    f"hours={hours:g} is {hours * 3600:.0f} s: a job is warned signal_seconds={self.signal_seconds} s "
+                    f"before its limit and needs {START_SECONDS} s to start; raise hours, or lower signal_seconds"
+                )
+        return self
 
     @model_validator(mode="after")
     def _one_task_for_each_gpu(self) -> "ClusterConfig":

@@ -10,9 +10,11 @@ import pytest
 from avcil_dist import storage
 from avcil_dist.compose import load_config
 from avcil_dist.config.schema import Config
+from avcil_dist.config.serialization import flatten
 from avcil_dist.errors import ConfigError, SchedulerError
+from avcil_dist.streams.commit import write_commit
+from avcil_dist.streams.snapshots import snapshot_identity, snapshots_url
 from avcil_dist.streams.stream import sole_writer, stream_url
-from avcil_dist.training.snapshot import snapshots_url
 from avcil_dist.world import World
 from launch.cluster import chain as chain_module
 from launch.cluster.chain import Submission, submit_stream
@@ -152,6 +154,87 @@ def test_other_settings_than_those_of_the_live_jobs_are_refused(config: Config, 
     with pytest.raises(ConfigError, match=r"memory\.size=.*, not 999; end them first: avcil cancel"):
         submit(changed)
     assert submit(config).kept == (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "error"),
+    [
+        (ClusterConfig(kind="slurm", partition="gpu"), "cluster.partition=None, not gpu"),
+        (ClusterConfig(kind="slurm", setup=["module load x"]), r"cluster.setup=\[\], not \['module load x'\]"),
+        (ClusterConfig.model_validate({"kind": "slurm", "steps": {2: {"hours": 3}}}), r"cluster.steps=\{\}, not "),
+    ],
+)
+def test_other_cluster_settings_than_those_of_the_live_jobs_are_refused(
+    config: Config, scheduler: RecordingScheduler, cluster: ClusterConfig, error: str
+) -> None:
+    submit(config)
+    scheduler.live = {step: waiting(step) for step in range(NUM_STEPS)}
+    with pytest.raises(ConfigError, match=f"{error}.*; end them first: avcil cancel"):
+        submit_stream(config, cluster, run_id="id")
+    assert submit_stream(config, CLUSTER.model_copy(update={"max_parallel": 9}), run_id="id").kept == (0, 1, 2, 3)
+    scheduler.live = {}
+    assert submit_stream(config, cluster, run_id="id").chain.cluster() == cluster
+
+
+def test_operational_settings_are_not_dropped_either(config: Config, scheduler: RecordingScheduler) -> None:
+    submit(config)
+    scheduler.live = {step: waiting(step) for step in range(NUM_STEPS)}
+    data = config.data.model_copy(update={"decode_workers": 3})
+    with pytest.raises(ConfigError, match=r"data\.decode_workers=0, not 3; end them first"):
+        submit(config.model_copy(update={"data": data}))
+
+
+@pytest.mark.parametrize(("changes", "is_refused"), [({}, True), ({"manifest_hash": "of other data"}, False)])
+def test_a_number_of_ranks_that_cannot_continue_a_snapshot_is_refused(
+    config: Config,
+    scheduler: RecordingScheduler,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, str],
+    is_refused: bool,
+) -> None:
+    monkeypatch.setattr(chain_module, "load_manifest", lambda _: SimpleNamespace(content_hash="of this data"))
+    engine = config.engine.model_copy(update={"zero_stage": 2})
+    config = config.model_copy(update={"engine": engine})
+    commit_steps(config, 1)
+    write_commit(
+        f"{snapshots_url(config, 1)}/000000676",
+        {},
+        settings=flatten(config),
+        zero_stage=2,
+        world_size=1,
+        **snapshot_identity(config, 1, "of this data") | changes,
+    )
+    two_nodes = CLUSTER.model_copy(update={"nodes": 2})
+    if is_refused:
+        with pytest.raises(ConfigError, match=r"of 1 processes at ZeRO stage 2, these are 2 at stage 2; .*--reset-opt"):
+            submit_stream(config, two_nodes, run_id="id")
+        assert not scheduler.starts
+    else:
+        assert submit_stream(config, two_nodes, run_id="id").new == (1, 2, 3)
+    reset = ResumePolicy(reset_optimizer=True)
+    assert submit_stream(config, two_nodes, run_id="id", policy=reset).new == (1, 2, 3)
+    assert submit_stream(config, CLUSTER, run_id="id").new == (1, 2, 3)
+    assert submit_stream(config, two_nodes, run_id="id", policy=ResumePolicy(restart_step=True)).new == (1, 2, 3)
+
+
+@pytest.mark.parametrize("name", ["100%jb", "a:b", "back\\slash"])
+def test_a_folder_that_is_taken_for_something_else_is_refused(
+    config: Config, scheduler: RecordingScheduler, tmp_path: Path, name: str
+) -> None:
+    elsewhere = config.model_copy(update={"output": f"{tmp_path}/{name}"})
+    with pytest.raises(ConfigError, match=r"in the path: .*; choose another output=, or cluster.folder="):
+        submit(elsewhere)
+    assert not Path(elsewhere.output).exists()
+    cluster = CLUSTER.model_copy(update={"folder": f"{tmp_path}/jobs"})
+    assert submit_stream(elsewhere, cluster, run_id="id").chain.folder == f"{tmp_path}/jobs/{config.stream_name}"
+
+
+def test_the_files_of_jobs_are_for_the_user_alone(config: Config, scheduler: RecordingScheduler) -> None:
+    folder = Path(submit(config).chain.folder)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o770)
+    with pytest.raises(ConfigError, match=r"others can write it, .* chmod go-w"):
+        submit(config)
 
 
 def test_jobs_whose_predecessor_is_gone_are_ended_and_submitted_again(

@@ -13,7 +13,7 @@ from launch.cluster.code_snapshot import snapshot_code, snapshot_folder, source_
 from launch.cluster.resources import ClusterConfig, load_cluster
 from launch.cluster.schedulers.base import scheduler_of
 from launch.cluster.schedulers.slurm_commands import require_slurm
-from launch.cluster.schedulers.slurm_script import rank_command, sbatch_parameters, sbatch_text
+from launch.cluster.schedulers.slurm_script import rank_command, sbatch_options, sbatch_parameters, sbatch_text
 from tests.helpers.data import DATA
 
 GOLDEN = DATA / "sbatch"
@@ -144,6 +144,53 @@ def test_a_task_has_one_gpu() -> None:
         ClusterConfig(kind="slurm", gpus_per_node=4, steps={1: {"tasks_per_node": 2}})
     with pytest.raises(ConfigError, match="this one machine"):
         scheduler_of("local").check(ClusterConfig(kind="local", nodes=2))
+
+
+@pytest.mark.parametrize(
+    ("setting", "error"),
+    [
+        ('partition="gpu\\n touch x #"', "partition: .*should match pattern"),
+        ("account=a lab", "account: 'a lab'"),
+        ("qos=--wrap=id", "qos: '--wrap=id'"),
+        ('constraint="a100\'; id"', "constraint: "),
+        ('extra={comment: "a\\nb"}', "extra.comment: "),
+        ("extra={comment: 'a\\b'}", "extra.comment: "),
+        ('extra={"bad key;x": 1}', "extra.bad key;x: "),
+        ("extra={Exclude: x}", "extra.Exclude: "),
+        ("extra={wrap: id}", "wrap: avcil sets this option itself"),
+        ("extra={job_name: x}", "job_name: avcil sets this option itself"),
+        ("extra={time: 5}", "time: avcil sets this option itself; use hours"),
+        ("hours=.inf", "hours: inf"),
+        ("memory_gb=.nan", "memory_gb: nan"),
+    ],
+)
+def test_each_option_of_a_script_has_a_pattern(setting: str, error: str) -> None:
+    with pytest.raises(ConfigError, match=f"command line: .*{error}") as caught:
+        load_cluster("slurm", [setting])
+    assert "\n" not in str(caught.value)
+
+
+def test_usual_options_are_accepted() -> None:
+    settings = ["partition=gpu,long", "account=lab+x@site", "constraint='[rack1*2&rack2]|a100'", "qos=normal"]
+    cluster = load_cluster(
+        "slurm", [*settings, "extra={exclude: 'n[1-3]', gres: 'gpu:a100:4', comment: \"it's é\", exclusive: false}"]
+    )
+    parameters = sbatch_parameters(cluster, 0, name="x", code=None, prefix="x", python="python", dependency=None)
+    options = sbatch_options(parameters)
+    assert options["constraint"] == "[rack1*2&rack2]|a100"
+    assert options["comment"] == "it's é"
+    assert options["requeue"] == ""
+    assert "exclusive" not in options
+    text = sbatch_text(parameters, folder="/x", command="true")
+    assert "#SBATCH --comment='it'\"'\"'s é'\n" in text
+    assert "exclusive" not in text
+
+
+@pytest.mark.parametrize("settings", [["hours=0.04"], ["steps={3: {hours: 0.04}}"], ["signal_seconds=20000"]])
+def test_a_time_limit_must_be_longer_than_warning_and_start(settings: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"a job is warned signal_seconds=\d+ s before its limit and needs 30 s"):
+        load_cluster("slurm", settings)
+    assert load_cluster("slurm", ["hours=0.04", "signal_seconds=113"]).hours == 0.04
 
 
 @pytest.mark.parametrize("name", ["slurm", "local"])

@@ -16,6 +16,7 @@ from submitit import LocalExecutor
 
 from avcil_dist import storage
 from avcil_dist.streams.stream import next_step
+from avcil_dist.trusted_files import make_private_folder
 from launch.cluster.chain_record import read_chain, write_chain
 from launch.cluster.mark_failed import fail_stream
 from launch.cluster.rank_entry import RankEntry
@@ -68,7 +69,7 @@ class Supervisor:
     def _run_job(self, step: int) -> int:
         """Run one job with submitit's local executor. Returns its exit code."""
         resources = self.cluster.at(step)
-        executor = _Executor(self.chain.log_folder(step))
+        executor = _Executor(make_private_folder(self.chain.log_folder(step)))
         executor.update_parameters(
             tasks_per_node=resources.tasks,
             gpus_per_node=resources.gpus_per_node,

@@ -10,6 +10,7 @@ from typing import Any
 from avcil_dist.config.schema import Config
 from avcil_dist.errors import SchedulerError
 from avcil_dist.streams.stream import stream_url
+from avcil_dist.trusted_files import make_private_folder
 from avcil_dist.world import World, world_from_environment
 from launch.cluster.chain_record import Chain, write_chain
 from launch.cluster.resources import ClusterConfig
@@ -102,8 +103,7 @@ def _sbatch(run: StepRun, cluster: ClusterConfig, chain: Chain, dependency: str 
     from launch.cluster.rank_entry import RankEntry  # imports the training engine, which status does not need
 
     chain.clear_status(run.step)
-    folder = chain.log_folder(run.step)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_private_folder(chain.log_folder(run.step))
     ranks = folder / f"{secrets.token_hex(4)}.pkl"
     DelayedSubmission(RankEntry(run, chain.folder, chain.kind)).dump(ranks)
     parameters = _parameters(chain, cluster, run.step, dependency)

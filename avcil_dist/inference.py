@@ -34,7 +34,7 @@ def restore_step(artifact: StepArtifact, feature_shape: Mapping[str, int], sourc
     """
     method = make_method(artifact.config.method)
     method.begin_step(StepContext(artifact.scenario, artifact.step))
-    method.load_state_dict(artifact.method)
+    method.restore(artifact.method, artifact.scenario.num_seen(artifact.step), source)
     network = network_after(
         artifact.config, feature_shape, artifact.scenario, method, artifact.step, artifact.model.keys()
     )

@@ -20,11 +20,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from avcil_dist.config.section import Section
-from avcil_dist.errors import ConfigError
-from avcil_dist.methods.base import ClosedFormMethod, Needs, StepContext, Targets
+from avcil_dist.errors import ArtifactError, ConfigError
+from avcil_dist.methods.base import ClosedFormMethod, Needs, StepContext, Targets, check_matrix
 from avcil_dist.methods.losses import cross_entropy
 from avcil_dist.models.network_spec import NetworkSpec
 from avcil_dist.models.outputs import Output
+from avcil_dist.models.state_dict import is_finite
 from avcil_dist.seeds import generator
 
 PANEL = 1024  # rows of a panel of G
@@ -129,7 +130,9 @@ class Analytic(ClosedFormMethod):
         """Return φW; while the network of step 0 trains, its logits."""
         if self.weights is None:
             return output.logits
-        return self._phi(output).double() @ self.weights.to(output.logits.device)
+        phi = self._phi(output)
+        _check_length(phi, self.weights)
+        return phi.double() @ self.weights.to(output.logits.device)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums, the classifier and its γ."""
@@ -140,6 +143,23 @@ class Analytic(ClosedFormMethod):
         """Load the result of `state_dict`."""
         self._previous = {name: value for name, value in state.items() if name not in ("gamma", "weights")}
         self.gamma, self.weights = state.get("gamma"), state.get("weights")
+
+    def check_state(self, num_seen: int) -> None:
+        """Check the sums and the classifier: names, shapes and numbers in float64."""
+        if self.weights is None and not self._previous:
+            return
+        weights = check_matrix("weights", self.weights, torch.float64, columns=num_seen)
+        if not isinstance(self.gamma, float) or not 0 < self.gamma < float("inf"):
+            raise ValueError("gamma is no positive number")
+        size = len(weights)
+        shapes = {name: (min(PANEL, size - first), size - first) for name, first in _panels(size)}
+        if self._previous.keys() != {*shapes, "targets"}:
+            raise ValueError("it lacks sums, or has others")
+        check_matrix("targets", self._previous["targets"], torch.float64, rows=size, columns=num_seen)
+        for name, (rows, columns) in shapes.items():
+            check_matrix(name, self._previous[name], torch.float64, rows=rows, columns=columns)
+        if not all(is_finite(values) for values in (weights, *self._previous.values())):
+            raise ValueError("it has numbers that are not finite")
 
     def _phi(self, output: Output) -> Tensor:
         """Return φ (B, F), float32: sound and pictures, expanded if the options set it, and a constant 1."""
@@ -161,6 +181,8 @@ class Analytic(ClosedFormMethod):
         labels = torch.cat([labels for _, labels in self._collected])
         self._collected = []
         if not self._new:
+            if self._previous:
+                _check_length(phi, self._previous["targets"])
             self._new = self._zeros(phi.shape[1], phi.device)
         for name, first in _panels(phi.shape[1]):
             self._new[name].addmm_(phi[:, first : first + PANEL].T, phi[:, first:])
@@ -177,6 +199,14 @@ class Analytic(ClosedFormMethod):
             self._new[name][:, : value.shape[1]] += value.to(self._new[name].device)
         self._previous = {}
         return self._new
+
+
+def _check_length(phi: Tensor, rows: Tensor) -> None:
+    """Raise ArtifactError for a state of features of another length."""
+    if phi.shape[1] != len(rows):
+        raise ArtifactError(
+            f"the state of the method is of {len(rows)} features, these are {phi.shape[1]}; run the earlier step again"
+        )
 
 
 def _panels(size: int) -> list[tuple[str, int]]:

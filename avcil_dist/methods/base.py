@@ -10,9 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from avcil_dist.config.section import Section
+from avcil_dist.errors import ArtifactError
 from avcil_dist.models.network_spec import DEFAULT_SPEC, NetworkSpec
 from avcil_dist.models.outputs import Output
 from avcil_dist.scenario import Scenario
@@ -125,6 +127,20 @@ class Method(ABC):
         """Return class scores (B, C); the largest is the prediction. Also used in training, to select the epoch."""
         return output.logits
 
+    def restore(self, state: Mapping[str, Any], num_seen: int, source: str) -> None:
+        """Load the state of a step with `num_seen` classes.
+
+        Raises ArtifactError, naming `source`, for a state that does not fit.
+        """
+        try:
+            self.load_state_dict(state)
+            self.check_state(num_seen)
+        except ValueError as error:
+            raise ArtifactError(f"{source}: the method's state does not fit ({error}); run the step again") from None
+
+    def check_state(self, num_seen: int) -> None:  # noqa: B027 - most methods have no state
+        """Check a loaded state of `num_seen` classes. Raises ValueError for wrong types, shapes or numbers."""
+
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain JSON values that the next step needs."""
         return {}
@@ -133,6 +149,17 @@ class Method(ABC):
         """Load the result of `state_dict`. Raises ValueError for a state that the method does not have."""
         if state:
             raise ValueError(f"{type(self).__name__} has no state, but the artifact has {', '.join(state)}")
+
+
+def check_matrix(
+    name: str, values: Any, dtype: torch.dtype, *, rows: int | None = None, columns: int | None = None
+) -> Tensor:
+    """Return a value of a state if it is a matrix of this type and shape. Raises ValueError otherwise."""
+    if not isinstance(values, Tensor) or values.dtype != dtype or values.ndim != 2:
+        raise ValueError(f"{name}: not a matrix of {dtype}")
+    if values.shape[0] != (rows or values.shape[0]) or values.shape[1] != (columns or values.shape[1]):
+        raise ValueError(f"{name}: a matrix of {tuple(values.shape)}, not of {(rows, columns)}")
+    return values
 
 
 class ClosedFormMethod(Method):

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from avcil_dist.methods.base import Method, StepContext
+from avcil_dist.errors import ArtifactError
+from avcil_dist.methods.base import Method, StepContext, check_matrix
 from avcil_dist.models.outputs import Output
 
 
@@ -30,15 +31,33 @@ class NearestMean(Method):
 
     def scores(self, output: Output) -> Tensor:
         """Return the nearness to each class's mean if there are means, otherwise the logits."""
-        return output.logits if self.means is None else nearness(output.feature, self.means)
+        if self.means is None:
+            return output.logits
+        if self.means.shape[1] != output.feature.shape[1]:
+            raise ArtifactError(
+                f"the means of the classes have {self.means.shape[1]} numbers, the features {output.feature.shape[1]}; "
+                "run the step again"
+            )
+        return nearness(output.feature, self.means)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the means, so that the step's artifact predicts as the step did."""
         return {} if self.means is None else {"means": self.means}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load the means."""
+        """Load the means. Raises ValueError for anything else."""
+        if strangers := state.keys() - {"means"}:
+            raise ValueError(f"it has {min(strangers)}, which is not of {type(self).__name__}")
         self.means = state.get("means")
+
+    def check_state(self, num_seen: int) -> None:
+        """Check the means: a row for each class, of numbers, or of NaN for a class without exemplars."""
+        if self.means is None:
+            return
+        check_matrix("means", self.means, torch.float32, rows=num_seen)
+        unknown = self.means.isnan()
+        if self.means.isinf().any() or not torch.equal(unknown.all(dim=1), unknown.any(dim=1)):
+            raise ValueError("means have numbers that are not finite")
 
 
 def class_means(exemplars: Sequence[Tensor]) -> Tensor:

@@ -241,7 +241,7 @@ def load_whole_state(network: Network, weights: Mapping[str, Tensor], source: st
 
     Raises ArtifactError, naming `source` and some of the names, for weights that do not fit.
     """
-    problems = mismatches(network, weights)
+    problems = mismatches(network, weights, exact_types=True)
     if problems:
         raise ArtifactError(
             f"{source}: its weights are not those of the network: {problems}; use the configuration and the "

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import safetensors.torch
-import torch
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from safetensors import SafetensorError
 from torch import Tensor
@@ -103,31 +102,26 @@ def read_committed_json(folder: str, name: str, commit: Commit, kind: type[T], w
     return storage.parse_json(read_committed_file(folder, name, commit), kind, what, url, fault=ArtifactError)
 
 
-def read_committed_tensors(folder: str, name: str, commit: Commit, *, finite: bool = True) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file of a committed folder, verified.
+def read_committed_tensors(folder: str, name: str, commit: Commit) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file of a committed folder, verified. Raises ArtifactError, naming the file.
 
-    Raises ArtifactError, naming the file; with `finite` also for a number that is not: a network that computes with
-    it has worthless outputs.
+    Types, shapes and numbers are compared by those who load the tensors into a network, a method or an optimizer.
     """
     data = read_committed_file(folder, name, commit)
     url = storage.join(folder, name)
     try:
-        tensors = safetensors.torch.load(data)
+        return safetensors.torch.load(data)
     except (SafetensorError, ValueError, KeyError) as error:  # KeyError: a type that torch does not have
         raise ArtifactError(f"{url}: not a file of tensors ({_one_line(error)}); run the step again") from None
-    for key, tensor in tensors.items() if finite else ():
-        if (tensor.is_floating_point() or tensor.is_complex()) and not bool(torch.isfinite(tensor).all()):
-            raise ArtifactError(f"{url}: {key}: has values that are no finite number; run the step again")
-    return tensors
 
 
-def read_state(folder: str, name: str, commit: Commit, *, finite: bool = True) -> dict[str, Any]:
+def read_state(folder: str, name: str, commit: Commit) -> dict[str, Any]:
     """Return the state of tensors and plain values that `encode_state` encoded, verified.
 
     Raises ArtifactError, naming the file, as `read_committed_tensors` does.
     """
     plain = read_committed_json(folder, f"{name}.json", commit, dict[str, JsonValue], "the plain values of a state")
-    return {**read_committed_tensors(folder, f"{name}.safetensors", commit, finite=finite), **plain}
+    return {**read_committed_tensors(folder, f"{name}.safetensors", commit), **plain}
 
 
 def read_verified_commit(folder: str, kind: type[C]) -> C:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from avcil_dist.config.schema import EngineConfig
-from avcil_dist.errors import TrainingError
+from avcil_dist.errors import ArtifactError, TrainingError
 from avcil_dist.models.network import Network
 from avcil_dist.models.outputs import Output
 from avcil_dist.training.optim import LossScale
@@ -25,6 +25,7 @@ from avcil_dist.world import World, threads_per_rank
 NEVER = 10**9
 # Elements of a ZeRO buffer. DeepSpeed's default is for billions of parameters and hardly shards smaller models.
 BUCKET = 20_000_000
+RESTART = "begin the step anew with --restart-step"
 BETTER_GRADIENT = "lower optim.lr, set engine.max_grad_norm, or use engine.precision=float32 or bf16"
 
 
@@ -155,17 +156,28 @@ class Engine:
     def load_optimizer_state(self, state: Mapping[str, Tensor | float]) -> None:
         """Load the result of `optimizer_state()` of the same rank, ZeRO stage and world size.
 
-        With the weights of that moment too, training continues to the same bits.
+        With the weights of that moment too, training continues to the same bits. Raises ArtifactError for any other
+        state.
         """
         values: dict[int, dict[str, Tensor | float]] = {}
+        scale = asdict(self._scale) if self._scale else {}
         for key, value in state.items():
-            owner, name = key.split(".", 1)
-            if owner == "loss_scale":
+            owner, _, name = key.partition(".")
+            if owner == "loss_scale" and isinstance(value, type(scale.get(name))):
                 setattr(self._scale, name, value)
-            else:
+            elif owner.isascii() and owner.isdigit() and name:
                 values.setdefault(int(owner), {})[name] = value
+            else:
+                raise ArtifactError(
+                    f"snapshot: {key} is not of this optimizer; begin the step anew with --restart-step"
+                )
         with self._whole_groups():
             groups = self._optimizer.state_dict()["param_groups"]
+            parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+            for number, entries in values.items():
+                shape = parameters[number].shape if number < len(parameters) else None
+                if not all(getattr(value, "shape", ()) in ((), shape) for value in entries.values()):
+                    raise ArtifactError(f"snapshot: its optimizer's parameter {number} has another shape; {RESTART}")
             self._optimizer.load_state_dict({"state": values, "param_groups": groups})
 
     @contextmanager

@@ -10,7 +10,8 @@ from avcil_dist.data.manifest import Manifest
 from avcil_dist.methods import make_method
 from avcil_dist.methods.base import Method, Needs, StepContext
 from avcil_dist.scenario import Scenario
-from avcil_dist.streams.artifact import StepArtifact
+from avcil_dist.streams.artifact import StepArtifact, step_url
+from avcil_dist.streams.stream import stream_url
 from avcil_dist.training.inference_pass import InferencePass
 from avcil_dist.world import World
 
@@ -72,7 +73,9 @@ def make_step(
 ) -> Step:
     """Make a step; its method continues from the state in `previous`, the artifact of the step before."""
     method = make_method(config.method)
-    method.load_state_dict(previous.method if previous else {})
+    if previous:
+        source = step_url(stream_url(config), previous.step)
+        method.restore(previous.method, previous.scenario.num_seen(previous.step), source)
     step = Step(config, manifest, scenario, number, method, world, device)
     method.begin_step(step.context)
     return step

@@ -208,15 +208,14 @@ class SnapshotManager:
         training = read_committed_json(folder, "training.json", commit, TrainingRecord, "the state of a training")
         best = None
         if training.best is not None:
-            weights = read_committed_tensors(folder, "best.safetensors", commit, finite=False)
+            weights = read_committed_tensors(folder, "best.safetensors", commit)
             best = BestEpoch(weights, training.best.epoch, training.best.val_accuracy)
         totals = EpochTotals.from_record(training.totals, self.step.device, is_main=self.step.world.is_main)
         self._iteration = training.iteration
-        # A weight that is not finite ends the next iteration with advice on how to train.
-        model = read_committed_tensors(folder, "model.safetensors", commit, finite=False)
+        model = read_committed_tensors(folder, "model.safetensors", commit)
         optimizer = None
         if self._optimizer_fits(commit):
-            optimizer = read_state(folder, self._optimizer_name(), commit, finite=False)
+            optimizer = read_state(folder, self._optimizer_name(), commit)
         state = TrainingState(training.iteration, best, totals, set(training.counters))
         return Snapshot(model, optimizer, state)
 
@@ -238,7 +237,7 @@ class SnapshotManager:
         folder = self._extra_folder(name)
         if not decide_together(lambda: self._has_extra(folder)):
             return None
-        return read_state(folder, name, read_commit(folder, SnapshotCommit), finite=False)
+        return read_state(folder, name, read_commit(folder, SnapshotCommit))
 
     def discard(self) -> None:
         """Delete all snapshots and extra states of the step, once it is committed."""

@@ -61,7 +61,7 @@ def load_strictly(body: nn.Module, state: Mapping[str, Tensor], dropped: tuple[s
     Raises ConfigError, with examples, for parameters that are missing, unexpected or of another shape.
     """
     kept = {key: tensor for key, tensor in state.items() if not key.startswith(dropped)}
-    problems = mismatches(body, kept)
+    problems = mismatches(body, kept, exact_types=False)
     if problems:
         raise ConfigError(
             f"{where}: weights do not fit the encoder: {problems}; check dim, depth, heads and data.clip "

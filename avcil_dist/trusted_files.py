@@ -6,6 +6,7 @@ on the name itself: a symbolic link is not followed.
 
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 from avcil_dist.errors import ConfigError
@@ -20,10 +21,9 @@ def make_private_folder(folder: Path) -> Path:
     Raises ConfigError for one that is there and not trusted, OSError as `mkdir` does.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with suppress(FileExistsError):
         folder.mkdir(mode=0o700)
-    except FileExistsError:
-        check_trusted_folder(folder)
+    check_trusted_folder(folder)
     return folder
 
 
@@ -31,10 +31,10 @@ def check_trusted_folder(folder: Path) -> None:
     """Check that a folder belongs to this user and others cannot write it. Raises ConfigError, OSError if missing."""
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode):
-        raise ConfigError(f"{folder}: not a folder; code is loaded from folders alone, remove it")
+        raise ConfigError(f"{folder}: not a folder, or a link to one; remove it, or name another")
     _check_owner(folder, status)
     if status.st_mode & OTHERS_WRITE:
-        raise ConfigError(f"{folder}: others can write it, so no code is loaded from it; run: chmod go-w {folder}")
+        raise ConfigError(f"{folder}: others can write it, so its content is not trusted; run: chmod go-w {folder}")
 
 
 def check_trusted_file(path: Path) -> None:
@@ -45,12 +45,12 @@ def check_trusted_file(path: Path) -> None:
     check_trusted_folder(path.parent)
     status = path.lstat()
     if not stat.S_ISREG(status.st_mode):
-        raise ConfigError(f"{path}: not a regular file; no code is loaded from it, remove it")
+        raise ConfigError(f"{path}: not a regular file, so it is not trusted; remove it")
     _check_owner(path, status)
     if status.st_mode & OTHERS_WRITE and path.parent.lstat().st_mode & OTHERS_ENTER:
-        raise ConfigError(f"{path}: others can write it, so no code is loaded from it; remove it")
+        raise ConfigError(f"{path}: others can write it, so it is not trusted; remove it")
 
 
 def _check_owner(path: Path, status: os.stat_result) -> None:
     if status.st_uid != os.getuid():
-        raise ConfigError(f"{path}: belongs to another user, so no code is loaded from it; name a folder of your own")
+        raise ConfigError(f"{path}: belongs to another user, so it is not trusted; name a folder of your own")

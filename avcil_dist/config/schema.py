@@ -99,8 +99,9 @@ class DataConfig(Section):
     )
     shard_cache: Operational[PathText] = Field(
         "auto",
-        description="Folder on the local disk that caches whole shards, shared by the processes of a node. `auto`: a "
-        "folder below TMPDIR for remote shards, no cache for local ones. `none`: range requests, no cache.",
+        description="Folder on the local disk whose subfolder `avcil-shards` caches whole shards, shared by the "
+        "processes of a node. `auto`: a folder below TMPDIR for remote shards, no cache for local ones. `none`: range "
+        "requests, no cache.",
     )
     shard_cache_gigabytes: Operational[PositiveFloat] = Field(
         50.0,

@@ -11,7 +11,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
@@ -22,7 +21,7 @@ from avcil_dist.config.schema import DataConfig
 from avcil_dist.data.manifest import Manifest
 from avcil_dist.data.plan import PADDING
 from avcil_dist.data.sampler import Request
-from avcil_dist.data.shard_cache import ShardCache, default_folder
+from avcil_dist.data.shard_cache import ShardCache, cache_folder
 from avcil_dist.errors import DataError, StorageError
 
 T = TypeVar("T")
@@ -246,7 +245,7 @@ class OpenReader:
 
     def _make_cache(self) -> ShardCache:
         return ShardCache(
-            default_folder() if self.data.shard_cache == "auto" else Path(self.data.shard_cache),
+            cache_folder(self.data.shard_cache),
             int(self.data.shard_cache_gigabytes * 1e9),
             executor=self._fetchers,
             retry_seconds=self.data.retry_seconds,

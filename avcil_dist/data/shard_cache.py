@@ -5,15 +5,21 @@ renamed. Files are named by digest, so runs and manifests share them, and a stal
 is protected by a lock on its file, which the system releases when its process ends; of the others, the least recently
 used are removed to make room.
 
+The cache has a folder of its own, with a marker, that no other user can write. It removes only files that have names of
+its own there.
+
 Where there is no room (a full disk, or a cache smaller than the shards in use), `open` returns None and the shard is
 read by range requests instead: slower, with the same bytes.
 """
 
+import errno
 import fcntl
 import hashlib
 import logging
 import os
+import re
 import shutil
+import stat
 import tempfile
 import uuid
 from collections import deque
@@ -25,25 +31,38 @@ from pathlib import Path
 from filelock import FileLock
 
 from avcil_dist import storage
-from avcil_dist.errors import ConfigError, DataError
+from avcil_dist.errors import ConfigError, DataError, StorageError
+from avcil_dist.trusted_files import make_private_folder
 
 CHUNK_BYTES = 16 << 20
 CHUNKS_AT_A_TIME = 8
 DISK_RESERVE = 0.05  # fraction of the disk that stays free for others
+OWN_FOLDER, MARKER, LOCKS = "avcil-shards", ".avcil-shard-cache", "locks"
+DIGEST = re.compile(r"[0-9a-f]{64}")
+WHOLE = re.compile(r"[0-9a-f]{64}\.tar")
+TEMPORARY = re.compile(r"\.[0-9a-f]{64}\.[0-9a-f]{32}")
 _logger = logging.getLogger(__name__)
 
 
-def default_folder() -> Path:
-    """Return the default folder of the cache: below TMPDIR, one folder per user."""
-    return Path(tempfile.gettempdir()) / f"avcil-shards-{os.getuid()}"
+def cache_folder(setting: str) -> Path:
+    """Return the cache's own folder: below that of the setting, or one per user below TMPDIR for `auto`.
+
+    Raises ConfigError for a folder that is not on a local disk.
+    """
+    if setting == "auto":
+        return Path(tempfile.gettempdir()) / f"{OWN_FOLDER}-{os.getuid()}"
+    path = storage.local_path(setting)
+    if path is None:
+        raise ConfigError(f"data.shard_cache: {setting}: not on a local disk; name a folder that is")
+    return Path(path) / OWN_FOLDER
 
 
 class ShardCache:
-    """Whole shards in `folder`, at most `max_bytes`. Safe for any number of threads and processes.
+    """Whole shards in `folder`, the cache's own, at most `max_bytes`. Safe for any number of threads and processes.
 
     `executor` fetches the chunks of a shard. `count` is called with "cache_hits", "cache_misses", "cache_full" and
     "fetched_bytes" and an amount; `on_retry` is called before each retry. Raises ConfigError for a folder that
-    cannot be written or belongs to another user.
+    cannot be written, can be written by other users, or holds other files.
     """
 
     def __init__(
@@ -60,25 +79,25 @@ class ShardCache:
         self._executor, self._retry_seconds = executor, retry_seconds
         self._count, self._on_retry = count, on_retry
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            (folder / "locks").mkdir(exist_ok=True)
+            _make_own_folder(folder)
+        except ConfigError as error:
+            raise ConfigError(f"data.shard_cache: {error}") from None
         except OSError as error:
             raise ConfigError(
                 f"data.shard_cache: {folder}: {error.strerror}; name a folder that can be written"
             ) from None
-        if folder.stat().st_uid != os.getuid():
-            raise ConfigError(f"data.shard_cache: {folder}: belongs to another user; name a folder of your own")
 
     def find(self, size: int, sha256: str) -> int | None:
         """Return a descriptor of the shard as `open` does, or None if it is not cached; nothing is fetched."""
-        with suppress(FileNotFoundError):
-            descriptor = os.open(self._path(sha256), os.O_RDONLY)
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
-            status = os.fstat(descriptor)
-            if status.st_nlink and status.st_size == size:  # no link: it was removed between the two calls
-                os.utime(descriptor)
-                return descriptor
-            os.close(descriptor)
+        descriptor = _open_own(self._path(sha256))
+        if descriptor is None:
+            return None
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        status = os.fstat(descriptor)
+        if status.st_nlink and status.st_size == size:  # no link: it was removed between the two calls
+            os.utime(descriptor)
+            return descriptor
+        os.close(descriptor)
         return None
 
     def open(self, url: str, size: int, sha256: str) -> int | None:
@@ -87,7 +106,18 @@ class ShardCache:
         Returns None where there is no room for it. Raises DataError for a shard that is missing or differs from the
         manifest, StorageError when the storage fails for longer than the time limit.
         """
-        with FileLock(self.folder / "locks" / f"{sha256[:2]}.lock"):
+        self._path(sha256)
+        try:
+            if not (self.folder / MARKER).exists():  # TMPDIR may be cleaned meanwhile
+                _make_own_folder(self.folder)
+            return self._open(url, size, sha256)
+        except OSError as error:
+            raise StorageError(
+                f"data.shard_cache: {self.folder}: {error.strerror}; check the disk, or name another folder"
+            ) from None
+
+    def _open(self, url: str, size: int, sha256: str) -> int | None:
+        with FileLock(self.folder / LOCKS / f"{sha256[:2]}.lock"):
             descriptor = self.find(size, sha256)
             if descriptor is not None:
                 self._count("cache_hits", 1)
@@ -110,11 +140,13 @@ class ShardCache:
             return descriptor
 
     def _path(self, sha256: str) -> Path:
+        if not DIGEST.fullmatch(sha256):
+            raise DataError(f"sha256 {sha256[:100]!r}: not 64 hex digits; the manifest is damaged, build it again")
         return self.folder / f"{sha256}.tar"
 
     def _room(self) -> FileLock:
         """Return the lock for adding, removing and counting files."""
-        return FileLock(self.folder / "locks" / "room.lock")
+        return FileLock(self.folder / LOCKS / "room.lock")
 
     def _reserve(self, url: str, size: int, sha256: str) -> tuple[Path, int] | None:
         """Return a temporary file with its full size allocated, locked; None where there is no room."""
@@ -138,11 +170,14 @@ class ShardCache:
         """Remove unused files, the least recently used first, until `size` more bytes fit. Returns whether they fit."""
         files: list[tuple[bool, int, Path, int]] = []
         for entry in os.scandir(self.folder):
+            is_whole = bool(WHOLE.fullmatch(entry.name))
+            if not (is_whole or TEMPORARY.fullmatch(entry.name)):
+                continue
             with suppress(FileNotFoundError):
-                if entry.is_file():
-                    status = entry.stat()
-                    # files with temporary names, left behind by killed processes, are removed first
-                    files.append((not entry.name.startswith("."), status.st_mtime_ns, Path(entry), status.st_size))
+                status = entry.stat(follow_symlinks=False)
+                # files with temporary names, left behind by killed processes, are removed first
+                if stat.S_ISREG(status.st_mode):
+                    files.append((is_whole, status.st_mtime_ns, Path(entry), status.st_size))
         disk = shutil.disk_usage(self.folder)
         excess = max(
             sum(entry[-1] for entry in files) + size - self.max_bytes, size + int(DISK_RESERVE * disk.total) - disk.free
@@ -184,12 +219,40 @@ class ShardCache:
         return storage.read_range(url, start, stop, seconds=self._retry_seconds, on_retry=self._on_retry)
 
 
+def _make_own_folder(folder: Path) -> None:
+    """Make the cache's folder, with its marker. Raises ConfigError for one with other files, and OSError."""
+    make_private_folder(folder)
+    marker = folder / MARKER
+    foreign = [path.name for path in folder.iterdir() if not _is_own(path.name)]
+    if foreign and not marker.exists():
+        raise ConfigError(f"{folder}: holds {foreign[0]!r}, so it is no folder of the shard cache; name another")
+    marker.touch()
+    (folder / LOCKS).mkdir(exist_ok=True)
+
+
+def _is_own(name: str) -> bool:
+    return name in (MARKER, LOCKS) or bool(WHOLE.fullmatch(name) or TEMPORARY.fullmatch(name))
+
+
+def _open_own(path: Path) -> int | None:
+    """Return a descriptor of a regular file; None where there is none, such as for a link or a pipe."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENXIO):
+            return None
+        raise
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
 def _remove_unused(path: Path) -> bool:
     """Remove a file unless a process uses it. Returns whether it was removed."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return True
+    descriptor = _open_own(path)
+    if descriptor is None:
+        return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         path.unlink(missing_ok=True)

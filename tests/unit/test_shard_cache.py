@@ -2,9 +2,11 @@ import fcntl
 import hashlib
 import os
 import resource
+import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections import Counter
 from collections.abc import Iterator
@@ -17,8 +19,8 @@ import pytest
 
 from avcil_dist import storage
 from avcil_dist.data import shard_cache as cache_module
-from avcil_dist.data.shard_cache import ShardCache
-from avcil_dist.errors import ConfigError, DataError
+from avcil_dist.data.shard_cache import MARKER, ShardCache, cache_folder
+from avcil_dist.errors import AvcilError, ConfigError, DataError, StorageError
 
 PROJECT = Path(__file__).parents[2]
 SIZE = 1000
@@ -63,7 +65,7 @@ class Shards:
         return {number for number in range(20) if f"{self.digest(number)}.tar" in names}
 
     def leftovers(self) -> list[str]:
-        return [path.name for path in self.cache.folder.iterdir() if path.name.startswith(".")]
+        return [path.name for path in self.cache.folder.glob(".*") if path.name != MARKER]
 
 
 @pytest.fixture
@@ -178,7 +180,7 @@ def test_a_shard_that_is_missing_or_short_is_named(shards: Shards, content: byte
 
 
 def test_what_a_killed_process_left_makes_room(shards: Shards) -> None:
-    left = shards.cache.folder / ".0123.dead"
+    left = shards.cache.folder / f".{'0' * 64}.{'f' * 32}"
     left.write_bytes(bytes(3 * SIZE))
     shards.use(1)
     assert not left.exists()
@@ -187,7 +189,7 @@ def test_what_a_killed_process_left_makes_room(shards: Shards) -> None:
 def test_what_a_killed_process_left_is_removed_before_any_shard(shards: Shards) -> None:
     for number in (1, 2):
         shards.use(number)
-    left = shards.cache.folder / ".0123.dead"
+    left = shards.cache.folder / f".{'0' * 64}.{'f' * 32}"
     left.write_bytes(bytes(SIZE))  # newer than both shards
     shards.use(3)
     assert not left.exists()
@@ -205,6 +207,100 @@ def test_a_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(os, "getuid", lambda: tmp_path.stat().st_uid + 1)
     with pytest.raises(ConfigError, match=r"^data\.shard_cache: .*cache: belongs to another user"):
         Shards(tmp_path, 1)
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770])
+def test_a_folder_that_others_can_write_is_refused(tmp_path: Path, mode: int) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(mode)
+    with pytest.raises(ConfigError, match=r"^data\.shard_cache: .*cache: others can write it"):
+        Shards(tmp_path, 1)
+
+
+def test_the_files_of_the_user_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = (".bashrc", ".netrc", "data.tar", f".{'0' * 64}.{'f' * 32}", f"{'0' * 64}.tar")
+    for name in names:
+        (tmp_path / name).write_bytes(bytes(SIZE))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    made = Shards(cache_folder(str(tmp_path)), 1)
+    for number in range(4):
+        made.use(number)
+    assert all((tmp_path / name).stat().st_size == SIZE for name in names)
+    assert cache_folder(str(tmp_path)) == tmp_path / "avcil-shards"
+    assert cache_folder("auto") == tmp_path / f"avcil-shards-{os.getuid()}"
+    made.executor.shutdown()
+
+
+def test_a_folder_with_other_files_and_no_marker_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir(mode=0o700)
+    (tmp_path / "cache" / "thesis.tex").write_bytes(b"x")
+    with pytest.raises(ConfigError, match=r"^data\.shard_cache: .*cache: holds 'thesis\.tex', so it is no folder"):
+        Shards(tmp_path, 1)
+
+
+def test_other_files_beside_the_marker_are_neither_counted_nor_removed(shards: Shards) -> None:
+    folder = shards.cache.folder
+    for name in (".bashrc", "notes", "x.tar", f"{'A' * 64}.tar"):
+        (folder / name).write_bytes(bytes(5 * SIZE))
+    (folder / f"{'1' * 64}.tar").symlink_to(folder / "notes")
+    for number in range(5):
+        shards.use(number)
+    assert shards.kept() == {2, 3, 4}
+    assert {".bashrc", "notes", "x.tar", f"{'A' * 64}.tar"} <= {path.name for path in folder.iterdir()}
+
+
+def test_a_link_in_the_place_of_the_folder_or_of_a_shard_is_not_followed(shards: Shards, tmp_path: Path) -> None:
+    victim = tmp_path / "secret"
+    victim.write_bytes(bytes(SIZE))
+    planted = shards.cache.folder / f"{shards.digest(1)}.tar"
+    planted.symlink_to(victim)
+    assert shards.cache.find(SIZE, shards.digest(1)) is None
+    shards.use(1)
+    assert not planted.is_symlink()
+    assert victim.read_bytes() == bytes(SIZE)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "cache").symlink_to(tmp_path)
+    with pytest.raises(ConfigError, match="not a folder, or a link to one"):
+        Shards(tmp_path / "other", 1)
+
+
+def test_a_pipe_in_the_place_of_a_shard_does_not_block(shards: Shards) -> None:
+    os.mkfifo(shards.cache.folder / f"{shards.digest(1)}.tar")
+    shards.use(1)
+
+
+@pytest.mark.parametrize("digest", ["", "../victim/secret", "/w_evil", "0" * 63, "G" * 64, "A" * 64, "0" * 64 + "\n"])
+def test_what_is_no_digest_is_refused_and_makes_no_file(shards: Shards, tmp_path: Path, digest: str) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    for use in (lambda: shards.cache.open("memory://x", SIZE, digest), lambda: shards.cache.find(SIZE, digest)):
+        with pytest.raises(DataError, match="not 64 hex digits"):
+            use()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_cache_on_object_storage_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"data\.shard_cache: memory://x: not on a local disk"):
+        cache_folder("memory://x")
+
+
+def test_a_folder_that_is_removed_meanwhile_is_made_again(shards: Shards) -> None:
+    shards.use(1)
+    shutil.rmtree(shards.cache.folder)
+    shards.use(2)
+    assert stat.S_IMODE(shards.cache.folder.stat().st_mode) == 0o700
+    assert shards.kept() == {2}
+
+
+def test_a_folder_that_is_lost_meanwhile_is_one_line(shards: Shards) -> None:
+    shutil.rmtree(shards.cache.folder)
+    shards.cache.folder.symlink_to("gone")
+    with pytest.raises(AvcilError, match=r"cache: not a folder"):
+        shards.open(2)
+    shards.cache.folder.unlink()
+    shards.cache.folder.parent.rmdir()
+    shards.cache.folder.parent.write_bytes(b"")
+    with pytest.raises(StorageError, match=r"^data\.shard_cache: .*cache: .*; check the disk, or name another folder"):
+        shards.open(2)
 
 
 def test_a_shard_is_locked_while_it_is_fetched_and_shared_afterwards(shards: Shards, monkeypatch: Any) -> None:

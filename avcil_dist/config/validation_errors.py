@@ -34,6 +34,7 @@ def explain_error(
         node = node[keys[-1]]
     key = ".".join([section, *keys] if section else keys)
     source = source_of(key)
+    key = key if key.isprintable() else repr(key)[1:-1]  # one line, whatever the keys of a mapping are
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "union_tag_invalid":
         return f"{source}: {key}: {_shown(node)} is none of {fault['ctx']['expected_tags']}"

@@ -203,7 +203,7 @@ def test_a_cluster_file_has_the_same_bounds_and_its_shell_lines_are_free(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     for word in (r'partition="gpu\ntouch x"', r'extra={"a\nb": x}', r'extra={a: "x\ny"}', "hours=.inf", "hours=1e9"):
-        with pytest.raises(ConfigError, match=f"command line: {word.split('=')[0]}: ") as caught:
+        with pytest.raises(ConfigError, match=f"command line: {word.split('=')[0]}[:.]") as caught:
             load_cluster("slurm", [word])
         assert len(str(caught.value).splitlines()) == 1
     shell = "export A=1\n\texport TOKEN=x"

@@ -9,7 +9,7 @@ from launch.cli.options import resume_options, split_words
 @click.argument("config")
 @click.argument("words", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--cluster", required=True, help="A cluster file, or a shipped one: slurm, local.")
-@click.option("--dry-run", is_flag=True, help="Print the job scripts; submit nothing.")
+@click.option("--dry-run", is_flag=True, help="Print a job script and the differences of the others; submit nothing.")
 @resume_options
 def submit(
     config: str,
@@ -35,15 +35,14 @@ def submit(
       avcil submit demo --cluster local
     """
     from avcil_dist.compose import load_config
-    from launch.cluster.chain import script_texts, submit_stream
+    from launch.cluster.chain import dry_run_text, submit_stream
     from launch.cluster.resources import load_cluster
     from launch.resume_policy import ResumePolicy
 
     settings, of_cluster = split_words(words, cluster)
     resolved, resources = load_config(config, settings), load_cluster(cluster, of_cluster)
     if dry_run:
-        for step, text in script_texts(resolved, resources).items():
-            click.echo(f"### step {step}\n{text}")
+        click.echo(dry_run_text(resolved, resources))
         return
     submission = submit_stream(resolved, resources, policy=ResumePolicy(restart, restart_step, reset_optimizer))
     chain, stream = submission.chain, submission.stream
@@ -63,22 +62,31 @@ def submit(
 @click.command()
 @click.argument("run")
 def status(run: str) -> None:
-    """Show the steps of RUN (the stream's folder): state of the job, nodes, progress, accuracy, error."""
+    """Show the steps of RUN, a stream's folder: state of the job, nodes, time, progress, accuracy, error.
+
+    RUN may also be a folder of streams, such as the output folder of a sweep: each stream below it is one row.
+    """
     from rich.console import Console
 
-    from launch.cluster.status import print_status
+    from launch.cluster.status_table import print_status
 
-    print_status(run.rstrip("/"), Console())
+    print_status(run.rstrip("/") or "/", Console())
 
 
 @click.command()
 @click.argument("run")
 def cancel(run: str) -> None:
-    """End the jobs of RUN (the stream's folder) that wait or run. A new submission continues the stream."""
-    from launch.cluster.status import cancel_chain
+    """End the jobs of RUN that wait or run. A new submission continues.
 
-    count = cancel_chain(run.rstrip("/"))
-    click.echo(f"{run}: {count} ended" if count else f"{run}: nothing waits or runs")
+    RUN is a stream's folder, or a folder of streams, such as the output folder of a sweep.
+    """
+    from launch.cluster.chain_record import has_chain
+    from launch.cluster.status import cancel_chains, streams_below
+
+    folder = run.rstrip("/") or "/"
+    streams = [stream for stream in streams_below(folder) if has_chain(stream)] or [folder]
+    for stream, count in cancel_chains(streams).items():
+        click.echo(f"{stream}: {count} ended" if count else f"{stream}: nothing waits or runs")
 
 
 @click.command()

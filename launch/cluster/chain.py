@@ -3,7 +3,7 @@
 Submitting is idempotent: committed steps are skipped, and jobs that wait or run are kept.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -121,17 +121,33 @@ def _check_folder(folder: Path) -> None:
             )
 
 
-def script_texts(config: Config, cluster: ClusterConfig) -> dict[int, str]:
-    """Return the job script of each step that is not committed; ids of jobs in it are placeholders."""
+def dry_run_text(config: Config, cluster: ClusterConfig) -> str:
+    """Return the job script of the first step that is not committed, and a table of what differs by step.
+
+    Ids of jobs are placeholders.
+    """
     chain = plan_chain(config, cluster)
     code = snapshot_folder(Path(chain.folder))
     chain = replace(chain, code=str(code) if code else None)
-    first = next_step(stream_url(config), chain.num_steps)
+    steps = range(next_step(stream_url(config), chain.num_steps), chain.num_steps)
+    if not steps:
+        return f"{stream_url(config)}: all steps are committed, nothing would be submitted"
     scheduler = scheduler_of(cluster.kind)
-    return {
-        step: scheduler.script(chain, cluster, step, f"JOB_OF_STEP_{step - 1}" if step > first else None)
-        for step in range(first, chain.num_steps)
-    }
+    previous = {step: f"JOB_OF_STEP_{step - 1}" if step > steps[0] else None for step in steps}
+    script = scheduler.script(chain, cluster, steps[0], previous[steps[0]])
+    options = {step: scheduler.options(chain, cluster, step, previous[step]) for step in steps}
+    return f"{script}\n\n{_differences(options)}"
+
+
+def _differences(options: Mapping[int, Mapping[str, str]]) -> str:
+    """Return a table of the options that are not the same in all steps, a row for each step."""
+    names = sorted({name for of_step in options.values() for name in of_step})
+    differing = [name for name in names if len({of_step.get(name) for of_step in options.values()}) > 1]
+    rows = [["step", *differing]]
+    rows += [[str(step), *(of_step.get(name, "-") or "yes" for name in differing)] for step, of_step in options.items()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(["### what differs by step, beside the step's number in paths", *lines])
 
 
 def _live_jobs(scheduler: Scheduler, stream: str, chain: Chain, first: int) -> dict[int, JobState]:

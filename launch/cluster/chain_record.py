@@ -87,7 +87,8 @@ class Chain:
 
     def cluster(self) -> ClusterConfig:
         """Return the cluster of the last submission."""
-        return ClusterConfig.model_validate_json(Path(self.folder, CLUSTER).read_text())
+        path = f"{self.folder}/{CLUSTER}"
+        return storage.read_json(path, ClusterConfig, "settings of a cluster", fault=ConfigError)
 
     def freeze(self, config: Config, cluster: ClusterConfig) -> None:
         """Write configuration and cluster to the chain's folder."""

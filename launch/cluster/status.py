@@ -1,27 +1,23 @@
-"""Status of a chain of jobs: each step's state, nodes, progress, accuracy and error; its logs; cancelling it."""
+"""Status of chains of jobs: each step's state, nodes, time, progress, accuracy and error; its logs; cancelling."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
 from avcil_dist import storage
-from avcil_dist.errors import ConfigError, DataError
-from avcil_dist.streams.artifact import is_committed, load_metrics
+from avcil_dist.errors import AvcilError, ConfigError, DataError, SchedulerError
+from avcil_dist.streams.artifact import committed_steps, is_committed, load_metrics
+from avcil_dist.streams.snapshots import newest_snapshot
 from avcil_dist.streams.stream import next_step
-from avcil_dist.tracking.session import close_run, unsent
-from launch.cluster.chain_record import Chain, read_chain
+from avcil_dist.tracking.session import close_run
+from launch.cluster.chain_record import Chain, has_chain, read_chain
 from launch.cluster.schedulers.base import JobState, scheduler_of
 from launch.progress import ProgressRecord
 
-TAIL_LINES = 8
 FOLLOW_SECONDS = 1.0
 AGE_SECONDS = 60  # the age of a progress file above which it is shown
-UNEXPLAINED = ("COMMITTED", "NOT SUBMITTED", "ENDED")  # states without an error or log to show
+FOLDER_DEPTH = 3  # of streams below a folder, such as OUTPUT/NAME/STREAM
 
 
 @dataclass(frozen=True)
@@ -29,7 +25,7 @@ class StepStatus:
     """Status of a step, from its job, its status files and its artifact.
 
     `state`: COMMITTED, NOT SUBMITTED, FAILED, ENDED (without a known reason), or the scheduler's word. `is_live`: its
-    job waits or runs.
+    job waits or runs. `continues_from`: of a step that has ended early, the iteration of its newest snapshot.
     """
 
     step: int
@@ -37,67 +33,82 @@ class StepStatus:
     job: str = ""
     nodes: str = ""
     reason: str = ""
+    elapsed: str = ""
+    limit: str = ""
+    restarts: int = 0
     progress: str = ""
     seen_accuracy: float | None = None
     failure: str | None = None
     is_live: bool = False
+    continues_from: int | None = None
 
 
-def chain_status(stream: str) -> tuple[Chain, list[StepStatus]]:
+@dataclass(frozen=True)
+class ChainStatus:
+    """Status of a stream's chain. `unknown`: why the scheduler has no states of jobs that have ended, else None."""
+
+    stream: str
+    chain: Chain
+    steps: tuple[StepStatus, ...]
+    unknown: str | None = None
+
+    @property
+    def current(self) -> StepStatus:
+        """The first step that is not committed; the last one when all are."""
+        return next((step for step in self.steps if step.state != "COMMITTED"), self.steps[-1])
+
+
+def streams_below(folder: str, depth: int = FOLDER_DEPTH) -> list[str]:
+    """Return the streams in a folder or below it, in order of name; a folder that is a stream is the only one."""
+    if has_chain(folder) or committed_steps(folder):
+        return [folder]
+    names = storage.list_folder(folder) if depth else []
+    return [
+        stream
+        for name in names
+        if not name.startswith(".")
+        for stream in streams_below(storage.join(folder, name), depth - 1)
+    ]
+
+
+def chain_status(stream: str) -> ChainStatus:
     """Return the status of every step of a stream.
 
     Raises ConfigError where no jobs were submitted, ArtifactError for damaged metrics of a committed step.
     """
-    chain = read_chain(stream)
-    scheduler = scheduler_of(chain.kind)
-    jobs = scheduler.past_jobs({stream: chain})[stream] | scheduler.live_jobs({stream: chain})[stream]
-    accuracies = _seen_accuracies(stream, chain.num_steps)
-    steps: list[StepStatus] = []
-    for step in range(chain.num_steps):
-        accuracy = accuracies[step] if step < len(accuracies) else None
-        status = _step_status(chain, step, jobs.get(step), accuracy, is_committed=is_committed(stream, step))
-        if status.state == "CANCELLED" and (cause := _failed_step(steps)) is not None:
-            status = replace(status, reason=f"step {cause} failed")
-        steps.append(status)
-    return chain, steps
+    return next(iter(chain_statuses({stream: read_chain(stream)}).values()))
 
 
-def print_status(stream: str, console: Console) -> None:
-    """Print a table of the steps, then the error and last log lines of failed ones, then what is not uploaded yet."""
-    chain, steps = chain_status(stream)
-    table = Table(title=escape(f"{stream}  ({chain.kind})"), title_justify="left")
-    for heading in ("step", "state", "job", "nodes", "progress", "seen accuracy"):
-        table.add_column(heading, overflow="fold")
-    for step in steps:
-        state = f"{step.state} ({step.reason})" if step.reason not in ("", "None") and not step.failure else step.state
-        accuracy = f"{step.seen_accuracy:.1%}" if step.seen_accuracy is not None else ""
-        table.add_row(str(step.step), escape(state), step.job, escape(step.nodes), escape(step.progress), accuracy)
-    console.print(table)
-    for step in steps:
-        if step.state in UNEXPLAINED or step.is_live or step.reason.startswith("step "):
-            continue
-        console.print(f"step {step.step}: {escape(step.failure or step.state)}", highlight=False)
-        log = log_file(chain, step.step, 0)
-        if log is not None:
-            console.print(f"last lines of {escape(str(log))}", highlight=False)
-            for line in log.read_text(errors="replace").splitlines()[-TAIL_LINES:]:
-                console.print(f"  {escape(line)}", highlight=False, soft_wrap=True)
-    reason = unsent(stream)
-    if reason and not any(step.is_live for step in steps):
-        console.print(
-            f"not all is uploaded ({escape(reason)}); finish with: avcil sync {escape(stream)}",
-            highlight=False,
-            soft_wrap=True,
-        )
+def chain_statuses(chains: Mapping[str, Chain]) -> dict[str, ChainStatus]:
+    """Return the status of streams, by stream; each scheduler is called once for all of them."""
+    found: dict[str, ChainStatus] = {}
+    for kind in sorted({chain.kind for chain in chains.values()}):
+        of_kind = {stream: chain for stream, chain in chains.items() if chain.kind == kind}
+        scheduler = scheduler_of(kind)
+        live, unknown = scheduler.live_jobs(of_kind), None
+        try:
+            past = scheduler.past_jobs(of_kind)
+        except SchedulerError as error:  # such as a cluster without accounting
+            past, unknown = {stream: {} for stream in of_kind}, str(error)
+        for stream, chain in of_kind.items():
+            found[stream] = ChainStatus(stream, chain, _steps(stream, chain, past[stream] | live[stream]), unknown)
+    return {stream: found[stream] for stream in chains}
 
 
-def cancel_chain(stream: str) -> int:
-    """End all jobs of a stream that wait or run. Returns their number. Committed steps and snapshots stay."""
-    chain = read_chain(stream)
-    count = scheduler_of(chain.kind).cancel({stream: chain})[stream]
-    if count:
-        close_run(chain.config(), KeyboardInterrupt)
-    return count
+def cancel_chains(streams: Sequence[str]) -> dict[str, int]:
+    """End all jobs of streams that wait or run. Returns their number by stream. Steps and snapshots stay.
+
+    Raises ConfigError where no jobs were submitted.
+    """
+    chains = {stream: read_chain(stream) for stream in streams}
+    ended: dict[str, int] = {}
+    for kind in sorted({chain.kind for chain in chains.values()}):
+        of_kind = {stream: chain for stream, chain in chains.items() if chain.kind == kind}
+        ended |= scheduler_of(kind).cancel(of_kind)
+    for stream, count in ended.items():
+        if count:
+            close_run(chains[stream].config(), KeyboardInterrupt)
+    return {stream: ended[stream] for stream in streams}
 
 
 def log_file(chain: Chain, step: int, rank: int) -> Path | None:
@@ -117,7 +128,7 @@ def log_text(stream: str, step: int, rank: int, *, follow: bool) -> Iterator[str
         raise ConfigError(f"{stream}: no step {step}; it has steps 0 to {chain.num_steps - 1}")
     offset = 0
     while True:
-        is_over = not (follow and chain_status(stream)[1][step].is_live)  # checked before the last read
+        is_over = not (follow and chain_status(stream).steps[step].is_live)  # checked before the last read
         log = log_file(read_chain(stream), step, rank)
         if log is not None:
             with log.open("rb") as file:
@@ -134,12 +145,30 @@ def log_text(stream: str, step: int, rank: int, *, follow: bool) -> Iterator[str
         )
 
 
+def _steps(stream: str, chain: Chain, jobs: Mapping[int, JobState]) -> tuple[StepStatus, ...]:
+    accuracies = _seen_accuracies(stream, chain.num_steps)
+    steps: list[StepStatus] = []
+    for step in range(chain.num_steps):
+        accuracy = accuracies[step] if step < len(accuracies) else None
+        status = _step_status(chain, step, jobs.get(step), accuracy, is_committed=is_committed(stream, step))
+        if status.state == "CANCELLED":
+            cause = _failed_step(steps)
+            status = replace(status, reason="" if cause is None else f"step {cause} failed")
+        if status.state in ("CANCELLED", "ENDED", "FAILED") and all(other.state == "COMMITTED" for other in steps):
+            status = replace(status, continues_from=_continues_from(chain, step))
+        steps.append(status)
+    return tuple(steps)
+
+
 def _step_status(
     chain: Chain, step: int, job: JobState | None, accuracy: float | None, *, is_committed: bool
 ) -> StepStatus:
     """Combine the job of a step (None: unknown to the scheduler), its status files and whether it is committed."""
-    known_id = job.id if job else chain.newest_job(step) or ""
-    status = StepStatus(step, "COMMITTED", known_id, job.nodes if job else "", seen_accuracy=accuracy)
+    status = StepStatus(step, "COMMITTED", chain.newest_job(step) or "", seen_accuracy=accuracy)
+    if job is not None:
+        status = replace(
+            status, job=job.id, nodes=job.nodes, elapsed=job.elapsed, limit=job.limit, restarts=job.restarts
+        )
     if is_committed:
         return status
     failure = chain.failure(step)
@@ -172,7 +201,16 @@ def _progress(chain: Chain, step: int) -> str:
     return f"{share:.0%}  {progress.values}".strip() + (f"  ({age} s ago)" if age > AGE_SECONDS else "")
 
 
-def _failed_step(steps: list[StepStatus]) -> int | None:
+def _continues_from(chain: Chain, step: int) -> int | None:
+    """Return the iteration of the step's newest snapshot; None without one, or without the chain's settings."""
+    try:
+        found = newest_snapshot(chain.config(), step)
+    except (AvcilError, OSError):
+        return None
+    return found.iteration if found else None
+
+
+def _failed_step(steps: Sequence[StepStatus]) -> int | None:
     """Return the first of these steps that has ended without being committed or cancelled, or None."""
     return next(
         (step.step for step in steps if step.state not in ("COMMITTED", "CANCELLED") and not step.is_live), None

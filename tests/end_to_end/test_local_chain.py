@@ -70,11 +70,11 @@ def test_a_local_chain_survives_and_ends_with_the_bits_of_the_plain_run(tmp_path
     assert "1 ended" in avcil("cancel", stream).output
     assert not is_supervised(read_chain(stream).folder)
     wait_for(lambda: supervisor not in {process.pid for process in running()}, stream)
-    assert chain_status(stream)[1][1].state == "ENDED"
+    assert chain_status(stream).steps[1].state == "ENDED"
 
     submit(config, *away)
     wait_for(lambda: not is_supervised(read_chain(stream).folder), stream)
-    assert [step.state for step in chain_status(stream)[1]] == ["COMMITTED"] * len(STEPS)
+    assert [step.state for step in chain_status(stream).steps] == ["COMMITTED"] * len(STEPS)
     assert weights_digest(stream) == weights_digest(whole)
     assert last_artifact(stream).metrics == last_artifact(whole).metrics
     log = avcil("logs", stream, "--step", 2).output

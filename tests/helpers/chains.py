@@ -26,8 +26,8 @@ def wait_for(condition: Callable[[], bool], what: str, seconds: float = SECONDS)
 
 def wait_for_end(stream: str) -> list[StepStatus]:
     """Wait until no step waits or runs. Returns the steps."""
-    wait_for(lambda: not any(step.is_live for step in chain_status(stream)[1]), f"the end of {stream}")
-    return chain_status(stream)[1]
+    wait_for(lambda: not any(step.is_live for step in chain_status(stream).steps), f"the end of {stream}")
+    return list(chain_status(stream).steps)
 
 
 def job_of(stream: str, step: int) -> str:

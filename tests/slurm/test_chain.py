@@ -1,6 +1,7 @@
 """A stream as SLURM jobs on two nodes: with every disturbance the bits of the local run."""
 
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -22,6 +23,12 @@ from tests.helpers.chains import (
 from tests.helpers.sent_events import uri_of
 from tests.helpers.streams import avcil, last_artifact, train, weights_digest, write_config
 
+DEAF = """
+import signal
+handle = signal.signal
+handle(signal.SIGUSR2, signal.SIG_IGN)
+signal.signal = lambda number, handler: None if number == signal.SIGUSR2 else handle(number, handler)
+"""
 TWO_NODES = ("--cluster", "slurm", "cluster.nodes=2", "cluster.cpus_per_task=1")
 
 
@@ -83,8 +90,10 @@ def test_a_disturbed_chain_ends_with_the_bits_of_the_local_run(sandbox: Sandbox,
 def test_ranks_that_do_not_react_are_requeued_in_time_and_fail_in_the_end(sandbox: Sandbox, tmp_path: Path) -> None:
     optim = {"epochs": 100_000, "global_batch": 12, "global_replay_batch": 6, "global_eval_batch": 16}
     config = write_config(tmp_path, optim=optim, snapshot={"every_iterations": 20})
-    unwarned = "cluster.extra={signal: CONT@60}"  # the ranks receive no warning of the time limit
-    stream = submit(config, "cluster.hours=0.016", "cluster.signal_seconds=60", "cluster.max_requeues=1", unwarned)
+    (tmp_path / "deaf").mkdir()
+    (tmp_path / "deaf" / "sitecustomize.py").write_text(DEAF)  # the ranks ignore the warning of the time limit
+    deaf = f"cluster.setup=[export PYTHONPATH={tmp_path}/deaf]"
+    stream = submit(config, "cluster.hours=0.016", "cluster.signal_seconds=20", "cluster.max_requeues=1", deaf)
     job = job_of(stream, 0)
     wait_for_restart(sandbox, job, 1)
     wait_until_it_trains(stream, 0)
@@ -100,7 +109,8 @@ def test_ranks_that_do_not_react_are_requeued_in_time_and_fail_in_the_end(sandbo
 
 
 def test_a_failing_step_cancels_the_rest_and_status_says_why(sandbox: Sandbox, tmp_path: Path) -> None:
-    config = write_config(tmp_path)
+    optim = {"epochs": 1000, "global_batch": 12, "global_replay_batch": 6, "global_eval_batch": 16, "lr": 0.003}
+    config = write_config(tmp_path, optim=optim, snapshot={"every_iterations": 20})
     stream = submit(config)
     broken = tmp_path / "shards" / "manifest.json"
     whole = broken.read_text()
@@ -108,7 +118,7 @@ def test_a_failing_step_cancels_the_rest_and_status_says_why(sandbox: Sandbox, t
     assert [step.state for step in wait_for_end(stream)] == ["FAILED", "CANCELLED", "CANCELLED"]
     shown = avcil("status", stream).output
     assert "manifest.json" in shown
-    assert [step.reason for step in chain_status(stream)[1]][1:] == ["step 0 failed"] * 2
+    assert [step.reason for step in chain_status(stream).steps][1:] == ["step 0 failed"] * 2
     assert "manifest.json" in avcil("logs", stream, "--step", 0).output
 
     broken.write_text(whole)  # repaired, submitted again, and cancelled, which ends all jobs
@@ -118,8 +128,10 @@ def test_a_failing_step_cancels_the_rest_and_status_says_why(sandbox: Sandbox, t
     result = avcil("submit", config, *TWO_NODES, "optim.lr=0.1")
     assert result.exit_code == 2
     assert "optim.lr=0.003, not 0.1" in result.output
+    wait_until_it_trains(stream, 0)
     assert "3 ended" in avcil("cancel", stream).output
     assert [step.state for step in wait_for_end(stream)] == ["CANCELLED"] * 3
+    assert re.search(r"step 0: cancelled; continues from \d+\n", avcil("status", stream).output)
     assert "nothing waits or runs" in avcil("cancel", stream).output
 
 
@@ -147,8 +159,10 @@ def test_a_sweep_runs_no_more_chains_at_a_time_than_max_parallel(sandbox: Sandbo
         } | {job_of(stream, 1): f"afterok:{job_of(stream, 0)}" for stream in streams}
         assert result.output.count("3 submitted") == 4
         assert avcil("sweep", config, *words, *TWO_NODES).output.count("0 submitted, 3 wait or run already") == 4
-        for stream in streams:
-            assert "3 ended" in avcil("cancel", stream).output
+        shown = avcil("status", tmp_path / "runs").output
+        assert all(Path(stream).name in shown for stream in streams)
+        assert avcil("cancel", tmp_path / "runs").output.count(": 3 ended\n") == 4
+        assert not sandbox.run("squeue", "--noheader", "--states=PENDING,RUNNING").stdout
     finally:
         sandbox.run("scontrol", "update", "PartitionName=low", "State=UP")
 

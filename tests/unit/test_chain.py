@@ -17,7 +17,7 @@ from avcil_dist.streams.snapshots import snapshot_identity, snapshots_url
 from avcil_dist.streams.stream import sole_writer, stream_url
 from avcil_dist.world import World
 from launch.cluster import chain as chain_module
-from launch.cluster.chain import Submission, submit_stream
+from launch.cluster.chain import Submission, dry_run_text, submit_stream
 from launch.cluster.chain_record import Chain, read_chain, write_chain
 from launch.cluster.resources import ClusterConfig
 from launch.cluster.schedulers.base import JobStart, JobState
@@ -321,3 +321,27 @@ def test_a_submission_stays_locked_after_it_has_discarded_the_stream(
 
     monkeypatch.setattr(scheduler, "submit", submit_again)
     assert submit(config, RESTART).new == (0, 1, 2, 3)
+
+
+def test_a_dry_run_shows_one_script_and_what_differs_by_step(
+    config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(chain_module, "preflight", lambda *_, **__: SimpleNamespace(num_steps=NUM_STEPS))
+    commit_steps(config, 1)
+    cluster = ClusterConfig.model_validate(
+        {"kind": "slurm", "hours": 2, "steps": {3: {"nodes": 2}}, "extra": {"exclude": "n1"}}
+    )
+    text = dry_run_text(config, cluster)
+    assert text.count("#!/bin/bash") == 1
+    assert "#SBATCH --job-name=s01-demo-avcil-seed0-" in text
+    assert "--dependency" not in text
+    table = [line.split() for line in text.partition("### what differs")[2].splitlines()[1:]]
+    assert table[0] == ["step", "dependency", "job-name", "nodes"]
+    assert [row[:2] + row[3:] for row in table[1:]] == [
+        ["1", "-", "1"],
+        ["2", "afterok:JOB_OF_STEP_1", "1"],
+        ["3", "afterok:JOB_OF_STEP_2", "2"],
+    ]
+    assert not Path(stream_url(config), "jobs").exists()
+    commit_steps(config, NUM_STEPS)
+    assert dry_run_text(config, cluster).endswith("all steps are committed, nothing would be submitted")

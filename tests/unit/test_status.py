@@ -1,19 +1,28 @@
 """The status of a chain's steps, from jobs, status files and committed steps that are given."""
 
+import io
 import json
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from avcil_dist import storage
-from avcil_dist.errors import ConfigError
+from avcil_dist.compose import load_config
+from avcil_dist.errors import ConfigError, SchedulerError
+from avcil_dist.streams.commit import write_commit
+from avcil_dist.streams.snapshots import snapshots_url
 from launch.cluster import status as status_module
 from launch.cluster.chain_record import Chain, read_chain, write_chain
 from launch.cluster.mark_failed import mark_failed
+from launch.cluster.resources import ClusterConfig
 from launch.cluster.schedulers.base import JobState
-from launch.cluster.status import chain_status, log_file, log_text
+from launch.cluster.status import chain_status, log_file, log_text, streams_below
+from launch.cluster.status_table import print_status
 
 
 def job(number: int, state: str, *, is_live: bool) -> JobState:
@@ -41,7 +50,7 @@ def set_jobs(monkeypatch: pytest.MonkeyPatch, live: dict[int, JobState], past: d
 
 
 def states(stream: str) -> list[tuple[str, str, bool]]:
-    return [(step.state, step.reason, step.is_live) for step in chain_status(stream)[1]]
+    return [(step.state, step.reason, step.is_live) for step in chain_status(stream).steps]
 
 
 def test_a_step_is_live_while_its_job_is(stream: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +62,7 @@ def test_a_step_is_live_while_its_job_is(stream: str, monkeypatch: pytest.Monkey
         ("ENDED", "", False),
         ("ENDED", "", False),
     ]
-    assert [step.seen_accuracy for step in chain_status(stream)[1]] == [0.75, None, None, None]
+    assert [step.seen_accuracy for step in chain_status(stream).steps] == [0.75, None, None, None]
 
 
 def test_a_status_file_decides_once_the_job_is_over(stream: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,11 +72,90 @@ def test_a_status_file_decides_once_the_job_is_over(stream: str, monkeypatch: py
     assert states(stream)[1] == ("RUNNING", "reason", True)
     set_jobs(monkeypatch, {}, {1: job(11, "COMPLETED", is_live=False)})
     assert states(stream)[1] == ("FAILED", "reason", False)
-    assert chain_status(stream)[1][1].failure == "shard 3 is missing"
+    assert chain_status(stream).steps[1].failure == "shard 3 is missing"
     set_jobs(monkeypatch, {}, {})
     assert states(stream)[1] == ("FAILED", "", False)
     chain.clear_status(1)
-    assert chain_status(stream)[1][1].failure is None
+    assert chain_status(stream).steps[1].failure is None
+
+
+def test_the_first_cancelled_step_shows_the_iteration_that_it_continues_from(
+    stream: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config("demo", [f"output={Path(stream).parent}"])
+    chain = read_chain(stream)
+    chain.freeze(config, ClusterConfig(kind="slurm"))
+    set_jobs(monkeypatch, {}, {step: job(10 + step, "CANCELLED", is_live=False) for step in (1, 2, 3)})
+    assert [step.continues_from for step in chain_status(stream).steps] == [None] * 4
+    settings = {"settings": {}, "zero_stage": 0, "world_size": 1, "manifest_hash": "x", "previous_step": "y"}
+    for iteration in (620, 676):
+        write_commit(f"{snapshots_url(config, 1)}/{iteration:09d}", {}, **settings)
+    Path(snapshots_url(config, 1), "000000700").mkdir()  # not committed
+    assert [step.continues_from for step in chain_status(stream).steps] == [None, 676, None, None]
+    assert "step 1: cancelled; continues from 676\n" in shown(stream)
+    set_jobs(monkeypatch, {1: job(11, "RUNNING", is_live=True)}, {})
+    assert "continues from" not in shown(stream)
+
+
+def test_without_accounting_the_states_of_ended_jobs_are_said_to_be_unknown(
+    stream: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(chains: Mapping[str, Chain]) -> dict[str, dict[int, JobState]]:
+        raise SchedulerError("sacct: Slurm accounting storage is disabled")
+
+    live = {2: job(12, "RUNNING", is_live=True)}
+    scheduler = SimpleNamespace(live_jobs=lambda chains: dict.fromkeys(chains, live), past_jobs=refuse)
+    monkeypatch.setattr(status_module, "scheduler_of", lambda kind: scheduler)
+    assert [state for state, _, _ in states(stream)] == ["COMMITTED", "ENDED", "RUNNING", "ENDED"]
+    line = "the states of jobs that have ended are unknown, ENDED stands for all of them: sacct: Slurm accounting"
+    assert line in shown(stream)
+
+
+def shown(folder: str) -> str:
+    """Return what `avcil status` prints at 80 columns."""
+    console = Console(width=80, file=io.StringIO())
+    print_status(folder, console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_the_table_is_readable_at_80_columns(stream: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = JobState(
+        "123456", "RUNNING", "gpu[0103-0106]", "", is_live=True, elapsed="1-02:03:04", limit="2-00:00:00", restarts=2
+    )
+    waiting = JobState("123457", "PENDING", "", "Dependency", is_live=True, limit="2-00:00:00")
+    set_jobs(monkeypatch, {1: running, 2: waiting}, {0: job(10, "COMPLETED", is_live=False)})
+    progress = {"done": 5, "total": 20, "values": "loss 0.459 val 100.0%", "time": time.time()}
+    Path(read_chain(stream).progress_file(1)).write_text(json.dumps(progress))
+    text = shown(stream)
+    assert max(map(len, text.splitlines()[1:])) <= 80
+    for word in (
+        *("COMMITTED", "75.0%", "RUNNING", "2 restarts", "123456", "gpu[0103-0106]", "1-02:03:04", "/ 2-00:00:00"),
+        *("25%  loss 0.459 val", "PENDING", "Dependency", "0:00", "ENDED"),
+    ):
+        assert word in text
+
+
+def test_a_folder_of_streams_has_a_row_for_each(stream: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    chain = read_chain(stream)
+    for name in ("sweep/a", "sweep/deep/b"):
+        write_chain(f"{tmp_path}/{name}", replace(chain, folder=f"{tmp_path}/{name}/jobs"))
+    storage.write_bytes(f"{tmp_path}/plain/step_000/COMMITTED.json", b"{}")
+    storage.write_bytes(f"{tmp_path}/damaged/jobs.json", b"[]")
+    (tmp_path / "something else").mkdir()
+    set_jobs(monkeypatch, {1: job(11, "RUNNING", is_live=True)}, {})
+    assert streams_below(str(tmp_path)) == [
+        f"{tmp_path}/{name}" for name in ("damaged", "plain", "stream", "sweep/a", "sweep/deep/b")
+    ]
+    assert streams_below(stream) == [stream]
+    text = shown(str(tmp_path))
+    rows = [line.split() for line in text.splitlines()]
+    assert ["stream", "1/4", "step", "1", "RUNNING", "11", "75.0%"] in rows
+    assert ["sweep/a", "0/4", "step", "0", "ENDED", "10"] in rows
+    assert ["plain", "1", "no", "jobs", "damaged"] in rows
+    assert "jobs.json" in text
+    with pytest.raises(ConfigError, match="no stream here or below"):
+        shown(f"{tmp_path}/something else")
 
 
 def test_cancelled_steps_name_the_step_that_failed(stream: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +163,7 @@ def test_cancelled_steps_name_the_step_that_failed(stream: str, monkeypatch: pyt
     set_jobs(monkeypatch, {}, {1: job(11, "FAILED", is_live=False)} | cancelled)
     assert [reason for _, reason, _ in states(stream)[1:]] == ["reason", "step 1 failed", "step 1 failed"]
     set_jobs(monkeypatch, {1: job(11, "RUNNING", is_live=True)}, cancelled)
-    assert [reason for _, reason, _ in states(stream)[1:]] == ["reason", "reason", "reason"]
+    assert [reason for _, reason, _ in states(stream)[1:]] == ["reason", "", ""]
 
 
 @pytest.mark.parametrize(("age", "shown"), [(0, "25%  loss 1"), (120, "25%  loss 1  (120 s ago)")])
@@ -87,7 +175,7 @@ def test_progress_has_its_age_when_it_is_old(
     progress = {"done": 5, "total": 20, "values": "loss 1", "time": now - age}
     Path(read_chain(stream).progress_file(1)).write_text(json.dumps(progress))
     set_jobs(monkeypatch, {1: job(11, "RUNNING", is_live=True)}, {})
-    assert chain_status(stream)[1][1].progress == shown
+    assert chain_status(stream).steps[1].progress == shown
 
 
 def test_the_log_is_that_of_the_newest_job_and_the_rank(stream: str) -> None:

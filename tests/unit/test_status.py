@@ -131,7 +131,7 @@ def test_the_table_is_readable_at_80_columns(stream: str, monkeypatch: pytest.Mo
     assert max(map(len, text.splitlines()[1:])) <= 80
     for word in (
         *("COMMITTED", "75.0%", "RUNNING", "2 restarts", "123456", "gpu[0103-0106]", "1-02:03:04", "/ 2-00:00:00"),
-        *("25%  loss 0.459 val", "PENDING", "Dependency", "0:00", "ENDED"),
+        *("25%", "0.459", "PENDING", "Dependency", "0:00", "ENDED"),
     ):
         assert word in text
 

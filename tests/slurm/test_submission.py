@@ -1,0 +1,85 @@
+"""Submission to a real SLURM as users meet it: from inside a job, with their profiles and names, and interrupted."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from launch.sandbox.cluster import Sandbox
+from tests.helpers.chains import wait_for_end
+from tests.helpers.streams import avcil, write_config
+
+TWO_NODES = ("--cluster", "slurm", "cluster.nodes=2", "cluster.cpus_per_task=1", "cluster.memory_gb=0.5")
+# What people have in their profiles, and what jobs and launchers set around a command.
+PROFILE = {
+    "SBATCH_JOB_NAME": "mine",
+    "SBATCH_OUTPUT": "/dev/null",
+    "SBATCH_NO_REQUEUE": "1",
+    "SBATCH_EXPORT": "NONE",
+    "SBATCH_TIMELIMIT": "1",
+    "SBATCH_SIGNAL": "HUP@10",
+    "SLURM_EXPORT_ENV": "NONE",
+    "SLURM_CPU_BIND": "quiet,mask_cpu:0x1",
+    "SLURM_GPUS_PER_TASK": "1",
+    "SLURM_ARRAY_JOB_ID": "7",
+    "SLURM_ARRAY_TASK_ID": "0",
+    "SQUEUE_STATES": "RUNNING",
+    "SQUEUE_FORMAT": "%i",
+    "OMPI_COMM_WORLD_RANK": "0",
+    "PMIX_RANK": "0",
+    "RANK": "0",
+    "WORLD_SIZE": "1",
+}
+KILLING_SBATCH = """#!/bin/sh
+{sbatch} "$@" > /dev/null
+kill -KILL $PPID
+sleep 60
+"""
+
+
+def submission(config: Path, *outer: str, path: str | None = None) -> "subprocess.Popen[str]":
+    """Start `avcil submit` as a command, within `outer`, with the profile above."""
+    variables = PROFILE | ({"PATH": f"{path}:{os.environ['PATH']}"} if path else {})
+    profile = ["env", *(f"{name}={value}" for name, value in variables.items())]
+    command = [*outer, *profile, sys.executable, "-m", "launch", "submit", str(config), *TWO_NODES]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def queued(sandbox: Sandbox) -> list[str]:
+    """Return the names of all jobs that wait or run, without that of salloc."""
+    names = sandbox.run("squeue", "--noheader", "--format=%j").stdout.split()
+    return sorted(name for name in names if name.startswith("s0"))
+
+
+def test_a_chain_is_submitted_once_from_inside_a_job_whatever_its_environment_and_names(
+    sandbox: Sandbox, tmp_path: Path
+) -> None:
+    output = tmp_path / 'it\'s a "run" #1? ~x$HOME é'
+    config = write_config(tmp_path, output=str(output))
+    stream = str(output / "tiny-avcil-seed0")
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "sbatch").write_text(KILLING_SBATCH.format(sbatch=shutil.which("sbatch")))
+    (programs / "sbatch").chmod(0o755)
+
+    # Within the allocation of a heterogeneous job with memory for each processor; at first right after the first job.
+    salloc = ("salloc", "-Q", "-p", "nowarn", "-n1", "--mem-per-cpu=100", ":", "-n1", "--mem-per-cpu=50")
+    sandbox.run("scontrol", "update", "PartitionName=low", "State=DOWN")  # no job starts yet
+    try:
+        submission(config, *salloc, path=str(programs)).communicate(timeout=120)
+        assert not Path(stream, "jobs.json").exists()
+        [first] = queued(sandbox)
+        both = [submission(config, *salloc), submission(config)]
+        outputs = [process.communicate(timeout=120)[0] for process in both]
+        assert [process.returncode for process in both] == [0, 0], outputs
+        assert sorted(output.count("waits or runs already") for output in outputs) == [1, 3]
+        assert queued(sandbox) == [first, *(first.replace("s00-", f"s{step:02d}-") for step in (1, 2))]
+    finally:
+        sandbox.run("scontrol", "update", "PartitionName=low", "State=UP")
+
+    assert [step.state for step in wait_for_end(stream)] == ["COMMITTED"] * 3
+    log = avcil("logs", stream, "--step", 2).output
+    assert "epoch 12/12" in log
+    for noise in ("kill: usage", "Terminated", "No such file"):
+        assert noise not in log

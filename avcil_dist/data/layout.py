@@ -6,9 +6,7 @@ are read as mp4 bytes and decoded row by row.
 
 import io
 import math
-import tokenize
 import weakref
-import zipfile
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -20,6 +18,7 @@ from torch import Tensor
 from avcil_dist.config.schema import AugmentConfig, ClipConfig
 from avcil_dist.data.decode import decode_clip
 from avcil_dist.data.manifest import TAR_BLOCK, Manifest
+from avcil_dist.data.npy import parse_npy
 from avcil_dist.data.plan import PADDING
 from avcil_dist.data.reader import Segment
 from avcil_dist.data.sampler import AugmentSeeds
@@ -28,8 +27,6 @@ from avcil_dist.errors import DataError
 
 NAME_BYTES = 100
 SPARE_BUFFERS = 8
-# Errors of numpy for damaged bytes: it reads the header as Python text, and a zip where they begin like one.
-NPY_FAULTS = (ValueError, TypeError, RuntimeError, EOFError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile)
 TensorPair = tuple[Tensor, Tensor]
 Faults = dict[int, DataError]
 
@@ -116,14 +113,11 @@ class FeatureLayout:
         return rows.tensors
 
     def _parse(self, data: bytes, key: str, number: int) -> Tensor:
-        try:
-            return torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False)).view(self.shapes[number])
-        except NPY_FAULTS as error:
-            fault = " ".join(str(error).split())  # numpy's messages have several lines
-            member = self.members[number]
-            raise DataError(
-                f"{key}: not features of {self.shapes[0]} and {self.shapes[1]}: {member}: {fault}"
-            ) from None
+        where = f"{key}: not features of {self.shapes[0]} and {self.shapes[1]}: {self.members[number]}"
+        values = parse_npy(data, where)
+        if values.size != math.prod(self.shapes[number]):
+            raise DataError(f"{where}: shape {values.shape}")
+        return torch.from_numpy(values).view(self.shapes[number])
 
 
 class ClipLayout:

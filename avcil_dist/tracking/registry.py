@@ -9,7 +9,6 @@ one). Inputs of a model of features: two arrays by name, `visual` (clips, frames
 model's metadata `classes`. Scores are those of the method: the largest is the prediction.
 """
 
-import io
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -31,6 +30,7 @@ from torch import Tensor
 import avcil_dist
 from avcil_dist import storage
 from avcil_dist.data.manifest import FeatureShape, Manifest, load_manifest
+from avcil_dist.data.npy import parse_npy
 from avcil_dist.errors import ArtifactError, ConfigError, DataError
 from avcil_dist.inference import Predictor
 from avcil_dist.streams.artifact import StepCommit, load_artifact, load_summary, step_url
@@ -125,7 +125,7 @@ def _example(manifest: Manifest, class_name: str) -> pd.DataFrame | dict[str, np
         return pd.DataFrame({"clip": [_member(manifest, "mp4", clips[:1])]})
     frames, positions, dim = (manifest.shape[name] for name in ("frames", "positions", "dim"))
     visual, audio = (
-        np.load(io.BytesIO(_member(manifest, f"{name}.npy", clips[:1])), allow_pickle=False).astype(np.float32)
+        parse_npy(_member(manifest, f"{name}.npy", clips[:1]), f"{name}.npy").astype(np.float32)
         for name in ("visual", "audio")
     )
     return {

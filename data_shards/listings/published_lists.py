@@ -2,7 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+from pydantic import StrictInt, StrictStr, TypeAdapter, ValidationError
+
+from avcil_dist import storage
 from avcil_dist.data.manifest import SPLITS, Split
 from avcil_dist.errors import DataError
 from data_shards.listings.listing import Listing, ListingRow, clean_label, refuse_shares
@@ -12,6 +16,7 @@ from data_shards.listings.video_folder import VideoFolder
 
 NEEDS_VIDEOS = True
 CLASS_FILE, LABEL_FILE, NUMBER_FILE = "all_classId_vid_dict.npy", "all_id_category_dict.npy", "category_encode_dict.npy"
+T = TypeVar("T")
 PUBLISHED_FILES = (CLASS_FILE, LABEL_FILE, NUMBER_FILE)
 
 
@@ -48,18 +53,18 @@ def read_published_lists(folder: Path) -> PublishedLists:
     `all_classId_vid_dict` the clips of each number by split. Raises DataError for lists that are missing, of
     another form, or contradict each other.
     """
-    numbers = read_pickled_dict(folder / NUMBER_FILE)
+    numbers = _typed(folder / NUMBER_FILE, dict[StrictStr, StrictInt], "classes with their numbers")
     names = {number: name for name, number in numbers.items()}
-    if sorted(names) != list(range(len(numbers))) or not all(isinstance(name, str) for name in numbers):
+    if sorted(names) != list(range(len(numbers))):
         raise DataError(f"{folder / NUMBER_FILE}: its classes are not numbered 0, 1, 2, …")
-    labels = read_pickled_dict(folder / LABEL_FILE)
-    clips = read_pickled_dict(folder / CLASS_FILE)
-    try:
-        by_class = {
-            split: {key: names[number] for number, keys in clips[split].items() for key in keys} for split in SPLITS
-        }
-    except (KeyError, AttributeError, TypeError) as error:
-        raise DataError(f"{folder / CLASS_FILE}: not clips by split and class number ({error!r})") from None
+    labels = _typed(folder / LABEL_FILE, dict[Split, dict[StrictStr, StrictStr]], "the class of each clip by split")
+    clips = _typed(folder / CLASS_FILE, dict[Split, dict[StrictInt, list[StrictStr]]], "clips by split and number")
+    by_class: dict[Split, dict[str, str]] = {split: {} for split in SPLITS}
+    for split, by_number in clips.items():
+        for number, keys in by_number.items():
+            if number not in names:
+                raise DataError(f"{folder / CLASS_FILE}: class number {number} is not in {NUMBER_FILE}")
+            by_class[split] |= dict.fromkeys(keys, names[number])
     for split in SPLITS:
         if labels.get(split) != by_class[split]:
             raise DataError(f"{folder}: {LABEL_FILE} and {CLASS_FILE} do not agree on the {split} clips")
@@ -68,3 +73,13 @@ def read_published_lists(folder: Path) -> PublishedLists:
     return PublishedLists(
         classes, {split: {key: cleaned[name] for key, name in by_class[split].items()} for split in SPLITS}
     )
+
+
+def _typed(path: Path, kind: type[T], what: str) -> T:
+    """Return the dict in a file as a `kind`. Raises DataError for other content."""
+    content = read_pickled_dict(path)
+    try:
+        value: T = TypeAdapter(kind).validate_python(content)
+    except ValidationError as error:
+        raise DataError(f"{path}: not {what} ({storage.describe(error)})") from None
+    return value

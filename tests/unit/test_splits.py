@@ -1,5 +1,6 @@
 import os
 import pickle
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 
 from avcil_dist.errors import DataError
 from data_shards.listings.pickled_dict import read_pickled_dict
-from data_shards.listings.published_lists import matches, read_published_lists
+from data_shards.listings.published_lists import CLASS_FILE, LABEL_FILE, NUMBER_FILE, matches, read_published_lists
 from tests.helpers.data import needs_published, published
 from tests.helpers.published_forms import MADE_BENCHMARKS, make_benchmark, save_pickled_dict, write_split_lists
 
@@ -131,3 +132,81 @@ def test_broken_file_is_one_clear_error(tmp_path: Path, fault: str) -> None:
     with pytest.raises(DataError, match=r"d\.npy: ") as raised:
         read_pickled_dict(path)
     assert "\n" not in str(raised.value)
+
+
+def _program(path: Path, code: bytes) -> Path:
+    """Write a pickle program as a `.npy` file of an object."""
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|O", "fortran_order": False, "shape": ()})
+        file.write(b"\x80\x04" + code)
+    return path
+
+
+def _integer(value: int) -> bytes:
+    data = value.to_bytes(16, "little")
+    return b"\x8a\x10" + data
+
+
+PRIME = (1 << 61) - 1  # Python's hashes of integers are remainders of it
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        pytest.param(b"}N" + b"\x85" * 1_000_000 + b"Ns.", id="deep-tuple-as-key"),
+        pytest.param(b"\x8f(N" + b"\x85" * 1_000_000 + b"\x90.", id="deep-tuple-in-set"),
+        pytest.param(b"(N" + b"\x85" * 1_000_000 + b"\x91.", id="deep-tuple-in-frozenset"),
+        pytest.param(b"}N" + b"2\x86" * 40 + b"Ns.", id="doubled-tuple-as-key"),
+        pytest.param(
+            b"}(" + b"".join(_integer(n * PRIME) + b"N" for n in range(60_000)) + b"u.", id="integers-of-one-hash"
+        ),
+        pytest.param(b"(" + b"".join(_integer(n * PRIME) + b"N" for n in range(60_000)) + b"d.", id="the-same-in-dict"),
+        pytest.param(b"c_codecs\nencode\nX\x01\x00\x00\x00a]\x86R.", id="list-as-encoding"),
+        pytest.param(b"C\xff.", id="cut-bytes"),
+        pytest.param(b"\x8e" + (1 << 60).to_bytes(8, "little") + b"x.", id="claimed-bytes"),
+        pytest.param(b"\x8d" + (1 << 35).to_bytes(8, "little") + b"x.", id="claimed-text"),
+        pytest.param(b"\x95" + (1 << 40).to_bytes(8, "little") + b"N.", id="claimed-frame"),
+        pytest.param(b"\x96" + (1 << 40).to_bytes(8, "little") + b"N.", id="claimed-buffer"),
+        pytest.param(b"I" + b"9" * 2_000_000, id="endless-number"),
+        pytest.param(b"N.", id="none"),
+        pytest.param(b"}\x94" + b"h\x00\x85" * 3 + b".", id="tuple"),
+        pytest.param(b"(lp0\n" + b"(lp1\ng0\nag0\nag0\na" * 3 + b".", id="list"),
+        pytest.param(b"cnumpy.core.multiarray\nscalar\nN)\x86R.", id="scalar-of-nothing"),
+        pytest.param(b"cnumpy.core.multiarray\n_reconstruct\n)R(NNNNNtb.", id="array-of-nothing"),
+    ],
+)
+def test_a_pickle_that_costs_more_than_its_size_is_refused_at_once(tmp_path: Path, code: bytes) -> None:
+    path = _program(tmp_path / "evil.npy", code)
+    started = time.monotonic()
+    with pytest.raises(DataError, match=r"evil\.npy: ") as caught:
+        read_pickled_dict(path)
+    assert len(str(caught.value)) < 400
+    assert time.monotonic() - started < 5
+
+
+def test_a_doubled_list_is_never_printed(tmp_path: Path) -> None:
+    doubled = b"](NNe" + b"\x94" + b"".join(b"](h" + bytes([n]) + b"h" + bytes([n]) + b"e\x94" for n in range(40))
+    for name in (b"cnumpy\ndtype\n", b"c_codecs\nencode\nX\x01\x00\x00\x00a"):
+        code = doubled + b"0" + name + b"h\x28" + (b"\x85R." if b"dtype" in name else b"\x86R.")
+        with pytest.raises(DataError, match=r"evil\.npy: .* not admitted"):
+            read_pickled_dict(_program(tmp_path / "evil.npy", code))
+
+
+@pytest.mark.parametrize("form", ["labels-of-numbers", "nested-keys", "unknown-number", "numbers-of-text"])
+def test_lists_of_another_form_are_refused_in_one_line(tmp_path: Path, form: str) -> None:
+    numbers: dict[Any, Any] = {"dog": 0}
+    labels: dict[str, Any] = {"train": {"a": "dog"}, "val": {}, "test": {}}
+    clips: dict[str, Any] = {"train": {0: ["a"]}, "val": {}, "test": {}}
+    if form == "labels-of-numbers":
+        labels["train"] = {1: "dog"}
+    elif form == "nested-keys":
+        clips["train"] = {0: [["a"]]}
+    elif form == "unknown-number":
+        clips["train"] = {7: ["a"]}
+    else:
+        numbers = {"dog": "0"}
+    for name, content in ((NUMBER_FILE, numbers), (LABEL_FILE, labels), (CLASS_FILE, clips)):
+        save_pickled_dict(tmp_path / name, content)
+    with pytest.raises(DataError, match=r"_dict\.npy: ") as caught:
+        read_published_lists(tmp_path)
+    assert len(str(caught.value).splitlines()) == 1

@@ -1,0 +1,32 @@
+"""Arrays of numbers in `.npy` bytes: parsed without pickle, with the header compared with the bytes that are there.
+
+numpy's own reader allocates what a header claims, opens archives, and raises many kinds of errors.
+"""
+
+import io
+import math
+import tokenize
+
+import numpy as np
+
+from avcil_dist.errors import DataError
+
+# Errors of numpy for damaged headers: it reads them as Python text.
+HEADER_FAULTS = (ValueError, TypeError, KeyError, RuntimeError, SyntaxError, tokenize.TokenError, UnicodeError)
+READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+def parse_npy(data: bytes, where: str) -> np.ndarray:
+    """Return the array of numbers in `data`. Raises DataError, naming `where`, for anything else."""
+    buffer = io.BytesIO(data)
+    try:
+        shape, is_fortran, dtype = READERS[np.lib.format.read_magic(buffer)](buffer)
+    except (*HEADER_FAULTS, MemoryError) as error:
+        raise DataError(f"{where}: not an array ({' '.join(str(error).split())})") from None
+    if dtype.kind not in "biuf" or dtype.itemsize > 8:
+        raise DataError(f"{where}: an array of {dtype.name}, not of numbers")
+    content = data[buffer.tell() :]
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != len(content):
+        raise DataError(f"{where}: {len(content)} bytes, its header claims {shape} of {dtype}")
+    values = np.frombuffer(content, dtype).astype(dtype.newbyteorder("="))
+    return values.reshape(shape, order="F" if is_fortran else "C")

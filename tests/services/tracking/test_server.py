@@ -135,7 +135,13 @@ def test_a_large_file_goes_to_the_storage_in_parts(
     monkeypatch.setenv("MLFLOW_MULTIPART_UPLOAD_MINIMUM_FILE_SIZE", str(6 << 20))
     monkeypatch.setenv("MLFLOW_MULTIPART_UPLOAD_CHUNK_SIZE", str(5 << 20))
     stream, data = str(tmp_path / "stream"), bytes(range(256)) * (12 << 12)
-    write_commit(step_url(stream, 0), write_files(step_url(stream, 0), {"model.safetensors": data}), step=0)
+    write_commit(
+        step_url(stream, 0),
+        write_files(step_url(stream, 0), {"model.safetensors": data}),
+        step=0,
+        manifest_hash="m",
+        code_version="1",
+    )
     client = MlflowClient(server.uri)
     run = client.create_run(client.create_experiment(tmp_path.name))
     calls = _log(server).count("mpu/complete")

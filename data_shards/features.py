@@ -245,6 +245,6 @@ def _metadata(shard: Shard, data: bytes | None) -> dict[str, Any]:
     """The metadata of a clip, with class and split as in the manifest."""
     try:
         metadata = dict(json.loads(data)) if data is not None else {}
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise DataError(f"its json cannot be read ({error})") from None
     return metadata | {"label": shard.class_name, "split": shard.split}

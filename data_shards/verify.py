@@ -1,8 +1,6 @@
 """Verification of shards against their manifest, repair of a manifest, and the table of its contents."""
 
-import hashlib
 import json
-import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,9 +10,8 @@ from avcil_dist import storage
 from avcil_dist.data.manifest import SPLITS, Manifest, Shard, load_manifest
 from avcil_dist.errors import DataError
 from data_shards.listings.listing import clean_label
+from data_shards.tar_stream import READ_BYTES, DigestingReader, tar_members
 from data_shards.workers import MarkStart, Progress, map_in_workers
-
-READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,7 @@ def _shard_faults(url: str, shard: Shard) -> list[str]:
         if size != shard.bytes:
             return [f"{url}: {size} bytes, in the manifest {shard.bytes}"]
         with storage.open_file(url, READ_BYTES * 8) as file:
-            reader = DigestingReader(file)
+            reader = DigestingReader(file, size)
             faults = _tar_faults(url, shard, reader)
             reader.drain()
     except (DataError, OSError) as error:
@@ -104,33 +101,6 @@ def _shard_faults(url: str, shard: Shard) -> list[str]:
     if reader.digest.hexdigest() != shard.sha256:
         return [f"{url}: its sha256 is not that of the manifest; its bytes were changed"]
     return faults
-
-
-class DigestingReader:
-    """Reader of a file from beginning to end; computes size and sha256 of the bytes read."""
-
-    def __init__(self, file: Any) -> None:
-        self._file = file
-        self.size = 0
-        self.digest = hashlib.sha256()
-
-    def read(self, size: int) -> bytes:
-        """The next bytes."""
-        data = bytes(self._file.read(size))
-        self.digest.update(data)
-        self.size += len(data)
-        return data
-
-    def drain(self) -> None:
-        """Read to the end of the file."""
-        while self.read(READ_BYTES):
-            continue
-
-
-def member_name(info: tarfile.TarInfo) -> str | None:
-    """The name of a file in a tar, without `./` in front; None for hidden files, such as those of macOS."""
-    name = info.name.removeprefix("./")
-    return None if not info.isreg() or name.rpartition("/")[2].startswith(".") else name
 
 
 def _tar_faults(url: str, shard: Shard, reader: DigestingReader) -> list[str]:
@@ -142,18 +112,10 @@ def _tar_faults(url: str, shard: Shard, reader: DigestingReader) -> list[str]:
     }
     actual: dict[str, tuple[int, int]] = {}
     faults: list[str] = []
-    try:
-        with tarfile.open(fileobj=reader, mode="r|", bufsize=READ_BYTES) as tar:  # type: ignore[call-overload]
-            for info in tar:
-                name = member_name(info)
-                if name is None:
-                    continue
-                actual[name] = info.offset_data, info.size
-                if name.endswith(".json"):
-                    member = tar.extractfile(info)
-                    faults += _label_faults(url, shard, name, member.read() if member else b"")
-    except tarfile.TarError as error:
-        return [f"{url}: not a tar ({error})"]
+    for name, offset, size, content in tar_members(reader, url, (".json",)):
+        actual[name] = offset, size
+        if content is not None:
+            faults += _label_faults(url, shard, name, content)
     wrong = sorted(name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name))
     return [
         f"{url}: {name}: (offset, size) {actual.get(name, 'missing')}, in the manifest {expected.get(name, 'missing')}"
@@ -166,8 +128,8 @@ def _label_faults(url: str, shard: Shard, name: str, content: bytes) -> Sequence
     try:
         metadata: dict[str, Any] = dict(json.loads(content))
         label = clean_label(str(metadata.get("label", shard.class_name)), name)
-    except (ValueError, TypeError, DataError) as error:
-        return [f"{url}: {name}: not json metadata ({error!r})"]
+    except (ValueError, TypeError, RecursionError, DataError) as error:
+        return [f"{url}: {name}: not json metadata ({' '.join(str(error).split())[:200]})"]
     expected = shard.class_name, shard.split
     actual = label, str(metadata.get("split", shard.split))
     return [] if actual == expected else [f"{url}: {name}: class and split {actual}, in the manifest {expected}"]

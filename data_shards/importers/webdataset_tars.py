@@ -5,7 +5,6 @@ or subset is a list of shards. Tars that mix classes are refused and have to be 
 """
 
 import json
-import tarfile
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple, get_args
@@ -16,7 +15,7 @@ from avcil_dist import storage
 from avcil_dist.data.manifest import Manifest, Shard, Split, check_keys
 from avcil_dist.errors import ConfigError, DataError
 from data_shards.listings.listing import clean_label
-from data_shards.verify import READ_BYTES, DigestingReader, member_name
+from data_shards.tar_stream import READ_BYTES, DigestingReader, tar_members
 from data_shards.workers import MarkStart, Progress, map_in_workers
 
 REBUILD = "unpack it and build shards of it: avcil shards build SOURCE OUTPUT"
@@ -90,13 +89,10 @@ def _check_unique(shards: Sequence[Shard]) -> None:
 def _import_tar(
     root: str, split: Split | None, classes: tuple[str, ...], url: str, crashed: frozenset[int], mark_start: MarkStart
 ) -> Shard:
-    try:
-        with storage.open_file(url, READ_BYTES * 8) as file:
-            reader = DigestingReader(file)
-            clips = _read_clips(url, reader, split, classes)
-            reader.drain()
-    except tarfile.TarError as error:
-        raise DataError(f"{url}: not a tar, or cut or compressed ({error})") from None
+    with storage.open_file(url, READ_BYTES * 8) as file:
+        reader = DigestingReader(file, storage.size(url))
+        clips = _read_clips(url, reader, split, classes)
+        reader.drain()
     mark_start(0)
     check_keys(f"{url}: {REBUILD}", list(clips))
     metadata = {name: sorted({clip.metadata[name] for clip in clips.values()}) for name in ("label", "split")}
@@ -120,22 +116,16 @@ def _import_tar(
 
 def _read_clips(url: str, reader: DigestingReader, split: Split | None, classes: tuple[str, ...]) -> dict[str, _Clip]:
     clips: dict[str, _Clip] = {}
-    with tarfile.open(fileobj=reader, mode="r|", bufsize=READ_BYTES) as tar:  # type: ignore[call-overload]
-        for info in tar:
-            path = member_name(info)
-            if path is None:
-                continue
-            folder, _, name = path.rpartition("/")
-            stem, _, ending = name.partition(".")  # as WebDataset splits it: at the first dot
-            key = f"{folder}/{stem}" if folder else stem
-            clip = clips.setdefault(key, _Clip({}, {}))
-            if ending in clip.members:
-                raise DataError(f"{url}: {info.name} is a duplicate; {REBUILD}")
-            clip.members[ending] = info.offset_data, info.size
-            if ending in ("json", "cls"):
-                member = tar.extractfile(info)
-                content = member.read() if member else b""
-                clip.metadata.update(_metadata(f"{url}: {info.name}", ending, content, classes))
+    for path, offset, size, content in tar_members(reader, url, (".json", ".cls")):
+        folder, _, name = path.rpartition("/")
+        stem, _, ending = name.partition(".")  # as WebDataset splits it: at the first dot
+        key = f"{folder}/{stem}" if folder else stem
+        clip = clips.setdefault(key, _Clip({}, {}))
+        if ending in clip.members:
+            raise DataError(f"{url}: {path} is a duplicate; {REBUILD}")
+        clip.members[ending] = offset, size
+        if content is not None and ending in ("json", "cls"):
+            clip.metadata.update(_metadata(f"{url}: {path}", ending, content, classes))
     if not clips:
         raise DataError(f"{url}: no clip in it")
     first = next(iter(clips.values())).members.keys()

@@ -282,7 +282,9 @@ class TrackingConfig(Section):
     """Tracking with MLflow. Secrets belong in environment variables, never in the configuration."""
 
     uri: Operational[str | None] = Field(
-        None, description="Tracking server or database. Default: an SQLite database in the output folder."
+        None,
+        description="Tracking server or database. Default: the variable MLFLOW_TRACKING_URI, else an SQLite database "
+        "in the output folder.",
     )
     experiment: Operational[str] = Field("avcil", description="Name of the MLflow experiment.")
     artifacts: Operational[Literal["full", "reference"]] = Field(

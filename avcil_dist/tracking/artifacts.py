@@ -8,18 +8,35 @@ import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from avcil_dist import storage
 from avcil_dist.config.schema import TrackingConfig
-from avcil_dist.errors import ArtifactError, DataError
+from avcil_dist.errors import ArtifactError, ConfigError, DataError, StorageError
 from avcil_dist.streams.artifact import StepCommit, step_url
 from avcil_dist.streams.commit import COMMITTED, parse_commit, verify_file
-from avcil_dist.tracking.client import COMMITTED_TAG, REFERENCE_TAG, reported
+from avcil_dist.tracking.faults import FAULTS, bounded, reason_of, reported, transfer_seconds
+from avcil_dist.tracking.tags import COMMITTED_TAG, REFERENCE_TAG, received_tags
+
+T = TypeVar("T")
 
 REFERENCE = "REFERENCE.json"
+
+
+def transfer(call: Callable[[], T], num_bytes: int) -> T:
+    """Return `call()`, one call of MLflow that moves `num_bytes`, within `transfer_seconds`.
+
+    Raises one of FAULTS, or StorageError for the errors of the libraries through which MLflow reaches a storage.
+    """
+    try:
+        return bounded(call, transfer_seconds(num_bytes))
+    except FAULTS:
+        raise
+    except Exception as error:  # of boto3, google.cloud, azure, …: whatever library the server's storage needs
+        raise StorageError(f"{type(error).__name__}: {reason_of(error)}") from None
 
 
 def upload_step(
@@ -55,15 +72,19 @@ def upload_step(
                     uploaded.add(file)
 
     if tracking.artifacts == "full":
-        upload_files(lambda path: client.log_artifact(run_id, str(path), artifact_path=name))
+
+        def log(path: Path) -> None:
+            transfer(lambda: client.log_artifact(run_id, str(path), artifact_path=name), path.stat().st_size)
+
+        upload_files(log)
         return tags
     uri = _absolute(folder)
     if tracking.artifact_uri:
         uri = storage.join(tracking.artifact_uri, stream_id, name)
         upload_files(lambda path: storage.upload(path, storage.join(uri, path.name)))
     reference = {"uri": uri, "files": files}
-    client.log_text(run_id, json.dumps(reference, indent=1, sort_keys=True), f"{name}/{REFERENCE}")
-    client.log_text(run_id, data.decode(), f"{name}/{COMMITTED}")
+    for text, file in ((json.dumps(reference, indent=1, sort_keys=True), REFERENCE), (data.decode(), COMMITTED)):
+        transfer(lambda text=text, file=file: client.log_text(run_id, text, f"{name}/{file}"), len(text))  # type: ignore[misc]
     return tags | {REFERENCE_TAG: uri}
 
 
@@ -72,18 +93,21 @@ def download_step(client: MlflowClient, uri: str, run: Run, step: int, stream: s
 
     Raises ArtifactError, naming the file, for a missing or damaged one; TrackingError when the server fails.
     """
-    name, source = f"step_{step:03d}", run.data.tags.get(REFERENCE_TAG)
+    name, tags = f"step_{step:03d}", received_tags(run.data.tags, run.info.run_id)
     folder = step_url(stream, step)
+    if tags.committed is None:
+        raise ArtifactError(f"run {run.info.run_id}: {name} is not committed there")
     with tempfile.TemporaryDirectory() as temporary:
 
-        def fetch(file: str, max_bytes: int = storage.MAX_JSON_BYTES) -> Path:
-            if source:
-                return _from_reference(source, file, Path(temporary), max_bytes)
+        def fetch(file: str, num_bytes: int = storage.MAX_JSON_BYTES) -> Path:
+            if tags.reference:
+                return _from_reference(tags.reference, file, Path(temporary), num_bytes)
             with reported(uri):
-                return Path(client.download_artifacts(run.info.run_id, f"{name}/{file}", temporary))
+                path = f"{name}/{file}"
+                return Path(transfer(lambda: client.download_artifacts(run.info.run_id, path, temporary), num_bytes))
 
         commit = fetch(COMMITTED)
-        _verify(commit, run.data.tags[COMMITTED_TAG], run, name)
+        _verify(commit, tags.committed, run, name)
         listed = parse_commit(commit.read_bytes(), StepCommit, f"run {run.info.run_id}: {name}/{COMMITTED}")
         storage.remove_tree(folder)
         for file, digest in listed.files.items():
@@ -95,7 +119,10 @@ def download_step(client: MlflowClient, uri: str, run: Run, step: int, stream: s
 
 
 def _from_reference(source: str, file: str, folder: Path, max_bytes: int) -> Path:
-    url = storage.join(source, file)
+    try:
+        url = storage.join(storage.check_url(source), file)
+    except ConfigError as error:
+        raise ArtifactError(f"the tag {REFERENCE_TAG}: {error}") from None
     try:
         (folder / file).write_bytes(storage.read_bytes(url, max_bytes=max_bytes))
     except DataError:

@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,13 @@ from typing import Any
 from filelock import FileLock
 
 from avcil_dist import storage
+from avcil_dist.errors import ArtifactError
+from avcil_dist.tracking.tags import STREAM_ID
 
 Event = dict[str, Any]
 FILE = "events.jsonl"
 FOLDER = "events"
+UNWRITTEN = 10_000  # events that are kept in memory
 
 _logger = logging.getLogger(__name__)
 
@@ -32,13 +36,15 @@ class DeliveryCursor:
     """Position of one server in the queue.
 
     `offset`: bytes of the queue that the server has. `runs`: ids of the stream's runs there. `unavailable_since`:
-    Unix time of the first failed call of an outage, with its `reason`.
+    Unix time of the first failed call of an outage, with its `reason`. `rejected`: events that the server will never
+    take as they are; they were skipped.
     """
 
     offset: int = 0
     runs: dict[str, str] = field(default_factory=dict)
     unavailable_since: float | None = None
     reason: str = ""
+    rejected: int = 0
 
 
 class EventQueue:
@@ -50,18 +56,37 @@ class EventQueue:
         self.on_append: Callable[[], None] | None = None
         self._lock = threading.Lock()
         self._reported = 0  # offset behind the last damaged line that was reported
+        self._unwritten: list[bytes] = []  # lines that a full disk did not take; they are written with the next one
 
     def append(self, kind: str, **values: Any) -> None:
-        """Append an event; it is synced to disk when this returns. A write error is logged, not raised."""
+        """Append an event; it is synced to disk when this returns.
+
+        A write error is logged, not raised: the event is then kept in memory, and written by the next call that can.
+        """
         event = {"kind": kind, "time": int(time.time() * 1000)} | values
-        line = json.dumps(event).encode() + b"\n"
-        try:
-            with self._lock:
-                self._write(line)
-        except OSError as error:
-            _logger.warning("%s: cannot be written (%s); this event will not reach a tracking server", self.path, error)
+        self._append([json.dumps(event).encode() + b"\n"])
         if self.on_append:
             self.on_append()
+
+    def flush(self) -> int:
+        """Write the events that the disk did not take. Returns the number of those that it does not take now either."""
+        if self._unwritten:
+            self._append([])
+        return len(self._unwritten)
+
+    def _append(self, lines: list[bytes]) -> None:
+        with self._lock:
+            was_full = bool(self._unwritten)
+            self._unwritten = (self._unwritten + lines)[-UNWRITTEN:]
+            try:
+                self._write(b"".join(self._unwritten))
+            except OSError as error:
+                if not was_full:
+                    _logger.warning("%s: cannot be written (%s); events are kept in memory", self.path, error)
+                return
+            self._unwritten = []
+            if was_full:
+                _logger.warning("%s: written again, with the events of the meantime", self.path)
 
     def read(self, offset: int, *, limit: int) -> Iterator[tuple[Event, int]]:
         """Yield at most `limit` events from `offset` on, each with the offset behind it. Damaged lines are skipped."""
@@ -110,14 +135,20 @@ class EventQueue:
     def _cursor_path(self, uri: str) -> Path:
         return self.folder / f"cursor-{hashlib.sha256(uri.encode()).hexdigest()[:12]}.json"
 
-    def _write(self, line: bytes) -> None:
+    def _write(self, lines: bytes) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.path.with_suffix(".lock")), self.path.open("ab+") as file:
-            if file.tell() and not _ends_with_newline(file.fileno()):  # a killed writer left half a line: close it
-                line = b"\n" + line
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+            end = file.tell()
+            if end and not _ends_with_newline(file.fileno()):  # a killed writer left half a line: close it
+                lines = b"\n" + lines
+            try:
+                file.write(lines)
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:  # a full disk has taken a part of the lines; all are written again later
+                with suppress(OSError):
+                    os.ftruncate(file.fileno(), end)
+                raise
 
 
 def _parse(line: bytes) -> Event | None:
@@ -135,9 +166,14 @@ def _ends_with_newline(descriptor: int) -> bool:
 
 
 def queue_folder(stream: str, stream_id: str) -> Path:
-    """The folder of a stream's queue: in the stream's folder, or in the user's state folder for object storage."""
+    """The folder of a stream's queue: in the stream's folder, or in the user's state folder for object storage.
+
+    Raises ArtifactError for an id that is no plain name, so that the queue stays in the state folder.
+    """
     local = storage.local_path(stream)
     if local is not None:
         return Path(local) / FOLDER
+    if not STREAM_ID.fullmatch(stream_id):
+        raise ArtifactError(f"{stream}: {stream_id!r} is not the id of a stream; begin the stream anew with --restart")
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(state) / "avcil-dist" / FOLDER / stream_id

@@ -4,8 +4,9 @@ Names of metrics. Stream run: `test/…`, one value per step. Step run: `task_ac
 `class_accuracy/NAME` after the step; the values of an epoch come from the trainer.
 """
 
+import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Literal, Self
 
@@ -17,6 +18,8 @@ from avcil_dist.streams.metrics import StreamMetrics
 from avcil_dist.tracking.event_queue import EventQueue
 
 STREAM = "stream"
+READABLE = 200  # characters of a name that are kept; MLflow takes 250 in all
+_DIGEST = re.compile(r"-[0-9a-f]{8}$")
 Status = Literal["FINISHED", "FAILED", "KILLED", "RUNNING"]
 
 
@@ -87,13 +90,29 @@ def _stream_metrics(metrics: StreamMetrics) -> dict[str, float]:
 def _step_metrics(metrics: StreamMetrics) -> dict[str, float]:
     """Accuracy by task and by class. The confusion matrix stays in the artifact's metrics.json."""
     tasks = {f"task_accuracy/task_{task}": accuracy for task, accuracy in enumerate(metrics.accuracy[-1])}
-    return tasks | {f"class_accuracy/{_as_key(name)}": value for name, value in metrics.per_class.items()}
+    return tasks | {f"class_accuracy/{_as_last_part(name)}": value for name, value in metrics.per_class.items()}
 
 
-def _as_key(name: str) -> str:
-    """A class name in the characters that MLflow allows in a metric name."""
-    return re.sub(r"[^\w \-.]", "_", name)
+def as_metric_name(name: str) -> str:
+    """Return a name of a metric or parameter that MLflow takes, distinct for distinct names.
+
+    MLflow allows letters, digits and `_-. /` in at most 250 characters that are a plain path. A name with anything
+    else keeps its readable part and gets a digest; so does one that ends like a digest.
+    """
+    parts = name.split("/")
+    is_plain = re.fullmatch(r"[\w \-./]+", name) and all(part.strip(". ") for part in parts) and name[:2] != ".."
+    return name if is_plain and len(name) <= READABLE and not _DIGEST.search(name) else _with_digest(parts, name)
+
+
+def _as_last_part(name: str) -> str:
+    """Return a class name as the last part of a metric's name; a slash in it begins no further part."""
+    return _with_digest([name], name) if "/" in name else as_metric_name(name)
+
+
+def _with_digest(parts: Sequence[str], name: str) -> str:
+    readable = "/".join(re.sub(r"[^\w \-.]|^\.\.?", "_", part) for part in parts if part)
+    return f"{readable[:READABLE]}-{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:8]}"
 
 
 def _floats(values: Mapping[str, float]) -> dict[str, float]:
-    return {key: float(value) for key, value in values.items()}
+    return {as_metric_name(key): float(value) for key, value in values.items()}

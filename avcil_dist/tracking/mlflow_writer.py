@@ -5,38 +5,31 @@ tags, a metric that has a value at a position keeps it, files that were uploaded
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from pathlib import PurePosixPath
+from typing import TypeVar
 
 from mlflow.entities import Metric, Param, RunTag
-from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
-from mlflow.utils.validation import MAX_METRICS_PER_BATCH, MAX_PARAM_VAL_LENGTH, MAX_PARAMS_TAGS_PER_BATCH
-from requests import HTTPError
 
 from avcil_dist.config.schema import TrackingConfig
 from avcil_dist.errors import AvcilError, StorageError
+from avcil_dist.redaction import redacted
 from avcil_dist.tracking.artifacts import upload_step
-from avcil_dist.tracking.client import (
-    COMMITTED_TAG,
-    FAULTS,
-    REFERENCE_TAG,
-    STEP_TAG,
-    STREAM_TAG,
-    connect,
-    experiment_id,
-    find_by_stream_id,
-    is_active,
-    reason_of,
-)
+from avcil_dist.tracking.batches import BatchWriter
+from avcil_dist.tracking.client import connect, experiment_id, find_by_stream_id, is_active
 from avcil_dist.tracking.event_queue import Event
-from avcil_dist.tracking.events import STREAM
-from avcil_dist.tracking.sender import RejectedError, RunDeletedError, UnavailableError
+from avcil_dist.tracking.events import STREAM, as_metric_name
+from avcil_dist.tracking.faults import (
+    FAULTS,
+    RefusedError,
+    RejectedError,
+    RunDeletedError,
+    UnavailableError,
+    delivery_error,
+)
+from avcil_dist.tracking.tags import COMMITTED_TAG, REFERENCE_TAG, STEP_TAG, STREAM_TAG
 
 T = TypeVar("T")
-
-# Error codes of a request that can never succeed; others may pass, credentials for example can be corrected.
-FINAL_CODES = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST")
-FINAL_STATUS = (400, 413, 422)
 
 
 class MlflowWriter:
@@ -51,6 +44,7 @@ class MlflowWriter:
         self._metric_names: dict[str, set[str]] = {}
         self._files: dict[str, set[str]] = {}
         self._client = self._set_up(lambda: connect(uri))
+        self._batches = BatchWriter(self._client, redacted(uri), self._check_runs)
         self._experiment = self._set_up(lambda: experiment_id(self._client, uri, tracking, output))
         if STREAM in runs and not self._set_up(lambda: is_active(self._client, runs[STREAM])):
             raise RunDeletedError
@@ -75,24 +69,12 @@ class MlflowWriter:
             self._call(lambda event=event: handle(event))  # type: ignore[misc]
 
     def _open(self, event: Event) -> None:
-        run_id = self.runs.get(STREAM)
-        if run_id is None:
-            run = find_by_stream_id(self._client, [self._experiment], self.stream_id)
-            if run is None:
-                tags = {STREAM_TAG: self.stream_id}
-                run = self._client.create_run(
-                    self._experiment, start_time=event["time"], tags=tags, run_name=event["name"]
-                )
-            run_id = self.runs[STREAM] = str(run.info.run_id)
+        run_id = self._stream_run(event["name"], event["time"])
         self._client.update_run(run_id, status="RUNNING")
         logged = self._client.get_run(run_id).data.params  # a start that was cut off may have logged some, or none
-        missing = [
-            Param(key, str(value)[:MAX_PARAM_VAL_LENGTH])
-            for key, value in event["parameters"].items()
-            if key not in logged
-        ]
-        for first in range(0, len(missing), MAX_PARAMS_TAGS_PER_BATCH):
-            self._client.log_batch(run_id, params=missing[first : first + MAX_PARAMS_TAGS_PER_BATCH])
+        named = {as_metric_name(key): value for key, value in event["parameters"].items()}
+        missing = [Param(key, str(value)) for key, value in named.items() if key not in logged]
+        self._batches.params(run_id, missing)
         self._tag(run_id, event["tags"])
 
     def _begin(self, event: Event) -> None:
@@ -137,8 +119,7 @@ class MlflowWriter:
                     self._positions[run_id, key].add(position)
         try:
             for run_id, metrics in by_run.items():
-                for first in range(0, len(metrics), MAX_METRICS_PER_BATCH):
-                    self._client.log_batch(run_id, metrics=metrics[first : first + MAX_METRICS_PER_BATCH])
+                self._batches.metrics(run_id, metrics)
         except BaseException:  # which of them the server has is unknown: read it again
             self._positions.clear()
             self._metric_names.clear()
@@ -153,10 +134,20 @@ class MlflowWriter:
             self._positions[run_id, key] = {metric.step for metric in history}
         return self._positions[run_id, key]
 
+    def _stream_run(self, name: str, time: int | None = None) -> str:
+        """The id of the stream's run, which is created when it is first needed."""
+        if STREAM not in self.runs:
+            run = find_by_stream_id(self._client, [self._experiment], self.stream_id)
+            if run is None:
+                tags = {STREAM_TAG: self.stream_id}
+                run = self._client.create_run(self._experiment, start_time=time, tags=tags, run_name=name)
+            self.runs[STREAM] = str(run.info.run_id)
+        return self.runs[STREAM]
+
     def _run(self, run: str) -> str:
         """The id of the stream's or a step's run; a step's run is created when it is first needed."""
-        if run not in self.runs and run != STREAM:
-            parent = self.runs[STREAM]
+        parent = self._stream_run(PurePosixPath(self.stream).name)  # its open event may be missing, after a full disk
+        if run not in self.runs:
             query = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent}' and tags.`{STEP_TAG}` = '{run}'"
             runs = self._client.search_runs([self._experiment], query, max_results=1)
             if not runs:
@@ -165,40 +156,40 @@ class MlflowWriter:
             self.runs[run] = str(runs[0].info.run_id)
         return self.runs[run]
 
-    def _tag(self, run_id: str, tags: Mapping[str, Any]) -> None:
-        self._client.log_batch(run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
+    def _tag(self, run_id: str, tags: Mapping[str, str]) -> None:
+        self._batches.tags(run_id, [RunTag(key, str(value)) for key, value in tags.items()])
 
     def _set_up(self, call: Callable[[], T]) -> T:
-        """Return `call()`. No event can be written without it, so even a final error is one to wait for."""
+        """Return `call()`, without which no event can be written: a final error is one of the whole stream."""
         try:
-            return self._call(call)
+            return self._translated(call)
         except RejectedError as error:
-            raise UnavailableError(str(error)) from None
+            raise RefusedError(f"{error}; correct the cause") from None
 
     def _call(self, call: Callable[[], T]) -> T:
+        """Return `call()`. A refusal costs this event alone if the server still answers for the stream's run."""
+        try:
+            return self._translated(call)
+        except RefusedError as error:
+            if self._translated(lambda: is_active(self._client, self.runs[STREAM])):
+                raise RejectedError(str(error)) from None
+            raise RunDeletedError from None
+        except RejectedError:
+            self._check_runs()
+            raise
+
+    def _translated(self, call: Callable[[], T]) -> T:
         """Return `call()`, its errors translated to those of `EventWriter.write`."""
         try:
             return call()
         except FAULTS as error:
-            if not _is_final(error):
-                raise UnavailableError(reason_of(error)) from None
-            if self._is_deleted():
-                raise RunDeletedError from None
-            raise RejectedError(reason_of(error)) from None
+            raise delivery_error(error) from None
         except StorageError as error:
             raise UnavailableError(str(error)) from None
         except AvcilError as error:
             raise RejectedError(str(error)) from None
 
-    def _is_deleted(self) -> bool:
-        """Whether one of the stream's runs was deleted on the server."""
-        try:
-            return not all(is_active(self._client, run_id) for run_id in self.runs.values())
-        except FAULTS:
-            return False
-
-
-def _is_final(error: BaseException) -> bool:
-    if isinstance(error, HTTPError) and error.response is not None:
-        return error.response.status_code in FINAL_STATUS
-    return isinstance(error, MlflowException) and error.error_code in FINAL_CODES
+    def _check_runs(self) -> None:
+        """Raise RunDeletedError if one of the stream's runs was deleted on the server."""
+        if not self._translated(lambda: all(is_active(self._client, run_id) for run_id in self.runs.values())):
+            raise RunDeletedError

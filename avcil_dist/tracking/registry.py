@@ -37,7 +37,7 @@ from avcil_dist.streams.artifact import StepCommit, load_artifact, load_summary,
 from avcil_dist.streams.commit import COMMITTED, read_verified_commit
 from avcil_dist.streams.identity import StepNumber
 from avcil_dist.streams.stream import scenario_of
-from avcil_dist.tracking.client import COMMITTED_TAG, STREAM_TAG
+from avcil_dist.tracking.tags import COMMITTED_TAG, STREAM_TAG
 
 ABOUT = "about.json"
 MODEL_FOLDER = "model"  # in the run's artifacts

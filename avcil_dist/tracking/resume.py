@@ -14,6 +14,7 @@ from avcil_dist.config.section import ChangeClass
 from avcil_dist.config.serialization import flatten
 from avcil_dist.data.manifest import load_manifest
 from avcil_dist.errors import ConfigError, DataError, TrackingError
+from avcil_dist.redaction import redacted
 from avcil_dist.streams.artifact import (
     StepCommit,
     committed_steps,
@@ -26,9 +27,12 @@ from avcil_dist.streams.commit import COMMITTED, read_commit
 from avcil_dist.streams.identity import Change, StreamIdentity, read_identity, write_identity
 from avcil_dist.streams.stream import stream_url
 from avcil_dist.tracking.artifacts import download_step
-from avcil_dist.tracking.client import COMMITTED_TAG, STREAM_TAG, TrackedStream, find_stream, shown
+from avcil_dist.tracking.client import TrackedStream, find_stream
+from avcil_dist.tracking.tags import COMMITTED_TAG, STREAM_TAG
 
 FORK_SUFFIX = "-fork"
+# Settings that say where this program writes on the machine that it runs on: there a server has no say.
+WRITTEN_PLACES = ("output", "data.shard_cache", "snapshot.folder", "tracking.artifact_uri")
 _logger = logging.getLogger(__name__)
 
 
@@ -65,7 +69,7 @@ def prepare_resume(
     with tempfile.TemporaryDirectory() as temporary:
         download_step(tracked.client, uri, tracked.steps[step], step, temporary)
         summary = load_summary(temporary, step)
-        config = _resumed_config(summary.config, uri, request)
+        config = _resumed_config(summary.config, uri, request, show)
         try:
             manifest_hash = load_manifest(config.data.manifest).content_hash
         except DataError as error:
@@ -116,7 +120,7 @@ def _committed_steps(tracked: TrackedStream) -> list[int]:
 
 def _choose_step(tracked: TrackedStream, uri: str, wanted: int | None) -> int:
     committed = _committed_steps(tracked)
-    name = f"{shown(uri)}: run {tracked.run.info.run_id}"
+    name = f"{redacted(uri)}: run {tracked.run.info.run_id}"
     if not committed:
         raise TrackingError(f"{name}: no step is committed there; begin the stream anew with avcil train")
     if wanted is not None and wanted not in committed:
@@ -126,14 +130,33 @@ def _choose_step(tracked: TrackedStream, uri: str, wanted: int | None) -> int:
     return committed[-1] if wanted is None else wanted
 
 
-def _resumed_config(made_with: Config, uri: str, request: ResumeRequest) -> Config:
-    """The settings of the step with the user's overrides and this server."""
-    config = override_config(made_with, request.overrides)
+def _resumed_config(made_with: Config, uri: str, request: ResumeRequest, show: Callable[[str], None]) -> Config:
+    """The settings of the step with the user's overrides and this server.
+
+    Local folders that the server's settings name for writing are not used: they are of another machine, and would let
+    a server choose where files go here. Urls of object storage stay.
+    """
+    config = override_config(made_with, (*_local_defaults(made_with, request.overrides, show), *request.overrides))
     if request.fork and config.name == made_with.name:
         config = config.model_copy(update={"name": made_with.name + FORK_SUFFIX})
     if not request.fork and config.name != made_with.name:
         raise ConfigError(f"name={config.name}: the stream is {made_with.name}; a new name needs a new run: add --fork")
     return config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": uri})})
+
+
+def _local_defaults(made_with: Config, overrides: Collection[str], show: Callable[[str], None]) -> list[str]:
+    """Overrides that reset the local folders of the step's settings, but those that the user overrides."""
+    given = {override.partition("=")[0] for override in overrides}
+    defaults = {"output": Config.model_fields["output"].default, "data.shard_cache": "auto"}
+    resets = []
+    for key in [key for key in WRITTEN_PLACES if key not in given]:
+        value, default = flatten(made_with)[key], defaults.get(key, "null")
+        if value in (None, "auto", "none", default) or "://" in str(value).removeprefix("file://"):
+            continue
+        resets.append(f"{key}={default}")
+        if key == "output":
+            show(f"  output: the files go to {default}, not to {value} of the other machine; output= names a folder")
+    return resets
 
 
 def _identity(

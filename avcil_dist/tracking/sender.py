@@ -16,6 +16,7 @@ from filelock import Timeout
 
 from avcil_dist.errors import StorageError
 from avcil_dist.tracking.event_queue import DeliveryCursor, Event, EventQueue
+from avcil_dist.tracking.faults import RefusedError, RejectedError, RunDeletedError, UnavailableError
 
 EVENTS_PER_BATCH = 200
 POLL_SECONDS = 1.0
@@ -26,18 +27,6 @@ JOIN_SECONDS = 2.0
 _logger = logging.getLogger(__name__)
 
 
-class UnavailableError(Exception):
-    """The server does not answer, or cannot take the event now."""
-
-
-class RejectedError(Exception):
-    """The server answers, and will never take this event."""
-
-
-class RunDeletedError(Exception):
-    """A run that the server had was deleted there."""
-
-
 class EventWriter(Protocol):
     """Connection to one server. `runs`: ids of the stream's runs there; `is_uploading`: a file is being uploaded."""
 
@@ -45,16 +34,23 @@ class EventWriter(Protocol):
     is_uploading: bool
 
     def write(self, events: Sequence[Event]) -> None:
-        """Write events of one kind to the server, without duplicating what it has. Raises the errors above."""
+        """Write events of one kind to the server, without duplicating what it has.
+
+        Raises UnavailableError, RejectedError, RefusedError or RunDeletedError.
+        """
 
 
 class Sender:
-    """Sends to one server: `start` begins, `close` ends within a bounded time."""
+    """Sends to one server: `start` begins, `close` ends within a bounded time.
+
+    `refusal`: why the server takes nothing of this stream, which ends the thread; None while it may take events.
+    """
 
     def __init__(
         self, queue: EventQueue, uri: str, connect: Callable[[dict[str, str]], EventWriter], *, shown: str
     ) -> None:
         self.queue, self.uri, self.connect, self.shown = queue, uri, connect, shown
+        self.refusal: str | None = None
         self._wake, self._hurry, self._stop = threading.Event(), threading.Event(), threading.Event()
         self._failures = 0  # a count, so that `close` sees whether another try was made
         self._writer: EventWriter | None = None
@@ -69,7 +65,7 @@ class Sender:
         """Send what is left and end the thread. Returns whether everything is sent.
 
         Gives up when the server has been unavailable for `patience` seconds, time before the call included, or
-        when the cursor has not moved for as long. A running upload is waited for: the http client bounds it.
+        when the cursor has not moved for as long. A running upload is waited for: its time is bounded by its size.
         """
         failures, moved_at, offset = self._failures, time.monotonic(), -1
         self._hurry.set()
@@ -92,15 +88,18 @@ class Sender:
         return self.queue.is_sent(self.uri)
 
     def _run(self) -> None:
-        lock = self.queue.sender_lock(self.uri)
-        while not self._stop.is_set():
+        while not self._stop.is_set() and self.refusal is None:
             try:
+                lock = self.queue.sender_lock(self.uri)
                 lock.acquire(blocking=False)
-            except (Timeout, OSError):  # another process sends
+            except (Timeout, OSError):  # another process sends, or the disk takes no lock now
                 self._stop.wait(POLL_SECONDS / 4)
                 continue
             try:
                 self._send_all()
+            except BaseException:  # a bug: loud in the log, and `close` need not wait
+                self.refusal = "the sender failed; its traceback is in the log"
+                raise
             finally:
                 lock.release()
 
@@ -119,8 +118,14 @@ class Sender:
                 _logger.warning("%s: the run was deleted there; all events are sent again", self.shown)
                 cursor.offset, cursor.runs = 0, {}
                 self._writer = None
+                waits += 1
+                self._pause(waits)
+            except RefusedError as error:
+                self.refusal = str(error)
+                self._mark_unavailable(cursor, self.refusal, "takes nothing of this stream")
+                return
             except UnavailableError as error:
-                self._mark_unavailable(cursor, str(error))
+                self._mark_unavailable(cursor, str(error), "does not answer")
                 waits += 1
                 self._pause(waits)
 
@@ -130,7 +135,7 @@ class Sender:
         # consecutive metrics go in one call, other events one by one
         for _, group in itertools.groupby(batch, key=lambda item: item[0]["kind"] == "metrics" or item[1]):
             events, offsets = zip(*group, strict=True)
-            self._write(self._writer, events)
+            self._write(self._writer, events, cursor)
             if cursor.unavailable_since is not None:
                 _logger.warning("%s: available again", self.shown)
             cursor.offset, cursor.runs = offsets[-1], dict(self._writer.runs)
@@ -139,31 +144,38 @@ class Sender:
             if self._stop.is_set():
                 return
 
-    def _write(self, writer: EventWriter, events: Sequence[Event]) -> None:
+    def _write(self, writer: EventWriter, events: Sequence[Event], cursor: DeliveryCursor) -> None:
         try:
             writer.write(events)
-        except (UnavailableError, RunDeletedError):
+        except (UnavailableError, RefusedError, RunDeletedError):
             raise
         except Exception as error:
             if len(events) > 1:
                 for event in events:
-                    self._write(writer, [event])
+                    self._write(writer, [event], cursor)
                 return
             # a bug of ours is logged with its traceback, and must not hold back the events after it
             is_bug = not isinstance(error, RejectedError)
             kind = events[0]["kind"]
+            cursor.rejected += 1
             _logger.warning(
-                "%s: rejected (%s); an event of kind %s is skipped", self.shown, error, kind, exc_info=is_bug
+                "%s: rejected (%s); an event of kind %s is skipped; once the cause is corrected, avcil sync --again "
+                "sends it",
+                self.shown,
+                error,
+                kind,
+                exc_info=is_bug,
             )
 
-    def _mark_unavailable(self, cursor: DeliveryCursor, reason: str) -> None:
+    def _mark_unavailable(self, cursor: DeliveryCursor, reason: str, what: str) -> None:
         self._failures += 1
         self._writer = None
         if cursor.unavailable_since is None:
             cursor.unavailable_since = time.time()
             _logger.warning(
-                "%s: does not answer (%s); training continues, its tracking events are kept in %s",
+                "%s: %s (%s); training continues, its tracking events are kept in %s",
                 self.shown,
+                what,
                 reason,
                 self.queue.path,
             )

@@ -14,22 +14,15 @@ from typing import NamedTuple
 from avcil_dist.config.schema import Config, TrackingConfig
 from avcil_dist.config.serialization import flatten
 from avcil_dist.errors import TrackingError
+from avcil_dist.redaction import redacted
 from avcil_dist.streams.artifact import committed_steps
 from avcil_dist.streams.identity import StreamIdentity, new_identity, read_identity, write_identity
 from avcil_dist.streams.stream import stream_url
-from avcil_dist.tracking.client import (
-    CHANGES_TAG,
-    FOLDER_TAG,
-    METHOD_TAG,
-    ORIGIN_RUN_TAG,
-    ORIGIN_STEP_TAG,
-    shown,
-    tracking_uri,
-    with_uri,
-)
 from avcil_dist.tracking.event_queue import EventQueue, queue_folder
 from avcil_dist.tracking.events import STREAM, StepTracker, end_status, unfinished_steps
 from avcil_dist.tracking.sender import EventWriter, Sender
+from avcil_dist.tracking.tags import CHANGES_TAG, FOLDER_TAG, METHOD_TAG, ORIGIN_RUN_TAG, ORIGIN_STEP_TAG
+from avcil_dist.tracking.uris import tracking_uri, with_uri
 
 SYNC_SECONDS = 60.0  # without progress; longer than the end of a step waits, because the user waits for nothing else
 INTERRUPTED_SECONDS = 5.0  # after an error or Ctrl-C
@@ -43,8 +36,9 @@ def open_run(config: Config) -> str:
 
     Only appends events; no server is contacted. Raises ConfigError for an invalid tracking.uri.
     """
-    tracking_uri(config.tracking, config.output)
     stream = stream_url(config)
+    opened = _last_open(stream)
+    server = tracking_uri(config.tracking, config.output, earlier=opened.server if opened else None)
     identity = read_identity(stream)
     if identity is None:
         identity = new_identity()
@@ -57,6 +51,7 @@ def open_run(config: Config) -> str:
         tags={METHOD_TAG: config.method.name, FOLDER_TAG: stream} | _history_tags(identity),
         tracking=config.tracking.model_dump(mode="json"),
         output=config.output,
+        server=server,
     )
     published = {event["step"] for event in queue.events("artifact")}
     for step in committed_steps(stream):
@@ -89,7 +84,7 @@ def stream_run(config: Config, *, is_main: bool, warn: Warn = _logger.warning) -
 def close_run(config: Config, kind: type[BaseException] | None, *, warn: Warn = _logger.warning) -> None:
     """End the stream's run after an exception of type `kind` (None: without one), and send unsent events."""
     status = end_status(kind)
-    with _sending(config, warn, hurried=kind is not None) as queue:
+    with _sending(config, warn, hurried=kind is not None, is_last=True) as queue:
         if status in ("FAILED", "KILLED"):
             for run in unfinished_steps(queue):  # of a rank that was killed, or stopped by another rank's error
                 queue.append("end", run=run, status=status)
@@ -119,44 +114,59 @@ def unsent(stream: str) -> str | None:
     opened = _last_open(stream)
     if opened is None:
         return None
-    uri = tracking_uri(opened.tracking, opened.output)
+    uri = opened.uri
     return None if opened.queue.is_sent(uri) else opened.queue.cursor(uri).reason or "no attempt was made yet"
 
 
-def sync_stream(stream: str, *, uri: str | None, again: bool) -> str:
-    """Send the unsent events of a stream to its server, or to `uri`. Returns the uri of the server.
+class Sync(NamedTuple):
+    """The end of a synchronisation: the uri of the server, and the number of events that it refused so far."""
+
+    server: str
+    rejected: int
+
+
+def sync_stream(stream: str, *, uri: str | None, again: bool) -> Sync:
+    """Send the unsent events of a stream to its server, or to `uri`.
 
     `again`: send all events from the first; the server keeps what it has. Raises TrackingError when the server
-    stays unavailable, and for a folder without events.
+    stays unavailable or refuses the stream, and for a folder without events.
     """
     stream = stream.rstrip("/")
     opened = _last_open(stream)
     if opened is None:
         raise TrackingError(f"{stream}: no tracking events here; give the stream folder that `avcil train` printed")
-    tracking = with_uri(opened.tracking, uri) if uri else opened.tracking
-    queue, server = opened.queue, tracking_uri(tracking, opened.output)
+    if uri:
+        opened = opened._replace(tracking=with_uri(opened.tracking, uri))
+    queue, server = opened.queue, opened.uri
     if again:
         with queue.sender_lock(server):
             cursor = queue.cursor(server)
-            cursor.offset = 0
+            cursor.offset = cursor.rejected = 0
             queue.save_cursor(server, cursor)
-    sender = _sender(queue, tracking, opened.output, stream, opened.id)
+    sender = _sender(opened, stream)
     sender.start()
-    if not sender.close(max(tracking.wait_seconds, SYNC_SECONDS)):
+    if not sender.close(max(opened.tracking.wait_seconds, SYNC_SECONDS)):
+        cause = sender.refusal or f"still unavailable ({queue.cursor(server).reason or 'no answer'}); start the server"
         raise TrackingError(
-            f"{shown(server)}: still unavailable ({queue.cursor(server).reason or 'no answer'}); start the server, "
-            f"then run avcil sync {stream} again; the unsent events are kept in {queue.path}"
+            f"{redacted(server)}: {cause}; then run avcil sync {stream} again; the unsent events are kept in "
+            f"{queue.path}"
         )
-    return server
+    return Sync(server, queue.cursor(server).rejected)
 
 
 class _LastOpen(NamedTuple):
-    """The last start of a stream: its id, its queue, and its tracking settings."""
+    """The last start of a stream: its id, its queue, its tracking settings, and the server it was sent to."""
 
     id: str
     queue: EventQueue
     tracking: TrackingConfig
     output: str
+    server: str | None
+
+    @property
+    def uri(self) -> str:
+        """The server or database that has this stream now."""
+        return tracking_uri(self.tracking, self.output, earlier=self.server)
 
 
 def _last_open(stream: str) -> _LastOpen | None:
@@ -165,20 +175,28 @@ def _last_open(stream: str) -> _LastOpen | None:
     if identity is None:
         return None
     queue = _queue(stream, identity.id)
-    opened = queue.events("open")
-    if not opened:
+    events = queue.events("open")
+    if not events:
         return None
-    return _LastOpen(identity.id, queue, TrackingConfig.model_validate(opened[-1]["tracking"]), opened[-1]["output"])
+    tracking = TrackingConfig.model_validate(events[-1]["tracking"])
+    return _LastOpen(identity.id, queue, tracking, events[-1]["output"], events[-1].get("server"))
 
 
 @contextmanager
-def _sending(config: Config, warn: Warn, *, hurried: bool = False) -> Iterator[EventQueue]:
-    """Run a sender for the stream's queue during the block and a bounded time after it, less if `hurried`."""
+def _sending(config: Config, warn: Warn, *, hurried: bool = False, is_last: bool = False) -> Iterator[EventQueue]:
+    """Run a sender for the stream's queue during the block and a bounded time after it, less if `hurried`.
+
+    A server that refuses the stream is reported by the sender, and again only where `is_last`.
+    """
     stream = stream_url(config)
+    opened = _last_open(stream)
     identity = read_identity(stream)
     assert identity is not None, "open_run comes first"
-    queue = _queue(stream, identity.id)
-    sender = _sender(queue, config.tracking, config.output, stream, identity.id)
+    if opened is None:  # the disk was full when the stream was opened
+        opened = _LastOpen(identity.id, _queue(stream, identity.id), config.tracking, config.output, None)
+    opened = opened._replace(tracking=config.tracking, output=config.output)
+    queue, uri = opened.queue, opened.uri
+    sender = _sender(opened, stream)
     sender.start()
     try:
         yield queue
@@ -186,24 +204,28 @@ def _sending(config: Config, warn: Warn, *, hurried: bool = False) -> Iterator[E
         hurried = True
         raise
     finally:
+        if num_lost := queue.flush():
+            warn(f"{queue.path}: cannot be written; {num_lost} tracking events are lost; make room on the disk")
         patience = config.tracking.wait_seconds
-        if not sender.close(min(patience, INTERRUPTED_SECONDS) if hurried else patience):
-            uri = tracking_uri(config.tracking, config.output)
+        is_sent = sender.close(min(patience, INTERRUPTED_SECONDS) if hurried else patience)
+        if not is_sent and (is_last or not sender.refusal):
+            cause = sender.refusal or f"not all is uploaded ({queue.cursor(uri).reason or 'no answer yet'})"
+            when = "then" if sender.refusal else "once the server answers,"
             warn(
-                f"{shown(uri)}: not all is uploaded ({queue.cursor(uri).reason or 'no answer yet'}); nothing is "
-                f"lost, the events are kept in {stream}; once the server answers, run: avcil sync {stream}"
+                f"{redacted(uri)}: {cause}; nothing is lost, the events are kept in {stream}; {when} run: avcil sync "
+                f"{stream}"
             )
 
 
-def _sender(queue: EventQueue, tracking: TrackingConfig, output: str, stream: str, stream_id: str) -> Sender:
-    uri = tracking_uri(tracking, output)
+def _sender(opened: _LastOpen, stream: str) -> Sender:
+    uri = opened.uri
 
     def connect(runs: dict[str, str]) -> EventWriter:
         from avcil_dist.tracking.mlflow_writer import MlflowWriter
 
-        return MlflowWriter(uri, tracking, output=output, stream=stream, stream_id=stream_id, runs=runs)
+        return MlflowWriter(uri, opened.tracking, output=opened.output, stream=stream, stream_id=opened.id, runs=runs)
 
-    return Sender(queue, uri, connect, shown=shown(uri))
+    return Sender(opened.queue, uri, connect, shown=redacted(uri))
 
 
 def _queue(stream: str, stream_id: str) -> EventQueue:

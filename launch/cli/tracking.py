@@ -16,7 +16,6 @@ from launch.cli.output import echo_once
 @click.option("--cluster", help="A cluster file or a shipped name: continue as a chain of jobs there.")
 @click.option(
     "--uri",
-    envvar="MLFLOW_TRACKING_URI",
     help="Tracking server or database; default: MLFLOW_TRACKING_URI, else the database in ./runs.",
 )
 def resume(
@@ -43,8 +42,8 @@ def resume(
       avcil resume demo-avcil-seed0 --cluster my-cluster.yaml output=runs cluster.nodes=2
     """
     from avcil_dist.config.schema import TrackingConfig
-    from avcil_dist.tracking.client import tracking_uri, with_uri
     from avcil_dist.tracking.resume import ResumeRequest, prepare_resume
+    from avcil_dist.tracking.uris import tracking_uri, with_uri
     from launch.local import run_stream
     from launch.progress import print_warning
 
@@ -68,15 +67,17 @@ def resume(
 
 @click.command()
 @click.argument("streams", nargs=-1, required=True, metavar="STREAM...")
-@click.option("--uri", help="Send to this server or database instead of the stream's own.")
+@click.option("--uri", help="Send to this server or database; default: that of the stream.")
 @click.option("--again", is_flag=True, help="Send all events from the first; the server keeps what it has.")
 def sync(streams: tuple[str, ...], uri: str | None, again: bool) -> None:
     """Send unsent tracking events of a stream, such as after an outage of the tracking server.
 
     STREAM is a stream's folder, such as runs/demo-avcil-seed0.
     """
-    from avcil_dist.tracking.client import shown
+    from avcil_dist.redaction import redacted
     from avcil_dist.tracking.session import sync_stream
 
     for stream in streams:
-        click.echo(f"{stream}: everything is sent to {shown(sync_stream(stream, uri=uri, again=again))}")
+        synced = sync_stream(stream, uri=uri, again=again)
+        refused = f", but {synced.rejected} events that it refused; see the warnings" if synced.rejected else ""
+        click.echo(f"{stream}: everything is sent to {redacted(synced.server)}{refused}")

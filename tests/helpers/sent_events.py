@@ -10,8 +10,9 @@ from avcil_dist.config.schema import TrackingConfig
 from avcil_dist.streams.artifact import committed_steps, step_url
 from avcil_dist.streams.identity import read_identity
 from avcil_dist.tracking.artifacts import download_step
-from avcil_dist.tracking.client import find_stream, tracking_uri
+from avcil_dist.tracking.client import find_stream
 from avcil_dist.tracking.event_queue import EventQueue, queue_folder
+from avcil_dist.tracking.uris import tracking_uri
 
 
 def queue_of(stream: str) -> EventQueue:

@@ -6,10 +6,10 @@ from pathlib import Path
 from avcil_dist.config.schema import TrackingConfig
 from avcil_dist.streams.commit import write_commit, write_files
 from avcil_dist.streams.metrics import StreamMetrics
-from avcil_dist.tracking.client import tracking_uri
 from avcil_dist.tracking.event_queue import EventQueue
 from avcil_dist.tracking.mlflow_writer import MlflowWriter
 from avcil_dist.tracking.sender import Sender
+from avcil_dist.tracking.uris import tracking_uri
 
 TRACKING = TrackingConfig(experiment="streams")
 

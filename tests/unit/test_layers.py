@@ -183,7 +183,7 @@ def test_the_tags_of_mlflow_runs_are_named_in_one_module() -> None:
         for node in ast.walk(tree)
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"avcil\.\w+", node.value)
     }
-    assert literals == {"avcil_dist.tracking.client"}
+    assert literals == {"avcil_dist.tracking.tags"}
 
 
 def test_files_are_short() -> None:

@@ -1,0 +1,148 @@
+"""Faults of tracking servers: which may pass, which cost one value, and which nothing but the user can end.
+
+A call is bounded as a whole: the timeouts of the http client begin anew with each byte.
+"""
+
+import re
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import TypeVar, cast
+
+from filelock import Timeout
+from mlflow import MlflowClient
+from mlflow.exceptions import InvalidUrlException, MlflowException
+from requests import HTTPError, RequestException
+from requests.exceptions import InvalidSchema, InvalidURL, MissingSchema
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
+from avcil_dist.errors import TrackingError
+from avcil_dist.redaction import redacted
+from avcil_dist.tracking import environment
+
+T = TypeVar("T")
+
+FAULTS = (MlflowException, RequestException, SQLAlchemyError, OSError, Timeout)
+BYTES_PER_SECOND = 16 << 10  # the slowest transfer of a file that is waited for
+OF_ONE_VALUE = (400, 404, 413, 414, 422)
+OF_PERMISSION = (401, 403)
+OF_THE_SERVER = (405, 410, 501, 505)  # as from a program that is no MLflow server
+TRANSFERS = ("log_artifact", "log_artifacts", "log_text", "download_artifacts")
+
+
+class UnavailableError(Exception):
+    """The server does not answer, or cannot take the event now."""
+
+
+class RejectedError(Exception):
+    """The server answers, and will never take this event."""
+
+
+class RefusedError(Exception):
+    """The server takes nothing of this stream until the user acts; the text states the cause and what to do."""
+
+
+class RunDeletedError(Exception):
+    """A run that the server had was deleted there."""
+
+
+def bounded(call: Callable[[], T], seconds: float) -> T:
+    """Return `call()`. Raises TimeoutError after `seconds`; the call is then abandoned in a thread of its own."""
+    answer: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(call())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=run, name="tracking call", daemon=True).start()
+    try:
+        return answer.result(seconds)
+    except TimeoutError:
+        if answer.done():
+            raise
+        raise TimeoutError(f"no complete answer within {seconds:.0f} s") from None
+
+
+def transfer_seconds(num_bytes: int) -> float:
+    """The time in which a file of this size is transferred, in seconds, or the server counts as unavailable."""
+    return environment.REQUEST_SECONDS + num_bytes / BYTES_PER_SECOND
+
+
+class _Bounded:
+    """A client whose requests are bounded. The caller of a transfer bounds it by its size."""
+
+    def __init__(self, client: MlflowClient) -> None:
+        self._client = client
+
+    def __getattr__(self, name: str) -> object:
+        method = getattr(self._client, name)
+        if not callable(method) or name in TRANSFERS:
+            return method
+
+        def request(*arguments: object, **named: object) -> object:
+            return bounded(lambda: method(*arguments, **named), environment.REQUEST_SECONDS)
+
+        return request
+
+
+def bounded_client(client: MlflowClient) -> MlflowClient:
+    """Return a client whose every request ends within REQUEST_SECONDS, also where a server sends byte by byte."""
+    return cast(MlflowClient, _Bounded(client))
+
+
+def delivery_error(error: BaseException) -> Exception:
+    """Return the fault of a server, one of FAULTS, as UnavailableError, RejectedError or RefusedError."""
+    reason, status = reason_of(error), _status(error)
+    if isinstance(error, InvalidUrlException | InvalidURL | InvalidSchema | MissingSchema | ArgumentError):
+        return RefusedError(f"not the address of a server ({reason}); correct tracking.uri")
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return RefusedError(f"{reason}; set MLFLOW_TRACKING_SERVER_CERT_PATH to the server's certificates")
+    if "out-of-date database schema" in str(error):
+        return RefusedError(f"{reason}; run mlflow db upgrade with this database, after a backup")
+    if status in OF_PERMISSION:
+        return RefusedError(
+            f"permission denied ({reason}); set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
+            "MLFLOW_TRACKING_TOKEN"
+        )
+    if status in OF_THE_SERVER or _is_no_mlflow(error):
+        return RefusedError(f"no MLflow server answers there, or one before 2.7 ({reason}); correct tracking.uri")
+    return RejectedError(reason) if status in OF_ONE_VALUE else UnavailableError(reason)
+
+
+def _is_no_mlflow(error: BaseException) -> bool:
+    """Whether the answer is not that of an MLflow server: no JSON, or an unknown endpoint."""
+    if not isinstance(error, MlflowException):
+        return False
+    return error.error_code == "ENDPOINT_NOT_FOUND" or "not in a valid JSON format" in str(error)
+
+
+def _status(error: BaseException) -> int:
+    """The HTTP status of an answer; 503 for an error without one."""
+    if isinstance(error, HTTPError) and error.response is not None:
+        return int(error.response.status_code)
+    if not isinstance(error, MlflowException):
+        return 503
+    named = re.search(r"failed with error code (\d{3}) != ", str(error)[:1000])  # MLflow makes 500 of what it lacks
+    return int(named[1]) if named else int(error.get_http_status_code())
+
+
+@contextmanager
+def reported(uri: str) -> Iterator[None]:
+    """Raise errors of MLflow as a TrackingError of one line without credentials."""
+    try:
+        yield
+    except FAULTS as error:
+        fault = delivery_error(error)
+        advice = "" if isinstance(fault, RefusedError) else "; start the server or correct tracking.uri"
+        raise TrackingError(f"{redacted(uri)}: tracking failed ({fault}){advice}") from None
+
+
+def reason_of(error: BaseException) -> str:
+    """The error in one line, without credentials; the cause where the text names one."""
+    text = " ".join(redacted(str(error)).split())
+    cause = re.search(r"Caused by (.*)\)$", text)
+    text = cause[1] if cause else text or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:180]} … {text[-110:]}"  # what was given, and the limit

@@ -17,8 +17,10 @@ START_SECONDS = 180.0
 class TrackingServer:
     """`mlflow server` over a sqlite database, artifacts stored at a destination."""
 
-    def __init__(self, folder: Path, destination: str, environment: Mapping[str, str]) -> None:
-        self.folder, self.destination, self.port = folder, destination, free_port()
+    def __init__(
+        self, folder: Path, destination: str, environment: Mapping[str, str], *, python: str = sys.executable
+    ) -> None:
+        self.folder, self.destination, self.port, self.python = folder, destination, free_port(), python
         self.environment = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         self.environment |= environment
         self._process: subprocess.Popen[bytes] | None = None
@@ -40,10 +42,10 @@ class TrackingServer:
         arguments += ["--host", "127.0.0.1", "--artifacts-destination", self.destination]
         with (self.folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "mlflow", "server", *arguments],
+                [self.python, "-m", "mlflow", "server", *arguments],
                 stdout=log,
                 stderr=log,
-                env=os.environ | self.environment,
+                env=os.environ | {"PATH": f"{Path(self.python).parent}:{os.environ['PATH']}"} | self.environment,
                 start_new_session=True,
             )
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.helpers.mlflow_server import TrackingServer
+from tests.helpers.old_mlflow import old_mlflow_python
 from tests.helpers.s3 import BUCKET, S3Server
 from tests.services.storage.conftest import ENVIRONMENT, s3_server, use
 
@@ -25,3 +26,13 @@ def server(started: TrackingServer, s3_server: S3Server, monkeypatch: pytest.Mon
     """The server, and an environment that leads to its storage."""
     use(monkeypatch, s3_server.endpoint)
     return started
+
+
+@pytest.fixture(scope="session")
+def old_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrackingServer]:
+    """The oldest supported server; its artifacts are in a folder."""
+    folder = tmp_path_factory.mktemp("old mlflow")
+    server = TrackingServer(folder, f"{folder}/artifacts", {}, python=old_mlflow_python())
+    server.start()
+    yield server
+    server.kill()

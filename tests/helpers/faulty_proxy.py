@@ -2,12 +2,11 @@
 
 import http.client
 import threading
-import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
-# "pass", "lose" (the server acts, its answer is lost), "drip" (a byte a second), "hang", or a status such as "503"
+# "pass", "lose" (the server acts, its answer is lost), "drip" (five bytes a second), "hang", or a status such as "503"
 Rule = Callable[[str, str], str]
 
 
@@ -15,58 +14,9 @@ class FaultyProxy:
     """Forwards to a port on this machine, with a fault where `rule(method, path)` names one. A context manager."""
 
     def __init__(self, port: int, rule: Rule = lambda method, path: "pass") -> None:
-        self.rule, self.faults, self._closing = rule, 0, threading.Event()
-        proxy = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def forward(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                fault = proxy.rule(self.command, self.path)
-                proxy.faults += fault != "pass"
-                if fault.isdigit():
-                    return self._answer(int(fault), b"refused by the proxy", [])
-                if fault == "hang":
-                    proxy._closing.wait(60)
-                    return self._end()
-                backend = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-                headers = {key: value for key, value in self.headers.items() if key.lower() != "transfer-encoding"}
-                backend.request(self.command, self.path, body, headers)
-                answer = backend.getresponse()
-                data = answer.read()
-                backend.close()
-                if fault == "lose":
-                    return self._end()
-                self._answer(answer.status, data, answer.getheaders(), is_slow=fault == "drip")
-
-            do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = forward
-
-            def _end(self) -> None:
-                self.close_connection = True
-
-            def _answer(self, status: int, data: bytes, headers: list[tuple[str, str]], *, is_slow: bool = False) -> None:
-                self.send_response(status)
-                for key, value in headers:
-                    if key.lower() not in ("content-length", "transfer-encoding", "connection"):
-                        self.send_header(key, value)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                for byte in (data[at : at + 1] for at in range(len(data))) if is_slow else (data,):
-                    self.wfile.write(byte)
-                    if is_slow and proxy._closing.wait(0.2):
-                        return self._end()
-
-            def log_message(self, format: str, *arguments: Any) -> None:
-                """Print nothing."""
-
-            def handle(self) -> None:
-                try:
-                    super().handle()
-                except OSError:  # the client has given up
-                    self._end()
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.rule, self.faults, self.closing = rule, 0, threading.Event()
+        handler = type("Handler", (_Handler,), {"proxy": self, "port": port})
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
 
     @property
@@ -78,6 +28,58 @@ class FaultyProxy:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._closing.set()
+        self.closing.set()
         self._server.shutdown()
         self._server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    proxy: FaultyProxy
+    port: int
+
+    def _forward(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        fault = self.proxy.rule(self.command, self.path)
+        self.proxy.faults += fault != "pass"
+        if fault.isdigit():
+            self._answer(int(fault), b"refused by the proxy", [])
+            return
+        if fault == "hang":
+            self.proxy.closing.wait(60)
+            self.close_connection = True
+            return
+        backend = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        headers = {key: value for key, value in self.headers.items() if key.lower() != "transfer-encoding"}
+        backend.request(self.command, self.path, body, headers)
+        answer = backend.getresponse()
+        data = answer.read()
+        backend.close()
+        if fault == "lose":
+            self.close_connection = True
+            return
+        self._answer(answer.status, data, answer.getheaders(), is_slow=fault == "drip")
+
+    do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = _forward  # noqa: N815 - names of http.server
+
+    def _answer(self, status: int, data: bytes, headers: list[tuple[str, str]], *, is_slow: bool = False) -> None:
+        self.send_response(status)
+        for key, value in headers:
+            if key.lower() not in ("content-length", "transfer-encoding", "connection", "date", "server"):
+                self.send_header(key, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        for part in [data[at : at + 1] for at in range(len(data))] if is_slow else [data]:
+            self.wfile.write(part)
+            if is_slow and self.proxy.closing.wait(0.2):
+                self.close_connection = True
+                return
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        """Print nothing."""
+
+    def handle(self) -> None:
+        try:
+            super().handle()
+        except OSError:  # the client has given up
+            self.close_connection = True

@@ -144,9 +144,10 @@ def test_force_is_recorded(folder: Path, tmp_path: Path) -> None:
 def test_a_password_in_the_uri_is_refused_and_not_shown() -> None:
     result = avcil("resume", NAME, "--uri", "http://someone:secret@server")
     assert result.exit_code == 2
-    assert result.output == (
-        "avcil: --uri: no user or password here; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD\n"
+    assert result.output.startswith(
+        "avcil: --uri: no user or password here; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
     )
+    assert "secret" not in result.output
 
 
 def test_another_stream_in_the_folder_is_left_alone(folder: Path, tmp_path: Path) -> None:

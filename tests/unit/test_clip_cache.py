@@ -14,7 +14,7 @@ from avcil_dist.data.loader import load_on_device
 from avcil_dist.data.manifest import Manifest, load_manifest
 from avcil_dist.data.sampler import TrainingSampler
 from avcil_dist.training import clip_cache_placement
-from avcil_dist.training.clip_cache_placement import LIMITS, _free_in_group, free_host_bytes
+from avcil_dist.training.clip_cache_placement import LIMITS, _fastest, _free_in_group, free_host_bytes
 from data_shards.random_features import make_feature_shards
 from tests.helpers.features import damage
 from tests.helpers.reading import digest, labels_of, total, training_source
@@ -142,3 +142,12 @@ def test_free_memory_is_that_of_the_tightest_control_group(
     assert free_host_bytes() == 7000
     (tmp_path / "job" / "task" / limit).write_text("max\n")
     assert free_host_bytes() == 8 * 1024
+
+
+@pytest.mark.parametrize(
+    ("on_device", "on_host", "tier"), [(9, 5, "device"), (9, 99, "device"), (8, 8, "device"), (8, 9, "host")]
+)
+def test_clips_that_do_not_fit_a_gpu_are_cached_where_more_of_them_fit(on_device: int, on_host: int, tier: str) -> None:
+    counts = {"device": on_device, "host": on_host}
+    assert _fastest(counts, 9, torch.device("cuda")) == tier
+    assert _fastest(counts, 9, torch.device("cpu")) == "host"

@@ -1,7 +1,7 @@
 """Schema of the configuration: every setting with its type, default, description and class of change.
 
-The encoders' settings are in `encoders.py`, the classes of change in `section.py`. `loader.py` reads files and
-overrides.
+The encoders' settings are in `encoders.py`, those of the optimizer in `optim.py`, the classes of change in
+`section.py`. `loader.py` reads files and overrides.
 """
 
 from typing import Literal
@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 from avcil_dist.config.encoders import ModelConfig, TransformerConfig
+from avcil_dist.config.optim import OptimConfig
 from avcil_dist.config.section import Fork, Incomparable, Operational, PathText, Section
 
 Precision = Literal["float32", "bf16", "fp16"]
@@ -175,44 +176,6 @@ class MemoryConfig(Section):
     )
 
 
-class OptimConfig(Section):
-    """Adam with L2 weight decay and a constant learning rate. A global batch is the batch of all ranks together."""
-
-    lr: Fork[PositiveFloat] = Field(1e-3, le=1_000_000, description="Learning rate, constant over the step.")
-    weight_decay: Fork[float] = Field(1e-4, ge=0, le=1_000_000, description="Weight decay, added to the gradient (L2).")
-    layer_decay: Fork[float] = Field(
-        1.0,
-        gt=0,
-        le=1,
-        description="Learning rate of a transformer block, as a fraction of the learning rate of the next block "
-        "towards the output. 1.0: all blocks are equal.",
-    )
-    epochs: Fork[PositiveInt] = Field(200, le=1_000_000, description="Number of epochs of a step.")
-    global_batch: Fork[PositiveInt] = Field(
-        256,
-        le=1_000_000,
-        description="Number of clips of the current step per global batch. Must be a multiple of the number of ranks "
-        "and of data.canonical_nodes.",
-    )
-    global_replay_batch: Fork[PositiveInt] = Field(
-        128,
-        le=1_000_000,
-        description="Number of exemplars that replay adds to each global batch. Must be a multiple of the number of "
-        "ranks.",
-    )
-    global_eval_batch: Operational[PositiveInt] = Field(
-        256,
-        le=1_000_000,
-        description="Number of clips per global batch of an evaluation, rounded up to a multiple of the "
-        "number of ranks.",
-    )
-    keep_epoch: Fork[Literal["best_val", "last"]] = Field(
-        "best_val",
-        description="Epoch whose weights become the result of the step: the one with the best validation accuracy, or "
-        "the last one.",
-    )
-
-
 class EngineConfig(Section):
     """Execution of a step on the given machines."""
 
@@ -356,6 +319,12 @@ class Config(Section):
     def _check_augment(self) -> "Config":
         if self.data.augment.is_on and self.model.visual.kind == "precomputed":
             raise ValueError("data.augment applies to clips, not to precomputed features; remove it, or train on clips")
+        return self
+
+    @model_validator(mode="after")
+    def _check_average(self) -> "Config":
+        if self.optim.ema is not None and self.engine.zero_stage == 3:
+            raise ValueError("optim.ema needs the whole weights on every rank; set engine.zero_stage to 2 or less")
         return self
 
     @model_validator(mode="after")

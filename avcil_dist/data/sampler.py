@@ -5,7 +5,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from avcil_dist.config.schema import DataConfig, OptimConfig
+from avcil_dist.config.optim import OptimConfig
+from avcil_dist.config.schema import DataConfig
 from avcil_dist.data.manifest import Manifest
 from avcil_dist.data.plan import NO_CLIPS, plan_epoch, plan_replay, rank_share, replay_passes
 from avcil_dist.seeds import derive_seed

@@ -49,6 +49,7 @@ class Engine:
         deepspeed = import_deepspeed(world)
         self._trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
         self._optimizer = optimizer
+        self._rates = [float(group["lr"]) for group in optimizer.param_groups]
         self._engine = deepspeed.initialize(
             model=network.to(device),
             optimizer=optimizer,
@@ -59,6 +60,7 @@ class Engine:
                 "zero_optimization": _zero_section(config),
                 # DeepSpeed's Adam for host memory is compiled at run time; torch's is as fast and gives the same bits.
                 "zero_force_ds_cpu_optimizer": False,
+                "zero_allow_untested_optimizer": True,  # SGD; tests compare all ZeRO stages
                 "steps_per_print": NEVER,
             },
             dist_init_required=False,
@@ -92,6 +94,11 @@ class Engine:
             else:
                 loss = loss * self._scale.value
         self._engine.backward(loss)
+
+    def scale_rates(self, factor: float) -> None:
+        """Set the learning rate of each group of parameters to `factor` times its initial one."""
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * factor
 
     def step(self) -> bool:
         """Update the weights and clear the gradients. Returns False, without an update, for infinite gradients or NaN.

@@ -1,8 +1,9 @@
 """Snapshots: checkpoints within a step. A killed step continues from its newest one and ends in the same bits.
 
 `step_003/000000120/`, named by the number of iterations done, holds `model.safetensors`, `best.safetensors` (the
-weights of the best epoch so far), `training.json`, the optimizer's state (one file, or one per rank where ZeRO
-shards it), and `COMMITTED.json`, which is written last. The newest two are kept until the step is committed.
+weights of the best epoch so far), `average.safetensors` (the moving average of the weights, if there is one),
+`training.json`, the optimizer's state (one file, or one per rank where ZeRO shards it), and `COMMITTED.json`, which is
+written last. The newest two are kept until the step is committed.
 Nothing in them is ever unpickled.
 """
 
@@ -51,6 +52,7 @@ from avcil_dist.training.engine import Engine
 from avcil_dist.training.incremental_step import Step
 
 NUM_KEPT = 2
+AVERAGE = "average.safetensors"
 SECONDS_PER_MINUTE = 60
 
 _logger = logging.getLogger(__name__)
@@ -61,6 +63,7 @@ class BestEpochRecord(BaseModel):
 
     epoch: Count
     val_accuracy: Accuracy | None
+    num_ties: Count
 
 
 class TotalsRecord(BaseModel):
@@ -86,11 +89,15 @@ class TrainingRecord(BaseModel):
 
 @dataclass(frozen=True)
 class BestEpoch:
-    """Weights of the epoch that becomes the step's result, its number and its accuracy on the validation clips."""
+    """Weights of the epoch that becomes the step's result, its number and its accuracy on the validation clips.
+
+    `num_ties` later epochs have the same accuracy.
+    """
 
     state: dict[str, Tensor]
     epoch: int
     val_accuracy: float | None
+    num_ties: int = 0
 
 
 @dataclass
@@ -144,11 +151,15 @@ class TrainingState:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A loaded snapshot. `optimizer` is this rank's state, or None for a fresh optimizer."""
+    """A loaded snapshot. `optimizer` is this rank's state, or None for a fresh optimizer.
+
+    `average` is the moving average of the weights, if there is one.
+    """
 
     model: dict[str, Tensor]
     optimizer: dict[str, Any] | None
     state: TrainingState
+    average: dict[str, Tensor] | None
 
 
 def discard_stale(config: Config, step: int, *, own: bool) -> None:
@@ -183,13 +194,18 @@ class SnapshotManager:
             by_count or time.monotonic() - self._saved_at >= settings.every_minutes * SECONDS_PER_MINUTE
         )
 
-    def save(self, engine: Engine, state: TrainingState, totals: dict[str, Any]) -> None:
-        """Commit a snapshot; `totals` are the epoch's totals over all ranks, as `EpochTotals.to_dict` returns them."""
+    def save(
+        self, engine: Engine, state: TrainingState, totals: dict[str, Any], average: dict[str, Tensor] | None = None
+    ) -> None:
+        """Commit a snapshot; `totals` are the epoch's totals over all ranks, as `EpochTotals.to_dict` returns them.
+
+        `average` is the moving average of the weights, if there is one.
+        """
         folder = storage.join(self.folder, f"{state.iteration:09d}")
         model = engine.state()
         files = self._optimizer_files(engine)
         if self.step.world.is_main:
-            files |= _encode(model, state, totals)
+            files |= _encode(model, state, totals, average)
         decide_together(lambda: storage.remove_tree(folder))  # an earlier one of the same name may be damaged
         digests: list[FileDigests] = [{}] * self.step.world.size
         dist.all_gather_object(digests, write_files(folder, files))
@@ -209,15 +225,17 @@ class SnapshotManager:
         best = None
         if training.best is not None:
             weights = read_committed_tensors(folder, "best.safetensors", commit)
-            best = BestEpoch(weights, training.best.epoch, training.best.val_accuracy)
+            best = BestEpoch(weights, training.best.epoch, training.best.val_accuracy, training.best.num_ties)
         totals = EpochTotals.from_record(training.totals, self.step.device, is_main=self.step.world.is_main)
         self._iteration = training.iteration
         model = read_committed_tensors(folder, "model.safetensors", commit)
         optimizer = None
         if self._optimizer_fits(commit):
             optimizer = read_state(folder, self._optimizer_name(), commit)
+        has_average = AVERAGE in commit.files
+        average = read_committed_tensors(folder, AVERAGE, commit) if has_average else None
         state = TrainingState(training.iteration, best, totals, set(training.counters))
-        return Snapshot(model, optimizer, state)
+        return Snapshot(model, optimizer, state, average)
 
     def save_extra(self, name: str, state: dict[str, Any]) -> None:
         """Commit a state that is made once per step, beside the snapshots. It is the same on all ranks."""
@@ -312,12 +330,13 @@ class SnapshotManager:
         return None
 
 
-def _encode(model: dict[str, Tensor], state: TrainingState, totals: dict[str, Any]) -> dict[str, bytes]:
+def _encode(
+    model: dict[str, Tensor], state: TrainingState, totals: dict[str, Any], average: dict[str, Tensor] | None
+) -> dict[str, bytes]:
     best = state.best
-    epoch = None if best is None else {"epoch": best.epoch, "val_accuracy": best.val_accuracy}
+    epoch = best and {"epoch": best.epoch, "val_accuracy": best.val_accuracy, "num_ties": best.num_ties}
     training = {"iteration": state.iteration, "best": epoch, "totals": totals, "counters": sorted(state.counters)}
-    files = {
-        "model.safetensors": safetensors.torch.save(model),
-        "training.json": encode_json(training),
+    weights = {"model.safetensors": model, "best.safetensors": best.state if best else None, AVERAGE: average}
+    return {"training.json": encode_json(training)} | {
+        name: safetensors.torch.save(tensors) for name, tensors in weights.items() if tensors is not None
     }
-    return files if best is None else files | {"best.safetensors": safetensors.torch.save(best.state)}

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
@@ -26,11 +26,12 @@ from avcil_dist.training.exemplar_copies import local_exemplars
 from avcil_dist.training.incremental_step import Step
 from avcil_dist.training.inference_pass import InferencePass
 from avcil_dist.training.observer import Observer
-from avcil_dist.training.optim import build_optimizer
+from avcil_dist.training.optim import build_optimizer, lr_factor
 from avcil_dist.training.snapshot import BestEpoch, EpochTotals, SnapshotManager, TrainingState
 from avcil_dist.training.teacher import Teacher
 from avcil_dist.training.teacher_cache import TeacherCache, build_teacher_cache
 from avcil_dist.training.train_step import train_step
+from avcil_dist.training.weight_average import WeightAverage
 
 ITERATIONS_PER_CHECK = 16  # reading a loss waits for the device, so losses are checked in groups
 
@@ -48,6 +49,7 @@ class Trainer:
     stop: StopRequest
     _unchecked: list[tuple[Tensor, np.ndarray]] = field(default_factory=list, init=False)  # losses and clips
     _teacher_cache: TeacherCache | None = field(default=None, init=False)
+    _average: WeightAverage | None = field(default=None, init=False)
 
     @cached_property
     def votes(self) -> Votes:
@@ -86,6 +88,8 @@ class Trainer:
                 self.observer.message("continues with a fresh optimizer: the snapshot's does not fit these ranks")
             elif snapshot and snapshot.optimizer is not None:
                 engine.load_optimizer_state(snapshot.optimizer)
+            if (decay := self.step.config.optim.ema) is not None:
+                self._average = WeightAverage(engine.network, decay, snapshot.average if snapshot else None)
             batches = load_on_device(
                 source,
                 manifest=manifest,
@@ -94,7 +98,9 @@ class Trainer:
                 device=self.step.device,
                 clip_cache=self.inference.clip_cache,
             )
-            return self._train(engine, batches, state, manifest)
+            best = self._train(engine, batches, state, manifest)
+        self._report_best(best)
+        return best
 
     def _check_position(self, state: TrainingState) -> None:
         """Raise ArtifactError for a snapshot at an iteration that the step does not have, or has no best epoch at."""
@@ -108,7 +114,7 @@ class Trainer:
     def _train(self, engine: Engine, batches: Iterator[Batch], state: TrainingState, manifest: Manifest) -> BestEpoch:
         self.observer.begin(self.step.number, self.step.config.optim.epochs, self.num_iterations, state.iteration)
         engine.network.train()
-        while state.iteration < self.num_iterations:
+        while state.iteration < self.num_iterations and not self._is_out_of_patience(state):
             self._iterate(engine, batches, state)
             if len(self._unchecked) == ITERATIONS_PER_CHECK:
                 self._check_losses(state, manifest)
@@ -159,6 +165,7 @@ class Trainer:
         if self._teacher_cache:
             batch = self._teacher_cache.mask_missing(batch, self.step.manifest)
         num_bad = self.votes.total(len(batch.faults))  # one fault per damaged clip
+        engine.scale_rates(lr_factor(self.step.config.optim, state.iteration, self.per_epoch))
         losses = train_step(engine, batch, method=self.step.method, teacher=self.teacher, num_bad=num_bad)
         totals.reading.update(batch.counts)
         totals.num_bad += losses.num_bad
@@ -168,6 +175,8 @@ class Trainer:
         self._unchecked.append((losses.parts["loss"].detach(), batch.clips))
         self._check_faults(totals)
         state.iteration += 1
+        if self._average:
+            self._average.update(state.iteration)
         totals.seconds += time.monotonic() - started
 
     def _check_losses(self, state: TrainingState, manifest: Manifest) -> None:
@@ -194,7 +203,9 @@ class Trainer:
         counts = self._sum_over_ranks(totals.reading) | {"damaged_clips": float(totals.num_bad)}
         state.counters.update(name for name, count in counts.items() if count)
         values |= {f"data/{name}": count for name, count in counts.items() if name in state.counters}
-        values["speed/clips_per_second"] = self.per_epoch * self.step.config.optim.global_batch / totals.seconds
+        optim = self.step.config.optim
+        values["optim/learning_rate"] = optim.lr * lr_factor(optim, state.iteration - 1, self.per_epoch)
+        values["speed/clips_per_second"] = self.per_epoch * optim.global_batch / totals.seconds
         state.best = self._better_epoch(engine, epoch, state.best, values)
         state.epoch = EpochTotals()
         self.observer.epoch(epoch, values)
@@ -202,7 +213,8 @@ class Trainer:
     def _save(self, engine: Engine, state: TrainingState) -> None:
         totals = state.epoch
         faults = collect_texts(tuple(totals.faults))
-        self.snapshots.save(engine, state, totals.to_dict(self._sum_over_ranks(totals.reading), faults))
+        average = self._average.state() if self._average else None
+        self.snapshots.save(engine, state, totals.to_dict(self._sum_over_ranks(totals.reading), faults), average)
 
     def _sum_over_ranks(self, reading: Mapping[str, float]) -> dict[str, float]:
         """The counts of reading, summed over the ranks."""
@@ -226,11 +238,31 @@ class Trainer:
     ) -> BestEpoch | None:
         """Return the better of `best` and this epoch, by validation accuracy; the earlier one of equals."""
         optim = self.step.config.optim
-        if optim.keep_epoch == "last":
-            is_last = epoch == optim.epochs - 1
-            return BestEpoch(engine.state(), epoch, None) if is_last else None
-        accuracy = evaluate(self.step, engine.network, "val", self.inference).accuracy
-        values["val/accuracy"] = accuracy
-        if best is None or best.val_accuracy is None or accuracy > best.val_accuracy:
-            return BestEpoch(engine.state(), epoch, accuracy)
-        return best
+        is_last = epoch == optim.epochs - 1
+        if not (is_last if optim.keep_epoch == "last" else is_last or (epoch + 1) % optim.validate_every == 0):
+            return best
+        with self._average.applied() if self._average else nullcontext():
+            if optim.keep_epoch == "last":
+                return BestEpoch(engine.state(), epoch, None)
+            accuracy = evaluate(self.step, engine.network, "val", self.inference).accuracy
+            values["val/accuracy"] = accuracy
+            if best is None or best.val_accuracy is None or accuracy > best.val_accuracy:
+                return BestEpoch(engine.state(), epoch, accuracy)
+        return replace(best, num_ties=best.num_ties + (accuracy == best.val_accuracy))
+
+    def _is_out_of_patience(self, state: TrainingState) -> bool:
+        """Whether the last `patience` validations were not better than the best one. Depends on `state` alone."""
+        optim, best = self.step.config.optim, state.best
+        if optim.patience is None or best is None:
+            return False
+        num_epochs = state.iteration // self.per_epoch
+        return num_epochs // optim.validate_every - (best.epoch + 1) // optim.validate_every >= optim.patience
+
+    def _report_best(self, best: BestEpoch) -> None:
+        if best.val_accuracy is None:
+            return
+        ties = f"; {best.num_ties} later ones are as good, the first is kept" if best.num_ties else ""
+        self.observer.message(
+            f"step {self.step.number}: keeps epoch {best.epoch + 1}/{self.step.config.optim.epochs}, "
+            f"val {best.val_accuracy:.1%}{ties}"
+        )

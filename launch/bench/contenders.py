@@ -16,7 +16,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from avcil_dist.config.schema import EngineConfig, MethodConfig, OptimConfig, Precision
+from avcil_dist.config.optim import OptimConfig
+from avcil_dist.config.schema import EngineConfig, MethodConfig, Precision
 from avcil_dist.data.batch import Batch
 from avcil_dist.methods import make_method
 from avcil_dist.methods.base import StepContext

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from avcil_dist.config.schema import DataConfig, OptimConfig
+from avcil_dist.config.optim import OptimConfig
+from avcil_dist.config.schema import DataConfig
 from avcil_dist.data.batch import Batch
 from avcil_dist.data.loader import load_batches
 from avcil_dist.data.manifest import Manifest, load_manifest

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 
 from avcil_dist.config.encoders import ModelConfig
-from avcil_dist.config.schema import ClipConfig, EngineConfig, OptimConfig
+from avcil_dist.config.optim import OptimConfig
+from avcil_dist.config.schema import ClipConfig, EngineConfig
 from avcil_dist.models.network import build_network
 from avcil_dist.training.engine import Engine
 from avcil_dist.training.optim import build_optimizer

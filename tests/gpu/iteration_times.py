@@ -10,7 +10,8 @@ from unittest import mock
 import numpy as np
 import torch
 
-from avcil_dist.config.schema import EngineConfig, MethodConfig, OptimConfig
+from avcil_dist.config.optim import OptimConfig
+from avcil_dist.config.schema import EngineConfig, MethodConfig
 from avcil_dist.data.batch import Batch
 from avcil_dist.methods import make_method
 from avcil_dist.methods.avcil import Avcil

@@ -6,7 +6,8 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 
 from avcil_dist.config.encoders import ModelConfig
-from avcil_dist.config.schema import ClipConfig, EngineConfig, MethodConfig, OptimConfig
+from avcil_dist.config.optim import OptimConfig
+from avcil_dist.config.schema import ClipConfig, EngineConfig, MethodConfig
 from avcil_dist.data.batch import Batch
 from avcil_dist.methods import make_method
 from avcil_dist.methods.base import Method, StepContext

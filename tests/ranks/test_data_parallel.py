@@ -10,7 +10,8 @@ from torch import Tensor
 
 from avcil_dist.compose import load_config
 from avcil_dist.config.encoders import ModelConfig
-from avcil_dist.config.schema import ClipConfig, Config, EngineConfig, MethodConfig, OptimConfig
+from avcil_dist.config.optim import OptimConfig
+from avcil_dist.config.schema import ClipConfig, Config, EngineConfig, MethodConfig
 from avcil_dist.data.batch import Batch
 from avcil_dist.data.manifest import load_manifest
 from avcil_dist.methods import make_method

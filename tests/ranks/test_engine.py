@@ -9,7 +9,8 @@ from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 
 from avcil_dist.config.encoders import ModelConfig
-from avcil_dist.config.schema import ClipConfig, EngineConfig, MethodConfig, OptimConfig
+from avcil_dist.config.optim import OptimConfig
+from avcil_dist.config.schema import ClipConfig, EngineConfig, MethodConfig
 from avcil_dist.data.batch import Batch
 from avcil_dist.data.plan import rows_at_a_time
 from avcil_dist.methods import make_method

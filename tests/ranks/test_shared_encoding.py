@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from avcil_dist.config.encoders import ModelConfig
-from avcil_dist.config.schema import ClipConfig, EngineConfig, MethodConfig, OptimConfig
+from avcil_dist.config.optim import OptimConfig
+from avcil_dist.config.schema import ClipConfig, EngineConfig, MethodConfig
 from avcil_dist.data.batch import Batch
 from avcil_dist.methods import make_method
 from avcil_dist.methods.base import StepContext

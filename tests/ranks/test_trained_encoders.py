@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from avcil_dist.config.encoders import ModelConfig
-from avcil_dist.config.schema import ClipConfig, EngineConfig, OptimConfig
+from avcil_dist.config.optim import OptimConfig
+from avcil_dist.config.schema import ClipConfig, EngineConfig
 from avcil_dist.models.network import Network, build_network
 from avcil_dist.training.engine import Engine, whole_state
 from avcil_dist.training.optim import build_optimizer, parameter_groups

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from avcil_dist.compose import load_config
-from avcil_dist.config.schema import AugmentConfig, ClipConfig, DataConfig, OptimConfig
+from avcil_dist.config.optim import OptimConfig
+from avcil_dist.config.schema import AugmentConfig, ClipConfig, DataConfig
 from avcil_dist.data.augment import Augmentation
 from avcil_dist.data.batch import Batch
 from avcil_dist.data.decode import DecodedClip

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from avcil_dist import storage
-from avcil_dist.config.schema import ClipConfig, DataConfig, OptimConfig
+from avcil_dist.config.optim import OptimConfig
+from avcil_dist.config.schema import ClipConfig, DataConfig
 from avcil_dist.data.batch import Batch
 from avcil_dist.data.loader import load_batches
 from avcil_dist.data.manifest import Manifest, load_manifest

@@ -1,14 +1,18 @@
 """Optimizer: learning rate of each parameter, and the loss scale of fp16."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
 from avcil_dist.compose import load_config
 from avcil_dist.config.encoders import ModelConfig
-from avcil_dist.config.schema import ClipConfig, OptimConfig
+from avcil_dist.config.optim import OptimConfig
+from avcil_dist.config.schema import ClipConfig
 from avcil_dist.errors import ConfigError
 from avcil_dist.models.network import Network, build_network
-from avcil_dist.training.optim import LossScale, build_optimizer, parameter_groups
+from avcil_dist.training.optim import LossScale, build_optimizer, lr_factor, parameter_groups
 
 CLIP = ClipConfig(frames=4, size=32, mel_frames=64, mel_bins=32)
 TINY = {"weights": "random", "dim": 24, "depth": 3, "heads": 2}
@@ -151,3 +155,82 @@ def test_an_overflow_halves_the_loss_scale_down_to_one() -> None:
     assert (scale.value, scale.is_smallest) == (1.0, True)
     scale.update(overflowed=True)
     assert scale.value == 1.0
+
+
+PER_EPOCH = 5
+
+
+@pytest.mark.parametrize(
+    ("words", "reference"),
+    [
+        ({"schedule": "constant"}, lambda made: torch.optim.lr_scheduler.ConstantLR(made, factor=1.0)),
+        (
+            {"schedule": "cosine", "final_lr_fraction": 0.1},
+            lambda made: torch.optim.lr_scheduler.CosineAnnealingLR(made, T_max=8 * PER_EPOCH, eta_min=0.1),
+        ),
+        (
+            {"schedule": "linear"},
+            lambda made: torch.optim.lr_scheduler.LinearLR(made, 1.0, 0.0, total_iters=8 * PER_EPOCH),
+        ),
+        (
+            {"schedule": "multistep", "milestones": [3, 6], "lr_drop": 0.5},
+            lambda made: torch.optim.lr_scheduler.MultiStepLR(made, [3 * PER_EPOCH, 6 * PER_EPOCH], gamma=0.5),
+        ),
+    ],
+)
+def test_a_schedule_is_that_of_torch(words: dict, reference: Callable[[torch.optim.Optimizer], Any]) -> None:
+    made = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler = reference(made)
+    optim = OptimConfig.model_validate({"epochs": 8} | words)
+    for iteration in range(8 * PER_EPOCH):
+        assert lr_factor(optim, iteration, PER_EPOCH) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-9)
+        made.step()
+        scheduler.step()
+
+
+def test_a_warm_up_ascends_to_the_whole_rate_and_the_schedule_follows() -> None:
+    optim = OptimConfig(epochs=3, warmup_epochs=0.8, schedule="linear", final_lr_fraction=0.5)
+    found = [lr_factor(optim, iteration, PER_EPOCH) for iteration in range(3 * PER_EPOCH)]
+    assert found[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert found[5] - found[6] == pytest.approx(0.5 / 11)
+    assert found[-1] == pytest.approx(0.5 + 0.5 / 11)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)])
+def test_the_update_rule_is_that_of_the_configuration(name: str, kind: type[torch.optim.Optimizer]) -> None:
+    optim = OptimConfig.model_validate({"name": name, "lr": 0.01, "weight_decay": 0.5, "momentum": 0.8})
+    made = build_optimizer(make_network(FULL, FROZEN), optim)
+    assert type(made) is kind
+    [group] = made.param_groups
+    assert (group["lr"], group["weight_decay"], group.get("momentum", 0.8)) == (0.01, 0.5, 0.8)
+
+
+def test_biases_and_norms_have_no_decay_and_the_classifier_its_own_rate() -> None:
+    network = make_network(FULL, FROZEN)
+    optim = OptimConfig(lr=1.0, head_lr=3.0, weight_decay=0.5, decay="matrices", layer_decay=0.5)
+    groups = parameter_groups(network, optim)
+    assert len({(group["lr"], group["weight_decay"]) for group in groups}) == len(groups)
+    found = {parameter: group for group in groups for parameter in group["params"]}
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            group = found.pop(parameter)
+            assert group["weight_decay"] == (0.0 if parameter.ndim < 2 else 0.5), name
+            assert (group["lr"] == 3.0) == name.startswith("classifier."), name
+    assert not found
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["optim.schedule=multistep"], "schedule=multistep and milestones"),
+        (["optim.milestones=[3]"], "schedule=multistep and milestones"),
+        (["optim.schedule=multistep", "optim.milestones=[5, 3]"], "must ascend"),
+        (["optim.schedule=multistep", "optim.milestones=[3, 20]", "optim.epochs=20"], "milestone 20 is not before"),
+        (["optim.warmup_epochs=20", "optim.epochs=20"], "warmup_epochs=20 must be less than epochs=20"),
+        (["optim.patience=3", "optim.keep_epoch=last"], "patience needs keep_epoch=best_val"),
+        (["optim.ema=0.9", "engine.zero_stage=3"], r"optim\.ema needs the whole weights"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_refused(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config("demo", words)

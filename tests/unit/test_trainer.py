@@ -113,6 +113,12 @@ def accuracies(monkeypatch: pytest.MonkeyPatch, values: Sequence[float]) -> None
     monkeypatch.setattr(trainer, "evaluate", evaluate)
 
 
+def kept_line(recorder: Recorder) -> str:
+    """The line about the epoch that the step keeps."""
+    [line] = [text for text in recorder.messages if "keeps epoch" in text]
+    return line
+
+
 def artifact_of(config: Config, number: int = 0) -> StepArtifact:
     return load_artifact(stream_url(config), number)
 
@@ -151,7 +157,8 @@ def test_losses_are_checked_in_groups_and_at_the_end_of_an_epoch(
 
 def test_the_first_of_equally_good_epochs_is_the_result(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     accuracies(monkeypatch, [0.5, 0.9, 0.9, 0.7])
-    run(config)
+    line = kept_line(run(config))
+    assert line == "step 0: keeps epoch 2/4, val 90.0%; 1 later ones are as good, the first is kept"
     assert (artifact_of(config).metrics.epoch, artifact_of(config).metrics.val_accuracy) == (1, 0.9)
 
 
@@ -165,6 +172,86 @@ def test_a_step_that_stopped_after_its_best_epoch_keeps_it(tmp_path: Path, monke
     assert run(broken).started_from == 2 * PER_EPOCH + 3
     assert (artifact_of(broken).metrics.epoch, artifact_of(broken).metrics.val_accuracy) == (0, 0.9)
     assert weights_digest(stream_url(broken), 0) == weights_digest(stream_url(whole), 0)
+
+
+def test_ties_are_counted_over_a_stop(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    accuracies(monkeypatch, [0.9, 0.9])
+    stop_after(config, 2 * PER_EPOCH + 2)
+    accuracies(monkeypatch, [0.9, 0.7])
+    assert "keeps epoch 1/4, val 90.0%; 2 later ones are as good" in kept_line(run(config))
+
+
+def test_a_step_ends_after_as_many_validations_without_a_better_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patient = resolve(tmp_path, "optim.patience=2", "optim.epochs=9")
+    accuracies(monkeypatch, [0.5, 0.6, 0.6, 0.5])
+    found = run(patient)
+    assert len(found.epochs) == 4
+    assert artifact_of(patient).metrics.epoch == 1
+
+    broken = resolve(tmp_path, "optim.patience=2", "optim.epochs=9", f"output={tmp_path}/broken")
+    accuracies(monkeypatch, [0.5, 0.6, 0.6])
+    stop_after(broken, 3 * PER_EPOCH + 1)
+    accuracies(monkeypatch, [0.5])
+    assert len(run(broken).epochs) == 1
+    assert weights_digest(stream_url(broken), 0) == weights_digest(stream_url(patient), 0)
+
+
+def test_epochs_are_validated_at_an_interval_and_the_last_always(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = resolve(tmp_path, "optim.validate_every=2", "optim.epochs=5", "optim.patience=2")
+    accuracies(monkeypatch, [0.9, 0.8, 0.95])
+    found = run(config)
+    assert ["val/accuracy" in values for values in found.epochs] == [False, True, False, True, True]
+    assert artifact_of(config).metrics.epoch == 4
+
+
+SCHEDULED = ("optim.name=sgd", "optim.schedule=cosine", "optim.warmup_epochs=0.5", "optim.ema=0.9", "optim.lr=0.05")
+
+
+def test_schedule_and_average_continue_from_a_snapshot_to_the_same_bits(tmp_path: Path) -> None:
+    whole, broken = (resolve(tmp_path, f"output={tmp_path}/{name}", *SCHEDULED) for name in ("whole", "broken"))
+    rates = [values["optim/learning_rate"] for values in run(whole).epochs]
+    stop_after(broken, PER_EPOCH + 2)
+    rest = run(broken)
+    assert rest.started_from == PER_EPOCH + 3
+    assert weights_digest(stream_url(broken), 0) == weights_digest(stream_url(whole), 0)
+    assert rates == sorted(rates, reverse=True)
+    assert [values["optim/learning_rate"] for values in rest.epochs] == rates[1:]
+
+
+def test_the_average_of_the_weights_is_validated_and_kept(tmp_path: Path) -> None:
+    """Recomputed from the weights after each iteration of the same training without an average."""
+    words = ("optim.epochs=1", "optim.keep_epoch=last")
+    weights: list[dict[str, torch.Tensor]] = []
+
+    class Weights(Observer):
+        def advance(self) -> None:
+            if engines and len(weights) < PER_EPOCH:
+                weights.append({name: value.double() for name, value in engines[0].state().items()})
+
+    engines: list[Engine] = []
+    make = trainer.Trainer._make_engine
+
+    def recorded(own: trainer.Trainer, student: Any) -> Engine:
+        engines.append(make(own, student))
+        weights.append({name: value.double() for name, value in engines[0].state().items()})
+        return engines[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.Trainer, "_make_engine", recorded)
+        run(resolve(tmp_path, *words, f"output={tmp_path}/plain"), 0, Weights())
+        last = {name: value.double() for name, value in engines[0].state().items()}
+    averaged = resolve(tmp_path, *words, "optim.ema=0.5", f"output={tmp_path}/averaged")
+    run(averaged)
+    kept = artifact_of(averaged).model
+    for name, expected in weights[0].items():
+        for count, after in enumerate([*weights[1:PER_EPOCH], last], start=1):
+            decay = min(0.5, (1 + count) / (10 + count))
+            expected = decay * expected + (1 - decay) * after[name]
+        torch.testing.assert_close(kept[name].double(), expected, rtol=1e-5, atol=1e-7)
 
 
 def test_a_step_that_stopped_within_an_epoch_reports_the_whole_of_it(tmp_path: Path) -> None:
@@ -193,7 +280,7 @@ def test_a_counter_is_reported_from_its_first_value_that_is_not_zero(tmp_path: P
     assert [values["data/read_bytes"] for values in reported[2:]] == [0] * (EPOCHS - 2)
     assert not [name for values in reported for name in values if "retries" in name or "damaged" in name]
     assert all(values.keys() == reported[0].keys() for values in reported)
-    assert {name.split("/")[0] for name in reported[0]} == {"loss", "val", "data", "speed"}
+    assert {name.split("/")[0] for name in reported[0]} == {"loss", "val", "data", "optim", "speed"}
 
 
 def test_a_counter_from_before_a_stop_is_reported_after_it_too(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

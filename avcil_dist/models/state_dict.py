@@ -14,12 +14,13 @@ def mismatches(module: nn.Module, state: Mapping[str, Tensor], *, exact_types: b
     """
     expected = module.state_dict()
     known = [name for name in expected if name in state]
+    typed = {name for name in known if _fits(state[name], expected[name], exact_types)}
     kinds = {
         "missing": [name for name in expected if name not in state],
         "unexpected": [name for name in state if name not in expected],
         "of another shape": [name for name in known if state[name].shape != expected[name].shape],
-        "of another type": [name for name in known if not _fits(state[name], expected[name], exact_types)],
-        "not finite": [name for name in known if not is_finite(state[name])],
+        "of another type": [name for name in known if name not in typed],
+        "not finite": [name for name in known if name in typed and not is_finite(state[name])],
     }
     return "; ".join(f"{len(names)} {kind} ({', '.join(names[:3])})" for kind, names in kinds.items() if names)
 
@@ -30,6 +31,8 @@ def is_finite(values: Tensor) -> bool:
 
 
 def _fits(values: Tensor, expected: Tensor, exact_types: bool) -> bool:
+    if values.layout != torch.strided or values.is_quantized or values.is_meta:
+        return False
     if exact_types:
         return values.dtype == expected.dtype
     return values.is_floating_point() if expected.is_floating_point() else values.dtype == expected.dtype

@@ -13,12 +13,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 
 from avcil_dist import storage
-from avcil_dist.data.manifest import SPLITS, Split, check_keys
+from avcil_dist.data.manifest import KEY_PATTERN, SPLITS, Split, check_keys
 from avcil_dist.errors import ConfigError, DataError
 from data_shards.build_plan import (
     FORMAT,
@@ -39,6 +39,8 @@ from data_shards.shard_writer import feature_members, shard_url
 from data_shards.workers import Progress
 
 HDF5_ENDINGS = (".h5", ".hdf5")
+HDF5_FAULTS = (OSError, RuntimeError, TypeError, ValueError, LookupError, OverflowError, MemoryError)
+MAX_NUMBERS = 1 << 26  # of a clip: 55 times the features of the reference setting
 
 
 class _Arrays(Protocol):
@@ -110,29 +112,46 @@ def _open_arrays(path: Path) -> Iterator[_Arrays]:
         except ImportError:
             raise ConfigError(f"{path}: reading HDF5 needs h5py; pip install 'avcil-dist[hdf5]'") from None
         try:
-            with h5py.File(path, "r") as file:
-                yield _Hdf5Arrays(path, file)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read as HDF5 ({error})") from None
+            file = h5py.File(path, "r")
+        except (OSError, RuntimeError, ValueError) as error:
+            raise DataError(f"{path}: cannot be read as HDF5 ({' '.join(str(error).split())})") from None
+        with file:
+            yield _Hdf5Arrays(path, file)
         return
     with tempfile.TemporaryFile(prefix="avcil-features-") as copy:
         yield _CopiedArrays(path, copy)
 
 
 class _Hdf5Arrays:
-    """Arrays of an HDF5 file with a dataset per clip."""
+    """Arrays of an HDF5 file with a dataset per clip.
 
-    def __init__(self, path: Path, file: Mapping[str, np.ndarray]) -> None:
+    A dataset counts if it is in the file itself: a link to another file, numbers kept in one, and a dataset made of
+    others are refused, since HDF5 would read any file of this machine.
+    """
+
+    def __init__(self, path: Path, file: Any) -> None:
         self._path, self._file = path, file
 
     def __contains__(self, key: str) -> bool:
-        return key in self._file
+        try:
+            return KEY_PATTERN.fullmatch(key) is not None and self._file.get(key, getlink=True) is not None
+        except HDF5_FAULTS:
+            return False
 
     def read(self, key: str) -> np.ndarray:
+        import h5py
+
         try:
-            return np.asarray(self._file[key][()])
-        except (OSError, TypeError, ValueError) as error:
-            raise ClipRejectedError("corrupt", f"{self._path}: {key}: cannot be read ({error})") from None
+            link = self._file.get(key, getlink=True)
+            found = self._file.get(key) if isinstance(link, h5py.HardLink) else None
+            if not isinstance(found, h5py.Dataset) or found.external or found.is_virtual:
+                raise ClipRejectedError("corrupt", f"{self._path}: {key}: not a dataset of this file")
+            if found.dtype.kind not in "iuf" or found.dtype.itemsize > 8 or found.size > MAX_NUMBERS:
+                raise ClipRejectedError("corrupt", f"{self._path}: {key}: {found.shape} of {found.dtype}")
+            return np.asarray(found[()])
+        except HDF5_FAULTS as error:
+            fault = " ".join(str(error).split())
+            raise ClipRejectedError("corrupt", f"{self._path}: {key}: cannot be read ({fault})") from None
 
 
 class _CopiedArrays:
@@ -159,14 +178,18 @@ class _CopiedArrays:
 
 
 def _shape(lists: PublishedLists, visual: _Arrays, audio: _Arrays, frames: int, where: Path) -> dict[str, int]:
-    """The shape of the first clip that has both features."""
+    """The shape of the first clip whose features both read."""
     keys = (key for split in SPLITS for key in lists.labels[split] if key in visual and key in audio)
-    first = next(keys, None)
-    if first is None:
+    for first in keys:
+        try:
+            num_visual, dim = visual.read(first).size, audio.read(first).size
+            break
+        except ClipRejectedError:
+            continue
+    else:
         raise DataError(f"{where}: has no clip of the lists; give features and lists of the same benchmark")
-    dim = audio.read(first).size
-    tokens, rest = divmod(visual.read(first).size, dim)
-    if rest or tokens % frames:
+    tokens, rest = divmod(num_visual, max(1, dim))
+    if not tokens or rest or tokens % frames:
         raise ConfigError(f"{where}: {first}: {tokens} tokens of {dim} numbers are not {frames} frames; give --frames")
     return {"frames": frames, "positions": tokens // frames, "dim": dim}
 

@@ -239,3 +239,51 @@ def test_command_imports_features(tmp_path: Path, lists: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "12 clips, 2 classes, 6 shards" in result.output
     assert load_manifest(f"{tmp_path}/out/manifest.json").kind == "feature"
+
+
+FAULTS = ("external", "external-link", "soft-link", "loop", "virtual", "huge", "text", "group")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_dataset_outside_the_file_or_beyond_all_bounds_is_rejected(tmp_path: Path, lists: Path, fault: str) -> None:
+    visual, audio = _features()
+    victim, secret = KEYS[0], b"root:x:0:0:secret-of-this-machine"
+    (tmp_path / "secret").write_bytes(secret * 20)
+    files = _write(tmp_path, "hdf5", visual, audio)
+    shape = visual[victim].shape
+    with h5py.File(tmp_path / "other.h5", "w") as other:
+        other.create_dataset("x", data=visual[victim])
+    with h5py.File(files[0], "a") as file:
+        del file[victim]
+        if fault == "external":
+            file.create_dataset(victim, shape, "f4", external=[(str(tmp_path / "secret"), 0, h5py.h5f.UNLIMITED)])
+        elif fault == "external-link":
+            file[victim] = h5py.ExternalLink(str(tmp_path / "other.h5"), "x")
+        elif fault == "soft-link":
+            file[victim] = h5py.SoftLink(f"/{KEYS[1]}")
+        elif fault == "loop":
+            file[victim] = h5py.SoftLink(f"/{victim}")
+        elif fault == "virtual":
+            layout = h5py.VirtualLayout(shape, "f4")
+            layout[:] = h5py.VirtualSource(str(tmp_path / "other.h5"), "x", shape)
+            file.create_virtual_dataset(victim, layout)
+        elif fault == "huge":  # a few bytes on the disk
+            file.create_dataset(victim, (1 << 20, 1 << 20), "f4", chunks=(1 << 10, 1 << 10), compression="gzip")
+        elif fault == "text":
+            file[victim] = "hello"
+        else:
+            file.create_group(victim)
+    report = _import(files, lists, tmp_path / "out")
+    assert [(rejection.path, rejection.kind) for rejection in report.rejected] == [(victim, "corrupt")]
+    shards = list((tmp_path / "out").rglob("*.tar"))
+    assert shards
+    assert not any(b"secret-of-this-machine" in shard.read_bytes() for shard in shards)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x89HDF\r\n\x1a\n", b"\x89HDF\r\n\x1a\n" + bytes(2000), b"text"])
+def test_a_file_that_is_no_hdf5_is_one_line(tmp_path: Path, lists: Path, content: bytes) -> None:
+    files = _write(tmp_path, "hdf5", *_features())
+    files[0].write_bytes(content)
+    with pytest.raises(DataError, match=r"visual_features\.h5: cannot be read as HDF5") as caught:
+        _import(files, lists, tmp_path / "out")
+    assert len(str(caught.value).splitlines()) == 1

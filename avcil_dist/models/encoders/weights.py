@@ -3,8 +3,8 @@
 Nothing is unpickled, and a missing or unexpected parameter is an error.
 """
 
-import json
 import re
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -12,13 +12,20 @@ from pickle import UnpicklingError
 import huggingface_hub
 import safetensors
 import torch
+from pydantic import BaseModel, Field
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from avcil_dist import storage
 from avcil_dist.config.encoders import TransformerConfig
 from avcil_dist.errors import ConfigError
 from avcil_dist.models.state_dict import mismatches
 
+# Errors of torch's restricted unpickler for files that are damaged, or no pickles at all.
+DAMAGE = (
+    *(UnpicklingError, safetensors.SafetensorError, RuntimeError, OSError, EOFError, ValueError, TypeError),
+    *(LookupError, AttributeError, AssertionError, OverflowError, MemoryError, struct.error),
+)
 NESTED = ("model", "module")  # keys under which authors store the state dict in a file
 
 
@@ -30,7 +37,7 @@ def read_weights(config: TransformerConfig, setting: str) -> dict[str, Tensor] |
     if config.weights == "random":
         return None
     path = Path(config.weights)
-    if not path.exists():
+    if not _exists(path):
         path = _download(config.weights, setting)
     if path.is_dir():
         files = [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).exists()]
@@ -39,10 +46,12 @@ def read_weights(config: TransformerConfig, setting: str) -> dict[str, Tensor] |
         _check_heads(path / "config.json", config.heads, setting)
         path = files[0]
     try:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: not a regular file")
         if path.suffix == ".safetensors":
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, safetensors.SafetensorError, RuntimeError, OSError, EOFError) as error:
+    except DAMAGE as error:
         raise ConfigError(
             f"{setting}: {path} does not read as a file of tensors ({type(error).__name__}); "
             "save its state dict alone, best as .safetensors"
@@ -50,7 +59,9 @@ def read_weights(config: TransformerConfig, setting: str) -> dict[str, Tensor] |
     state = content
     if isinstance(content, Mapping):
         state = next((content[name] for name in NESTED if name in content), content)
-    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in state.items()
+    ):
         raise ConfigError(f"{setting}: {path} is not a state dict; save the names and tensors alone")
     return dict(state)
 
@@ -70,10 +81,25 @@ def load_strictly(body: nn.Module, state: Mapping[str, Tensor], dropped: tuple[s
     body.load_state_dict(kept)
 
 
+class _HubConfig(BaseModel):
+    """The number of attention heads in a hub's `config.json`."""
+
+    heads: int | None = Field(None, alias="num_attention_heads")
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:  # such as a name that is too long
+        raise ConfigError(f"weights: {str(path)[:100]}: {error.strerror}; give the path of a file or folder") from None
+
+
 def _check_heads(path: Path, heads: int, setting: str) -> None:
     """Compare the number of heads with the checkpoint's: no shape depends on it, so a wrong one would load."""
-    theirs = json.loads(path.read_text()).get("num_attention_heads", heads) if path.exists() else heads
-    if theirs != heads:
+    if not path.exists():
+        return
+    theirs = storage.read_json(str(path), _HubConfig, "the configuration of a model", fault=ConfigError).heads
+    if theirs not in (None, heads):
         raise ConfigError(
             f"{setting}: {path.parent} has {theirs} attention heads, the config {heads}; set heads: {theirs}"
         )

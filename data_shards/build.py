@@ -30,7 +30,7 @@ from data_shards.build_plan import (
     run_shard_job,
     start_part,
 )
-from data_shards.cut import cut_clip
+from data_shards.clip_bytes import FileStamp, file_stamp, read_clip
 from data_shards.listings.listing import ClipFile, ListedClip, Listing
 from data_shards.listings.read import read_listing
 from data_shards.listings.splits import SplitShares
@@ -41,7 +41,6 @@ from data_shards.workers import MarkStart, Progress, map_in_workers
 _logger = logging.getLogger(__name__)
 
 STAT_THREADS = 16
-FileStamp = tuple[int, int]  # size in bytes, and time of the last change in ns
 
 
 @dataclass(frozen=True)
@@ -184,10 +183,10 @@ def plan_build(listing: Listing, settings: BuildSettings) -> tuple[Plan, list[Ch
     Missing files and duplicate keys are left out here, so that shards are full though many files are missing.
     """
     with ThreadPoolExecutor(STAT_THREADS) as pool:
-        stamps = list(pool.map(_stamp, [row.clip.path for row in listing.rows]))
+        stamps = list(pool.map(file_stamp, [row.clip.files[0] for row in listing.rows]))
     groups: dict[tuple[str, Split], dict[str, tuple[ListedClip, FileStamp]]]
     groups = {(name, split): {} for name in listing.classes for split in SPLITS}
-    rejected = []
+    rejected = list(listing.rejected)
     for (label, split, clip), stamp in zip(listing.rows, stamps, strict=True):
         group = groups[label, split]
         if stamp is None:
@@ -205,8 +204,7 @@ def plan_build(listing: Listing, settings: BuildSettings) -> tuple[Plan, list[Ch
             taken = clips[first : first + settings.clips_per_shard]
             url = shard_url(split, class_numbers[label], label, first // settings.clips_per_shard)
             stamped = [
-                [clip.key, clip.source, clip.cut, *stamp, *(_stamp(file.path) for file in clip.alternatives)]
-                for clip, stamp in taken
+                [clip.key, clip.source, clip.cut, *stamp, *map(file_stamp, clip.files[1:])] for clip, stamp in taken
             ]
             digest = settings.digest([label, split, stamped])
             job = ShardJob(url.removesuffix(".tar"), digest, len(taken))
@@ -264,11 +262,7 @@ def _good_clips(
 
 def _members(clip: ListedClip, file: ClipFile, label: str, split: Split, settings: BuildSettings) -> dict[str, bytes]:
     """The mp4 and metadata members of a clip in this file. Raises DataError for one that training could not use."""
-    path = file.path
-    try:
-        data = cut_clip(path, *file.cut) if file.cut else Path(path).read_bytes()
-    except OSError as error:
-        raise ClipRejectedError("missing", f"{path}: cannot be read ({error.strerror})") from None
+    path, data = file.path, read_clip(file)
     info = probe_clip(data, path)
     _check(info, settings.min_seconds)
     try:
@@ -289,12 +283,3 @@ def _check(info: ClipInfo, min_seconds: float) -> None:
         raise ClipRejectedError("silent", "no audio track")
     if info.duration < min_seconds:
         raise ClipRejectedError("short", f"shorter than {min_seconds:g} s ({info.duration:.2f} s)")
-
-
-def _stamp(path: str) -> FileStamp | None:
-    """Size and time of a file; None where there is none."""
-    try:
-        status = Path(path).stat()
-    except OSError:
-        return None
-    return status.st_size, status.st_mtime_ns

@@ -98,7 +98,8 @@ def rejection_table(rejected: Iterable[Rejection]) -> Table:
         column.justify = "right"
     ranked = sorted(totals, key=lambda label: (-totals[label], label))
     for label in ranked[:MAX_CLASSES_SHOWN]:
-        table.add_row(Text(label), *(str(counts[label, kind] or "") for kind in kinds), str(totals[label]))
+        numbers = (str(counts[label, kind] or "") for kind in kinds)
+        table.add_row(Text(label or "(no class)"), *numbers, str(totals[label]))
     if len(ranked) > MAX_CLASSES_SHOWN:
         rest = ranked[MAX_CLASSES_SHOWN:]
         sums = [sum(counts[label, kind] for label in rest) for kind in kinds]

@@ -49,11 +49,12 @@ class DigestingReader:
             continue
 
 
-class _Header(tarfile.TarInfo):
+class Header(tarfile.TarInfo):
     """Header of a member. Damaged ones end the tar with an error; Python's reader takes some for the end of it."""
 
     @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> "_Header":
+    def fromtarfile(cls, tar: tarfile.TarFile) -> "Header":
+        """Return the next header. Raises ReadError for a damaged one."""
         try:
             return super().fromtarfile(tar)
         except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:  # type: ignore[attr-defined]
@@ -72,8 +73,8 @@ def tar_members(reader: DigestingReader, url: str, wanted: tuple[str, ...]) -> I
     Hidden files, such as those of macOS, are passed over. Raises DataError for a tar that is damaged or compressed.
     """
     opened: Any = tarfile.open  # its type has no reader that is not a file
-    with _read(url, lambda: opened(fileobj=reader, mode="r|", bufsize=READ_BYTES, tarinfo=_Header)) as tar:
-        while (info := _read(url, tar.next)) is not None:
+    with typed(url, lambda: opened(fileobj=reader, mode="r|", bufsize=READ_BYTES, tarinfo=Header)) as tar:
+        while (info := typed(url, tar.next)) is not None:
             tar.members = []  # the tar keeps all that it has read
             if info.issparse() or (not info.islnk() and info.offset_data + info.size > reader.total):
                 raise DataError(f"{url}: not a tar, or cut: {info.name[:200]!r} claims {info.size} bytes")
@@ -87,11 +88,11 @@ def tar_members(reader: DigestingReader, url: str, wanted: tuple[str, ...]) -> I
                         f"{url}: {name}: {info.size} bytes of metadata; at most {MAX_CONTENT_BYTES} are read"
                     )
                 member = tar.extractfile(info)
-                content = _read(url, member.read) if member else b""
+                content = typed(url, member.read) if member else b""
             yield Member(name, info.offset_data, info.size, content)
 
 
-def _read(url: str, call: Any) -> Any:
+def typed(url: str, call: Any) -> Any:
     """Return `call()`. Raises DataError for the errors of Python's reader of tars."""
     try:
         return call()

@@ -3,6 +3,7 @@
 from avcil_dist.storage.files import (
     CHUNK_BYTES,
     exists,
+    find,
     is_remote,
     list_folder,
     local_copy,
@@ -17,10 +18,11 @@ from avcil_dist.storage.files import (
     sha256_file,
     size,
     upload,
+    version,
     write_bytes,
 )
 from avcil_dist.storage.json_files import MAX_JSON_BYTES, describe, parse_json, read_json, write_json
-from avcil_dist.storage.local import open_regular
+from avcil_dist.storage.local import open_regular, temporary_folder
 from avcil_dist.storage.urls import check_url, inner_path, join, parent, path_below
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "check_url",
     "describe",
     "exists",
+    "find",
     "inner_path",
     "is_remote",
     "join",
@@ -49,7 +52,9 @@ __all__ = [
     "sha256",
     "sha256_file",
     "size",
+    "temporary_folder",
     "upload",
+    "version",
     "write_bytes",
     "write_json",
 ]

@@ -25,6 +25,7 @@ from avcil_dist.storage.urls import LOCAL, WITH_BUCKETS, is_inner, split_url
 T = TypeVar("T")
 
 CHUNK_BYTES = 8 << 20
+VERSIONS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created")  # in `info`
 READ_SECONDS, WRITE_SECONDS = 60.0, 300.0  # time limits of retries; results of long work are worth a longer wait
 S3_CONFIG = {
     "retries": {"total_max_attempts": 1},  # no retries here: `retry.py` does and counts them
@@ -86,6 +87,31 @@ def size(url: str) -> int:
         return int(filesystem.size(path))
 
     return _call(look_up, url, READ_SECONDS)
+
+
+def version(url: str) -> str:
+    """Return a text that changes with the file at `url`, never cached. Raises DataError where there is none."""
+    filesystem, path = open_filesystem(url)
+
+    def look_up() -> str:
+        filesystem.invalidate_cache()
+        info = filesystem.info(path)
+        return f"{info['size']} {next((info[name] for name in VERSIONS if info.get(name)), '')}"
+
+    return _call(look_up, url, READ_SECONDS)
+
+
+def find(pattern: str) -> list[str]:
+    """Return the sorted urls of the files that match a url with `*`, `?` or `[…]`, never cached."""
+    filesystem, path = open_filesystem(pattern)
+
+    def look_up() -> list[str]:
+        filesystem.invalidate_cache()
+        found = sorted(name for name, info in filesystem.glob(path, detail=True).items() if info["type"] == "file")
+        protocol = split_url(pattern)[0]
+        return found if protocol == LOCAL else [f"{protocol}://{name.lstrip('/')}" for name in found]
+
+    return _call(look_up, pattern, READ_SECONDS)
 
 
 def read_bytes(url: str, *, max_bytes: int | None = None) -> bytes:

@@ -1,24 +1,23 @@
 """Importer of WebDataset tars: writes a manifest for `KEY.mp4` beside `KEY.json` (with a label) or `KEY.cls`.
 
 Each tar is read once; nothing is copied. A shard must hold one split of one class, since any class order, step
-or subset is a list of shards. Tars that mix classes are refused and have to be built again.
+or subset is a list of shards. Tars that mix classes are refused; `repack.py` sorts them.
 """
 
-import json
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
 
 from avcil_dist import storage
 from avcil_dist.data.manifest import Manifest, Shard, Split, check_keys
 from avcil_dist.errors import ConfigError, DataError
-from data_shards.listings.listing import clean_label
+from data_shards.listings.tar_labels import label_of_text, label_of_value, read_json
 from data_shards.tar_stream import READ_BYTES, DigestingReader, tar_members
 from data_shards.workers import MarkStart, Progress, map_in_workers
 
-REBUILD = "unpack it and build shards of it: avcil shards build SOURCE OUTPUT"
+REBUILD = "sort its clips into shards like those of avcil shards build: avcil shards repack URL OUTPUT"
 
 
 class _Clip(NamedTuple):
@@ -140,19 +139,11 @@ def _read_clips(url: str, reader: DigestingReader, split: Split | None, classes:
 
 def _metadata(where: str, ending: str, content: bytes, classes: tuple[str, ...]) -> dict[str, str]:
     """Label and split of a json or cls member, as far as it has them. `classes` are the names of class numbers."""
-    try:
-        if ending == "json":
-            values: Any = json.loads(content)
-            metadata = {name: str(values[name]) for name in ("label", "split") if name in values}
-            return metadata | ({"label": clean_label(metadata["label"], where)} if "label" in metadata else {})
-        label = clean_label(content.decode("utf-8-sig"), where)
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{where}: cannot be read ({error})") from None
-    if not label.isdigit():
-        return {"label": label}
-    if classes and int(label) >= len(classes):
-        raise DataError(f"{where}: class {label}, but {len(classes)} names were given")
-    return {"label": classes[int(label)] if classes else f"class_{int(label):03d}"}
+    if ending != "json":
+        return {"label": label_of_text(content, classes, where)}
+    values = read_json(content, where)
+    label = {"label": label_of_value(values["label"], classes, where)} if "label" in values else {}
+    return label | ({"split": str(values["split"])} if "split" in values else {})
 
 
 def _split(name: str, url: str) -> Split:

@@ -53,11 +53,10 @@ def read(path: Path, videos: Path | None, shares: SplitShares | None) -> Listing
                 by_stem.setdefault(file.stem, []).append(file)
             else:
                 passed_over += 1
-        for stem, (first, *rest) in by_stem.items():
-            others_of_stem = tuple(ClipFile(str(file)) for file in rest)
-            clip = ListedClip(str(first), safe_key(stem), stem, alternatives=others_of_stem)
+        for stem, same_stem in by_stem.items():
+            clip = ListedClip(tuple(ClipFile(str(file)) for file in same_stem), safe_key(stem), stem)
             if splits:
-                rows.append(ListingRow(label, parse_split(entry.parent.name, str(first)), clip))
+                rows.append(ListingRow(label, parse_split(entry.parent.name, str(entry)), clip))
             else:
                 clips.append((label, source_video(stem), clip))
     return replace(Listing.from_rows(rows or split_rows(clips, shares, path)), passed_over=passed_over)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from avcil_dist.errors import DataError
 from data_shards.listings.listing import (
+    ClipFile,
     ListedClip,
     Listing,
     ListingRow,
@@ -70,11 +71,11 @@ def _clip(file: Path, row: dict[str, str], where: str) -> ListedClip:
     start, duration = _seconds(row.get("start"), where), _seconds(row.get("duration"), where)
     source = row.get("source") or file.stem
     if start is None and duration is None:
-        return ListedClip(str(file), safe_key(file.stem), source)
+        return ListedClip((ClipFile(str(file)),), safe_key(file.stem), source)
     begin = start or 0.0
     end = "end" if duration is None else f"{round((begin + duration) * 1000)}"
     key = safe_key(f"{file.stem}_{round(begin * 1000)}_{end}")
-    return ListedClip(str(file), key, source, begin, (begin, duration))
+    return ListedClip((ClipFile(str(file), (begin, duration)),), key, source, begin)
 
 
 def _seconds(text: str | None, where: str) -> float | None:

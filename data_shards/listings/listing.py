@@ -14,6 +14,7 @@ from avcil_dist import storage
 from avcil_dist.data.manifest import SPLITS, Split
 from avcil_dist.errors import ConfigError, DataError
 from data_shards.listings.splits import DEFAULT_SHARES, SplitShares, split_sources
+from data_shards.rejections import Rejection
 
 MP4_ENDINGS = {".mp4", ".m4v", ".mov"}
 VIDEO_ENDINGS = MP4_ENDINGS | {
@@ -26,33 +27,49 @@ Cut = tuple[float, float | None]  # start and duration in seconds; duration None
 WHOLE_FILE: Cut = (0.0, None)  # a cut of all of a file converts it to mp4
 
 
+class TarSpan(NamedTuple):
+    """Place of a member in a tar: offset and size in bytes. `version` changes with the tar."""
+
+    url: str
+    offset: int
+    size: int
+    version: str
+
+
 class ClipFile(NamedTuple):
-    """A file that holds a clip, as a whole or as a part."""
+    """A file that holds a clip, as a whole or as a part.
+
+    `inside`: the file is a member of a tar, and its path is that of the tar and the name in it.
+    """
 
     path: str
     cut: Cut | None = None
+    inside: TarSpan | None = None
 
 
 @dataclass(frozen=True)
 class ListedClip:
-    """A file, its clip key, and the video (`source`) and second (`start`) that it begins at.
+    """A clip: its files, its key, and the video (`source`) and second (`start`) that it begins at.
 
-    With `cut` the clip is a part of the file. `alternatives` are further files of the same clip, in the order in which
-    they are tried where this one cannot be taken. `is_named_by_id`: the listing has an id, for which files were found.
+    The first of `files` that can be taken is the clip. `is_named_by_id`: the listing has an id, for which they were
+    found.
     """
 
-    path: str
+    files: tuple[ClipFile, ...]
     key: str
     source: str
     start: float = 0.0
-    cut: Cut | None = None
-    alternatives: tuple[ClipFile, ...] = ()
     is_named_by_id: bool = False
 
     @property
-    def files(self) -> tuple[ClipFile, ...]:
-        """All files of the clip, in the order in which they are tried."""
-        return ClipFile(self.path, self.cut), *self.alternatives
+    def path(self) -> str:
+        """The path of the first file."""
+        return self.files[0].path
+
+    @property
+    def cut(self) -> Cut | None:
+        """The part of the first file that is the clip; None for all of it."""
+        return self.files[0].cut
 
 
 class ListingRow(NamedTuple):
@@ -67,13 +84,14 @@ class ListingRow(NamedTuple):
 class Listing:
     """The classes and the clips of a data set, both ordered, and the number of files that are no videos.
 
-    `where`: the path or url of the listing.
+    `where`: the path or url of the listing. `rejected`: clips of it that have no class or no file.
     """
 
     classes: tuple[str, ...]
     rows: tuple[ListingRow, ...]
     passed_over: int = 0
     where: str = ""
+    rejected: tuple[Rejection, ...] = ()
 
     @classmethod
     def from_rows(cls, rows: list[ListingRow]) -> "Listing":

@@ -64,8 +64,8 @@ class VideoFolder:
 
     def _clip(self, files: list[ClipFile], name: str, video: str, start: float) -> ListedClip:
         """The clip in the first of the files; without one, in the file that it would be."""
-        first, *others = files or [ClipFile(str(self.folder / f"{name}.mp4"))]
-        return ListedClip(first.path, safe_key(name), video, start, first.cut, tuple(others), is_named_by_id=True)
+        found = tuple(files) or (ClipFile(str(self.folder / f"{name}.mp4")),)
+        return ListedClip(found, safe_key(name), video, start, is_named_by_id=True)
 
 
 def _all_of(path: Path) -> ClipFile:

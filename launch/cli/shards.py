@@ -2,12 +2,12 @@
 
 import click
 
-from launch.cli.shards_build import build, features, merge
+from launch.cli.shards_build import build, features, merge, repack
 from launch.cli.shards_check import list_shards, verify
 from launch.cli.shards_import import import_features_, import_tars_, synth
 
 SECTIONS = {
-    "Build shards": (build, merge, features),
+    "Build shards": (build, repack, merge, features),
     "Take shards and features of others": (import_tars_, import_features_),
     "Check": (list_shards, verify),
     "Render clips to try": (synth,),

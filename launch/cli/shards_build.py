@@ -1,4 +1,4 @@
-"""Commands `avcil shards build`, `merge` and `features`: the shards of clips and of their features."""
+"""Commands `avcil shards build`, `repack`, `merge` and `features`: the shards of clips and of their features."""
 
 import os
 from collections.abc import Callable
@@ -157,6 +157,68 @@ def build(
     check_part(part, strict)
     shares = SplitShares.parse(split) if split is not None else None
     run_build(read_listing(source, videos, shares), output, part=part, strict=strict, **settings)
+
+
+@click.command(short_help="Sort tars of mixed classes into shards by class and split.")
+@click.argument("urls", nargs=-1, required=True, metavar="URL...")
+@click.argument("output")
+@click.option(
+    "--label",
+    metavar="FIELD",
+    help="Field of the json that is the class (a.b: b within a), or cls, or txt.  [default: label, then cls]",
+)
+@click.option(
+    "--source",
+    metavar="FIELD",
+    help="Field of the json that names the source video.  [default: source, video_id, youtube_id, url; then the key]",
+)
+@click.option(
+    "--classes", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="File of class names, one per line."
+)
+@click.option(
+    "--split",
+    metavar="TRAIN,VAL,TEST",
+    help="Shares of the splits in each class; or `path`: the word train, val or test in the path of a tar.  "
+    "[default: the split in the json; without, 0.8,0.1,0.1]",
+)
+@clip_options
+def repack(
+    urls: tuple[str, ...],
+    output: str,
+    label: str | None,
+    source: str | None,
+    classes: Path | None,
+    split: str | None,
+    part: str | None,
+    strict: bool,
+    **settings: Any,
+) -> None:
+    """Sort the clips of WebDataset tars in which classes are mixed into shards by class and split, at OUTPUT.
+
+    A sample is KEY.mp4, or another video, with KEY.json, KEY.cls or KEY.txt, as video2dataset, img2dataset and
+    open_clip have them. URL may hold {000..099} and wildcards. Tars are read twice, their headers first and then each
+    clip, and are never in memory or on the disk as a whole. Clips are checked as by build, and videos that are no mp4
+    are converted. With --classes the numbers of classes, counted from 0, get names.
+
+    \b
+    Examples:
+      avcil shards repack 's3://bucket/others/{00000..00099}.tar' s3://bucket/shards --label category
+      avcil shards repack train-*.tar val-*.tar shards --split path --classes names.txt
+      avcil shards repack 's3://bucket/others/*.tar' s3://bucket/shards --part $SLURM_ARRAY_TASK_ID/16
+    """
+    from data_shards.build_plan import WHOLE, Part
+    from data_shards.listings.listing import read_class_names
+    from data_shards.listings.mixed_tars import BY_PATH, SampleRules
+    from data_shards.listings.splits import SplitShares
+    from data_shards.repack import list_for_repack
+
+    check_part(part, strict)
+    rules = SampleRules(label, source, tuple(read_class_names(classes)) if classes else ())
+    chosen = split if split is None or split == BY_PATH else SplitShares.parse(split)
+    with CountBar("reading headers of tars") as bar:
+        share = Part.parse(part) if part else WHOLE
+        listing = list_for_repack(urls, output, share, rules=rules, split=chosen, progress=bar.show)
+    run_build(listing, output, part=part, strict=strict, **settings)
 
 
 @click.command(short_help="Write the manifest when all parts are done.")

@@ -64,17 +64,20 @@ def import_tars_(
 ) -> None:
     """Import WebDataset tars by writing their manifest: KEY.mp4 beside KEY.json (label, split) or KEY.cls.
 
-    Each tar is read once and must hold one split of one class; other tars have to be built again. With --classes
-    the numbers in KEY.cls, counted from 0, get names.
+    Each tar is read once and must hold one split of one class; `avcil shards repack` takes other tars. With --classes
+    the numbers of classes, counted from 0, get names.
 
     Example: avcil shards import-tars s3://bucket/others/dog-*.tar --split train --output s3://bucket/others/manifest.json
     """
     from data_shards.importers.webdataset_tars import import_tars
     from data_shards.listings.listing import read_class_names
+    from data_shards.tar_files import expand_urls
 
     names = read_class_names(classes) if classes else []
     with CountBar("reading shards") as bar:
-        manifest = import_tars(urls, output, split=split, classes=names, processes=processes, progress=bar.show)
+        manifest = import_tars(
+            expand_urls(urls), output, split=split, classes=names, processes=processes, progress=bar.show
+        )
     clips = sum(shard.count for shard in manifest.shards)
     click.echo(f"{output}: written: {clips} clips, {len(manifest.classes)} classes, {len(manifest.shards)} shards")
 

@@ -1,7 +1,7 @@
 """Inference from a committed step: its network and method, class scores of new clips, accuracies on a data set."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from avcil_dist import storage
 from avcil_dist.data.decode import decode_clip
 from avcil_dist.data.manifest import Split, check_shards, load_manifest
 from avcil_dist.data.transforms import ClipTransform
-from avcil_dist.errors import ArtifactError, DataError
+from avcil_dist.errors import ArtifactError, ConfigError, DataError
 from avcil_dist.methods import make_method
 from avcil_dist.methods.base import Method, StepContext
 from avcil_dist.models.network import Network, load_whole_state
@@ -25,12 +25,17 @@ from avcil_dist.training.incremental_step import Step
 from avcil_dist.world import World
 
 CLIPS_PER_BATCH = 8
+Modality = Literal["audio", "visual"]
 
 
-def restore_step(artifact: StepArtifact, feature_shape: Mapping[str, int], source: str) -> tuple[Network, Method]:
+def restore_step(
+    artifact: StepArtifact, feature_shape: Mapping[str, int], source: str, missing: Modality | None = None
+) -> tuple[Network, Method]:
     """Return the network and the method of a step, from its artifact alone: no encoder downloads weights.
 
-    `feature_shape` is as for `network_after`. Raises ArtifactError, naming `source`, for weights that do not fit.
+    `feature_shape` is as for `network_after`. Without the modality `missing` the network ignores its input, and the
+    method predicts from the other one. Raises ArtifactError, naming `source`, for weights that do not fit; ConfigError
+    where the method cannot predict without `missing`.
     """
     method = make_method(artifact.config.method)
     method.begin_step(StepContext(artifact.scenario, artifact.step))
@@ -39,19 +44,40 @@ def restore_step(artifact: StepArtifact, feature_shape: Mapping[str, int], sourc
         artifact.config, feature_shape, artifact.scenario, method, artifact.step, artifact.model.keys()
     )
     load_whole_state(network, artifact.model, source)
+    if missing is not None:
+        _remove_modality(network, method, artifact, missing)
     return network, method
+
+
+def _remove_modality(network: Network, method: Method, artifact: StepArtifact, missing: Modality) -> None:
+    """Remove an encoder, so that outputs of the network lack its modality."""
+    model, name = artifact.config.model, artifact.config.method.name
+    if model.modality != "both":
+        raise ConfigError(f"the step was trained on {model.modality} alone; nothing can be missing")
+    if not method.takes_one_modality:
+        raise ConfigError(
+            f"method {name}, with these options, has no head for one modality; those from sums over tokens have "
+            f"(method=analytic), or train on the other one alone (model.modality)"
+        )
+    if missing == "visual":
+        network.visual_encoder = None
+    else:
+        network.audio_encoder = None
 
 
 class Predictor:
     """Class scores of clips by the weights of a committed step, on a GPU where there is one.
 
     `classes` are the seen classes, in the order of the scores' columns. `takes_features` selects one of the two
-    methods: a step trained on features scores features, a step trained on clips scores clips.
+    methods: a step trained on features scores features, a step trained on clips scores clips. Without the modality
+    `missing` its input is ignored.
     """
 
-    def __init__(self, artifact: StepArtifact, feature_shape: Mapping[str, int], source: str) -> None:
+    def __init__(
+        self, artifact: StepArtifact, feature_shape: Mapping[str, int], source: str, missing: Modality | None = None
+    ) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        network, self.method = restore_step(artifact, feature_shape, source)
+        network, self.method = restore_step(artifact, feature_shape, source, missing)
         self.network = network.to(self.device).eval()
         self.clip = artifact.config.data.clip
         self.takes_features = artifact.config.model.visual.kind == "precomputed"
@@ -95,13 +121,20 @@ class Predictor:
 
 
 def evaluate_step(
-    stream: str, step: int | None, split: Split, manifest_url: str | None, *, world: World
+    stream: str,
+    step: int | None,
+    split: Split,
+    manifest_url: str | None,
+    *,
+    world: World,
+    missing: Modality | None = None,
 ) -> dict[str, Any]:
     """Predict every clip of a split with the weights of a committed step; return accuracies over its seen classes.
 
-    `step` is the last committed one by default, `manifest_url` the manifest that the step was trained on. All
-    ranks of `world` call it. Raises ArtifactError when the stream has no such step, DataError for missing shards and
-    for a task without clips of the split.
+    `step` is the last committed one by default, `manifest_url` the manifest that the step was trained on. Without the
+    modality `missing` the other one predicts. All ranks of `world` call it. Raises ArtifactError when the stream has no
+    such step, DataError for missing shards and for a task without clips of the split, ConfigError where the method
+    cannot predict without `missing`.
     """
     artifact = load_artifact(stream, _last_step(stream) if step is None else step)
     config, scenario = artifact.config, artifact.scenario
@@ -119,7 +152,7 @@ def evaluate_step(
     device = local_device(world)
     set_threads(world)
     with process_group(world, device, config.engine.timeout_minutes):
-        network, method = restore_step(artifact, manifest.shape, step_url(stream, artifact.step))
+        network, method = restore_step(artifact, manifest.shape, step_url(stream, artifact.step), missing)
         restored = Step(config, manifest, scenario, artifact.step, method, world, device)
         predicted = evaluate(restored, network.to(device), split, restored.inference())
     labels, predictions = predicted.labels, predicted.predictions
@@ -127,6 +160,7 @@ def evaluate_step(
         "stream": stream,
         "step": artifact.step,
         "split": split,
+        "missing": missing,
         "num_clips": len(labels),
         "seen_accuracy": seen_accuracy(labels, predictions),
         "task_accuracy": accuracy_row(labels, predictions, scenario.head_slices(artifact.step)),

@@ -7,7 +7,7 @@ from avcil_dist.config.schema import MethodConfig
 from avcil_dist.errors import ConfigError
 from avcil_dist.methods.base import Method
 
-NOT_METHODS = {"base", "losses", "nearest_mean"}
+NOT_METHODS = {"base", "evidence", "feature_sums", "losses", "nearest_mean", "sums_head"}
 
 
 def method_names() -> list[str]:

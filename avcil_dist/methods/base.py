@@ -95,6 +95,11 @@ class Method(ABC):
         """Requirements that a step must provide."""
         return Needs()
 
+    @property
+    def takes_one_modality(self) -> bool:
+        """Whether `scores` takes outputs without sound or without pictures, after training on both."""
+        return False
+
     def begin_step(self, context: StepContext) -> None:
         """Begin a step. Called after the previous step's state is loaded, before the head grows."""
         self.context = context
@@ -165,9 +170,12 @@ def check_matrix(
 class ClosedFormMethod(Method):
     """Method with a classifier in closed form from statistics that are sums over clips: one pass, no gradient.
 
-    In each step: `accumulate` for each batch of the rank's clips; the step adds up the `statistics` of all ranks;
-    `solve`; `choose` one of the candidates by validation clips.
+    In each step: `begin_sums`; `accumulate` for each batch of the rank's clips; the step adds up the `statistics` of
+    all ranks; `solve`; `choose` one of the candidates by validation clips.
     """
+
+    def begin_sums(self, counts: Mapping[int, int]) -> None:
+        """Begin the pass over this step's clips. `counts` are the training clips of each new class, by label."""
 
     @abstractmethod
     def accumulate(self, output: Output, labels: Tensor) -> None:

@@ -174,7 +174,7 @@ class PooledTokens(Network):
         self.grid = grid
 
     def classify(self, visual: Tensor, audio: Tensor, teacher: TeacherView | None) -> Output:
-        """Return encoded `audio` (B, D) and pooled `visual` (B, cells · D); `logits` are empty, (B, 0).
+        """Return encoded `audio` (B, D) and pooled `visual` (B, cells, D); `logits` are empty, (B, 0).
 
         A grid finer than the tokens is reduced to theirs, because repeated tokens would add no information.
         """
@@ -184,7 +184,7 @@ class PooledTokens(Network):
         tokens = self.visual_encoder(visual)
         grid = (min(self.grid[0], tokens.shape[1]), min(self.grid[1], tokens.shape[2]))
         cells = F.adaptive_avg_pool2d(tokens.permute(0, 3, 1, 2).float(), grid).permute(0, 2, 3, 1)
-        return Output(cells.new_zeros(len(tokens), 0), sound, cells.flatten(1))
+        return Output(cells.new_zeros(len(tokens), 0), sound, cells.flatten(1, 2))
 
 
 def build_network(

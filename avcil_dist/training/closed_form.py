@@ -20,6 +20,7 @@ def train_closed_form(step: Step, network: Network, inference: InferencePass) ->
     None where there are none.
     """
     method = cast(ClosedFormMethod, step.method)
+    method.begin_sums({label: len(step.manifest.clips([name], "train")) for label, name in _new_labels(step)})
     for batch, output in inference.run(network, step.manifest.clips(step.new_classes, "train")):
         method.accumulate(output.select(batch.valid), batch.labels[batch.valid])
     for total in method.statistics():
@@ -41,3 +42,8 @@ def train_closed_form(step: Step, network: Network, inference: InferencePass) ->
     accuracies: list[float] = (hits / count).tolist()
     method.choose(candidates, accuracies)
     return max(accuracies)
+
+
+def _new_labels(step: Step) -> list[tuple[int, str]]:
+    """Labels and names of the new classes."""
+    return list(enumerate(step.new_classes, start=step.context.num_old))

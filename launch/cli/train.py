@@ -51,14 +51,23 @@ def train(
 @click.option("--step", type=int, help="The step whose weights are evaluated; default: the last committed.")
 @click.option("--split", type=click.Choice(["train", "val", "test"]), default="test", show_default=True)
 @click.option("--manifest", help="Manifest of other shards than those that the step was trained on.")
-def evaluate(stream: str, step: int | None, split: str, manifest: str | None) -> None:
+@click.option("--missing", type=click.Choice(["audio", "visual"]), help="Predict without sound, or without pictures.")
+def evaluate(stream: str, step: int | None, split: str, manifest: str | None, missing: str | None) -> None:
     """Evaluate a committed step of STREAM (a folder such as runs/demo/demo-avcil-seed0) again.
 
-    Prints seen accuracy, accuracy per task and accuracy per class as JSON.
+    Prints seen accuracy, accuracy per task and accuracy per class as JSON. With --missing the method predicts from the
+    other modality alone; those with a head from sums over clips can (analytic, ncm, slda).
     """
     from avcil_dist.data.manifest import Split
-    from avcil_dist.inference import evaluate_step
+    from avcil_dist.inference import Modality, evaluate_step
     from launch.local_worlds import current_world
 
-    results = evaluate_step(stream, step, cast(Split, split), manifest, world=current_world())
+    results = evaluate_step(
+        stream,
+        step,
+        cast(Split, split),
+        manifest,
+        world=current_world(),
+        missing=cast(Modality | None, missing),
+    )
     echo_once(json.dumps(results, indent=1))

@@ -1,5 +1,6 @@
 """Inference from a committed step: restored networks, scores of new clips, accuracies on a split."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,11 @@ from avcil_dist import inference
 from avcil_dist.compose import load_config
 from avcil_dist.data.exemplar_memory import EMPTY_MEMORY
 from avcil_dist.data.manifest import load_manifest
-from avcil_dist.errors import ArtifactError, DataError
-from avcil_dist.inference import CLIPS_PER_BATCH, Predictor, evaluate_step, restore_step
+from avcil_dist.errors import ArtifactError, ConfigError, DataError
+from avcil_dist.inference import CLIPS_PER_BATCH, Modality, Predictor, evaluate_step, restore_step
 from avcil_dist.methods import make_method
+from avcil_dist.methods.base import StepContext
+from avcil_dist.methods.sums_head import SumsHead
 from avcil_dist.streams.artifact import StepArtifact, save_artifact
 from avcil_dist.streams.metrics import StreamMetrics
 from avcil_dist.streams.stream import scenario_of, stream_url
@@ -97,3 +100,52 @@ def test_no_clips_have_no_scores(tmp_path: Path) -> None:
     stream, artifact = commit_first_step(tmp_path)
     predictor = Predictor(artifact, load_manifest(artifact.config.data.manifest).shape, stream)
     assert predictor.score_clips([]).shape == (0, CLASSES_PER_STEP)
+
+
+def test_a_method_without_a_head_for_one_modality_is_refused_without_one(tmp_path: Path) -> None:
+    stream, _ = commit_first_step(tmp_path)
+    with pytest.raises(ConfigError) as raised:
+        evaluate_step(stream, None, "test", None, world=current_world(), missing="visual")
+    assert str(raised.value).startswith("method avcil, with these options, has no head for one modality")
+
+
+@pytest.mark.parametrize("missing", ["audio", "visual"])
+def test_without_a_modality_its_features_change_no_score(tmp_path: Path, missing: Modality) -> None:
+    """The head of the other modality is solved from the state in the artifact; the predictor ignores the input."""
+    config = load_config(str(write_config(tmp_path)), ["scenario.classes_per_step=3", "method=analytic"])
+    manifest = load_manifest(config.data.manifest)
+    scenario, shape = scenario_of(config, manifest), manifest.shape
+    method = make_method(config.method)
+    assert isinstance(method, SumsHead)
+    method.begin_step(StepContext(scenario, 0))
+    network = network_after(config, shape, scenario, method, 0)
+    random = torch.Generator().manual_seed(0)
+    visual = torch.randn(60, shape["frames"], shape["positions"], shape["dim"], generator=random)
+    audio, labels = torch.randn(60, shape["dim"], generator=random), torch.arange(60) % 3
+    method.accumulate(network(visual, audio), labels)
+    method.statistics()
+    method.choose(method.solve(), [])
+    artifact = StepArtifact(
+        step=0,
+        model={},
+        method=method.state_dict(),
+        memory=EMPTY_MEMORY,
+        scenario=scenario,
+        metrics=StreamMetrics.after(
+            None, step=0, row=[0.5], seen=0.5, per_class={}, num_test_clips=30, epoch=0, val_accuracy=None
+        ),
+        config=config,
+        manifest_hash=manifest.content_hash,
+    )
+    predictor = Predictor(artifact, shape, "here", missing)
+    whole = Predictor(artifact, shape, "here").score_features(visual, audio)
+    gone = torch.full_like(audio if missing == "audio" else visual, torch.nan)
+    given = (visual, gone) if missing == "audio" else (gone, audio)
+    scores = predictor.score_features(*given)
+    assert scores.isfinite().all()
+    assert not torch.allclose(scores, whole)
+    kept = network(visual, audio)._replace(**{missing: None})
+    torch.testing.assert_close(scores, method.scores(kept))
+    one = config.model_copy(update={"model": config.model.model_copy(update={"modality": "audio"})})
+    with pytest.raises(ConfigError, match="the step was trained on audio alone"):
+        restore_step(replace(artifact, config=one), shape, "here", "visual")

@@ -26,7 +26,9 @@ SEPARATED = (LOG4 + math.log(4 / 3) + LOG2) / 3
 # At T = 4 the teacher's old classes are (3/4, 1/4), the student's (1/2, 1/2).
 TEACHER = Output(torch.tensor([[4 * LOG3, 0.0]] * 3))
 DISTILLATION = 16 * (0.75 * math.log(1.5) + 0.25 * math.log(0.5))
-METHODS = ["afc", "analytic", "avcil", "finetune", "icarl", "joint", "lwf", "ssil"]
+METHODS = [
+    "acil", "afc", "air", "analytic", "avcil", "finetune", "icarl", "joint", "lwf", "ncm", "ranpac", "slda", "ssil",
+]  # fmt: skip
 
 
 def method_of(name: str, step: int = 1, **options: Any) -> Method:
@@ -180,6 +182,12 @@ NEEDS: list[tuple[dict[str, Any], Needs]] = [
     ({"name": "analytic"}, Needs(training="never", validation=True, network_spec=GRID)),
     ({"name": "analytic", "gammas": [1.0]}, Needs(training="never", network_spec=GRID)),
     ({"name": "analytic", "features": "network"}, Needs(training="first step", validation=True)),
+    ({"name": "analytic", "gamma": "evidence"}, Needs(training="never", network_spec=GRID)),
+    ({"name": "acil"}, Needs(training="never", validation=True, network_spec=GRID)),
+    ({"name": "air"}, Needs(training="never", validation=True, network_spec=GRID)),
+    ({"name": "ranpac"}, Needs(training="never", validation=True, network_spec=GRID)),
+    ({"name": "ncm"}, Needs(training="never", network_spec=GRID)),
+    ({"name": "slda"}, Needs(training="never", network_spec=GRID)),
 ]
 
 
@@ -193,7 +201,7 @@ def test_every_method_has_its_needs_and_its_losses_tested() -> None:
     assert {options["name"] for options, _ in NEEDS} == set(METHODS)
     for name in METHODS:
         assert method_class(name).__module__ == f"avcil_dist.methods.{name}"
-    with pytest.raises(ConfigError, match=r"method\.name: 'losses' is none of afc, analytic"):
+    with pytest.raises(ConfigError, match=r"method\.name: 'losses' is none of acil, afc"):
         method_class("losses")
 
 
@@ -210,6 +218,12 @@ def test_defaults_are_those_of_the_papers() -> None:
     analytic = make_method(MethodConfig(name="analytic")).options
     assert (analytic.features, analytic.pool, analytic.expansion, analytic.expansion_seed) == ("tokens", (8, 1), 0, 0)
     assert analytic.gammas == [10.0**power for power in range(-2, 7)]
+    assert (analytic.gamma, analytic.unit_length) == ("validation", False)  # as artifacts without these settings
+    ranpac = make_method(MethodConfig(name="ranpac")).options
+    assert (ranpac.expansion, min(ranpac.gammas), max(ranpac.gammas)) == (10_000, 1e-8, 1e8)
+    for name in ("acil", "air"):
+        assert make_method(MethodConfig(name=name)).options.expansion == 8192
+    assert make_method(MethodConfig(name="slda")).options.shrinkage == 1e-4
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_analytic_has_nothing_for_zero_to_shard(tmp_path: Path) -> None:
 def test_a_memory_of_size_0_is_refused_with_the_methods_that_need_none(tmp_path: Path) -> None:
     line = refused(write_config(tmp_path), "method=ssil", "memory.size=0")
     assert line.startswith("memory.size=0: method ssil needs an exemplar per class, 5 in all")
-    assert line.endswith("analytic, finetune, joint, lwf")
+    assert line.endswith("acil, air, analytic, finetune, joint, lwf, ncm, ranpac, slda")
 
 
 def test_prediction_by_means_needs_an_exemplar_of_the_last_classes_too(tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_prediction_by_means_needs_an_exemplar_of_the_last_classes_too(tmp_path:
 def test_analytic_chooses_gamma_on_validation_clips(tmp_path: Path) -> None:
     path = write_config(tmp_path)
     make_feature_shards(tmp_path / "shards", classes=6, clips={"train": 24, "test": 10})
-    words = ["method=analytic", "optim.keep_epoch=last"]
+    words = ["method=analytic", "method.gamma=validation", "optim.keep_epoch=last"]
     assert "has no val clips" in refused(path, *words)
     preflight(load_config(str(path), [*words, "method.gammas=[1.0]"]), [1], restart=True)
 

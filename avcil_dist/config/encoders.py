@@ -65,8 +65,19 @@ class ModelConfig(Section):
     modality: Incomparable[Literal["both", "audio", "visual"]] = Field(
         "both", description="Modalities that the model is trained on."
     )
+    fusion: Incomparable[Literal["sum", "concat"]] = Field(
+        "sum",
+        description="Pooling of the visual tokens over time. `sum`: attention over the frames, as published. `concat`: "
+        "the frames side by side, each with a projection of its own, so that their order counts.",
+    )
     visual: Annotated[PrecomputedConfig | SmallConfig | VideoMAEConfig, Field(discriminator="kind")]
     audio: Annotated[PrecomputedConfig | SmallConfig | AudioMAEConfig, Field(discriminator="kind")]
+
+    @model_validator(mode="after")
+    def _check_fusion(self) -> "ModelConfig":
+        if self.fusion == "concat" and self.modality == "audio":
+            raise ValueError("fusion=concat is about frames, and modality=audio has none; remove one of them")
+        return self
 
     @property
     def used(self) -> tuple[PrecomputedConfig | SmallConfig | VideoMAEConfig | AudioMAEConfig, ...]:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from avcil_dist.config.encoders import ModelConfig
+from avcil_dist.config.encoders import ModelConfig, VideoMAEConfig
 from avcil_dist.config.schema import ClipConfig, Precision
 from avcil_dist.errors import ArtifactError, ConfigError
 from avcil_dist.models.attention.module import AudioGuidedAttention, TeacherView
-from avcil_dist.models.encoders.base import Encoder
+from avcil_dist.models.encoders.base import TUBELET, Encoder
 from avcil_dist.models.encoders.build import build_audio_encoder, build_visual_encoder
 from avcil_dist.models.heads import Head, LinearHead, ProxyHead, grow_linear, grow_proxies
 from avcil_dist.models.network_spec import DEFAULT_SPEC, NetworkSpec
@@ -100,34 +100,60 @@ class HeadedNetwork(Network):
 
 
 class AudioVisualNetwork(HeadedNetwork):
-    """Network of sound and pictures. Both encoders have the same dimension D."""
+    """Network of sound and pictures. Both encoders have the same dimension D.
+
+    `num_projected` is 1, or the number of frames T: then the projection is of all frames' pooled tokens side by side,
+    (B, T · D), and the divergence of the temporal attention is 0.
+    """
 
     visual_encoder: Encoder
     audio_encoder: Encoder
 
     def __init__(
-        self, visual_encoder: Encoder, audio_encoder: Encoder, num_classes: int, head: ProxyHead | None = None
+        self,
+        visual_encoder: Encoder,
+        audio_encoder: Encoder,
+        num_classes: int,
+        head: ProxyHead | None = None,
+        num_projected: int = 1,
     ) -> None:
         super().__init__()
         dim = visual_encoder.dim
+        self.num_projected = num_projected
         self.visual_encoder = visual_encoder
         self.audio_encoder = audio_encoder
         self.attention = AudioGuidedAttention(dim)
         self.audio_proj = nn.Linear(dim, dim)
-        self.visual_proj = nn.Linear(dim, dim)
+        self.visual_proj = nn.Linear(num_projected * dim, dim)
         self.classifier = head or LinearHead(dim, num_classes)
 
     def classify(self, visual: Tensor, audio: Tensor, teacher: TeacherView | None) -> Output:
         """Pool the visual tokens by audio-guided attention, project both modalities, classify their sum."""
         sound = self.audio_encoder(audio)
-        pooled, divergence = self.attention(sound, self.visual_encoder(visual), teacher)
+        pooled, divergence = self.attention(*self._attended(sound, self.visual_encoder(visual)), teacher)
+        if self.num_projected > 1:
+            pooled = pooled.view(len(sound), -1)
+            divergence = divergence and Divergence(
+                *(part.view(len(part) // self.num_projected, -1).sum(dim=1) for part in divergence)
+            )
         return self.project_and_classify(sound, pooled, divergence)
 
     @torch.no_grad()
     def attention_view(self, visual: Tensor, audio: Tensor, rows: slice) -> TeacherView:
         """Return the attention and the encoded `rows`: a teacher's side of the attention distillation."""
         with precision_context(self.precision, audio.device):
-            return TeacherView(self.attention, self.audio_encoder(audio[rows]), self.visual_encoder(visual[rows]))
+            sound, tokens = self.audio_encoder(audio[rows]), self.visual_encoder(visual[rows])
+            return TeacherView(self.attention, *self._attended(sound, tokens))
+
+    def _attended(self, sound: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs of the attention, sound (B, D) and tokens (B, T, S, D).
+
+        If each frame has a projection of its own, every frame is a clip of one frame to the attention,
+        (B · T, 1, S, D): its softmax over time is 1.
+        """
+        if self.num_projected == 1:
+            return sound, tokens
+        return sound.repeat_interleave(tokens.shape[1], dim=0), tokens.flatten(0, 1).unsqueeze(1)
 
 
 class AudioNetwork(HeadedNetwork):
@@ -148,20 +174,29 @@ class AudioNetwork(HeadedNetwork):
 
 
 class VisualNetwork(HeadedNetwork):
-    """Network of pictures alone, pooled by the mean over their tokens."""
+    """Network of pictures alone, pooled by the mean over their tokens.
+
+    With `num_projected` frames T > 1, the means over each frame's tokens are side by side, (B, T · D).
+    """
 
     visual_encoder: Encoder
     audio_encoder: None = None
 
-    def __init__(self, encoder: Encoder, num_classes: int, head: ProxyHead | None = None) -> None:
+    def __init__(
+        self, encoder: Encoder, num_classes: int, head: ProxyHead | None = None, num_projected: int = 1
+    ) -> None:
         super().__init__()
+        self.num_projected = num_projected
         self.visual_encoder = encoder
-        self.visual_proj = nn.Linear(encoder.dim, encoder.dim)
+        self.visual_proj = nn.Linear(num_projected * encoder.dim, encoder.dim)
         self.classifier = head or LinearHead(encoder.dim, num_classes)
 
     def classify(self, visual: Tensor, audio: Tensor, teacher: TeacherView | None) -> Output:
         """Pool, project and classify the pictures; `audio` is ignored."""
-        return self.project_and_classify(None, self.visual_encoder(visual).mean(dim=(1, 2), dtype=torch.float32))
+        tokens = self.visual_encoder(visual)
+        if self.num_projected > 1:
+            return self.project_and_classify(None, tokens.mean(dim=2, dtype=torch.float32).flatten(1))
+        return self.project_and_classify(None, tokens.mean(dim=(1, 2), dtype=torch.float32))
 
 
 class PooledTokens(Network):
@@ -231,9 +266,17 @@ def build_network(
     if visual is None:
         assert audio is not None
         return AudioNetwork(audio, num_classes, head(audio.dim))
+    num_projected = _num_frames(model, clip, feature_shape) if model.fusion == "concat" else 1
     if audio is None:
-        return VisualNetwork(visual, num_classes, head(visual.dim))
-    return AudioVisualNetwork(visual, audio, num_classes, head(visual.dim))
+        return VisualNetwork(visual, num_classes, head(visual.dim), num_projected)
+    return AudioVisualNetwork(visual, audio, num_classes, head(visual.dim), num_projected)
+
+
+def _num_frames(model: ModelConfig, clip: ClipConfig, feature_shape: Mapping[str, int]) -> int:
+    """Number of frames (or tubelets of 2 frames) that the visual encoder returns."""
+    if "frames" in feature_shape:
+        return feature_shape["frames"]
+    return clip.frames // TUBELET if isinstance(model.visual, VideoMAEConfig) else clip.frames
 
 
 def load_whole_state(network: Network, weights: Mapping[str, Tensor], source: str) -> None:

@@ -46,6 +46,11 @@ def check_method_fits(config: Config, needs: Needs, manifest: Manifest, scenario
     """Check that configuration and data provide the method's needs. Raises ConfigError with an alternative."""
     name = config.method.name
     _check_modality(config, needs)
+    if needs.network_spec.pool is not None and config.model.fusion != "sum":
+        raise ConfigError(
+            f"model.fusion={config.model.fusion}: method {name} has no projection, its features are method.pool; "
+            "use model.fusion=sum"
+        )
     _check_memory(config, needs, scenario)
     if not needs.trains_at(1) and config.engine.zero_stage:
         raise ConfigError(

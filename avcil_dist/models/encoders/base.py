@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from avcil_dist.config.encoders import TransformerConfig
 from avcil_dist.errors import ConfigError
 
+TUBELET = 2  # frames per token of VideoMAE
 PATCH = 16  # side of a patch of the transformers, in pixels or filterbank cells
 
 

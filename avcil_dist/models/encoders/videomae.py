@@ -8,10 +8,9 @@ from torch import Tensor, nn
 
 from avcil_dist.config.encoders import VideoMAEConfig
 from avcil_dist.config.schema import ClipConfig
-from avcil_dist.models.encoders.base import PATCH, Transformer, check_multiple
+from avcil_dist.models.encoders.base import PATCH, TUBELET, Transformer, check_multiple
 from avcil_dist.models.encoders.weights import load_strictly, read_weights
 
-TUBELET = 2  # frames per token
 # Parameters of pre-training or of a classifier: dropped from a checkpoint. All others must fit.
 DROPPED = ("decoder.", "encoder_to_decoder.", "mask_token", "fc_norm.", "classifier.", "head.")
 # Parameter names in the authors' files, and in the library.

@@ -12,7 +12,7 @@ from rich.table import Table
 from avcil_dist.config.compat import result_settings
 from avcil_dist.config.schema import Config
 from avcil_dist.config.serialization import flatten
-from avcil_dist.reporting.report import StreamReport, percent
+from avcil_dist.reporting.report import StreamReport, megabytes, percent
 from avcil_dist.streams.metrics import StreamMetrics
 
 # Settings that have a column of their own and are left out of the variant.
@@ -50,7 +50,7 @@ def print_comparison(rows: Sequence[Row], console: Console) -> None:
     for heading in ("benchmark", "method", "variant"):
         table.add_column(heading, overflow="fold")
     shown = [name for name in COLUMNS if any(COLUMNS[name](s.metrics) is not None for row in rows for s in row.streams)]
-    for heading in ("seeds", "steps", *shown):
+    for heading in ("seeds", "steps", *shown, "memory, MB"):
         table.add_column(heading, justify="right")
     for row in rows:
         config = row.streams[0].config
@@ -61,6 +61,7 @@ def print_comparison(rows: Sequence[Row], console: Console) -> None:
             ", ".join(str(stream.config.seed) for stream in row.streams),
             ", ".join(dict.fromkeys(stream.progress for stream in row.streams)),
             *(spread([COLUMNS[name](stream.metrics) for stream in row.streams]) for name in shown),
+            ", ".join(dict.fromkeys(megabytes(stream.metrics.memory) for stream in row.streams)),
         )
     console.print(table)
 

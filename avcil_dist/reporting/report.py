@@ -24,7 +24,7 @@ from avcil_dist.config.serialization import config_to_yaml
 from avcil_dist.errors import ArtifactError
 from avcil_dist.scenario import Scenario
 from avcil_dist.streams.artifact import committed_steps, load_summary
-from avcil_dist.streams.metrics import StreamMetrics
+from avcil_dist.streams.metrics import MemoryUse, StreamMetrics
 
 NUM_COLOURS = 6  # the number of colours in the page's style sheet
 
@@ -87,7 +87,14 @@ def print_report(streams: Sequence[StreamReport], console: Console) -> None:
     summary = Table(title="Streams (accuracy on test clips, %)", title_justify="left")
     for heading in ("benchmark", "method"):
         summary.add_column(heading)
-    for heading in ("seed", "steps", "seen accuracy after each step", "mean accuracy", "average forgetting"):
+    for heading in (
+        "seed",
+        "steps",
+        "seen accuracy after each step",
+        "mean accuracy",
+        "average forgetting",
+        "memory, MB",
+    ):
         summary.add_column(heading, justify="right")
     for stream in streams:
         metrics = stream.metrics
@@ -99,6 +106,7 @@ def print_report(streams: Sequence[StreamReport], console: Console) -> None:
             "  ".join(percent(value) for value in metrics.seen_accuracy),
             percent(metrics.mean_accuracy),
             percent(metrics.average_forgetting),
+            megabytes(metrics.memory),
         )
     console.print(summary)
     for stream in streams:
@@ -115,7 +123,7 @@ def write_page(streams: Sequence[StreamReport], path: str) -> None:
     """Write the report as one HTML file without scripts or external resources."""
     loader = PackageLoader("avcil_dist", "reporting")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters["percent"] = percent
+    environment.filters |= {"percent": percent, "megabytes": megabytes}
     longest = max(stream.scenario.num_steps for stream in streams)
     charts = [("Seen accuracy, %", _chart([_points(s.metrics.seen_accuracy, 0) for s in streams], "seen", longest))]
     if any(stream.metrics.forgetting for stream in streams):
@@ -136,6 +144,11 @@ def write_page(streams: Sequence[StreamReport], path: str) -> None:
 def percent(fraction: float | None) -> str:
     """Format a fraction as % with one decimal, without the sign; None as –."""
     return "–" if fraction is None else f"{100 * fraction + 0.0:.1f}"
+
+
+def megabytes(memory: MemoryUse | None) -> str:
+    """Format the memory of a stream after its last step in MB (10⁶ bytes); – where it was not recorded."""
+    return "–" if memory is None else f"{memory.bytes / 1e6:,.1f}"
 
 
 def _load_stream(folder: str) -> StreamReport | None:

@@ -95,12 +95,28 @@ class SubsetMetrics:
 
 
 @dataclass(frozen=True)
+class MemoryUse:
+    """Memory that a step hands to the next one: clips as they are stored, the model, and the state of the method."""
+
+    num_clips: Count
+    clip_bytes: Count
+    model_bytes: Count
+    state_bytes: Count
+
+    @property
+    def bytes(self) -> int:
+        """All of it, in bytes."""
+        return self.clip_bytes + self.model_bytes + self.state_bytes
+
+
+@dataclass(frozen=True)
 class StreamMetrics:
     """Metrics of a stream up to and including `step`: the content of `metrics.json`.
 
     `accuracy` holds rows 0 … step of the accuracy matrix, `seen_accuracy` a_0 … a_step. `per_class`, `confusion`,
     `num_test_clips`, `epoch` (the selected one) and `val_accuracy` are those of the last step. `source_disjoint`
-    covers the test clips whose source video no training clip shares. Raises ValueError for inconsistent lengths.
+    covers the test clips whose source video no training clip shares, `memory` is that after the last step. Raises
+    ValueError for inconsistent lengths.
     """
 
     step: Annotated[int, Field(ge=0, lt=1 << 20)]
@@ -112,6 +128,7 @@ class StreamMetrics:
     val_accuracy: Accuracy | None
     confusion: Mapping[ClassName, Mapping[ClassName, Count]] = field(default_factory=dict, repr=False)
     source_disjoint: SubsetMetrics | None = None
+    memory: MemoryUse | None = None
 
     def __post_init__(self) -> None:
         lengths = [len(row) for row in self.accuracy]
@@ -134,6 +151,7 @@ class StreamMetrics:
         val_accuracy: float | None,
         confusion: Mapping[str, Mapping[str, int]] | None = None,
         source_disjoint: tuple[float, int] | None = None,
+        memory: MemoryUse | None = None,
     ) -> "StreamMetrics":
         """Return the metrics after `step` from those after the step before it (None at step 0).
 
@@ -153,6 +171,7 @@ class StreamMetrics:
             val_accuracy=val_accuracy,
             confusion=dict(confusion or {}),
             source_disjoint=subset,
+            memory=memory,
         )
 
     @property
@@ -179,6 +198,7 @@ class StreamMetrics:
             "forgetting": self.forgetting[-1] if self.forgetting else None,
             "average_forgetting": self.average_forgetting,
             "source_disjoint_accuracy": self.source_disjoint.seen_accuracy[-1] if self.source_disjoint else None,
+            "memory_bytes": self.memory.bytes if self.memory else None,
         }
         return {name: value for name, value in values.items() if value is not None}
 
@@ -192,6 +212,8 @@ class StreamMetrics:
         }
         if self.source_disjoint is not None:
             record["source_disjoint"]["mean_accuracy"] = self.source_disjoint.mean_accuracy
+        if self.memory is not None:
+            record["memory"]["bytes"] = self.memory.bytes
         return record
 
 

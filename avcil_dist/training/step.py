@@ -24,7 +24,14 @@ from avcil_dist.scenario import Scenario
 from avcil_dist.signals import StopRequest
 from avcil_dist.streams.artifact import StepArtifact, save_artifact
 from avcil_dist.streams.compat import load_previous
-from avcil_dist.streams.metrics import StreamMetrics, accuracy_row, confusion, per_class_accuracy, seen_accuracy
+from avcil_dist.streams.metrics import (
+    MemoryUse,
+    StreamMetrics,
+    accuracy_row,
+    confusion,
+    per_class_accuracy,
+    seen_accuracy,
+)
 from avcil_dist.streams.stream import scenario_of, shards_of, sole_writer, stream_url
 from avcil_dist.training.build import build_networks, network_of_state
 from avcil_dist.training.clip_cache_placement import place_clip_cache
@@ -35,6 +42,7 @@ from avcil_dist.training.evaluation import Predictions, evaluate
 from avcil_dist.training.exemplars import exemplar_clips, exemplar_features, update_memory
 from avcil_dist.training.failure_sync import Report, print_fault, propagate_failures
 from avcil_dist.training.incremental_step import Step, make_step
+from avcil_dist.training.memory_use import memory_use
 from avcil_dist.training.observer import Observer, ObserverList
 from avcil_dist.training.snapshot import BestEpoch, SnapshotManager
 from avcil_dist.training.trainer import Trainer
@@ -126,7 +134,7 @@ def step_in_group(
         method=step.method.state_dict(),
         memory=memory,
         scenario=scenario,
-        metrics=_metrics(step, previous, tested, best),
+        metrics=_metrics(step, previous, tested, best, memory_use(step, memory, best.state)),
         config=config,
         manifest_hash=manifest.content_hash,
     )
@@ -173,7 +181,9 @@ def _clip_cache(step: Step, sampler: TrainingSampler, observer: Observer) -> Cli
     return cache
 
 
-def _metrics(step: Step, previous: StepArtifact | None, tested: Predictions, best: BestEpoch) -> StreamMetrics:
+def _metrics(
+    step: Step, previous: StepArtifact | None, tested: Predictions, best: BestEpoch, memory: MemoryUse
+) -> StreamMetrics:
     labels, predictions = tested.labels, tested.predictions
     disjoint = None
     if step.config.data.source_disjoint:
@@ -190,4 +200,5 @@ def _metrics(step: Step, previous: StepArtifact | None, tested: Predictions, bes
         val_accuracy=best.val_accuracy,
         confusion=confusion(labels, predictions, step.seen_classes),
         source_disjoint=disjoint,
+        memory=memory,
     )

@@ -117,3 +117,16 @@ def test_eval_without_a_modality_predicts_from_the_other_one(results: dict[str, 
         found = json.loads(avcil("eval", f"{config.output}/{config.stream_name}", "--missing", missing).output)
         assert found["missing"] == missing
         assert 0.5 < found["seen_accuracy"] < results["analytic"].metrics.seen_accuracy[-1]
+
+
+@pytest.mark.parametrize("method", ["avcil", "joint", "finetune", "analytic", "ncm"])
+def test_the_memory_counts_the_bytes_of_clips_model_and_state(results: dict[str, StepArtifact], method: str) -> None:
+    artifact = results[method]
+    memory = artifact.metrics.memory
+    assert memory is not None
+    clip = 2 * 128 + 2 * (2 * 3 + 1) * 16  # two headers of npy, and float16 of (2 · 3) tokens and a sound of 16
+    num_clips = {"avcil": 30, "joint": 6 * 24}.get(method, 0)
+    assert (memory.num_clips, memory.clip_bytes) == (num_clips, num_clips * clip)
+    assert memory.model_bytes == sum(weight.nbytes for weight in artifact.model.values())
+    columns = {"analytic": 49 + 6 + 6 + 1, "ncm": 6 + 6}.get(method, 0)  # G, H, W and the ridge
+    assert memory.state_bytes == 8 * 49 * columns

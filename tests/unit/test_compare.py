@@ -12,7 +12,7 @@ from avcil_dist.errors import ConfigError
 from avcil_dist.reporting.compare import group_by_config, print_comparison, spread
 from avcil_dist.reporting.report import StreamReport
 from avcil_dist.scenario import Scenario
-from avcil_dist.streams.metrics import StreamMetrics, SubsetMetrics
+from avcil_dist.streams.metrics import MemoryUse, StreamMetrics, SubsetMetrics
 from launch.sweep import make_grid
 from tests.helpers.streams import write_config
 
@@ -60,6 +60,14 @@ def test_columns_without_values_are_left_out() -> None:
     assert "source-disjoint" not in printed([stream(0.5)])
     assert "forgetting" not in printed([stream(0.5)])
     assert "25.0" in printed([stream(0.5, disjoint=0.25)])
+
+
+def test_the_memory_is_beside_the_accuracies() -> None:
+    one, two = stream(0.5, "seed=1"), stream(0.7, "seed=2")
+    used = replace(one, metrics=replace(one.metrics, memory=MemoryUse(3, 1_200_000, 0, 0)))
+    text = printed([used, two])
+    assert "memory, MB" in text
+    assert "1.2, –" in text
 
 
 def test_a_single_value_has_no_deviation() -> None:

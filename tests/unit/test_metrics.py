@@ -8,6 +8,7 @@ import pytest
 from avcil_dist import storage
 from avcil_dist.errors import DataError
 from avcil_dist.streams.metrics import (
+    MemoryUse,
     StreamMetrics,
     SubsetMetrics,
     accuracy_row,
@@ -184,6 +185,15 @@ def test_scalars_are_the_numbers_of_the_last_step() -> None:
     subset = replace(metrics, source_disjoint=SubsetMetrics((0.1, 0.2, 0.3), 4))
     assert subset.scalars()["source_disjoint_accuracy"] == 0.3
     assert subset.to_dict()["source_disjoint"]["mean_accuracy"] == pytest.approx(0.2)
+
+
+def test_the_memory_is_counted_in_bytes_and_survives_json() -> None:
+    metrics = replace(make_metrics([[0.9]], [0.9]), memory=MemoryUse(3, 1000, 200, 30))
+    assert metrics.scalars()["memory_bytes"] == 1230
+    record = json.loads(json.dumps(metrics.to_dict()))
+    expected = {"num_clips": 3, "clip_bytes": 1000, "model_bytes": 200, "state_bytes": 30, "bytes": 1230}
+    assert record["memory"] == expected
+    assert read(record) == metrics
 
 
 def test_forgetting_of_the_last_step_and_its_average_over_the_steps() -> None:

@@ -12,9 +12,9 @@ from rich.console import Console
 from avcil_dist.config.schema import Config
 from avcil_dist.config.serialization import config_to_yaml
 from avcil_dist.errors import ArtifactError
-from avcil_dist.reporting.report import StreamReport, load_streams, percent, print_report, write_page
+from avcil_dist.reporting.report import StreamReport, load_streams, megabytes, percent, print_report, write_page
 from avcil_dist.streams.commit import write_commit, write_files
-from avcil_dist.streams.metrics import StreamMetrics
+from avcil_dist.streams.metrics import MemoryUse, StreamMetrics
 
 STEPS = [["dog", "<b>cat</b>"], ["bus & co"], ["rain"]]
 ROWS = [[0.9], [0.5, 0.8], [0.6, 0.3, 0.7]]
@@ -48,6 +48,7 @@ def write_stream(folder: Path, *, committed: int, started: int = 0, method: str 
             num_test_clips=10 * (step + 1),
             epoch=3,
             val_accuracy=None,
+            memory=MemoryUse(num_clips=8, clip_bytes=1_000_000, model_bytes=200_000, state_bytes=step * 50_000),
         )
         artifact = str(folder / f"step_{step:03d}")
         files = {
@@ -158,7 +159,7 @@ def test_the_terminal_shows_summary_and_matrix_in_percent(tmp_path: Path) -> Non
     write_stream(tmp_path / "a", committed=3, seed=7)
     write_stream(tmp_path / "b", committed=1, method="finetune")
     text = printed(load_streams([str(tmp_path)]))
-    assert re.search(r"tiny\W+avcil\W+7\W+3/3\W+90\.0 +60\.0 +45\.6\W+65\.2\W+40\.0\W", text)
+    assert re.search(r"tiny\W+avcil\W+7\W+3/3\W+90\.0 +60\.0 +45\.6\W+65\.2\W+40\.0\W+1\.3\W", text)
     assert re.search(r"tiny\W+finetune\W+0\W+1/3\W+90\.0\W+90\.0\W+–", text)
     assert re.search(r"2\W+60\.0\W+30\.0\W+70\.0", text)
 
@@ -207,6 +208,11 @@ def test_the_same_streams_give_the_same_page(tmp_path: Path) -> None:
     write_stream(tmp_path / "a", committed=3)
     streams = load_streams([str(tmp_path)])
     assert page_of(streams, tmp_path) == page_of(streams, tmp_path)
+
+
+def test_a_stream_without_a_record_of_its_memory_has_a_dash_for_it() -> None:
+    assert megabytes(None) == "–"
+    assert megabytes(MemoryUse(1, 2_000_000_000, 40_000, 9_999)) == "2,000.0"
 
 
 def test_percent_has_one_decimal() -> None:

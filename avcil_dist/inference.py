@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from avcil_dist import storage
-from avcil_dist.data.decode import decode_clip
 from avcil_dist.data.manifest import Split, check_shards, load_manifest
 from avcil_dist.data.transforms import ClipTransform
 from avcil_dist.errors import ArtifactError, ConfigError, DataError
@@ -104,19 +103,8 @@ class Predictor:
         return torch.cat(rows) if rows else torch.zeros(0, len(self.classes))
 
     def _decoded(self, clips: list[tuple[str, bytes]]) -> tuple[Tensor, Tensor]:
-        settings, transform = self.clip, ClipTransform(self.clip)
-        pairs = [
-            transform(
-                decode_clip(
-                    data,
-                    num_frames=settings.frames,
-                    sample_rate=settings.sample_rate,
-                    silent=settings.silent,
-                    where=name,
-                )
-            )
-            for name, data in clips
-        ]
+        transform = ClipTransform(self.clip)
+        pairs = [transform.decode(data, where=name) for name, data in clips]
         return torch.stack([visual for visual, _ in pairs]), torch.stack([audio for _, audio in pairs])
 
 

@@ -266,7 +266,8 @@ def _members(clip: ListedClip, file: ClipFile, label: str, split: Split, setting
     info = probe_clip(data, path)
     _check(info, settings.min_seconds)
     try:
-        decoded = decode_clip(data, num_frames=1, sample_rate=info.sample_rate or 0, silent="error", where=path)
+        rate = info.sample_rate or 0
+        decoded = decode_clip(data, num_frames=1, sample_rate=rate, silent="error", where=path, is_thorough=True)
     except SilentClipError:
         raise ClipRejectedError("silent", "no sound in its audio track") from None
     if not settings.keep_muted and not decoded.waveform.any():

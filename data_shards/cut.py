@@ -22,14 +22,10 @@ from typing import Any, NamedTuple
 import av
 import numpy as np
 
-from avcil_dist.data.decode import (
-    CONTAINERS,
-    FORMATS_WITHOUT_TIMES,
-    Orientation,
-    decode_packets,
-    presentation_time,
-    video_stream,
-)
+from avcil_dist.data.clip_bounds import check_length
+from avcil_dist.data.container_claims import check_claims
+from avcil_dist.data.decode import CONTAINERS, FORMATS_WITHOUT_TIMES, decode_packets, video_stream
+from avcil_dist.data.frames import Orientation, presentation_time
 from avcil_dist.data.sound import SoundRun, lay_out, sound_runs
 from avcil_dist.errors import DataError
 from data_shards.rejections import ClipRejectedError
@@ -50,14 +46,16 @@ QUALITY = {"preset": "veryfast", "crf": "18", "bf": "0"}
 def cut_clip(path: str, start: float, duration: float | None) -> bytes:
     """Cut the file from `start` seconds on, for `duration` seconds or to the end. Returns the bytes of an mp4.
 
-    The same file and times give the same bytes. Raises DataError for a file that cannot be read, or that ends
-    before `start`.
+    The same file and times give the same bytes. Raises DataError for a file that cannot be read, that ends
+    before `start`, or of which the cut is beyond a bound (`clip_bounds.py`).
     """
     end = math.inf if duration is None else start + duration
     for target in _seek_times(start):
         with _opened(path) as container:
             span = _Span(container, start, end, path)
             packets = span.packets(target)
+            num_pictures = sum(packet.stream is span.video for packet in packets)
+            check_length(0.0, num_pictures, span.video.width * span.video.height, path)
             if target is None or span.covers_start(packets):
                 copied = _packets_to_copy(span, packets)
                 return _copied(span, copied) if copied else _encoded(span, packets)
@@ -78,11 +76,13 @@ def _opened(path: str) -> Iterator[Any]:
     container = None
     url = f"file:{Path(path).absolute()}"  # without a protocol, ffmpeg takes the text before a colon for one
     try:
+        with Path(path).open("rb") as file:
+            check_claims(file, path)
         container = av.open(url, options={"format_whitelist": CONTAINERS}, metadata_errors="ignore")
         yield container
     except FileNotFoundError:
         raise DataError(f"{path}: missing file") from None
-    except (av.FFmpegError, OSError, ValueError, EOFError) as error:
+    except (av.FFmpegError, OSError, ValueError, EOFError, MemoryError) as error:
         raise DataError(f"{path}: cannot be cut ({getattr(error, 'strerror', None) or error})") from None
     finally:
         if container is not None:
@@ -125,6 +125,7 @@ class _Span:
             if stamp is None or not packet.size:
                 continue
             time = float(stamp * packet.time_base) - self.origin
+            check_length(time - self.start if time < self.end else 0.0, 0, 0, self.path)
             is_video = packet.stream is self.video
             # without presentation times, frames before the end may be in packets after it
             if time >= self.end + (REORDERING if is_video and self.format in FORMATS_WITHOUT_TIMES else 0):
@@ -176,7 +177,8 @@ def _packets_to_copy(span: _Span, packets: list[Any]) -> list[Any]:
     if not all(times[keys[0]] <= time < span.end - CLOSE for time in times[keys[0] :]):
         return []
     sound = [packet for packet in packets if packet.stream is span.audio]
-    if sound and len({run.format for run in sound_runs(decode_packets(span.audio, sound, after_seek=True))}) > 1:
+    runs = sound_runs(decode_packets(span.audio, sound, after_seek=True), span.path) if sound else []
+    if len({run.format for run in runs}) > 1:
         return []  # mp4 has one format for all packets
     taken = {id(packet) for packet in (*video[keys[0] :], *sound)}
     return [packet for packet in packets if id(packet) in taken]
@@ -295,7 +297,7 @@ class _Sound:
 
     def __init__(self, span: _Span, packets: list[Any]) -> None:
         self.samples = np.zeros((1, 0), dtype=np.float32)
-        runs = sound_runs(decode_packets(span.audio, packets, after_seek=True)) if span.audio else []
+        runs = sound_runs(decode_packets(span.audio, packets, after_seek=True), span.path) if span.audio else []
         if not runs:
             return
         self.rate = runs[0].rate if runs[0].rate in AAC_RATES else 48_000

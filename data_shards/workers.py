@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from avcil_dist.data.clip_bounds import limit_memory
 from avcil_dist.errors import AvcilError, DataError
 from avcil_dist.signals import STOP_SIGNALS
 
@@ -171,6 +172,7 @@ def _run_worker(work: Work[Any, Any], connection: Any, shared_position: Any, num
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and stops its workers
     exit_with_parent()
     torch.set_num_threads(1)
+    limit_memory()
 
     def mark_start(position: int) -> None:
         shared_position.value = position

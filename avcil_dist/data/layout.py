@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from avcil_dist.config.schema import AugmentConfig, ClipConfig
-from avcil_dist.data.decode import decode_clip
 from avcil_dist.data.manifest import TAR_BLOCK, Manifest
 from avcil_dist.data.npy import parse_npy
 from avcil_dist.data.plan import PADDING
@@ -157,15 +156,8 @@ class ClipLayout:
             key = self.manifest.key(int(number))
             try:
                 _check_name(rows.heads[0][row], f"{key}.{self.member}")
-                decoded = decode_clip(
-                    bytes(rows.bodies[0][row]),
-                    num_frames=clip.frames,
-                    sample_rate=clip.sample_rate,
-                    silent=clip.silent,
-                    where=key,
-                )
                 seed = seeds.seed_of(row, key) if seeds else None
-                visual[row], audio[row] = self._transform(decoded, seed)
+                visual[row], audio[row] = self._transform.decode(bytes(rows.bodies[0][row]), where=key, seed=seed)
             except DataError as error:
                 faults[row] = error
         return visual, audio

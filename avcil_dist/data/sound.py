@@ -5,7 +5,7 @@ follow each other form a run; runs are placed on the clock by their start times.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -14,6 +14,8 @@ import av
 import numpy as np
 import torch
 import torchaudio.transforms
+
+from avcil_dist.data.clip_bounds import MAX_SAMPLES, check_sound
 
 # Seconds that sound may be off its time stamp: stamps are rounded, and encoders add up to a frame of their own.
 # Nobody perceives so small an offset.
@@ -34,7 +36,7 @@ MAX_FILTER = 4_000_000
 
 @dataclass
 class SoundRun:
-    """Audio frames of one format without gaps; `start` and `end` in seconds."""
+    """Audio frames of one format without gaps, as they are or converted; `start` and `end` in seconds."""
 
     start: float
     rate: int
@@ -47,26 +49,34 @@ class SoundRun:
         """The time behind the last sample."""
         return self.start + self.samples / self.rate
 
-    def mono(self) -> np.ndarray:
-        """The mean of the channels (samples,), float32."""
-        return np.concatenate([_channels(frame).mean(axis=0) for frame in self.frames])
 
+def sound_runs(
+    frames: Iterable[Any], where: str, convert: Callable[[Any], Any] = lambda frame: frame
+) -> list[SoundRun]:
+    """Divide audio frames into runs, which keep what `convert` returns of each frame.
 
-def sound_runs(frames: Iterable[Any]) -> list[SoundRun]:
-    """Divide audio frames into runs. Raises ValueError for a frame without a sampling rate."""
+    Raises ValueError for a frame without a sampling rate, and DataError, naming `where`, for sound beyond a bound.
+    """
     runs: list[SoundRun] = []
+    samples = 0
     for frame in frames:
-        if frame.sample_rate <= 0:
+        rate, count = frame.sample_rate, frame.samples
+        if rate <= 0:
             raise ValueError("its sound has no sampling rate")
-        if not frame.samples:
+        if not count:
             continue
-        format_ = frame.format.name, frame.layout.name, frame.sample_rate
+        samples += count
+        format_ = frame.format.name, frame.layout.name, rate
         expected = runs[-1].end if runs else 0.0
-        start = expected if frame.time is None else frame.time
+        time = frame.time
+        start = expected if time is None else time
         if not runs or runs[-1].format != format_ or abs(start - expected) > TOLERANCE:
-            runs.append(SoundRun(start, frame.sample_rate, format_))
-        runs[-1].frames.append(frame)
-        runs[-1].samples += frame.samples
+            check_sound(rate, frame.layout.nb_channels, samples, where)
+            runs.append(SoundRun(start, rate, format_))
+        runs[-1].frames.append(convert(frame))
+        runs[-1].samples += count
+        if samples > MAX_SAMPLES:
+            check_sound(rate, 0, samples, where)
     return runs
 
 
@@ -92,15 +102,18 @@ def lay_out(
     return np.concatenate(parts, axis=-1)
 
 
-def mono_waveform(frames: Iterable[Any], *, begin: float, duration: float, sample_rate: int) -> torch.Tensor | None:
+def mono_waveform(
+    frames: Iterable[Any], *, begin: float, duration: float, sample_rate: int, where: str
+) -> torch.Tensor | None:
     """Mono sound (samples,) float32 at `sample_rate`, from time `begin` on; None without a sample.
 
-    Sound that continues after `duration` seconds is part of it. Raises ValueError for sound that cannot be read.
+    Sound that continues after `duration` seconds is part of it. Raises ValueError for sound that cannot be read, and
+    DataError, naming `where`, for sound beyond a bound.
     """
-    runs = sound_runs(frames)
+    runs = sound_runs(frames, where, _mono)
     if not runs:
         return None
-    pieces = [(run.start - begin, run.mono()) for run in runs]
+    pieces = [(run.start - begin, np.concatenate(run.frames)) for run in runs]
     rate = runs[0].rate
     if all(run.rate == rate for run in runs):
         waveform = resample(torch.from_numpy(lay_out(pieces, rate, limit=duration)), rate, sample_rate)
@@ -135,6 +148,17 @@ def resample(waveform: torch.Tensor, rate: int, sample_rate: int) -> torch.Tenso
 def _resampling(rate: int, sample_rate: int) -> torchaudio.transforms.Resample:
     """Resampling filter, cached: its construction takes longer than its use."""
     return torchaudio.transforms.Resample(rate, sample_rate)
+
+
+def _mono(frame: Any) -> np.ndarray:
+    """The mean of the channels of a frame (samples,), float32."""
+    channels = frame.layout.nb_channels
+    if frame.format.name != "fltp" or channels > MAX_PLANES:
+        return np.asarray(_channels(frame).mean(axis=0))
+    total = np.zeros(frame.samples, np.float32)  # the usual format, without detours
+    for plane in frame.planes[:channels]:
+        total += np.frombuffer(plane, dtype=np.float32, count=frame.samples)
+    return total / np.float32(channels)
 
 
 def _channels(frame: Any) -> np.ndarray:

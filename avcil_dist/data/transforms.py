@@ -3,6 +3,8 @@
 The inputs of a clip are the same in every epoch and on every rank, unless it is augmented (`augment.py`).
 """
 
+from functools import partial
+
 import torch
 from torch.nn import functional as F
 from torchaudio.compliance import kaldi
@@ -10,7 +12,7 @@ from torchvision.transforms.v2 import functional as video
 
 from avcil_dist.config.schema import AugmentConfig, ClipConfig
 from avcil_dist.data.augment import Augmentation
-from avcil_dist.data.decode import DecodedClip
+from avcil_dist.data.decode import DecodedClip, decode_clip
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -28,21 +30,42 @@ class ClipTransform:
 
     def __call__(self, clip: DecodedClip, seed: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Visual float32 (T, 3, size, size), audio float32 (mel_frames, mel_bins); augmented if there is a `seed`."""
-        if seed is None:
-            return self._normalised(self._cropped(clip.frames)), self._filterbank(clip.waveform)
-        augmentation = self.augmentation
-        return (
-            self._normalised(augmentation.augment_frames(clip.frames, seed)),
-            augmentation.augment_sound(self._filterbank(clip.waveform), seed),
-        )
+        return self._inputs(DecodedClip(self._reduced(clip.frames, seed), clip.waveform), seed)
 
-    def _cropped(self, frames: torch.Tensor) -> torch.Tensor:
+    def decode(self, data: bytes, *, where: str, seed: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decode the bytes of a clip and transform it; one frame at a time is in memory in its full size.
+
+        Raises DataError, naming `where`, as `decode_clip` does.
+        """
+        clip = decode_clip(
+            data,
+            num_frames=self.config.frames,
+            sample_rate=self.config.sample_rate,
+            silent=self.config.silent,
+            where=where,
+            reduce=partial(self._reduced, seed=seed),
+        )
+        return self._inputs(clip, seed)
+
+    def _reduced(self, frames: torch.Tensor, seed: int | None) -> torch.Tensor:
+        """Frames uint8 (…, 3, H, W) as (…, 3, size, size); the same for frames one by one and together."""
+        if seed is not None:
+            return self.augmentation.augment_frames(frames, seed)
         size = self.config.size
         return video.center_crop(video.resize(frames, [size], antialias=True), [size, size])
 
+    def _inputs(self, clip: DecodedClip, seed: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        audio = self._filterbank(clip.waveform)
+        if seed is not None:
+            audio = self.augmentation.augment_sound(audio, seed)
+        return self._normalised(clip.frames), audio
+
     def _normalised(self, frames: torch.Tensor) -> torch.Tensor:
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-        return frames.float().div_(255).sub_(mean).div_(std)  # in place: fresh memory costs more than the arithmetic
+        normalised = torch.empty(frames.shape)
+        for frame, target in zip(frames, normalised, strict=True):  # one by one, and in place: in the processor's cache
+            target.copy_(frame).div_(255).sub_(mean).div_(std)
+        return normalised
 
     def _filterbank(self, waveform: torch.Tensor) -> torch.Tensor:
         config = self.config

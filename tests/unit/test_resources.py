@@ -81,6 +81,9 @@ def run_end(
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(f'#!/bin/sh\necho "$1" >> {calls}\necho "JobId=7 JobState={state} Reason=None"\n')
     scontrol.chmod(0o755)
+    squeue = tmp_path / "squeue"  # slow: the job ends before `late` has begun to wait
+    squeue.write_text("#!/bin/sh\nsleep 0.3\necho 2099-01-01T00:00:00\n")
+    squeue.chmod(0o755)
     if status:
         (tmp_path / f"step_002.{status}").touch()
     parameters = sbatch_parameters(
@@ -94,8 +97,9 @@ def run_end(
     )
     text = "\n".join([*parameters["setup"], f"(exit {code})", *parameters["teardown"]])
     text = re.sub(r"sleep \d+", "exit 99", text)
-    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts)}
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "pause": "now", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts)}
     done = subprocess.run(["bash", "-c", text], env=environment, capture_output=True, text=True)
+    assert done.stderr == ""
     return done.returncode, calls.read_text().split() if calls.exists() else [], done.stdout
 
 

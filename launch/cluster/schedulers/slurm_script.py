@@ -99,6 +99,7 @@ def _setup(cluster: ClusterConfig, code: str | None, step: int) -> list[str]:
         f'  if scontrol requeue "$SLURM_JOB_ID"; then sleep {REQUEUE_SECONDS}; exit 1; fi',
         "}",
         "late() {",
+        "  pause=",
         '  trap \'[ -z "$pause" ] || kill "$pause"; exit\' TERM',
         "  export SLURM_TIME_FORMAT=standard",
         '  while end=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e) && [ -n "$end" ] \\',

@@ -34,6 +34,7 @@ again() {
   if scontrol requeue "$SLURM_JOB_ID"; then sleep 600; exit 1; fi
 }
 late() {
+  pause=
   trap '[ -z "$pause" ] || kill "$pause"; exit' TERM
   export SLURM_TIME_FORMAT=standard
   while end=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e) && [ -n "$end" ] \

@@ -111,6 +111,11 @@ def failed_file(folder: str, step: int) -> Path:
     return Path(f"{step_prefix(folder, step)}.failed")
 
 
+def mark_failed(folder: str, step: int, text: str) -> None:
+    """Write the status file of a failed step, which ends the chain."""
+    failed_file(folder, step).write_text(f"{text}\n")
+
+
 def frozen_config(folder: str) -> Config:
     """See `Chain.config`."""
     return config_from_yaml(Path(folder, CONFIG).read_text())

@@ -9,12 +9,7 @@ from contextlib import suppress
 from avcil_dist.config.schema import Config
 from avcil_dist.errors import SchedulerError, TrackingError
 from avcil_dist.tracking.session import close_run
-from launch.cluster.chain_record import failed_file, frozen_config
-
-
-def mark_failed(folder: str, step: int, text: str) -> None:
-    """Write the status file of a failed step, which ends the chain."""
-    failed_file(folder, step).write_text(f"{text}\n")
+from launch.cluster.chain_record import frozen_config, mark_failed
 
 
 def fail_stream(config: Config, folder: str, step: int, text: str) -> None:

@@ -21,8 +21,8 @@ from avcil_dist.tracking.session import close_run, open_run
 from avcil_dist.training.engine import name_accelerator
 from avcil_dist.training.failure_sync import print_fault
 from avcil_dist.world import World
-from launch.cluster.chain_record import done_file
-from launch.cluster.mark_failed import fail_stream, mark_failed
+from launch.cluster.chain_record import done_file, mark_failed
+from launch.cluster.mark_failed import fail_stream
 from launch.cluster.schedulers.base import scheduler_of
 from launch.step_run import StepRun
 

@@ -18,7 +18,7 @@ from avcil_dist.errors import ConfigError
 from avcil_dist.exit_codes import USER_ERROR
 from avcil_dist.signals import STOP_SIGNALS
 from avcil_dist.trusted_files import check_trusted_folder
-from launch.cluster.mark_failed import mark_failed
+from launch.cluster.chain_record import mark_failed
 
 
 def main(folder: str, file: str | None = None) -> None:

@@ -6,8 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from launch.sandbox.cluster import Sandbox
 from tests.helpers.chains import wait_for_end
+from tests.helpers.documents import PROJECT, blocks, commands
 from tests.helpers.streams import avcil, write_config
 
 TWO_NODES = ("--cluster", "slurm", "cluster.nodes=2", "cluster.cpus_per_task=1", "cluster.memory_gb=0.5")
@@ -83,3 +86,39 @@ def test_a_chain_is_submitted_once_from_inside_a_job_whatever_its_environment_an
     assert "epoch 12/12" in log
     for noise in ("kill: usage", "Terminated", "No such file"):
         assert noise not in log
+
+
+def submit_lines() -> list[list[str]]:
+    """Return the words of each `avcil submit` in the documents that needs nothing but the shards built before."""
+    found = [
+        words
+        for name in ("README.md", "docs/clusters.md")
+        for block in blocks(PROJECT / name)
+        if block.language == "bash"
+        for words in commands(block.text)
+        if words[:2] == ["avcil", "submit"] and "data.manifest=shards/manifest.json" in words
+    ]
+    assert len(found) == 3
+    return found
+
+
+def test_the_submit_lines_of_the_documents_work_as_written(
+    sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sizes = ("--train", 8, "--val", 1, "--test", 1, "--seconds", 0.5, "--size", 32)
+    for words in (("synth", "clips", *sizes), ("build", "clips/clips.csv", "shards")):
+        result = avcil("shards", *words)
+        assert result.exit_code == 0, result.output
+    sandbox.run("scontrol", "update", "PartitionName=low", "State=DOWN")  # no job starts
+    try:
+        for words in submit_lines():
+            result = avcil(*words[1:], "--dry-run")
+            assert result.output.startswith("#!/bin/bash\n"), result.output
+            result = avcil(*words[1:])
+            assert result.exit_code == 0, result.output
+            assert [name[:8] for name in queued(sandbox)] == ["s00-demo", "s01-demo", "s02-demo", "s03-demo"]
+            assert "PENDING" in avcil("status", "runs").output
+            assert "4 ended" in avcil("cancel", "runs").output
+    finally:
+        sandbox.run("scontrol", "update", "PartitionName=low", "State=UP")

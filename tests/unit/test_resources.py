@@ -97,7 +97,12 @@ def run_end(
     )
     text = "\n".join([*parameters["setup"], f"(exit {code})", *parameters["teardown"]])
     text = re.sub(r"sleep \d+", "exit 99", text)
-    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "pause": "now", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts)}
+    environment = {
+        "PATH": f"{tmp_path}:/usr/bin:/bin",
+        "pause": "now",
+        "SLURM_JOB_ID": "7",
+        "SLURM_RESTART_COUNT": str(restarts),
+    }
     done = subprocess.run(["bash", "-c", text], env=environment, capture_output=True, text=True)
     assert done.stderr == ""
     return done.returncode, calls.read_text().split() if calls.exists() else [], done.stdout

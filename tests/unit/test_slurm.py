@@ -14,8 +14,7 @@ import pytest
 from avcil_dist.compose import load_config
 from avcil_dist.errors import SchedulerError
 from avcil_dist.streams.stream import stream_url
-from launch.cluster.chain_record import Chain, read_chain
-from launch.cluster.mark_failed import mark_failed
+from launch.cluster.chain_record import Chain, mark_failed, read_chain
 from launch.cluster.rank_entry import RankEntry
 from launch.cluster.resources import ClusterConfig
 from launch.cluster.schedulers import slurm_commands

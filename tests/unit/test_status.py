@@ -17,8 +17,7 @@ from avcil_dist.errors import ConfigError, SchedulerError
 from avcil_dist.streams.commit import write_commit
 from avcil_dist.streams.snapshots import snapshots_url
 from launch.cluster import status as status_module
-from launch.cluster.chain_record import Chain, read_chain, write_chain
-from launch.cluster.mark_failed import mark_failed
+from launch.cluster.chain_record import Chain, mark_failed, read_chain, write_chain
 from launch.cluster.resources import ClusterConfig
 from launch.cluster.schedulers.base import JobState
 from launch.cluster.status import chain_status, log_file, log_text, streams_below

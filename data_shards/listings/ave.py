@@ -12,12 +12,11 @@ from data_shards.listings.listing import (
     Listing,
     ListingRow,
     clean_label,
-    first_row,
-    not_utf8,
     refuse_shares,
     split_rows,
 )
 from data_shards.listings.splits import SplitShares
+from data_shards.listings.text_files import first_row, read_lines
 from data_shards.listings.video_folder import VideoFolder
 
 NEEDS_VIDEOS = True
@@ -47,11 +46,7 @@ def read(path: Path, videos: Path | None, shares: SplitShares | None) -> Listing
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
     """Class and video of each line but the header and empty lines."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise not_utf8(path) from None
-    for number, line in enumerate(lines, 1):
+    for number, line in read_lines(path):
         fields = line.strip().split("&")
         if fields == [""] or fields[0] == HEADER.split("&")[0]:
             continue

@@ -5,7 +5,6 @@ Classes are in order of first appearance. A row with a start or a duration is a 
 """
 
 import os
-import re
 from pathlib import Path
 
 from avcil_dist.errors import DataError
@@ -14,14 +13,13 @@ from data_shards.listings.listing import (
     ListedClip,
     Listing,
     ListingRow,
-    first_row,
-    open_csv,
     parse_split,
     refuse_shares,
     safe_key,
     split_rows,
 )
 from data_shards.listings.splits import SplitShares
+from data_shards.listings.text_files import first_row, open_csv, parse_seconds
 from data_shards.listings.video_names import source_video
 
 NEEDS_VIDEOS = False
@@ -79,8 +77,4 @@ def _clip(file: Path, row: dict[str, str], where: str) -> ListedClip:
 
 
 def _seconds(text: str | None, where: str) -> float | None:
-    if not text:
-        return None
-    if not re.fullmatch(r"\d+(\.\d*)?", text.strip()):
-        raise DataError(f"{where}: {text!r} is not a number of seconds")
-    return float(text)
+    return parse_seconds(text, where) if text else None

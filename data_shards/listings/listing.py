@@ -1,25 +1,26 @@
 """A listing: the classes of a data set in their order, and its clips in theirs. Types and checks for all readers."""
 
-import csv
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 from avcil_dist import storage
 from avcil_dist.data.manifest import SPLITS, Split
 from avcil_dist.errors import ConfigError, DataError
 from data_shards.listings.splits import DEFAULT_SHARES, SplitShares, split_sources
+from data_shards.listings.text_files import read_lines
 from data_shards.rejections import Rejection
 
 MP4_ENDINGS = {".mp4", ".m4v", ".mov"}
 VIDEO_ENDINGS = MP4_ENDINGS | {
     *(".3gp", ".asf", ".avi", ".flv", ".m2ts", ".mkv", ".mpeg", ".mpg", ".mts", ".ogg", ".ogv", ".ts", ".webm", ".wmv")
 }
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # a terminal interprets them
+LABEL_LENGTH = 1000
 KEY_LENGTH = 90  # a tar member's name has at most 100 characters
 
 
@@ -155,17 +156,16 @@ def clean_label(name: str, where: str) -> str:
     """A class name without spaces around it, in Unicode's composed form. Raises DataError for no valid name."""
     label = unicodedata.normalize("NFC", name.strip())
     if not label or any("\ud800" <= character <= "\udfff" for character in label):
-        raise DataError(f"{where}: class {name!r} is empty or not UTF-8; rename it")
+        raise DataError(f"{where}: class {name[:60]!r} is empty or not UTF-8; rename it")
+    if CONTROL.search(label) or len(label) > LABEL_LENGTH:
+        raise DataError(f"{where}: class {name[:60]!r} has control characters or is too long; rename it")
     return label
 
 
 def read_class_names(path: Path) -> list[str]:
     """The class names of a text file, one per line. Raises DataError for a file that is not UTF-8."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise not_utf8(path) from None
-    return [clean_label(line, str(path)) for line in lines if line.strip()]
+    lines = read_lines(path)
+    return [clean_label(line, f"{path}: line {number}") for number, line in lines if line.strip()]
 
 
 def parse_split(name: str, where: str) -> Split:
@@ -174,54 +174,3 @@ def parse_split(name: str, where: str) -> Split:
         if name.strip() == split:
             return split
     raise DataError(f"{where}: split {name!r} is none of {', '.join(SPLITS)}")
-
-
-def first_row(path: Path) -> list[str]:
-    """The first row of a csv; empty for a folder or an empty file. Raises DataError for what is no csv in UTF-8."""
-    if not path.is_file():
-        return []
-    with open_csv(path) as rows:
-        return next(rows, (0, []))[1]
-
-
-def csv_rows(path: Path, columns: int) -> Iterator[tuple[str, list[str]]]:
-    """The rows of a csv without header, each with its file and line for error messages.
-
-    Raises DataError for a row with an empty column, or with another number of columns.
-    """
-    with open_csv(path) as rows:
-        for line, row in rows:
-            where = f"{path}: line {line}"
-            if len(row) != columns or not all(text.strip() for text in row):
-                raise DataError(f"{where}: has not {columns} columns")
-            yield where, row
-
-
-@contextmanager
-def open_csv(path: Path) -> Iterator[Iterator[tuple[int, list[str]]]]:
-    """The rows of a csv in UTF-8, each with its last line. Raises DataError, naming file and line, for any other."""
-    line = 1
-
-    def rows(reader: Any) -> Iterator[tuple[int, list[str]]]:
-        nonlocal line
-        for row in reader:
-            yield reader.line_num, row
-            line = reader.line_num + 1
-
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            yield rows(csv.reader(file))
-    except UnicodeDecodeError:
-        raise not_utf8(path) from None
-    except csv.Error as error:
-        raise DataError(f"{path}: line {line}: not a row of a csv ({error}); is a quote not closed?") from None
-
-
-def not_utf8(path: Path) -> DataError:
-    """The error for a text file in another encoding, naming its first line that is not UTF-8."""
-    for number, data in enumerate(path.read_bytes().split(b"\n"), 1):
-        try:
-            data.decode()
-        except UnicodeDecodeError:
-            return DataError(f"{path}: line {number} is not UTF-8; save it as CSV UTF-8")
-    return DataError(f"{path}: not UTF-8; save it as CSV UTF-8")

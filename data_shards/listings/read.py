@@ -9,8 +9,9 @@ from typing import Protocol
 
 from avcil_dist.errors import ConfigError, DataError
 from data_shards.listings import ave, clip_folder, clips_csv, published_lists, vggsound
-from data_shards.listings.listing import Listing, clean_label, distinct_keys, first_row
+from data_shards.listings.listing import Listing, clean_label, distinct_keys
 from data_shards.listings.splits import SplitShares
+from data_shards.listings.text_files import first_row
 
 LAYOUT = "a folder of clips is FOLDER/<split>/<class>/*.mp4 or FOLDER/<class>/*.mp4"
 
@@ -41,11 +42,18 @@ def read_listing(path: Path, videos: Path | None = None, shares: SplitShares | N
     line, for a listing that is missing, of no known form, faulty or empty; ConfigError where `videos` is missing,
     or given to a listing that has paths, or `shares` to one that has splits.
     """
+    try:
+        return _read_listing(path, videos, shares)
+    except OSError as error:  # of a folder or a file of it, such as one without permission
+        raise DataError(f"{error.filename or path}: cannot be read ({error.strerror})") from None
+
+
+def _read_listing(path: Path, videos: Path | None, shares: SplitShares | None) -> Listing:
     if not path.exists():
         raise DataError(f"{path}: missing; give a csv with the header path,label,split, or a folder of clips")
     form = next((form for form in FORMS if form.matches(path)), None)
     if form is None:
-        raise DataError(f"{path}: its header is {','.join(first_row(path))!r}; make it path,label,split")
+        raise DataError(f"{path}: its header is {','.join(first_row(path))[:200]!r}; make it path,label,split")
     if videos is not None and not form.NEEDS_VIDEOS:
         raise ConfigError(f"{path}: has the paths of its clips; leave out --videos")
     listing = form.read(path, videos, shares)

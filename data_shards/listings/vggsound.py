@@ -11,12 +11,11 @@ from data_shards.listings.listing import (
     Listing,
     ListingRow,
     clean_label,
-    csv_rows,
-    first_row,
     parse_split,
     refuse_shares,
 )
 from data_shards.listings.splits import SplitShares, hold_out_validation
+from data_shards.listings.text_files import csv_rows, first_row, is_number, parse_seconds
 from data_shards.listings.video_folder import VideoFolder
 
 NEEDS_VIDEOS = True
@@ -37,16 +36,17 @@ def read(path: Path, videos: Path | None, shares: SplitShares | None) -> Listing
 
 
 def _has_seconds(row: list[str]) -> bool:
-    return len(row) == 4 and row[1].strip().isdigit()
+    return len(row) == 4 and is_number(row[1].strip())
 
 
 def _rows_with_seconds(path: Path, videos: VideoFolder) -> list[ListingRow]:
     rows = []
     for where, row in csv_rows(path, columns=4):
         video, start, label, split = (text.strip() for text in row)
-        if not start.isdigit():
-            raise DataError(f"{where}: start {start!r} is not a number of seconds")
-        rows.append(ListingRow(clean_label(label, where), parse_split(split, where), videos.clip_at(video, int(start))))
+        if not is_number(start):
+            raise DataError(f"{where}: start {start[:40]!r} is not a number of seconds")
+        clip = videos.clip_at(video, int(parse_seconds(start, where)))
+        rows.append(ListingRow(clean_label(label, where), parse_split(split, where), clip))
     return rows
 
 

@@ -37,7 +37,7 @@ class VideoFolder:
 
     def _walk(self) -> Iterator[Path]:
         visited = set()
-        for folder, subfolders, names in os.walk(self.folder, followlinks=True):
+        for folder, subfolders, names in os.walk(self.folder, followlinks=True, onerror=_refuse):
             real = os.path.realpath(folder)
             if real in visited:  # a link to a folder around it
                 subfolders.clear()
@@ -77,3 +77,8 @@ def _is_span_at(span: NamedSpan, start: int) -> bool:
     if span.end is None:
         return span.begin == start
     return any(span.begin == start * unit and 0 < span.end - span.begin <= LONGEST_SECONDS * unit for unit in (1, 1000))
+
+
+def _refuse(error: OSError) -> None:
+    """Raise DataError for a folder that cannot be read: its clips would be missing."""
+    raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from None

@@ -17,7 +17,6 @@ from mlflow import MlflowClient
 from mlflow.entities import LifecycleStage, Run
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
-from sqlalchemy import URL
 
 from avcil_dist.config.schema import TrackingConfig
 from avcil_dist.errors import TrackingError
@@ -25,7 +24,7 @@ from avcil_dist.redaction import redacted
 from avcil_dist.tracking import environment
 from avcil_dist.tracking.faults import RefusedError, bounded, bounded_client, reported
 from avcil_dist.tracking.tags import STEP_TAG, STREAM_TAG, received_tags
-from avcil_dist.tracking.uris import database_path, is_server, local_folder
+from avcil_dist.tracking.uris import SQLITE, database_path, is_server, local_folder
 
 LOCK_SECONDS = 300
 
@@ -161,5 +160,5 @@ def _create_database(uri: str) -> None:
     for path in database.parent.glob(f"{glob.escape(database.name)}.new*"):
         path.unlink()
     new = Path(f"{database}.new")
-    MlflowClient(URL.create("sqlite", database=str(new)).render_as_string()).search_experiments(max_results=1)
+    MlflowClient(tracking_uri=f"{SQLITE}{new}").search_experiments(max_results=1)
     new.replace(database)

@@ -3,19 +3,23 @@
 The model contains the step artifact as committed (safetensors, json, yaml) or a reference to it, and names this
 module as its loader. Nothing of it is unpickled or executed.
 
-Inputs of a model of raw clips: a table with a column `clip` (bytes of a video file) or `path` (path or url of
-one). Inputs of a model of features: two arrays by name, `visual` (clips, frames, positions, dim) and `audio`
+Inputs of a model of raw clips: a table with a column `clip` (bytes of a video file), or `path`, a path below the
+folder or url that the environment variable AVCIL_CLIPS names. Without it no file is read: the sender of a request
+would choose it. Inputs of a model of features: two arrays by name, `visual` (clips, frames, positions, dim) and `audio`
 (clips, dim). Output of both: a table with `class`, its `score`, and `scores`, one per class in the order of the
 model's metadata `classes`. Scores are those of the method: the largest is the prediction.
 """
 
+import io
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import av
 import mlflow.pyfunc
 import numpy as np
 import pandas as pd
@@ -30,18 +34,18 @@ from torch import Tensor
 import avcil_dist
 from avcil_dist import storage
 from avcil_dist.data.manifest import FeatureShape, Manifest, load_manifest
-from avcil_dist.data.npy import parse_npy
 from avcil_dist.errors import ArtifactError, ConfigError, DataError
 from avcil_dist.inference import Predictor
 from avcil_dist.streams.artifact import StepCommit, load_artifact, load_summary, step_url
 from avcil_dist.streams.commit import COMMITTED, read_verified_commit
 from avcil_dist.streams.identity import StepNumber
 from avcil_dist.streams.stream import scenario_of
+from avcil_dist.tracking.artifacts import transfer
 from avcil_dist.tracking.tags import COMMITTED_TAG, STREAM_TAG
 
 ABOUT = "about.json"
 MODEL_FOLDER = "model"  # in the run's artifacts
-EXAMPLE_DECIMALS = 2  # all digits of an example's features would be tens of MB of text
+CLIPS = "AVCIL_CLIPS"  # the folder or url of the clips that a request may name
 # Packages that prediction needs, pinned to the versions in use when the weights were trained.
 MODEL_PACKAGES = ("mlflow", "torch", "torchvision", "torchaudio", "transformers", "timm", "safetensors", "av", "numpy")
 BASE_PACKAGES = ("pandas", "fsspec", "pydantic", "pyyaml", "deepspeed", "webdataset", "filelock", "tenacity")
@@ -61,7 +65,8 @@ def register_model(client: MlflowClient, run_id: str, stream: str, step: int, *,
         folder = Path(temporary, MODEL_FOLDER)
         with storage.local_copy(step_url(stream, step)) as local:
             _save_model(folder, Path(local), stream, step, run_id, uri)
-        client.log_artifacts(run_id, str(folder), MODEL_FOLDER)
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        transfer(lambda: client.log_artifacts(run_id, str(folder), MODEL_FOLDER), size)
     if not any(model.name == name for model in client.search_registered_models(f"name = '{name}'")):
         client.create_registered_model(name)
     run = client.get_run(run_id)
@@ -90,7 +95,7 @@ def _save_model(folder: Path, local: Path, stream: str, step: int, run_id: str, 
             data_path=str(data),
             mlflow_model=Model(run_id=run_id, artifact_path=MODEL_FOLDER),
             signature=_signature(manifest),
-            input_example=_example(manifest, scenario.classes[0]),
+            input_example=_example(manifest),
             pip_requirements=_requirements(),
             metadata={"classes": list(scenario.seen(step)), "config": summary.config.stream_name, "step": step},
         )
@@ -118,26 +123,33 @@ def _signature(manifest: Manifest) -> ModelSignature:
     return ModelSignature(Schema(tensors), outputs)
 
 
-def _example(manifest: Manifest, class_name: str) -> pd.DataFrame | dict[str, np.ndarray]:
-    """A test clip of the class as an input of `predict`."""
-    clips = manifest.clips([class_name], "test")
+def _example(manifest: Manifest) -> pd.DataFrame | dict[str, np.ndarray]:
+    """A made input of `predict`, never a clip of the data set: a model may be shown to more people than its data."""
     if manifest.kind == "clip":
-        return pd.DataFrame({"clip": [_member(manifest, "mp4", clips[:1])]})
+        return pd.DataFrame({"clip": [_made_clip()]})
     frames, positions, dim = (manifest.shape[name] for name in ("frames", "positions", "dim"))
-    visual, audio = (
-        parse_npy(_member(manifest, f"{name}.npy", clips[:1]), f"{name}.npy").astype(np.float32)
-        for name in ("visual", "audio")
-    )
-    return {
-        "visual": visual.reshape(1, frames, positions, dim).round(EXAMPLE_DECIMALS),
-        "audio": audio.reshape(1, dim).round(EXAMPLE_DECIMALS),
-    }
+    shapes = {"visual": (1, frames, positions, dim), "audio": (1, dim)}
+    return {name: np.zeros(shape, dtype=np.float32) for name, shape in shapes.items()}
 
 
-def _member(manifest: Manifest, name: str, clip: np.ndarray) -> bytes:
-    starts, sizes = manifest.spans(name, clip)
-    url = manifest.url(int(manifest.shards_of(clip)[0]))
-    return storage.read_range(url, int(starts[0]), int(starts[0] + sizes[0]))
+def _made_clip() -> bytes:
+    """An mp4 of one second: grey pictures that become brighter, and a tone of 440 Hz."""
+    rate, pictures, side = 16_000, 8, 64
+    wave = np.sin(2 * np.pi * 440 * np.arange(rate) / rate).astype(np.float32)[None] * 0.3
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as target:
+        video, sound = target.add_stream("mpeg4", rate=pictures), target.add_stream("aac", rate=rate, layout="mono")
+        video.width = video.height = side
+        video.pix_fmt = "yuv420p"
+        for number in range(pictures):
+            grey = np.full((side, side, 3), 32 * number, dtype=np.uint8)
+            target.mux(video.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
+        samples = av.AudioFrame.from_ndarray(wave, format="fltp", layout="mono")
+        samples.sample_rate = rate
+        target.mux(sound.encode(samples))
+        for stream in (video, sound):
+            target.mux(stream.encode(None))
+    return file.getvalue()
 
 
 def _requirements() -> list[str]:
@@ -211,12 +223,28 @@ def _features(data: Any) -> tuple[Tensor, Tensor]:
 def _clips(data: Any) -> Iterator[tuple[str, bytes]]:
     """The name in errors and the bytes of each clip in `data`."""
     if not isinstance(data, pd.DataFrame) or not {"clip", "path"} & set(data.columns):
-        raise ConfigError("predict: give a table with a column `clip` (bytes of a video) or `path` (a path or url)")
+        raise ConfigError("predict: give a table with a column `clip` (bytes of a video) or `path`")
     for row, values in enumerate(data.to_dict("records")):
         raw, path = values.get("clip"), values.get("path")
         if isinstance(raw, bytes | bytearray):
             yield f"clip of row {row}", bytes(raw)
         elif isinstance(path, str):
-            yield path, storage.read_bytes(path)
+            yield path, storage.read_bytes(_below_clips(path))
         else:
             raise ConfigError(f"predict: row {row} has neither the bytes of a clip nor a path")
+
+
+def _below_clips(path: str) -> str:
+    """Return the url of a path that a request names. Raises ConfigError unless it is below the folder AVCIL_CLIPS."""
+    folder = os.environ.get(CLIPS)
+    if not folder:
+        raise ConfigError(f"predict: paths are not read; send the bytes in the column clip, or set {CLIPS} to a folder")
+    inner = storage.path_below(path, folder) if path.startswith("/") or "://" in path else path
+    try:
+        url = storage.join(folder, inner or "")
+    except DataError:
+        raise ConfigError(f"predict: {path!r}: not a path below {CLIPS}") from None
+    local = storage.local_path(url)
+    if local is not None and not Path(local).resolve().is_relative_to(Path(storage.local_path(folder) or "").resolve()):
+        raise ConfigError(f"predict: {path!r}: a link that leaves {CLIPS}")
+    return url

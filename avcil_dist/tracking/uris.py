@@ -5,7 +5,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from pydantic import ValidationError
-from sqlalchemy import URL, make_url
+from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 from avcil_dist import storage
@@ -38,11 +38,14 @@ def tracking_uri(tracking: TrackingConfig, output: str, *, earlier: str | None =
 
 
 def default_uri(output: str) -> str:
-    """The uri of the database in the output folder, whatever its name contains."""
+    """Return the uri of the database in the output folder. Raises ConfigError for a path that no such uri can have."""
     path = str(local_folder(output) / "mlflow.db")
-    uri = URL.create("sqlite", database=path).render_as_string()
-    if make_url(uri).database != path:
-        raise ConfigError(f"output: {output}: no name for a tracking database; give another folder, or tracking.uri")
+    uri = f"{SQLITE}{path}"
+    if make_url(uri).database != path:  # MLflow would make its folder in another place as well if it were quoted
+        raise ConfigError(
+            f"output: {output}: a `?`, or a `%` before two hexadecimal digits, cannot be in the path of a tracking "
+            "database; give another output, or tracking.uri"
+        )
     return uri
 
 

@@ -150,6 +150,18 @@ def test_a_password_in_the_uri_is_refused_and_not_shown() -> None:
     assert "secret" not in result.output
 
 
+def test_without_an_output_the_servers_settings_do_not_choose_where_files_go(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines: list[str] = []
+    ready = prepare_resume(uri_of(f"{folder}/runs"), NAME, ResumeRequest(), show=lines.append)
+    assert ready.config.output == "runs"
+    assert committed_steps(f"{tmp_path}/runs/{NAME}") == [1]
+    assert not Path(folder, "runs", NAME).exists()
+    assert f"the files go to runs, not to {folder}/runs" in "\n".join(lines)
+
+
 def test_another_stream_in_the_folder_is_left_alone(folder: Path, tmp_path: Path) -> None:
     (tmp_path / NAME).mkdir()
     (tmp_path / NAME / "stream.json").write_text('{"id": "x", "origin_run": null, "origin_step": null, "changes": []}')
@@ -171,7 +183,7 @@ def test_a_flipped_byte_is_refused_by_name(folder: Path, tmp_path: Path) -> None
         path.write_bytes(whole)
 
 
-def test_the_registered_model_predicts_from_raw_clips(tmp_path: Path) -> None:
+def test_the_registered_model_predicts_from_raw_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clips = render_tiny(tmp_path / "clips", classes=2, train=4, val=1, test=1)
     assert run_avcil("shards", "build", clips, tmp_path / "shards").returncode == 0
     sizes = {"frames": 2, "size": 32, "mel_bins": 16, "mel_frames": 64}
@@ -195,6 +207,7 @@ def test_the_registered_model_predicts_from_raw_clips(tmp_path: Path) -> None:
     raw = [tiny_clip(0), tiny_clip(1)]
     path = tmp_path / "one.mp4"
     path.write_bytes(raw[1])
+    monkeypatch.setenv("AVCIL_CLIPS", str(tmp_path))
     from_bytes = model.predict(pd.DataFrame({"clip": raw}))
     from_path = model.predict(pd.DataFrame({"path": [str(path)]}))
     assert list(from_bytes.columns) == ["class", "score", "scores"]

@@ -1,0 +1,1 @@
+"""Streams that are killed again and again: the same bits, nothing lost, nothing twice."""

@@ -137,13 +137,13 @@ class EventQueue:
 
     def _write(self, lines: bytes) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.path.with_suffix(".lock")), self.path.open("ab+") as file:
+        with FileLock(self.path.with_suffix(".lock")), self.path.open("ab+", buffering=0) as file:
             end = file.tell()
             if end and not _ends_with_newline(file.fileno()):  # a killed writer left half a line: close it
                 lines = b"\n" + lines
             try:
-                file.write(lines)
-                file.flush()
+                while lines:
+                    lines = lines[file.write(lines) :]  # a disk that becomes full takes a part
                 os.fsync(file.fileno())
             except OSError:  # a full disk has taken a part of the lines; all are written again later
                 with suppress(OSError):

@@ -1,13 +1,17 @@
 """Event queue and sender with a writer in memory: damaged lines, cursors, what counts as sent."""
 
 import logging
-from collections.abc import Sequence
+import resource
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from avcil_dist.tracking.event_queue import DeliveryCursor, Event, EventQueue
-from avcil_dist.tracking.faults import RejectedError, RunDeletedError, UnavailableError
+from avcil_dist.tracking.faults import RefusedError, RejectedError, RunDeletedError, UnavailableError
 from avcil_dist.tracking.sender import Sender
 
 SERVER = "http://server"
@@ -194,3 +198,97 @@ def test_a_deleted_run_is_sent_again_from_the_first_event(tmp_path: Path) -> Non
     assert sender.close(30.0)
     assert [writer.runs for writer in writers] == [{"stream": "old"}, {}]
     assert [event["step"] for event in writers[-1].events] == [0, 1]
+
+
+@contextmanager
+def files_end_at(size: int) -> Iterator[None]:
+    """No file of this process can grow beyond `size` bytes: a write fails as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_events_of_a_full_disk_are_written_once_and_in_order_when_there_is_room(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    queue = EventQueue(tmp_path)
+    queue.append("begin", step=0)
+    with files_end_at(queue.size() + 20):  # room for a part of a line
+        for step in range(1, 4):
+            queue.append("begin", step=step, text="x" * 100)
+        assert queue.flush() == 3
+        assert [event["step"] for event in queue.events("begin")] == [0]
+    queue.append("begin", step=4)
+    assert queue.flush() == 0
+    assert [event["step"] for event in queue.events("begin")] == [0, 1, 2, 3, 4]
+    assert caplog.text.count("cannot be written") == 1
+    assert "damaged" not in caplog.text
+    assert [event["step"] for event in send(queue)[1]] == [0, 1, 2, 3, 4]
+
+
+def test_a_cursor_that_a_full_disk_does_not_take_ends_nothing(tmp_path: Path) -> None:
+    queue = EventQueue(tmp_path)
+    queue.append("begin", step=0)
+    writer = MemoryWriter({})
+    sender = Sender(queue, SERVER, lambda runs: writer, shown=SERVER)
+    with files_end_at(0):
+        sender.start()
+        assert not sender.close(1.0)
+    is_sent, events = send(queue)
+    assert is_sent
+    assert [event["step"] for event in events] == [0]
+
+
+def test_a_refusal_ends_the_thread_at_once_and_the_next_sender_tries_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    queue = EventQueue(tmp_path)
+    queue.append("begin", step=0)
+
+    def refuse(runs: dict[str, str]) -> MemoryWriter:
+        raise RefusedError("permission denied; set MLFLOW_TRACKING_TOKEN")
+
+    begun = time.monotonic()
+    for _ in range(3):
+        sender = Sender(queue, SERVER, refuse, shown=SERVER)
+        sender.start()
+        assert not sender.close(60.0)
+        assert sender.refusal == queue.cursor(SERVER).reason == "permission denied; set MLFLOW_TRACKING_TOKEN"
+    assert time.monotonic() - begun < 10
+    assert caplog.text.count("takes nothing of this stream") == 1
+    assert send(queue)[0]
+    assert queue.cursor(SERVER).reason == ""
+
+
+def test_a_bug_of_the_sender_is_loud_and_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue, bugs = EventQueue(tmp_path), []
+    monkeypatch.setattr(threading, "excepthook", lambda bug: bugs.append(bug.exc_type))
+    queue.append("begin", step=0)
+    sender = Sender(queue, SERVER, lambda runs: runs["nothing"], shown=SERVER)  # type: ignore[arg-type, return-value]
+    begun = time.monotonic()
+    sender.start()
+    assert not sender.close(60.0)
+    assert time.monotonic() - begun < 10
+    assert sender.refusal is not None
+    assert bugs == [KeyError]
+
+
+@pytest.mark.parametrize("hours", [-10, 10])
+def test_a_clock_that_jumps_does_not_lengthen_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hours: int
+) -> None:
+    queue, clock = EventQueue(tmp_path), time.time
+    queue.append("begin", step=0)
+    away = Sender(queue, SERVER, lambda runs: FlakyWriter(runs, [UnavailableError("away")] * 99, -1), shown=SERVER)
+    away.start()
+    while queue.cursor(SERVER).unavailable_since is None:
+        time.sleep(0.01)
+    monkeypatch.setattr(time, "time", lambda: clock() + 3600 * hours)
+    begun = time.monotonic()
+    assert not away.close(0.5)
+    assert time.monotonic() - begun < 5
+    queue.append("begin", step=1)
+    assert [event["step"] for event in send(queue)[1]] == [0, 1]

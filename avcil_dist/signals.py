@@ -1,12 +1,16 @@
 """Stop signals of a step: SIGTERM, and SIGUSR2, which SLURM sends before the end of a job.
 
 A signal sets a flag, and the ranks vote on it: a step stops between two iterations, on all ranks at once. Signals
-reach whole process groups, so the child processes of a rank must not end before it.
+reach whole process groups, so the child processes of a rank must not end before it. SIGINT interrupts a command.
 """
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
+
+from avcil_dist.exit_codes import INTERRUPTED
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 
@@ -51,3 +55,30 @@ def shielding() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def interrupted_once() -> Iterator[None]:
+    """Raise KeyboardInterrupt in the block for the first SIGINT only, so that what the block ends is ended in full.
+
+    The second one is ignored, also after the block; the third ends the process at once. Call it in the main thread.
+    Nothing changes where SIGINT is ignored, such as below nohup.
+    """
+    count = 0
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal count
+        count += 1
+        if count == 1:
+            raise KeyboardInterrupt
+        if count > 2:
+            os._exit(INTERRUPTED)
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        if not count:
+            signal.signal(signal.SIGINT, before)

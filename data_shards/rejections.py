@@ -9,11 +9,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal, get_args
 
 from pydantic import TypeAdapter, ValidationError
-from rich.table import Table
-from rich.text import Text
 
 from avcil_dist import storage
 from avcil_dist.errors import DataError
+from avcil_dist.reporting.tables import WordTable
 
 Kind = Literal["missing", "silent", "short", "corrupt", "format", "duplicate", "crash"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -86,20 +85,21 @@ def _restored(text: str) -> str:
     return re.sub(r"\\\\|\\x[89a-f][0-9a-f]|\\ud[89a-f][0-9a-f]{2}", character, text)
 
 
-def rejection_table(rejected: Iterable[Rejection]) -> Table:
+def rejection_table(rejected: Iterable[Rejection]) -> WordTable:
     """Table of rejected clips per class and kind of fault for a terminal, classes with most rejections first."""
     counts = Counter((rejection.label, rejection.kind) for rejection in rejected)
     kinds = [kind for kind in KINDS if any(counted == kind for _, counted in counts)]
     totals = Counter[str]()
     for (label, _), count in counts.items():
         totals[label] += count
-    table = Table("class", *kinds, "all", title="rejected clips", title_justify="left")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = WordTable("rejected clips")
+    table.add_column("class")
+    for heading in (*kinds, "all"):
+        table.add_column(heading, justify="right")
     ranked = sorted(totals, key=lambda label: (-totals[label], label))
     for label in ranked[:MAX_CLASSES_SHOWN]:
         numbers = (str(counts[label, kind] or "") for kind in kinds)
-        table.add_row(Text(label or "(no class)"), *numbers, str(totals[label]))
+        table.add_row(label or "(no class)", *numbers, str(totals[label]))
     if len(ranked) > MAX_CLASSES_SHOWN:
         rest = ranked[MAX_CLASSES_SHOWN:]
         sums = [sum(counts[label, kind] for label in rest) for kind in kinds]

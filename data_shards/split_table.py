@@ -4,19 +4,19 @@ from collections import Counter
 from collections.abc import Sequence
 from statistics import median
 
-from rich.table import Table
-
 from avcil_dist.data.manifest import SPLITS, Manifest
+from avcil_dist.reporting.tables import WordTable
 
 MAX_CLASSES_NAMED = 40
 
 
-def split_table(manifest: Manifest) -> Table:
+def split_table(manifest: Manifest) -> WordTable:
     """Table of the clips and classes of each split, with the least, median and most clips of its classes."""
     counts = _counts(manifest)
-    table = Table("split", "clips", "classes", "least", "median", "most", title="splits", title_justify="left")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = WordTable("splits")
+    table.add_column("split")
+    for heading in ("clips", "classes", "least", "median", "most"):
+        table.add_column(heading, justify="right")
     for split in SPLITS:
         of_classes = [count for (_, of_split), count in sorted(counts.items()) if of_split == split]
         if of_classes:

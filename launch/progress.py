@@ -13,8 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from avcil_dist import storage
+from avcil_dist.reporting.tables import plain
 from avcil_dist.streams.metrics import Count
 from avcil_dist.training.observer import Observer
+from avcil_dist.visible_text import visible
 
 LOG_LINES = 5
 SECONDS_BETWEEN_WRITES = 2.0
@@ -22,7 +24,7 @@ SECONDS_BETWEEN_WRITES = 2.0
 
 def print_warning(text: str) -> None:
     """Print a line on standard error."""
-    click.echo(text, err=True)
+    click.echo(visible(text), err=True)
 
 
 class ProgressBar(Observer):
@@ -32,11 +34,11 @@ class ProgressBar(Observer):
         self.stream_name, self.num_steps = stream_name, num_steps
         self.console = Console(stderr=True)
         self.bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[values]}"),
+            TextColumn("{task.fields[values]}", markup=False),
             console=self.console,
             transient=True,
             disable=not self.console.is_terminal,
@@ -53,14 +55,14 @@ class ProgressBar(Observer):
 
     def message(self, text: str) -> None:
         """Print a line."""
-        self.console.print(f"{self.stream_name}  {text}", highlight=False)
+        self.console.print(plain(f"{self.stream_name}  {text}"))
 
     def begin(self, step: int, num_epochs: int, num_batches: int, num_done: int) -> None:
         """Show the bar; print the iteration that a snapshot continues from."""
         self.title, self.num_epochs = f"{self.stream_name}  step {step + 1}/{self.num_steps}", num_epochs
         self.task = self.bar.add_task(self.title, total=num_batches, completed=num_done, values="")
         if num_done:
-            self.console.print(f"{self.title}  continues from iteration {num_done} of {num_batches}", highlight=False)
+            self.console.print(plain(f"{self.title}  continues from iteration {num_done} of {num_batches}"))
 
     def advance(self) -> None:
         """Move the bar by one batch."""
@@ -72,7 +74,7 @@ class ProgressBar(Observer):
         self.bar.update(self.task, values=line)
         is_due = (epoch + 1) % max(1, self.num_epochs // LOG_LINES) == 0 or epoch + 1 == self.num_epochs
         if is_due and not self.console.is_terminal:
-            self.console.print(f"{self.title}  {line}", highlight=False)
+            self.console.print(plain(f"{self.title}  {line}"))
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,12 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from avcil_dist.config.compat import result_settings
 from avcil_dist.config.schema import Config
 from avcil_dist.config.serialization import flatten
 from avcil_dist.reporting.report import StreamReport, megabytes, percent
+from avcil_dist.reporting.tables import WordTable
 from avcil_dist.streams.metrics import StreamMetrics
 
 # Settings that have a column of their own and are left out of the variant.
@@ -46,7 +45,7 @@ def group_by_config(streams: Sequence[StreamReport]) -> list[Row]:
 
 def print_comparison(rows: Sequence[Row], console: Console) -> None:
     """Print the rows as a table. Numbers are %: `mean ± standard deviation` for several seeds."""
-    table = Table(title="Streams (accuracy on test clips, %)", title_justify="left")
+    table = WordTable("Streams (accuracy on test clips, %)")
     for heading in ("benchmark", "method", "variant"):
         table.add_column(heading, overflow="fold")
     shown = [name for name in COLUMNS if any(COLUMNS[name](s.metrics) is not None for row in rows for s in row.streams)]
@@ -55,9 +54,9 @@ def print_comparison(rows: Sequence[Row], console: Console) -> None:
     for row in rows:
         config = row.streams[0].config
         table.add_row(
-            escape(config.name),
+            config.name,
             config.method.name,
-            escape(row.variant),
+            row.variant,
             ", ".join(str(stream.config.seed) for stream in row.streams),
             ", ".join(dict.fromkeys(stream.progress for stream in row.streams)),
             *(spread([COLUMNS[name](stream.metrics) for stream in row.streams]) for name in shown),

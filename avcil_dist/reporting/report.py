@@ -15,13 +15,12 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from avcil_dist import storage
 from avcil_dist.config.schema import Config
 from avcil_dist.config.serialization import config_to_yaml
 from avcil_dist.errors import ArtifactError
+from avcil_dist.reporting.tables import WordTable
 from avcil_dist.scenario import Scenario
 from avcil_dist.streams.artifact import committed_steps, load_summary
 from avcil_dist.streams.metrics import MemoryUse, StreamMetrics
@@ -84,7 +83,7 @@ def load_streams(folders: Sequence[str]) -> list[StreamReport]:
 
 def print_report(streams: Sequence[StreamReport], console: Console) -> None:
     """Print a summary with a row per stream, then each stream's accuracy matrix. Numbers are %."""
-    summary = Table(title="Streams (accuracy on test clips, %)", title_justify="left")
+    summary = WordTable("Streams (accuracy on test clips, %)")
     for heading in ("benchmark", "method"):
         summary.add_column(heading)
     for heading in (
@@ -99,7 +98,7 @@ def print_report(streams: Sequence[StreamReport], console: Console) -> None:
     for stream in streams:
         metrics = stream.metrics
         summary.add_row(
-            escape(stream.config.name),
+            stream.config.name,
             stream.config.method.name,
             str(stream.config.seed),
             stream.progress,
@@ -110,7 +109,7 @@ def print_report(streams: Sequence[StreamReport], console: Console) -> None:
         )
     console.print(summary)
     for stream in streams:
-        matrix = Table(title=f"{escape(stream.label)}: accuracy on each task, %", title_justify="left")
+        matrix = WordTable(f"{stream.label}: accuracy on each task, %")
         matrix.add_column("after step", justify="right")
         for task, size in enumerate(_task_sizes(stream)):
             matrix.add_column(f"task {task}\n{size} classes", justify="right")

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from launch.cli.output import echo
+
 WIDTH = 120  # characters of the tables, also without a terminal
 
 
@@ -19,7 +21,7 @@ def bench() -> None:
 def _write(figures: dict[str, Any], path: str | None) -> None:
     if path:
         Path(path).write_text(json.dumps(figures, indent=1) + "\n")
-        click.echo(f"wrote {path}")
+        echo(f"wrote {path}")
 
 
 _JSON = click.option("--json", "path", type=click.Path(dir_okay=False), help="Also write all figures to this file.")
@@ -82,7 +84,7 @@ def loader(folder: str | None, path: str | None, **setting: Any) -> None:
     with tempfile.TemporaryDirectory(dir=folder) as data_folder:
         figures = measure_loader(Path(data_folder), **setting)
     for name, value in figures["gigabytes_per_second"].items():
-        click.echo(f"{name}: {value:.2f} GB/s")
+        echo(f"{name}: {value:.2f} GB/s")
     _write(figures, path)
 
 
@@ -110,7 +112,7 @@ def stream(folder: str | None, path: str | None, overrides: tuple[str, ...], **s
     with tempfile.TemporaryDirectory(dir=folder) as data_folder:
         figures = measure_stream(Path(data_folder), overrides=overrides, **setting)
     hours = figures["vs100_ci_hours"]
-    click.echo(
+    echo(
         f"{figures['iterations']} iterations of {figures['batch']} + {figures['replay_batch']} clips: "
         f"{figures['iterations_per_second']:.2f} iterations/s after the first epoch\n"
         f"waiting for data: {figures['waiting_share_first_epoch']:.1%} of the first epoch, "

@@ -2,6 +2,8 @@
 
 import click
 
+from launch.cli.output import echo
+
 
 @click.group()
 def config() -> None:
@@ -19,7 +21,7 @@ def show(name: str, overrides: tuple[str, ...]) -> None:
     from avcil_dist.compose import load_config
     from avcil_dist.config.serialization import config_to_yaml
 
-    click.echo(config_to_yaml(load_config(name, overrides)), nl=False)
+    echo(config_to_yaml(load_config(name, overrides)), nl=False)
 
 
 @config.command()
@@ -29,4 +31,4 @@ def keys(markdown: bool) -> None:
     from avcil_dist.compose import method_options
     from avcil_dist.config.reference import markdown_reference, text_reference
 
-    click.echo((markdown_reference if markdown else text_reference)(method_options()), nl=False)
+    echo((markdown_reference if markdown else text_reference)(method_options()), nl=False)

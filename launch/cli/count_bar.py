@@ -3,9 +3,10 @@
 import time
 from types import TracebackType
 
-import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from launch.cli.output import echo
 
 QUIET_SECONDS, LOG_SECONDS, SPEED_SECONDS = 3.0, 60.0, 180.0
 
@@ -46,7 +47,7 @@ class CountBar:
             self._last_line = time.monotonic()
             remaining = self._progress.tasks[0].time_remaining
             left = "" if remaining is None else f", some {remaining / 60:.0f} minutes left"
-            click.echo(f"{self._title}: {done} of {total}{left}", err=True)
+            echo(f"{self._title}: {done} of {total}{left}", err=True)
 
     def advance(self, total: int) -> None:
         """Show one more of `total`."""

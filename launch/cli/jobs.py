@@ -3,6 +3,7 @@
 import click
 
 from launch.cli.options import resume_options, split_words
+from launch.cli.output import echo
 
 
 @click.command()
@@ -42,21 +43,21 @@ def submit(
     settings, of_cluster = split_words(words, cluster)
     resolved, resources = load_config(config, settings), load_cluster(cluster, of_cluster)
     if dry_run:
-        click.echo(dry_run_text(resolved, resources))
+        echo(dry_run_text(resolved, resources))
         return
     submission = submit_stream(resolved, resources, policy=ResumePolicy(restart, restart_step, reset_optimizer))
     chain, stream = submission.chain, submission.stream
     if submission.new and not chain.code:
-        click.echo("avcil-dist is installed here; jobs run the installed package, no code is copied", err=True)
+        echo("avcil-dist is installed here; jobs run the installed package, no code is copied", err=True)
     for step in submission.new:
         job = chain.newest_job(step)
-        click.echo(f"step {step}: {f'job {job}' if job else 'submitted'}")
+        echo(f"step {step}: {f'job {job}' if job else 'submitted'}")
     for step in submission.kept:
-        click.echo(f"step {step}: waits or runs already")
+        echo(f"step {step}: waits or runs already")
     if submission.new or submission.kept:
-        click.echo(f"{stream}: see it with: avcil status {stream}")
+        echo(f"{stream}: see it with: avcil status {stream}")
     else:
-        click.echo(f"{stream}: all steps are committed; see them with: avcil report {stream}")
+        echo(f"{stream}: all steps are committed; see them with: avcil report {stream}")
 
 
 @click.command()
@@ -86,7 +87,7 @@ def cancel(run: str) -> None:
     folder = run.rstrip("/") or "/"
     streams = [stream for stream in streams_below(folder) if has_chain(stream)] or [folder]
     for stream, count in cancel_chains(streams).items():
-        click.echo(f"{stream}: {count} ended" if count else f"{stream}: nothing waits or runs")
+        echo(f"{stream}: {count} ended" if count else f"{stream}: nothing waits or runs")
 
 
 @click.command()
@@ -99,4 +100,4 @@ def logs(run: str, step: int, rank: int, follow: bool) -> None:
     from launch.cluster.status import log_text
 
     for piece in log_text(run.rstrip("/"), step, rank, follow=follow):
-        click.echo(piece, nl=False)
+        echo(piece, nl=False)

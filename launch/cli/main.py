@@ -8,9 +8,11 @@ import click
 import avcil_dist
 from avcil_dist.errors import AvcilError, StepStopped
 from avcil_dist.exit_codes import INTERRUPTED, STOPPED, USER_ERROR
+from avcil_dist.signals import interrupted_once
 from launch.cli.bench import bench
 from launch.cli.config import config
 from launch.cli.jobs import cancel, logs, status, submit
+from launch.cli.output import echo_error, prepare_output
 from launch.cli.report import report
 from launch.cli.sandbox import sandbox
 from launch.cli.shards import shards
@@ -23,17 +25,19 @@ class _Commands(click.Group):
     """Command group that prints the project's own errors as one line, and leaves the traceback to bugs."""
 
     def invoke(self, context: click.Context) -> Any:
-        try:
-            return super().invoke(context)
-        except AvcilError as error:
-            click.echo(f"avcil: {error}", err=True)
-            sys.exit(USER_ERROR)
-        except KeyboardInterrupt:
-            click.echo("avcil: interrupted; the same command continues from the last snapshot", err=True)
-            sys.exit(INTERRUPTED)
-        except StepStopped as stopped:
-            click.echo(f"avcil: {stopped}", err=True)
-            sys.exit(STOPPED)
+        with interrupted_once():
+            try:
+                prepare_output()
+                return super().invoke(context)
+            except AvcilError as error:
+                echo_error(str(error))
+                sys.exit(USER_ERROR)
+            except KeyboardInterrupt:
+                echo_error("interrupted; the same command continues from the last snapshot")
+                sys.exit(INTERRUPTED)
+            except StepStopped as stopped:
+                echo_error(str(stopped))
+                sys.exit(STOPPED)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -1,10 +1,25 @@
-"""Output of commands that a launcher runs once per rank."""
+"""Output of commands: the one function that prints lines, and the ranks that print them."""
 
 import os
+import sys
+from io import BufferedWriter, FileIO, TextIOWrapper
+from typing import Any
 
 import click
 
+from avcil_dist.errors import StorageError
+from avcil_dist.visible_text import visible
 from avcil_dist.world import world_from_environment
+
+
+def echo(text: str, *, err: bool = False, nl: bool = True) -> None:
+    """Print text on standard output, or on standard error. Control characters but line breaks are shown as escapes."""
+    click.echo(visible(text, keep_lines=True), err=err, nl=nl)
+
+
+def echo_error(text: str) -> None:
+    """Print an error as one line on standard error."""
+    click.echo(f"avcil: {visible(text)}", err=True)
 
 
 def is_main_rank() -> bool:
@@ -15,4 +30,34 @@ def is_main_rank() -> bool:
 def echo_once(text: str) -> None:
     """Print a line on standard output, on rank 0 only: under torchrun or srun every rank runs the command."""
     if is_main_rank():
-        click.echo(text)
+        echo(text)
+
+
+def prepare_output() -> None:
+    """Print letters that the encoding of standard output lacks as escapes, and make its faults StorageErrors."""
+    stream = sys.stdout
+    if stream is sys.__stdout__ and isinstance(stream, TextIOWrapper):
+        sys.stdout = TextIOWrapper(
+            BufferedWriter(_Output(stream.fileno(), "w", closefd=False)),
+            encoding=stream.encoding,
+            errors="backslashreplace",
+            line_buffering=stream.isatty(),
+        )
+
+
+class _Output(FileIO):
+    """Standard output. After a fault the rest of it is dropped, so that the end of the process does not fail too."""
+
+    def write(self, data: Any, /) -> int:
+        """Write as much as the system takes. Raises StorageError; BrokenPipeError where the reader has ended."""
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            raise StorageError(
+                f"standard output: cannot be written ({error.strerror}); make room, or write elsewhere"
+            ) from None

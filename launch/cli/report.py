@@ -2,6 +2,8 @@
 
 import click
 
+from launch.cli.output import echo
+
 
 @click.command()
 @click.argument("folders", nargs=-1, required=True, metavar="FOLDER...")
@@ -19,4 +21,4 @@ def report(folders: tuple[str, ...], page: str | None) -> None:
     print_report(streams, Console())
     if page:
         write_page(streams, page)
-        click.echo(f"wrote {page}")
+        echo(f"wrote {page}")

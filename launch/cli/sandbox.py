@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from launch.cli.output import echo
+
 if TYPE_CHECKING:
     from launch.sandbox.cluster import Sandbox
 
@@ -33,8 +35,8 @@ def up(folder: Path | None) -> None:
     """Start all daemons that do not run yet."""
     found = _sandbox(folder)
     found.up()
-    click.echo(found.run("sinfo", "--format=%P %a %D %T %N").stdout, nl=False)
-    click.echo(f"To use it: export SLURM_CONF={found.conf}")
+    echo(found.run("sinfo", "--format=%P %a %D %T %N").stdout, nl=False)
+    echo(f"To use it: export SLURM_CONF={found.conf}")
 
 
 @sandbox.command()
@@ -43,7 +45,7 @@ def down(folder: Path | None) -> None:
     """Cancel all jobs and end all daemons; the files stay."""
     found = _sandbox(folder)
     found.down()
-    click.echo(f"{found.folder}: nothing runs")
+    echo(f"{found.folder}: nothing runs")
 
 
 @sandbox.command()
@@ -53,12 +55,12 @@ def status(folder: Path | None) -> None:
     found = _sandbox(folder)
     daemons = found.status()
     for name, pid in daemons.items():
-        click.echo(f"{name:22} {f'process {pid}' if pid else 'does not run'}")
+        echo(f"{name:22} {f'process {pid}' if pid else 'does not run'}")
     if None in daemons.values():
         raise SystemExit(1)
-    click.echo(found.run("sinfo", "--Node", "--format=%N %P %T").stdout, nl=False)
-    click.echo(found.run("squeue", "--format=%i %j %T %N").stdout, nl=False)
-    click.echo(f"To use it: export SLURM_CONF={found.conf}")
+    echo(found.run("sinfo", "--Node", "--format=%N %P %T").stdout, nl=False)
+    echo(found.run("squeue", "--format=%i %j %T %N").stdout, nl=False)
+    echo(f"To use it: export SLURM_CONF={found.conf}")
 
 
 def _sandbox(folder: Path | None) -> "Sandbox":

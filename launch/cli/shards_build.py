@@ -10,6 +10,7 @@ from rich.console import Console
 
 from avcil_dist.errors import ConfigError
 from launch.cli.count_bar import CountBar
+from launch.cli.output import echo
 
 if TYPE_CHECKING:
     from data_shards.build_plan import BuildReport
@@ -57,16 +58,16 @@ def print_report(report: "BuildReport") -> None:
     manifest = report.manifest
     clips = sum(shard.count for shard in manifest.shards)
     state = "unchanged, built before from the same clips" if report.unchanged else "written"
-    click.echo(
+    echo(
         f"{report.manifest_url}: {state}: {clips} clips, {len(manifest.classes)} classes, {len(manifest.shards)} shards"
     )
     console = Console(stderr=True)
     console.print(split_table(manifest))
     for line in lacking_classes(manifest):
-        click.echo(line, err=True)
+        echo(line, err=True)
     if report.rejected:
         console.print(rejection_table(report.rejected))
-        click.echo(f"{len(report.rejected)} clips rejected; rejected.csv lists them with their reasons", err=True)
+        echo(f"{len(report.rejected)} clips rejected; rejected.csv lists them with their reasons", err=True)
 
 
 def clip_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -119,7 +120,7 @@ def run_build(
             share = Part.parse(part)
             unchanged = build_listing_part(listing, output, share, settings, processes=processes, progress=bar.show)
             if unchanged is None:
-                click.echo(f"{output}: part {part} is done; when all parts are done: avcil shards merge {output}")
+                echo(f"{output}: part {part} is done; when all parts are done: avcil shards merge {output}")
                 return
             report = unchanged
     print_report(report)
@@ -277,9 +278,7 @@ def features(manifest: str, output: str, overrides: tuple[str, ...], config: str
             unchanged = make_features_part(resolved, output, share, batch=batch, device=device, progress=show)
             if unchanged is None:
                 if world.is_main:
-                    click.echo(
-                        f"{output}: this rank's part is done; when all parts are done: avcil shards merge {output}"
-                    )
+                    echo(f"{output}: this rank's part is done; when all parts are done: avcil shards merge {output}")
                 return
             report = unchanged
     if world.is_main:

@@ -8,6 +8,7 @@ import click
 
 from avcil_dist.errors import DataError
 from launch.cli.count_bar import CountBar
+from launch.cli.output import echo
 
 if TYPE_CHECKING:
     from data_shards.verify import TableRow
@@ -34,12 +35,12 @@ def verify(manifest: str, repair: bool, processes: int) -> None:
         else:
             faults = verify_shards(manifest, processes=processes, progress=bar.show)
     for fault in faults:
-        click.echo(fault)
+        echo(fault)
     if not faults:
-        click.echo(f"{manifest}: all shards are intact")
+        echo(f"{manifest}: all shards are intact")
     elif repair:
         clips = sum(shard.count for shard in repaired.shards)
-        click.echo(f"{manifest}: repaired: {len(repaired.shards)} intact shards, {clips} clips; {len(faults)} faults")
+        echo(f"{manifest}: repaired: {len(repaired.shards)} intact shards, {clips} clips; {len(faults)} faults")
     else:
         raise DataError(f"{manifest}: {len(faults)} faults; restore the shards, build them again, or use --repair")
 
@@ -59,10 +60,10 @@ def list_shards(manifest: str) -> None:
     sums = [TableRow("all", split, *_sums(row for row in rows if row.split == split)) for split in SPLITS]
     rows += [*(row for row in sums if row.shards), TableRow("all", "", *_sums(rows))]
     width = max(len("class"), *(len(row.class_name) for row in rows))
-    click.echo(f"{'class':{width}}  split  shards   clips           bytes")
+    echo(f"{'class':{width}}  split  shards   clips           bytes")
     for row in rows:
-        click.echo(f"{row.class_name:{width}}  {row.split:5}  {row.shards:6d}  {row.clips:6d}  {row.bytes:14d}")
-    click.echo(f"kind {loaded.kind}, {len(loaded.classes)} classes, content hash {loaded.content_hash}")
+        echo(f"{row.class_name:{width}}  {row.split:5}  {row.shards:6d}  {row.clips:6d}  {row.bytes:14d}")
+    echo(f"kind {loaded.kind}, {len(loaded.classes)} classes, content hash {loaded.content_hash}")
 
 
 def _sums(rows: Iterable["TableRow"]) -> tuple[int, int, int]:

@@ -6,6 +6,7 @@ from typing import Literal
 import click
 
 from launch.cli.count_bar import CountBar
+from launch.cli.output import echo
 from launch.cli.shards_build import CORES, print_report
 
 
@@ -79,7 +80,7 @@ def import_tars_(
             expand_urls(urls), output, split=split, classes=names, processes=processes, progress=bar.show
         )
     clips = sum(shard.count for shard in manifest.shards)
-    click.echo(f"{output}: written: {clips} clips, {len(manifest.classes)} classes, {len(manifest.shards)} shards")
+    echo(f"{output}: written: {clips} clips, {len(manifest.classes)} classes, {len(manifest.shards)} shards")
 
 
 @click.command(short_help="Render labelled clips with sound.")
@@ -110,4 +111,4 @@ def synth(
     spec = SyntheticSpec(num_classes=classes, clips=clips, seconds=seconds, size=size, seed=seed)
     with CountBar("rendering clips") as bar:
         path = render_dataset(folder, spec, progress=lambda: bar.advance(spec.num_clips), processes=processes)
-    click.echo(f"{path}: {spec.num_clips} clips of {classes} classes; next: avcil shards build {path} OUTPUT")
+    echo(f"{path}: {spec.num_clips} clips of {classes} classes; next: avcil shards build {path} OUTPUT")

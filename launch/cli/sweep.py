@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from launch.cli.options import split_words
-from launch.cli.output import is_main_rank
+from launch.cli.output import echo, is_main_rank
 
 
 @click.command()
@@ -22,11 +22,11 @@ def methods() -> None:
     for name in method_names():
         kind = method_class(name)
         summary = (sys.modules[kind.__module__].__doc__ or "").splitlines()[0]
-        click.echo(f"{click.style(name, bold=True)}: {summary}")
-        click.echo(f"  needs    {', '.join(describe_needs(kind(kind.Options()).needs)) or 'nothing'}")
+        echo(f"{name}: {summary}")
+        echo(f"  needs    {', '.join(describe_needs(kind(kind.Options()).needs)) or 'nothing'}")
         for option, field in kind.Options.model_fields.items():
             description = f"  {field.description}" if field.description else ""
-            click.echo(f"  option   {option}={_shown(field.default)} ({_kind(field.annotation)}){description}")
+            echo(f"  option   {option}={_shown(field.default)} ({_kind(field.annotation)}){description}")
 
 
 @click.command()
@@ -80,7 +80,7 @@ def sweep(config: str, words: tuple[str, ...], ablation: bool, processes: int, c
     folders = []
     for number, point in enumerate(points, start=1):
         if is_main_rank():
-            click.echo(f"{number}/{len(points)}  {point.config.stream_name}  {' '.join(point.overrides)}", err=True)
+            echo(f"{number}/{len(points)}  {point.config.stream_name}  {' '.join(point.overrides)}", err=True)
         folders.append(run_stream(point.config, processes=processes))
     if is_main_rank():
         print_comparison(group_by_config(load_streams(folders)), Console())
@@ -102,9 +102,9 @@ def _submit_grid(
         submission = submit_stream(point.config, resources, after=last_jobs[queue])
         last_jobs[queue] = submission.last or last_jobs[queue]
         new, kept = len(submission.new), len(submission.kept)
-        click.echo(f"{submission.stream}: {new} submitted, {kept} wait or run already")
+        echo(f"{submission.stream}: {new} submitted, {kept} wait or run already")
     output = points[0].config.output
-    click.echo(f"see a stream with: avcil status FOLDER; compare all once they are done: avcil compare {output}")
+    echo(f"see a stream with: avcil status FOLDER; compare all once they are done: avcil compare {output}")
 
 
 def _shown(value: Any) -> str:

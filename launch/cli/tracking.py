@@ -3,7 +3,7 @@
 import click
 
 from launch.cli.options import split_words
-from launch.cli.output import echo_once
+from launch.cli.output import echo, echo_once
 
 
 @click.command()
@@ -53,13 +53,13 @@ def resume(
     settings, of_cluster = split_words(overrides, cluster)
     request = ResumeRequest(tuple(settings), from_step, fork, force)
     resumption = prepare_resume(server, run, request, show=print_warning)
-    click.echo(f"{resumption.config.stream_name}: continues after step {resumption.step}", err=True)
+    echo(f"{resumption.config.stream_name}: continues after step {resumption.step}", err=True)
     if cluster:
         from launch.cluster.chain import submit_stream
         from launch.cluster.resources import load_cluster
 
         submitted = submit_stream(resumption.config, load_cluster(cluster, of_cluster))
-        click.echo(f"{submitted.stream}: {len(submitted.new)} submitted; see it with: avcil status {submitted.stream}")
+        echo(f"{submitted.stream}: {len(submitted.new)} submitted; see it with: avcil status {submitted.stream}")
         return
     stream = run_stream(resumption.config, processes=processes)
     echo_once(f"{stream}: all steps are committed; see them with: avcil report {stream}")
@@ -80,4 +80,4 @@ def sync(streams: tuple[str, ...], uri: str | None, again: bool) -> None:
     for stream in streams:
         synced = sync_stream(stream, uri=uri, again=again)
         refused = f", but {synced.rejected} events that it refused; see the warnings" if synced.rejected else ""
-        click.echo(f"{stream}: everything is sent to {redacted(synced.server)}{refused}")
+        echo(f"{stream}: everything is sent to {redacted(synced.server)}{refused}")

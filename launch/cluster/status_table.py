@@ -4,10 +4,9 @@ from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from avcil_dist.errors import AvcilError, ConfigError
+from avcil_dist.reporting.tables import WordTable, plain
 from avcil_dist.streams.artifact import committed_steps, load_metrics
 from avcil_dist.tracking.session import unsent
 from launch.cluster.chain_record import Chain, has_chain, read_chain
@@ -45,8 +44,8 @@ def _print_stream(status: ChainStatus, console: Console) -> None:
     _print_unknown([status], console)
     reason = unsent(status.stream)
     if reason and not any(step.is_live for step in status.steps):
-        text = f"not all is uploaded ({escape(reason)}); finish with: avcil sync {escape(status.stream)}"
-        console.print(text, highlight=False, soft_wrap=True)
+        text = f"not all is uploaded ({reason}); finish with: avcil sync {status.stream}"
+        console.print(plain(text), soft_wrap=True)
 
 
 def _print_folder(folder: str, streams: Sequence[str], console: Console) -> None:
@@ -73,20 +72,20 @@ def _print_folder(folder: str, streams: Sequence[str], console: Console) -> None
     headings = ("stream", "steps", "state", "job", "time", "progress", "seen accuracy")
     _print_table(folder, headings, rows, console)
     for fault in faults.values():
-        console.print(escape(fault), highlight=False, soft_wrap=True)
+        console.print(plain(fault), soft_wrap=True)
     _print_unknown(list(statuses.values()), console)
     console.print("see one with: avcil status STREAM; its logs: avcil logs STREAM --step STEP", highlight=False)
 
 
 def _print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], console: Console) -> None:
     """Print the columns that are not empty."""
-    table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = WordTable(title, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     used = [number for number in range(len(headings)) if number < 2 or any(row[number] for row in rows)]
     for number in used:
         heading = headings[number]
         table.add_column(heading, overflow="fold", no_wrap=heading not in FOLDED, min_width=MIN_WIDTHS.get(heading))
     for row in rows:
-        table.add_row(*(escape(row[number]) for number in used))
+        table.add_row(*(row[number] for number in used))
     console.print(table)
 
 
@@ -143,16 +142,16 @@ def _explain(chain: Chain, step: StepStatus, console: Console) -> None:
         return
     cause = step.state.lower() if is_known else step.failure or step.state
     after = f"; continues from {step.continues_from}" if step.continues_from is not None else ""
-    console.print(f"step {step.step}: {escape(cause)}{after}", highlight=False, soft_wrap=True)
+    console.print(plain(f"step {step.step}: {cause}{after}"), soft_wrap=True)
     log = None if is_known else log_file(chain, step.step, 0)
     if log is not None:
-        console.print(f"last lines of {escape(str(log))}", highlight=False, soft_wrap=True)
+        console.print(plain(f"last lines of {log}"), soft_wrap=True)
         for line in log.read_text(errors="replace").splitlines()[-TAIL_LINES:]:
-            console.print(f"  {escape(line)}", highlight=False, soft_wrap=True)
+            console.print(plain(f"  {line}"), soft_wrap=True)
 
 
 def _print_unknown(statuses: Sequence[ChainStatus], console: Console) -> None:
     reasons = {status.unknown for status in statuses if any(step.state == "ENDED" for step in status.steps)}
     for reason in sorted(reason for reason in reasons if reason):
-        text = f"the states of jobs that have ended are unknown, ENDED stands for all of them: {escape(reason)}"
-        console.print(text, highlight=False, soft_wrap=True)
+        text = f"the states of jobs that have ended are unknown, ENDED stands for all of them: {reason}"
+        console.print(plain(text), soft_wrap=True)

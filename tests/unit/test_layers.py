@@ -21,6 +21,7 @@ LAYERS = (
         "avcil_dist.seeds",
         "avcil_dist.signals",
         "avcil_dist.trusted_files",
+        "avcil_dist.visible_text",
         "avcil_dist.world",
     ),
     ("avcil_dist.storage.",),

@@ -34,6 +34,7 @@ class Needs:
     both_modalities: bool = False  # sound and pictures
     all_data: bool = False  # training clips of all seen classes, not only of the new ones
     fresh_network: bool = False  # a new network in every step, not the previous step's weights
+    max_clips: int | None = None  # limit of the training clips of all classes
     validation: bool = False  # validation clips of every class, also where the epoch is not selected by them
     training: Literal["every step", "first step", "never"] = "every step"  # steps that train by gradients
     network_spec: NetworkSpec = DEFAULT_SPEC  # network after the encoders
@@ -173,6 +174,9 @@ class ClosedFormMethod(Method):
     In each step: `begin_sums`; `accumulate` for each batch of the rank's clips; the step adds up the `statistics` of
     all ranks; `solve`; `choose` one of the candidates by validation clips.
     """
+
+    # Whether `accumulate` gets the clips of all ranks, in the order of the plan; otherwise those of its rank.
+    gathers = False
 
     def begin_sums(self, counts: Mapping[int, int]) -> None:
         """Begin the pass over this step's clips. `counts` are the training clips of each new class, by label."""

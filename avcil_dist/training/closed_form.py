@@ -8,7 +8,7 @@ from torch import Tensor
 
 from avcil_dist.methods.base import ClosedFormMethod
 from avcil_dist.models.network import Network
-from avcil_dist.training.collectives import make_together
+from avcil_dist.training.collectives import gather_rows, make_together
 from avcil_dist.training.incremental_step import Step
 from avcil_dist.training.inference_pass import InferencePass
 
@@ -22,7 +22,11 @@ def train_closed_form(step: Step, network: Network, inference: InferencePass) ->
     method = cast(ClosedFormMethod, step.method)
     method.begin_sums({label: len(step.manifest.clips([name], "train")) for label, name in _new_labels(step)})
     for batch, output in inference.run(network, step.manifest.clips(step.new_classes, "train")):
-        method.accumulate(output.select(batch.valid), batch.labels[batch.valid])
+        labels, valid = batch.labels, batch.valid
+        if method.gathers:
+            output = output.map(_of_all_ranks)
+            labels, valid = _of_all_ranks(labels), _of_all_ranks(valid)
+        method.accumulate(output.select(valid), labels[valid])
     for total in method.statistics():
         dist.all_reduce(total)
     # Rank 0 solves and broadcasts, so that all ranks have the same last digit.
@@ -42,6 +46,11 @@ def train_closed_form(step: Step, network: Network, inference: InferencePass) ->
     accuracies: list[float] = (hits / count).tolist()
     method.choose(candidates, accuracies)
     return max(accuracies)
+
+
+def _of_all_ranks(rows: Tensor) -> Tensor:
+    """Gather the rows of all ranks, in the order of the plan."""
+    return gather_rows(rows, len(rows))
 
 
 def _new_labels(step: Step) -> list[tuple[int, str]]:

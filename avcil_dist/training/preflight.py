@@ -57,6 +57,8 @@ def check_method_fits(config: Config, needs: Needs, manifest: Manifest, scenario
             f"engine.zero_stage={config.engine.zero_stage}: method {name} has no optimizer state to "
             "shard; use engine=zero0"
         )
+    if needs.max_clips is not None:
+        _check_clips(name, needs.max_clips, len(manifest.clips(scenario.classes, "train")))
     if config.data.source_disjoint:
         _check_sources(config, manifest, scenario)
     if needs.network_spec.pool is not None and manifest.kind == "clip":
@@ -77,6 +79,7 @@ def describe_needs(needs: Needs) -> list[str]:
         "all data of seen classes": needs.all_data,
         "a fresh network each step": needs.fresh_network,
         "validation clips": needs.validation,
+        "features of all clips": needs.max_clips is not None,
         "gradients at step 0 alone": needs.training == "first step",
         "no gradients": needs.training == "never",
     }
@@ -109,6 +112,14 @@ def _check_memory(config: Config, needs: Needs, scenario: Scenario) -> None:
         raise ConfigError(
             f"memory.size={config.memory.size}: method {config.method.name} needs an exemplar per class, "
             f"{scenario.num_seen(last)} in all; raise it, or use a method without memory: {', '.join(without)}"
+        )
+
+
+def _check_clips(name: str, max_clips: int, num_clips: int) -> None:
+    if num_clips > max_clips:
+        raise ConfigError(
+            f"method.max_clips={max_clips}: method {name} keeps the features of all {num_clips} training clips; raise "
+            "it if the memory is there, or use method=analytic, which keeps sums"
         )
 
 

@@ -10,6 +10,7 @@ COVER = {
     "methods/sums_head": "analytic evidence sums_heads method_losses",
     "methods/feature_sums": "analytic evidence sums_heads",
     "methods/evidence": "evidence",
+    "methods/kernel": "kernel method_losses",
     "methods/slda": "sums_heads",
     "methods/ncm": "sums_heads",
     "methods/ranpac": "sums_heads method_losses",

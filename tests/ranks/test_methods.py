@@ -23,6 +23,8 @@ VARIANTS = {
     "afc": [],
     "analytic": [],
     "analytic validation": ["method.gamma=validation", "method.unit_length=false"],
+    "kernel": [],
+    "kernel factor": ["method.keep_factor=true"],
     "ncm": [],
     "slda": [],
     "ranpac": ["method.expansion=40"],

@@ -27,8 +27,9 @@ SEPARATED = (LOG4 + math.log(4 / 3) + LOG2) / 3
 TEACHER = Output(torch.tensor([[4 * LOG3, 0.0]] * 3))
 DISTILLATION = 16 * (0.75 * math.log(1.5) + 0.25 * math.log(0.5))
 METHODS = [
-    "acil", "afc", "air", "analytic", "avcil", "finetune", "icarl", "joint", "lwf", "ncm", "ranpac", "slda", "ssil",
-]  # fmt: skip
+    *("acil", "afc", "air", "analytic", "avcil", "finetune", "icarl", "joint", "kernel", "lwf"),
+    *("ncm", "ranpac", "slda", "ssil"),
+]
 
 
 def method_of(name: str, step: int = 1, **options: Any) -> Method:
@@ -186,6 +187,7 @@ NEEDS: list[tuple[dict[str, Any], Needs]] = [
     ({"name": "acil"}, Needs(training="never", validation=True, network_spec=GRID)),
     ({"name": "air"}, Needs(training="never", validation=True, network_spec=GRID)),
     ({"name": "ranpac"}, Needs(training="never", validation=True, network_spec=GRID)),
+    ({"name": "kernel"}, Needs(training="never", network_spec=GRID, max_clips=20_000)),
     ({"name": "ncm"}, Needs(training="never", network_spec=GRID)),
     ({"name": "slda"}, Needs(training="never", network_spec=GRID)),
 ]
@@ -224,6 +226,8 @@ def test_defaults_are_those_of_the_papers() -> None:
     for name in ("acil", "air"):
         assert make_method(MethodConfig(name=name)).options.expansion == 8192
     assert make_method(MethodConfig(name="slda")).options.shrinkage == 1e-4
+    kernel = make_method(MethodConfig(name="kernel")).options
+    assert (kernel.gamma, kernel.visual_weight, kernel.pool, kernel.keep_factor) == (0.01, 0.7, (8, 1), False)
 
 
 @pytest.mark.parametrize(
@@ -240,6 +244,11 @@ def test_defaults_are_those_of_the_papers() -> None:
         ("analytic", {"gammas": [0.0]}),
         ("analytic", {"expansion": -1}),
         ("analytic", {"pool": [0, 1]}),
+        ("kernel", {"gamma": 0}),
+        ("kernel", {"visual_weight": 1.0}),
+        ("kernel", {"visual_weight": 0.0}),
+        ("slda", {"shrinkage": 0}),
+        ("ranpac", {"expansion": 0}),
         ("finetune", {"unknown": 1}),
     ],
 )
@@ -272,6 +281,7 @@ def test_a_method_needs_nothing_unless_it_lists_it() -> None:
         both_modalities=False,
         all_data=False,
         fresh_network=False,
+        max_clips=None,
         validation=False,
         training="every step",
         network_spec=NetworkSpec(head="linear", pool=None),

@@ -40,7 +40,7 @@ def test_analytic_has_nothing_for_zero_to_shard(tmp_path: Path) -> None:
 def test_a_memory_of_size_0_is_refused_with_the_methods_that_need_none(tmp_path: Path) -> None:
     line = refused(write_config(tmp_path), "method=ssil", "memory.size=0")
     assert line.startswith("memory.size=0: method ssil needs an exemplar per class, 5 in all")
-    assert line.endswith("acil, air, analytic, finetune, joint, lwf, ncm, ranpac, slda")
+    assert line.endswith("acil, air, analytic, finetune, joint, kernel, lwf, ncm, ranpac, slda")
 
 
 def test_prediction_by_means_needs_an_exemplar_of_the_last_classes_too(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from data_shards.clip_bytes import FileStamp, file_stamp, read_clip
 from data_shards.listings.listing import ClipFile, ListedClip, Listing
 from data_shards.listings.read import read_listing
 from data_shards.listings.splits import SplitShares
+from data_shards.output_lock import sole_build
 from data_shards.rejections import ClipRejectedError, Rejection
 from data_shards.shard_writer import clip_members, shard_url
 from data_shards.workers import MarkStart, Progress, map_in_workers
@@ -134,15 +135,16 @@ def build_listing(
 ) -> BuildReport:
     """Build the shards of a listing; see `build_shards`."""
     is_new = not storage.exists(output)
-    unchanged = build_listing_part(listing, output, WHOLE, settings, processes=processes, progress=progress)
-    if unchanged:
-        return unchanged
-    try:
-        return merge_parts(output, strict=strict)
-    except DataError:
-        if is_new and not storage.exists(storage.join(output, "parts")):
-            storage.remove_tree(output)  # no clip could be taken: the output is empty
-        raise
+    with sole_build(output):
+        unchanged = build_listing_part(listing, output, WHOLE, settings, processes=processes, progress=progress)
+        if unchanged:
+            return unchanged
+        try:
+            return merge_parts(output, strict=strict)
+        except DataError:
+            if is_new and not storage.exists(storage.join(output, "parts")):
+                storage.remove_tree(output)  # no clip could be taken: the output is empty
+            raise
 
 
 def build_listing_part(

@@ -38,6 +38,7 @@ from data_shards.build_plan import (
     run_shard_job,
     start_part,
 )
+from data_shards.output_lock import sole_build
 from data_shards.rejections import Rejection
 from data_shards.shard_writer import feature_members
 from data_shards.workers import Progress
@@ -72,8 +73,9 @@ def make_features(
     clips done and their total. Shards that an interrupted run finished are not encoded again. Raises ConfigError
     for encoders that are not frozen or do not fit, and for an output of other inputs or settings.
     """
-    unchanged = make_features_part(config, output, WHOLE, batch=batch, device=device, progress=progress)
-    return unchanged or merge_parts(output)
+    with sole_build(output):
+        unchanged = make_features_part(config, output, WHOLE, batch=batch, device=device, progress=progress)
+        return unchanged or merge_parts(output)
 
 
 def make_features_part(

@@ -124,7 +124,10 @@ def _from_reference(source: str, file: str, folder: Path, max_bytes: int) -> Pat
     except ConfigError as error:
         raise ArtifactError(f"the tag {REFERENCE_TAG}: {error}") from None
     try:
-        (folder / file).write_bytes(storage.read_bytes(url, max_bytes=max_bytes))
+        size = storage.size(url)
+        if size > max_bytes:
+            raise ArtifactError(f"{url}: damaged, it has {size} bytes; resume from an earlier step with --from-step")
+        (folder / file).write_bytes(storage.read_bytes(url))
     except DataError:
         raise ArtifactError(
             f"{url}: missing; the files of this step are kept by reference: resuming needs access to that folder"

@@ -34,6 +34,7 @@ from data_shards.build_plan import (
 from data_shards.importers.input_digests import input_digests
 from data_shards.listings.pickled_dict import read_pickled_dict
 from data_shards.listings.published_lists import PublishedLists, read_published_lists
+from data_shards.output_lock import sole_build
 from data_shards.rejections import ClipRejectedError, Rejection
 from data_shards.shard_writer import feature_members, shard_url
 from data_shards.workers import Progress
@@ -88,6 +89,7 @@ def import_features(
     if unchanged:
         return unchanged
     with ExitStack() as files:
+        files.enter_context(sole_build(output))
         visual_arrays, audio_arrays = (files.enter_context(_open_arrays(path)) for path in (visual, audio))
         shape = _shape(lists, visual_arrays, audio_arrays, frames, visual)
         chunks, rejected = _chunks(lists, visual_arrays, audio_arrays, clips_per_shard, digest)
@@ -101,7 +103,7 @@ def import_features(
             done += plan.jobs[number].clips
             if progress:
                 progress(done, plan.clips)
-    return merge_parts(output)
+        return merge_parts(output)
 
 
 @contextmanager

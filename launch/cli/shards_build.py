@@ -233,8 +233,10 @@ def merge(output: str, strict: bool) -> None:
     Example: avcil shards merge s3://bucket/vggsound
     """
     from data_shards.build_plan import merge_parts
+    from data_shards.output_lock import sole_build
 
-    print_report(merge_parts(output, strict=strict))
+    with sole_build(output):
+        print_report(merge_parts(output, strict=strict))
 
 
 @click.command(short_help="Run frozen encoders over clip shards.")

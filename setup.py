@@ -28,6 +28,7 @@ REQUIRED = [
     "click==8.5.1",  # the command line
     "rich==15.0.0",  # tables and progress bars in a terminal
     "jinja2==3.1.6",  # the report page
+    "pillow==13.0.0",  # frames of the attention figures
     "matplotlib==3.11.2",  # its plots
     "filelock==4.2.11",  # one process makes the tracking database, or fetches a shard
     "scikit-learn==1.9.1",  # k-means, from which new proxies start

@@ -73,6 +73,7 @@ def render_dataset(
 ) -> Path:
     """Write `folder/<split>/<class>/<key>.mp4` and `folder/clips.csv` (path, label, split); return the csv's path.
 
+    `folder/regions.json` has, by key, the part of the picture that makes the sound (see `sounding_region`).
     The bytes depend on the spec alone, not on `processes`. Existing clips are kept, so a second run continues an
     interrupted one. `progress` is called once a clip. Raises ConfigError for a spec that cannot be rendered, or a
     folder that holds clips of another spec.
@@ -100,6 +101,8 @@ def render_dataset(
     rows.writerow(["path", "label", "split"])
     rows.writerows([_clip_path(*clip), class_name(clip[1]), clip[0]] for clip in clips)
     storage.write_bytes(str(folder / "clips.csv"), text.getvalue().encode())
+    regions = {_clip_key(*clip): sounding_region(spec, *clip) for clip in clips}
+    storage.write_json(str(folder / "regions.json"), regions)
     return folder / "clips.csv"
 
 
@@ -114,6 +117,15 @@ def render_clip(spec: SyntheticSpec, split: str, number: int, index: int) -> byt
     pulse_phase = random.uniform(0, 2 * np.pi)
     frames = _render_frames(spec, number, pulse_phase, random)
     return _encode(spec, frames, _render_sound(spec, number, pulse_phase, random))
+
+
+def sounding_region(spec: SyntheticSpec, split: str, number: int, index: int) -> tuple[float, float, float, float]:
+    """Return top, left, bottom, right of the cell of the sounding shape, as fractions of the picture."""
+    random = generator(spec.seed, "synthetic clip", split, number, index)
+    random.uniform(0, 2 * np.pi)
+    _background(spec, random)  # the same draws as in `render_clip`
+    row, column, cell = _shapes(spec, number, random)[0][1]
+    return row / spec.size, column / spec.size, (row + cell) / spec.size, (column + cell) / spec.size
 
 
 def _check(folder: Path, spec: SyntheticSpec) -> None:
@@ -149,7 +161,11 @@ def _render_chunk(folder: Path, spec: SyntheticSpec, clips: list[tuple[str, int,
 
 
 def _clip_path(split: str, number: int, index: int) -> str:
-    return f"{split}/{class_name(number)}/{split}-{number:03d}-{index:05d}.mp4"
+    return f"{split}/{class_name(number)}/{_clip_key(split, number, index)}.mp4"
+
+
+def _clip_key(split: str, number: int, index: int) -> str:
+    return f"{split}-{number:03d}-{index:05d}"
 
 
 def _class_look(number: int) -> _ClassLook:
@@ -175,27 +191,39 @@ def _loudness(look: _ClassLook, phase: float, times: np.ndarray) -> np.ndarray:
 
 def _render_frames(spec: SyntheticSpec, number: int, pulse_phase: float, random: np.random.Generator) -> np.ndarray:
     """(T, size, size, 3) uint8."""
+    picture = _background(spec, random)
+    times = np.arange(len(picture), dtype=np.float32) / spec.frames_per_second
+    steady = np.full(len(picture), 0.4, dtype=np.float32)
+    for index, (look, (row, column, cell)) in enumerate(_shapes(spec, number, random)):
+        strength = steady if index else _loudness(look, pulse_phase, times)
+        _draw_shape(picture[:, row : row + cell, column : column + cell], look, times, strength, random)
+    return (picture.clip(0, 1) * 255).astype(np.uint8)
+
+
+def _background(spec: SyntheticSpec, random: np.random.Generator) -> np.ndarray:
+    """(T, size, size, 3) float32: a grey ramp with noise."""
     num_frames, size = round(spec.seconds * spec.frames_per_second), spec.size
-    times = np.arange(num_frames, dtype=np.float32) / spec.frames_per_second
     level, slope = random.uniform(0.2, 0.4), random.uniform(-0.1, 0.1, 2)
     ramp = np.linspace(-1, 1, size, dtype=np.float32)
     background = level + slope[0] * ramp[:, None] + slope[1] * ramp[None, :]
     noise = 0.03 * random.standard_normal((num_frames, size, size), dtype=np.float32)
-    picture = np.repeat((background + noise).astype(np.float32)[..., None], 3, axis=-1)
+    return np.repeat((background + noise).astype(np.float32)[..., None], 3, axis=-1)
 
+
+def _shapes(
+    spec: SyntheticSpec, number: int, random: np.random.Generator
+) -> list[tuple[_ClassLook, tuple[int, int, int]]]:
+    """Looks of the sounding shape, then of the silent ones, with row, column and side of the cell that each moves in.
+
+    The cells do not overlap, so the shapes do not.
+    """
     others = [other for other in range(spec.num_classes) if other != number]
     distractors = random.permutation(others)[: spec.num_distractors]
     looks = [_class_look(number), *(_class_look(int(other)) for other in distractors)]
-    # each shape moves within its own cell, so shapes never overlap
     side = int(np.ceil(np.sqrt(len(looks))))
-    cell = size // side
-    cells = random.permutation(side * side)[: len(looks)]
-    for index, (look, position) in enumerate(zip(looks, cells, strict=True)):
-        steady = np.full(num_frames, 0.4, dtype=np.float32)
-        strength = steady if index else _loudness(look, pulse_phase, times)
-        row, column = (int(position) // side) * cell, (int(position) % side) * cell
-        _draw_shape(picture[:, row : row + cell, column : column + cell], look, times, strength, random)
-    return (picture.clip(0, 1) * 255).astype(np.uint8)
+    cell = spec.size // side
+    places = [divmod(int(position), side) for position in random.permutation(side * side)[: len(looks)]]
+    return [(look, (row * cell, column * cell, cell)) for look, (row, column) in zip(looks, places, strict=True)]
 
 
 def _draw_shape(

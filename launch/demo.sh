@@ -19,11 +19,13 @@ for method in finetune avcil; do
     "$avcil" train demo --processes 2 method=$method output="$folder" data.manifest="$folder/shards/manifest.json"
 done
 "$avcil" report "$folder" --page "$folder/report.html"
+"$avcil" attention "$folder"/demo-{finetune,avcil}-seed0 "$folder"/clips/test/class_00{0,1}/*.mp4 \
+    --regions "$folder/clips/regions.json" --output "$folder/attention.html"
 
 cat <<END
 
 Done in $((SECONDS - started)) s. What next:
-  open the page          $folder/report.html
+  open the pages         $folder/report.html    $folder/attention.html
   show the runs          $VENV/bin/mlflow ui --backend-store-uri sqlite:///$(cd "$folder" && pwd)/mlflow.db
   train on your videos   $avcil shards build VIDEOS SHARDS    (VIDEOS/<split>/<class>/*.mp4)
                          $avcil train demo data.manifest=SHARDS/manifest.json scenario.classes_per_step=[2,2]

@@ -55,14 +55,16 @@ class ProgressBar(Observer):
 
     def message(self, text: str) -> None:
         """Print a line."""
-        self.console.print(plain(f"{self.stream_name}  {text}"))
+        self.console.print(plain(f"{self.stream_name}  {text}"), soft_wrap=True)
 
     def begin(self, step: int, num_epochs: int, num_batches: int, num_done: int) -> None:
         """Show the bar; print the iteration that a snapshot continues from."""
         self.title, self.num_epochs = f"{self.stream_name}  step {step + 1}/{self.num_steps}", num_epochs
         self.task = self.bar.add_task(self.title, total=num_batches, completed=num_done, values="")
         if num_done:
-            self.console.print(plain(f"{self.title}  continues from iteration {num_done} of {num_batches}"))
+            self.console.print(
+                plain(f"{self.title}  continues from iteration {num_done} of {num_batches}"), soft_wrap=True
+            )
 
     def advance(self) -> None:
         """Move the bar by one batch."""
@@ -74,7 +76,7 @@ class ProgressBar(Observer):
         self.bar.update(self.task, values=line)
         is_due = (epoch + 1) % max(1, self.num_epochs // LOG_LINES) == 0 or epoch + 1 == self.num_epochs
         if is_due and not self.console.is_terminal:
-            self.console.print(plain(f"{self.title}  {line}"))
+            self.console.print(plain(f"{self.title}  {line}"), soft_wrap=True)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ class ClipTransform:
 
     def __call__(self, clip: DecodedClip, seed: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Visual float32 (T, 3, size, size), audio float32 (mel_frames, mel_bins); augmented if there is a `seed`."""
-        return self._inputs(DecodedClip(self._reduced(clip.frames, seed), clip.waveform), seed)
+        return self._inputs(DecodedClip(self.reduced(clip.frames, seed), clip.waveform), seed)
 
     def decode(self, data: bytes, *, where: str, seed: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Decode the bytes of a clip and transform it; one frame at a time is in memory in its full size.
@@ -43,11 +43,11 @@ class ClipTransform:
             sample_rate=self.config.sample_rate,
             silent=self.config.silent,
             where=where,
-            reduce=partial(self._reduced, seed=seed),
+            reduce=partial(self.reduced, seed=seed),
         )
         return self._inputs(clip, seed)
 
-    def _reduced(self, frames: torch.Tensor, seed: int | None) -> torch.Tensor:
+    def reduced(self, frames: torch.Tensor, seed: int | None = None) -> torch.Tensor:
         """Frames uint8 (…, 3, H, W) as (…, 3, size, size); the same for frames one by one and together."""
         if seed is not None:
             return self.augmentation.augment_frames(frames, seed)

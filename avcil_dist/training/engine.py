@@ -57,7 +57,7 @@ class Engine:
                 "train_micro_batch_size_per_gpu": rows,
                 "gradient_accumulation_steps": 1,
                 "gradient_clipping": config.max_grad_norm or 0.0,
-                "zero_optimization": _zero_section(config),
+                "zero_optimization": zero_section(config),
                 # DeepSpeed's Adam for host memory is compiled at run time; torch's is as fast and gives the same bits.
                 "zero_force_ds_cpu_optimizer": False,
                 "zero_allow_untested_optimizer": True,  # SGD; tests compare all ZeRO stages
@@ -247,7 +247,8 @@ def _whole(value: Tensor) -> AbstractContextManager[object]:
     return gathered
 
 
-def _zero_section(config: EngineConfig) -> dict[str, Any]:
+def zero_section(config: EngineConfig) -> dict[str, Any]:
+    """Return the `zero_optimization` section of DeepSpeed's configuration."""
     section: dict[str, Any] = {
         "stage": config.zero_stage,
         "reduce_bucket_size": BUCKET,

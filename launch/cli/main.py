@@ -9,6 +9,7 @@ import avcil_dist
 from avcil_dist.errors import AvcilError, StepStopped
 from avcil_dist.exit_codes import INTERRUPTED, STOPPED, USER_ERROR
 from avcil_dist.signals import interrupted_once
+from launch.cli.attention import attention
 from launch.cli.bench import bench
 from launch.cli.config import config
 from launch.cli.jobs import cancel, logs, status, submit
@@ -54,7 +55,7 @@ def cli() -> None:
     """
 
 
-for _command in (bench, cancel, compare, config, evaluate, logs, methods, report, resume, sandbox, shards, status):
+for _command in (attention, bench, cancel, compare, config, evaluate, logs, methods, report, resume, sandbox, shards):
     cli.add_command(_command)
-for _command in (submit, sweep, sync, train):
+for _command in (status, submit, sweep, sync, train):
     cli.add_command(_command)

@@ -32,7 +32,7 @@ LAYERS = (
     ("avcil_dist.compose",),
     ("avcil_dist.streams.",),
     ("avcil_dist.training.",),
-    ("avcil_dist.inference",),
+    ("avcil_dist.inference", "avcil_dist.clip_attention"),
     ("avcil_dist.tracking.",),
     ("avcil_dist.reporting.",),
     ("data_shards.",),

@@ -1,0 +1,90 @@
+"""Attention of streams on clips: from folders and files to a figure, and a table of the share on known regions."""
+
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+from statistics import fmean
+from typing import Annotated
+
+from pydantic import Field
+from rich.console import Console
+
+from avcil_dist import storage
+from avcil_dist.clip_attention import prepare_clips, step_attention
+from avcil_dist.errors import ConfigError
+from avcil_dist.models.attention.maps import Box
+from avcil_dist.reporting.attention import AttentionRow, ClipFigure, check_format, write_figure
+from avcil_dist.reporting.tables import WordTable
+from avcil_dist.streams.artifact import committed_steps, load_summary
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def make_figure(paths: Sequence[str], steps: str, output: str, regions: str | None) -> list[ClipFigure]:
+    """Write the figure of `avcil attention` and return what it shows.
+
+    Raises ConfigError for paths without a stream or a clip, steps that are not committed, and streams that prepare
+    clips differently; otherwise as `step_attention` and `prepare_clips` do.
+    """
+    check_format(output)
+    by_stream = {path.rstrip("/"): committed for path in paths if (committed := committed_steps(path.rstrip("/")))}
+    clips = [path for path in paths if path.rstrip("/") not in by_stream]
+    if not by_stream or not clips:
+        missing = "no stream with a committed step" if clips else "no clip"
+        raise ConfigError(f"{missing} among {', '.join(paths)}; give folders of streams, then video files")
+    boxes = _read_regions(regions, clips) if regions else {}
+    chosen = {stream: _chosen(steps, committed, stream) for stream, committed in by_stream.items()}
+    settings = {stream: load_summary(stream, numbers[-1]).config.data.clip for stream, numbers in chosen.items()}
+    first, *others = settings
+    for other in others:
+        if settings[other] != settings[first]:
+            raise ConfigError(f"{other}: its data.clip differs from that of {first}; show them in two figures")
+    prepared = prepare_clips(clips, settings[first])
+    rows: list[list[AttentionRow]] = [[] for _ in prepared]
+    for stream, numbers in chosen.items():
+        for number in numbers:
+            for url, own, found in zip(clips, rows, step_attention(stream, number, prepared), strict=True):
+                share = found.map.share(boxes[url]) if boxes else None
+                own.append(AttentionRow(PurePosixPath(stream).name, number, found.map, found.predicted, share))
+    figures = [
+        ClipFigure(clip.name, clip.frames, clip.waveform, clip.sample_rate, own)
+        for clip, own in zip(prepared, rows, strict=True)
+    ]
+    write_figure(figures, output)
+    return figures
+
+
+def print_shares(figures: Sequence[ClipFigure], console: Console) -> None:
+    """Print the mean share of the attention on the sounding region, by stream and step; nothing without regions."""
+    shares: dict[str, dict[int, list[float]]] = {}
+    for row in (row for figure in figures for row in figure.rows):
+        if row.share is not None:
+            shares.setdefault(row.stream, {}).setdefault(row.step, []).append(row.share)
+    if not shares:
+        return
+    table = WordTable(f"Attention on the sounding region, % (mean of {len(figures)} clips)")
+    table.add_column("stream")
+    for step in sorted({step for by_step in shares.values() for step in by_step}):
+        table.add_column(f"step {step}", justify="right")
+    for stream, by_step in shares.items():
+        table.add_row(stream, *(f"{100 * fmean(values):.1f}" for _, values in sorted(by_step.items())))
+    console.print(table)
+
+
+def _chosen(steps: str, committed: Sequence[int], stream: str) -> list[int]:
+    """The steps of `--steps` for a stream. Raises ConfigError."""
+    if steps == "all":
+        return list(committed)
+    numbers = [int(part) if part.isascii() and part.isdigit() else -1 for part in steps.split(",")]
+    for number in numbers:
+        if number not in committed:
+            raise ConfigError(f"--steps {steps}: {stream} has the committed steps {', '.join(map(str, committed))}")
+    return numbers
+
+
+def _read_regions(url: str, clips: Sequence[str]) -> dict[str, Box]:
+    """The sounding region of each clip, by the stem of its file's name. Raises DataError or ConfigError."""
+    known = storage.read_json(url, dict[str, tuple[Fraction, Fraction, Fraction, Fraction]], "a table of regions")
+    for clip in clips:
+        if PurePosixPath(clip).stem not in known:
+            raise ConfigError(f"{url}: has no region of {clip}; leave out --regions, or this clip")
+    return {clip: known[PurePosixPath(clip).stem] for clip in clips}

@@ -20,6 +20,7 @@ from typing import Any
 from filelock import FileLock
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from launch.environments import slurm_client_environment
 from launch.sandbox.daemons import Daemons, SandboxError, command_of, processes_with, wait_until
 
 PACKAGES = {
@@ -112,8 +113,9 @@ class Sandbox:
         return done
 
     def environment(self) -> dict[str, str]:
-        """Return the environment of this process with the variables that select this SLURM."""
-        return os.environ | {"SLURM_CONF": str(self.conf), "PATH": f"{os.environ['PATH']}:{SYSTEM_PATHS}"}
+        """Return the environment of SLURM's programs and daemons, with the variables that select this SLURM."""
+        selected = {"SLURM_CONF": str(self.conf), "PATH": f"{os.environ['PATH']}:{SYSTEM_PATHS}"}
+        return slurm_client_environment(os.environ) | selected
 
     def _jobs(self) -> list[str]:
         return self.run("squeue", "--noheader", "--format=%i", check=False).stdout.split()

@@ -40,7 +40,7 @@ class Daemons:
                 stderr=output,
                 start_new_session=True,
                 cwd=self.folder,
-                env=os.environ | environment,
+                env=environment,
             )
         self._write(self._read() | {name: {"pid": process.pid, "started": _started(process.pid)}})
 

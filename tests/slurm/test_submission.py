@@ -2,14 +2,16 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from avcil_dist.world import world_from_environment
 from launch.sandbox.cluster import Sandbox
-from tests.helpers.chains import wait_for_end
+from tests.helpers.chains import job_of, wait_for_end, wait_for_restart
 from tests.helpers.documents import PROJECT, blocks, commands
 from tests.helpers.streams import avcil, write_config
 
@@ -55,6 +57,13 @@ def queued(sandbox: Sandbox) -> list[str]:
     return sorted(name for name in names if name.startswith("s0"))
 
 
+def port_of(job: str) -> int:
+    """Return the port of the ranks in the first start of a job."""
+    step = {"STEP_ID": "0", "PROCID": "0", "LOCALID": "0", "NODEID": "0", "STEP_NUM_TASKS": "2"}
+    step |= {"STEP_TASKS_PER_NODE": "1(x2)", "STEP_NODELIST": "x[1-2]", "JOB_ID": job}
+    return world_from_environment({f"SLURM_{name}": value for name, value in step.items()}).master_port
+
+
 def test_a_chain_is_submitted_once_from_inside_a_job_whatever_its_environment_and_names(
     sandbox: Sandbox, tmp_path: Path
 ) -> None:
@@ -78,9 +87,13 @@ def test_a_chain_is_submitted_once_from_inside_a_job_whatever_its_environment_an
         assert [process.returncode for process in both] == [0, 0], outputs
         assert sorted(output.count("waits or runs already") for output in outputs) == [1, 3]
         assert queued(sandbox) == [first, *(first.replace("s00-", f"s{step:02d}-") for step in (1, 2))]
+        port = socket.create_server(("", port_of(job_of(stream, 0))))  # a foreign program has the port of the job
     finally:
         sandbox.run("scontrol", "update", "PartitionName=low", "State=UP")
 
+    wait_for_restart(sandbox, job_of(stream, 0), 1)  # it takes another port
+    port.close()
+    assert "is in use on" in avcil("logs", stream, "--step", 0).output
     assert [step.state for step in wait_for_end(stream)] == ["COMMITTED"] * 3
     log = avcil("logs", stream, "--step", 2).output
     assert "epoch 12/12" in log

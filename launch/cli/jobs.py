@@ -1,5 +1,7 @@
 """Commands on chains of jobs: `submit`, `status`, `cancel`, `logs`."""
 
+import shlex
+
 import click
 
 from launch.cli.options import resume_options, split_words
@@ -55,9 +57,9 @@ def submit(
     for step in submission.kept:
         echo(f"step {step}: waits or runs already")
     if submission.new or submission.kept:
-        echo(f"{stream}: see it with: avcil status {stream}")
+        echo(f"{stream}: see it with: avcil status {shlex.quote(stream)}")
     else:
-        echo(f"{stream}: all steps are committed; see them with: avcil report {stream}")
+        echo(f"{stream}: all steps are committed; see them with: avcil report {shlex.quote(stream)}")
 
 
 @click.command()

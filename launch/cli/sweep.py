@@ -1,5 +1,6 @@
 """Commands on methods and on many streams: `methods`, `sweep`, `compare`."""
 
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -104,7 +105,8 @@ def _submit_grid(
         new, kept = len(submission.new), len(submission.kept)
         echo(f"{submission.stream}: {new} submitted, {kept} wait or run already")
     output = points[0].config.output
-    echo(f"see a stream with: avcil status FOLDER; compare all once they are done: avcil compare {output}")
+    folder = shlex.quote(output)
+    echo(f"see all with: avcil status {folder}; compare them once they are done: avcil compare {folder}")
 
 
 def _shown(value: Any) -> str:

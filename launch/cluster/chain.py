@@ -3,32 +3,29 @@
 Submitting is idempotent: committed steps are skipped, and jobs that wait or run are kept.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from avcil_dist import storage
 from avcil_dist.config.compat import setting_changes
 from avcil_dist.config.schema import Config
 from avcil_dist.config.serialization import flatten
 from avcil_dist.data.manifest import load_manifest
-from avcil_dist.errors import ConfigError, SchedulerError
+from avcil_dist.errors import ConfigError
 from avcil_dist.streams.snapshots import check_snapshot_fits, is_of_step, newest_snapshot, snapshot_identity
 from avcil_dist.streams.stream import next_step, stream_url
 from avcil_dist.tracking.session import open_run
 from avcil_dist.training.preflight import preflight
-from avcil_dist.trusted_files import make_private_folder
 from launch.cluster.chain_record import Chain, has_chain, read_chain
 from launch.cluster.code_snapshot import snapshot_code, snapshot_folder
 from launch.cluster.resources import ClusterConfig
 from launch.cluster.schedulers.base import JobStart, JobState, Scheduler, scheduler_of
+from launch.cluster.submission_lock import submission_lock
 from launch.resume_policy import KEEP_ALL, ResumePolicy, discard_state
 
-LOCK_SECONDS = 60
 FOLDER_MARKS = {
     "%": "in the paths of logs SLURM replaces it by numbers of the job",
     "\\": "in the paths of logs SLURM takes it for a mark of its own",
@@ -68,11 +65,11 @@ def submit_stream(
     scheduler = scheduler_of(cluster.kind)
     scheduler.require()
     stream, chain = stream_url(config), plan_chain(config, cluster, restart=policy.restart)
-    with _submission_lock(stream, chain):
+    with submission_lock(stream, Path(chain.folder)):
         chain = _with_recorded_jobs(chain, stream)
         if policy != KEEP_ALL:
             if scheduler.live_jobs({stream: chain})[stream]:
-                raise ConfigError(f"{stream}: its jobs wait or run; end them first: avcil cancel {stream}")
+                raise ConfigError(f"{stream}: its jobs wait or run; end them first: avcil cancel {shlex.quote(stream)}")
             discard_state(config, policy, chain.num_steps)
             chain = _with_recorded_jobs(chain, stream)
         first = next_step(stream, chain.num_steps)
@@ -163,23 +160,6 @@ def _with_recorded_jobs(chain: Chain, stream: str) -> Chain:
     return replace(chain, jobs=read_chain(stream).jobs if has_chain(stream) else {})
 
 
-@contextmanager
-def _submission_lock(stream: str, chain: Chain) -> Iterator[None]:
-    """Lock against another submission of the same stream; the lock file is not among the files that can be discarded.
-
-    Raises SchedulerError when the other submission does not end within a minute.
-    """
-    path, folder = storage.local_path(stream), Path(chain.folder)
-    file = Path(path).with_name(f".{Path(path).name}.submit.lock") if path else folder / "submit.lock"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(file, timeout=LOCK_SECONDS):
-            make_private_folder(folder)  # jobs run the code and load the pickles in it
-            yield
-    except Timeout:
-        raise SchedulerError(f"{stream}: another submission of this stream is under way; try again") from None
-
-
 def _freeze(config: Config, cluster: ClusterConfig, chain: Chain) -> Chain:
     """Copy code and settings as they are now into the chain's folder."""
     code = snapshot_code(Path(chain.folder))
@@ -194,7 +174,7 @@ def _check_same(config: Config, cluster: ClusterConfig, chain: Chain) -> None:
         stream = stream_url(config)
         raise ConfigError(
             f"{stream}: its jobs were submitted with {change.key}={change.before}, not {change.after}; "
-            f"end them first: avcil cancel {stream}"
+            f"end them first: avcil cancel {shlex.quote(stream)}"
         )
 
 

@@ -17,6 +17,7 @@ from avcil_dist.streams.snapshots import snapshot_identity, snapshots_url
 from avcil_dist.streams.stream import sole_writer, stream_url
 from avcil_dist.world import World
 from launch.cluster import chain as chain_module
+from launch.cluster import submission_lock as submission_lock_module
 from launch.cluster.chain import Submission, dry_run_text, submit_stream
 from launch.cluster.chain_record import Chain, read_chain, write_chain
 from launch.cluster.resources import ClusterConfig
@@ -293,7 +294,7 @@ def test_restart_discards_nothing_during_another_submission(
     config: Config, scheduler: RecordingScheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commit_steps(config, 1)
-    monkeypatch.setattr(chain_module, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(submission_lock_module, "LOCK_SECONDS", 0.1)
 
     def submit_again(chains: Mapping[str, Chain]) -> dict[str, dict[int, JobState]]:
         """While the outer submission holds the lock; it must refuse before it discards anything."""
@@ -311,7 +312,7 @@ def test_a_submission_stays_locked_after_it_has_discarded_the_stream(
     config: Config, scheduler: RecordingScheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commit_steps(config, 1)
-    monkeypatch.setattr(chain_module, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(submission_lock_module, "LOCK_SECONDS", 0.1)
     first = scheduler.submit
 
     def submit_again(*arguments: object) -> Chain:

@@ -3,13 +3,16 @@
 import json
 import os
 import pickle
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock, Timeout
 
 from avcil_dist.compose import load_config
 from avcil_dist.errors import SchedulerError
@@ -311,3 +314,28 @@ def test_devices_of_an_outer_job_are_not_those_of_the_new_one(
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     submit(tmp_path, ClusterConfig(kind="slurm"))
     assert [environment.get("CUDA_VISIBLE_DEVICES") for _, environment in slurm.calls("sbatch")] == ["0", None]
+
+
+def test_an_sbatch_that_outlives_a_killed_submission_holds_its_lock(slurm: Slurm, tmp_path: Path) -> None:
+    slurm.answer("sbatch", "1\n", seconds=1.5)
+    code = (
+        "import sys\nfrom pathlib import Path\n"
+        "from launch.cluster.submission_lock import submission_lock\n"
+        "from launch.cluster.schedulers.slurm_commands import submit_script\n"
+        "folder = sys.argv[1]\n"
+        "with submission_lock(f'{folder}/s', Path(folder, 's/jobs')):\n"
+        "    submit_script(Path(folder, 'x.sh'), ())\n"
+    )
+    submission = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
+    deadline = time.monotonic() + 60
+    while not slurm.calls("sbatch"):
+        assert submission.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    submission.kill()
+    submission.wait()
+    lock = FileLock(tmp_path / ".s.submit.lock")
+    with pytest.raises(Timeout):
+        lock.acquire(timeout=0)
+    with lock.acquire(timeout=30):
+        assert len(slurm.calls("sbatch")) == 1

@@ -118,6 +118,7 @@ def _run(command: Sequence[str], environment: Mapping[str, str]) -> list[str]:
             errors="replace",
             timeout=COMMAND_SECONDS,
             env=environment,
+            close_fds=False,  # the lock of the submission is inherited; Python's other files are not
         )
     except FileNotFoundError:
         require_slurm()

@@ -1,0 +1,37 @@
+"""Lock of a stream's submission: one at a time, from the look at live jobs to the record of the new ones."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from avcil_dist import storage
+from avcil_dist.errors import SchedulerError
+from avcil_dist.trusted_files import make_private_folder
+
+LOCK_SECONDS = 60
+
+
+@contextmanager
+def submission_lock(stream: str, folder: Path) -> Iterator[None]:
+    """Lock against another submission of the same stream, and make the folder of its chain.
+
+    The lock file is not among the files that can be discarded. Raises SchedulerError when the other submission does
+    not end within a minute, ConfigError for a folder that others can write.
+    """
+    path = storage.local_path(stream)
+    file = Path(path).with_name(f".{Path(path).name}.submit.lock") if path else folder / "submit.lock"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(file, timeout=LOCK_SECONDS) as lock:
+            # sbatch inherits the lock: one that outlives a killed submission ends before another submission looks
+            # for live jobs.
+            descriptor = lock._context.lock_file_fd
+            assert descriptor is not None
+            os.set_inheritable(descriptor, True)
+            make_private_folder(folder)  # jobs run the code and load the pickles in it
+            yield
+    except Timeout:
+        raise SchedulerError(f"{stream}: another submission of this stream is under way; try again") from None

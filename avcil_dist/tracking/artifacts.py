@@ -7,6 +7,7 @@ A download verifies every file against them.
 import json
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,7 +16,7 @@ from mlflow.entities import Run
 
 from avcil_dist import storage
 from avcil_dist.config.schema import TrackingConfig
-from avcil_dist.errors import ArtifactError, ConfigError, DataError, StorageError
+from avcil_dist.errors import ArtifactError, AvcilError, ConfigError, DataError, StorageError
 from avcil_dist.streams.artifact import StepCommit, step_url
 from avcil_dist.streams.commit import COMMITTED, parse_commit, verify_file
 from avcil_dist.tracking.faults import FAULTS, bounded, reason_of, reported, transfer_seconds
@@ -26,14 +27,14 @@ T = TypeVar("T")
 REFERENCE = "REFERENCE.json"
 
 
-def transfer(call: Callable[[], T], num_bytes: int) -> T:
-    """Return `call()`, one call of MLflow that moves `num_bytes`, within `transfer_seconds`.
+def transfer(call: Callable[[], T], num_bytes: int, check: Callable[[], None] = lambda: None) -> T:
+    """Return `call()`, one call of MLflow that moves `num_bytes`, within `transfer_seconds`; `check` as in `bounded`.
 
     Raises one of FAULTS, or StorageError for the errors of the libraries through which MLflow reaches a storage.
     """
     try:
-        return bounded(call, transfer_seconds(num_bytes))
-    except FAULTS:
+        return bounded(call, transfer_seconds(num_bytes), check)
+    except (*FAULTS, AvcilError):
         raise
     except Exception as error:  # of boto3, google.cloud, azure, …: whatever library the server's storage needs
         raise StorageError(f"{type(error).__name__}: {reason_of(error)}") from None
@@ -102,9 +103,16 @@ def download_step(client: MlflowClient, uri: str, run: Run, step: int, stream: s
         def fetch(file: str, num_bytes: int = storage.MAX_JSON_BYTES) -> Path:
             if tags.reference:
                 return _from_reference(tags.reference, file, Path(temporary), num_bytes)
+
+            def check() -> None:
+                if _folder_bytes(Path(temporary)) > num_bytes + storage.MAX_JSON_BYTES:
+                    raise ArtifactError(f"run {run.info.run_id}: {name}/{file}: larger than committed")
+
             with reported(uri):
                 path = f"{name}/{file}"
-                return Path(transfer(lambda: client.download_artifacts(run.info.run_id, path, temporary), num_bytes))
+                return Path(
+                    transfer(lambda: client.download_artifacts(run.info.run_id, path, temporary), num_bytes, check)
+                )
 
         commit = fetch(COMMITTED)
         _verify(commit, tags.committed, run, name)
@@ -116,6 +124,14 @@ def download_step(client: MlflowClient, uri: str, run: Run, step: int, stream: s
             storage.upload(path, storage.join(folder, file))
             path.unlink()
         storage.upload(commit, storage.join(folder, COMMITTED))
+
+
+def _folder_bytes(folder: Path) -> int:
+    size = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # renamed since
+            size += path.stat().st_size
+    return size
 
 
 def _from_reference(source: str, file: str, folder: Path, max_bytes: int) -> Path:

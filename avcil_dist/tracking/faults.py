@@ -5,8 +5,9 @@ A call is bounded as a whole: the timeouts of the http client begin anew with ea
 
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from typing import TypeVar, cast
 
@@ -25,6 +26,7 @@ T = TypeVar("T")
 
 FAULTS = (MlflowException, RequestException, SQLAlchemyError, OSError, Timeout)
 BYTES_PER_SECOND = 16 << 10  # the slowest transfer of a file that is waited for
+CHECK_SECONDS = 0.5
 OF_ONE_VALUE = (400, 404, 413, 414, 422)
 OF_PERMISSION = (401, 403)
 OF_THE_SERVER = (405, 410, 501, 505)  # as from a program that is no MLflow server
@@ -47,8 +49,11 @@ class RunDeletedError(Exception):
     """A run that the server had was deleted there."""
 
 
-def bounded(call: Callable[[], T], seconds: float) -> T:
-    """Return `call()`. Raises TimeoutError after `seconds`; the call is then abandoned in a thread of its own."""
+def bounded(call: Callable[[], T], seconds: float, check: Callable[[], None] = lambda: None) -> T:
+    """Return `call()`. Raises TimeoutError after `seconds`; the call is then abandoned in a thread of its own.
+
+    `check` is called while the call runs, and ends the wait by an exception.
+    """
     answer: Future[T] = Future()
 
     def run() -> None:
@@ -58,12 +63,13 @@ def bounded(call: Callable[[], T], seconds: float) -> T:
             answer.set_exception(error)
 
     threading.Thread(target=run, name="tracking call", daemon=True).start()
-    try:
-        return answer.result(seconds)
-    except TimeoutError:
+    deadline = time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0:
+        wait([answer], min(left, CHECK_SECONDS))
         if answer.done():
-            raise
-        raise TimeoutError(f"no complete answer within {seconds:.0f} s") from None
+            return answer.result()
+        check()
+    raise TimeoutError(f"no complete answer within {seconds:.0f} s")
 
 
 def transfer_seconds(num_bytes: int) -> float:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
-# "pass", "lose" (the server acts, its answer is lost), "drip" (five bytes a second), "hang", or a status such as "503"
+# "pass", "lose" (the server acts, its answer is lost), "drip" (five bytes a second), "hang", "endless" (bytes without
+# end), or a status such as "503"
 Rule = Callable[[str, str], str]
 
 
@@ -48,6 +49,12 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "hang":
             self.proxy.closing.wait(60)
             self.close_connection = True
+            return
+        if fault == "endless":
+            self.send_response(200)
+            self.end_headers()
+            while not self.proxy.closing.is_set():
+                self.wfile.write(bytes(1 << 20))
             return
         backend = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         headers = {key: value for key, value in self.headers.items() if key.lower() != "transfer-encoding"}

@@ -121,7 +121,14 @@ def local(soak: Soak, kinds: Sequence[str]) -> None:
         stream = f"{soak.folder}/local-{number}/tiny-avcil-seed0"
         words = command("train", *soak.words(f"local-{number}"), "-n", "2")
         while left and not is_done(stream):
-            process = subprocess.Popen(words, cwd=PROJECT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+            process = subprocess.Popen(
+                words,
+                cwd=PROJECT,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
             while left and process.poll() is None:
                 if _kill_one(soak, left[-1], process, stream):
                     soak.killed(left.pop())

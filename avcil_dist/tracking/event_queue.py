@@ -15,12 +15,15 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired
 
 from filelock import FileLock
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
 
 from avcil_dist import storage
 from avcil_dist.errors import ArtifactError
+from avcil_dist.streams.identity import StepNumber
 from avcil_dist.tracking.tags import STREAM_ID
 
 Event = dict[str, Any]
@@ -40,11 +43,61 @@ class DeliveryCursor:
     take as they are; they were skipped.
     """
 
-    offset: int = 0
+    offset: Annotated[int, Field(ge=0)] = 0
     runs: dict[str, str] = field(default_factory=dict)
     unavailable_since: float | None = None
     reason: str = ""
     rejected: int = 0
+
+
+class _Line(TypedDict):
+    time: NotRequired[Annotated[int, Field(ge=0, lt=2**53)]]
+
+
+class _Open(_Line):
+    kind: Literal["open"]
+    name: str
+    parameters: dict[str, Any]
+    tags: dict[str, str]
+    tracking: NotRequired[dict[str, Any]]
+    output: NotRequired[str]
+    server: NotRequired[str]
+
+
+class _Begin(_Line):
+    kind: Literal["begin"]
+    step: StepNumber
+
+
+class _Metrics(_Line):
+    kind: Literal["metrics"]
+    run: str
+    position: int
+    values: dict[str, float]
+
+
+class _Artifact(_Line):
+    kind: Literal["artifact"]
+    step: StepNumber
+    committed: str
+
+
+class _Register(_Line):
+    kind: Literal["register"]
+    step: StepNumber
+    name: str
+
+
+class _End(_Line):
+    kind: Literal["end"]
+    run: str
+    status: str
+
+
+_CURSOR = TypeAdapter(DeliveryCursor)
+_EVENT: TypeAdapter[Any] = TypeAdapter(
+    Annotated[_Open | _Begin | _Metrics | _Artifact | _Register | _End, Field(discriminator="kind")]
+)
 
 
 class EventQueue:
@@ -115,8 +168,8 @@ class EventQueue:
     def cursor(self, uri: str) -> DeliveryCursor:
         """The cursor of a server; at the first event where the file is missing or unreadable."""
         try:
-            return DeliveryCursor(**json.loads(self._cursor_path(uri).read_text()))
-        except (OSError, ValueError, TypeError):
+            return _CURSOR.validate_json(self._cursor_path(uri).read_bytes())
+        except (OSError, ValueError):
             return DeliveryCursor()
 
     def save_cursor(self, uri: str, cursor: DeliveryCursor) -> None:
@@ -155,9 +208,10 @@ def _parse(line: bytes) -> Event | None:
     """The event of a line; None for a damaged one, such as a killed writer or a full disk leaves."""
     try:
         event = json.loads(line)
-    except ValueError:
+        _EVENT.validate_python(event)
+    except (ValueError, RecursionError):
         return None
-    return event if isinstance(event, dict) and "kind" in event else None
+    return dict(event)
 
 
 def _ends_with_newline(descriptor: int) -> bool:

@@ -171,6 +171,8 @@ class MlflowWriter:
         try:
             return self._translated(call)
         except RefusedError as error:
+            if STREAM not in self.runs:
+                raise
             if self._translated(lambda: is_active(self._client, self.runs[STREAM])):
                 raise RejectedError(str(error)) from None
             raise RunDeletedError from None

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import NamedTuple
 
+from pydantic import ValidationError
+
 from avcil_dist.config.schema import Config, TrackingConfig
 from avcil_dist.config.serialization import flatten
 from avcil_dist.errors import TrackingError
@@ -175,10 +177,16 @@ def _last_open(stream: str) -> _LastOpen | None:
     if identity is None:
         return None
     queue = _queue(stream, identity.id)
-    events = queue.events("open")
+    events = [event for event in queue.events("open") if "tracking" in event and "output" in event]
     if not events:
         return None
-    tracking = TrackingConfig.model_validate(events[-1]["tracking"])
+    try:
+        tracking = TrackingConfig.model_validate(events[-1]["tracking"])
+    except ValidationError as error:
+        raise TrackingError(
+            f"{queue.path}: the tracking settings of its last start are damaged ({error.errors()[0]['msg']}); "
+            "train again, or begin the stream anew with --restart"
+        ) from None
     return _LastOpen(identity.id, queue, tracking, events[-1]["output"], events[-1].get("server"))
 
 

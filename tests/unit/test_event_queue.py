@@ -15,6 +15,15 @@ from avcil_dist.tracking.faults import RefusedError, RejectedError, RunDeletedEr
 from avcil_dist.tracking.sender import Sender
 
 SERVER = "http://server"
+WRONG = [
+    b'{"kind": "begin", "step": "../x"}\n',
+    b'{"kind": "begin", "step": -1}\n',
+    b'{"kind": "metrics", "run": "0", "position": 0}\n',
+    b'{"kind": "metrics", "run": "0", "position": 0, "values": {"loss": []}}\n',
+    b'{"kind": "open", "name": 3}\n',
+    b'{"kind": "run"}\n',
+    b"[" * 100_000 + b"\n",
+]
 
 
 class MemoryWriter:
@@ -51,7 +60,7 @@ def test_a_damaged_line_is_skipped_and_the_next_one_is_whole(tmp_path: Path) -> 
     assert len(list(queue.read(0, limit=1))) == 1
 
 
-@pytest.mark.parametrize("damage", [b'{"kind": "metr\n', b"\0\0\0\n", b"\xff\xfe\n", b"\n", b"17\n", b"{}\n"])
+@pytest.mark.parametrize("damage", [b'{"kind": "metr\n', b"\0\0\0\n", b"\xff\xfe\n", b"\n", b"17\n", b"{}\n", *WRONG])
 def test_events_behind_a_damaged_line_are_not_sent_yet_and_are_sent(tmp_path: Path, damage: bytes) -> None:
     queue = EventQueue(tmp_path)
     queue.append("begin", step=0)
@@ -94,8 +103,9 @@ def test_an_unreadable_cursor_starts_at_the_first_event(tmp_path: Path) -> None:
     assert queue.is_sent("http://a")
     assert not queue.is_sent("http://b")
     [path] = tmp_path.glob("cursor-*.json")
-    path.write_text("{")
-    assert not queue.is_sent("http://a")
+    for damaged in ("{", '{"offset": "x"}', '{"offset": -1}', '{"runs": 3}', "[" * 100_000):
+        path.write_text(damaged)
+        assert not queue.is_sent("http://a")
 
 
 def test_a_queue_that_cannot_be_written_does_not_stop_training(

@@ -1,12 +1,9 @@
 """Servers that refuse, lose answers, stall or lie: nothing is lost, nothing comes twice, and every wait ends."""
 
-import http.server
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -126,20 +123,11 @@ def test_a_server_that_stalls_ends_in_the_stated_time(
         assert "no complete answer" in stream.queue.cursor(proxy.uri).reason
 
 
-@pytest.mark.parametrize(
-    ("status", "message"),
-    [
-        ("401", r"permission denied .*; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or"),
-        ("403", r"permission denied"),
-        ("404", r"no MLflow server answers there, or one before 2\.7 .*; correct tracking\.uri"),
-        ("501", r"no MLflow server answers there"),
-    ],
-)
 def test_a_refusal_is_one_line_and_is_not_waited_for(
-    status: str, message: str, server: TrackingServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    server: TrackingServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with FaultyProxy(server.port, lambda method, path: status) as proxy:
-        stream = filled(tmp_path / f"refused-{status}", proxy.uri)
+    with FaultyProxy(server.port, lambda method, path: "403") as proxy:
+        stream = filled(tmp_path / "refused", proxy.uri)
         begun = time.monotonic()
         for _ in range(2):  # the next step tries once more, and does not repeat the line
             sender = stream.sender()
@@ -147,10 +135,7 @@ def test_a_refusal_is_one_line_and_is_not_waited_for(
             assert not sender.close(patience=60.0)
             assert sender.refusal is not None
         assert time.monotonic() - begun < 10
-        assert caplog.text.count("takes nothing of this stream") == 1
-        caplog.clear()
-        with pytest.raises(TrackingError, match=message):
-            find_stream(proxy.uri, "anything")
+        assert caplog.text.count("takes nothing of this stream (permission denied") == 1
         proxy.rule = lambda method, path: "pass"
         assert stream.send()
     check(server, stream, tmp_path / "back")
@@ -222,17 +207,3 @@ def test_a_file_without_end_is_refused_when_it_is_larger_than_committed(
         with pytest.raises(ArtifactError, match=r"step_000/COMMITTED\.json: larger than committed"):
             download_step(tracked.client, proxy.uri, run, 0, f"{tmp_path}/back")
     assert not Path(tmp_path, "back").exists()
-
-
-@pytest.fixture
-def foreign_server() -> Iterator[str]:
-    """A web server that is no MLflow server."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
-
-
-def test_a_web_server_that_is_no_mlflow_server_is_named_as_such(foreign_server: str) -> None:
-    with pytest.raises(TrackingError, match=r"no MLflow server answers there"):
-        find_stream(foreign_server, "anything")

@@ -31,9 +31,9 @@ def resume(
     """Continue the stream of RUN from MLflow, on any machine that reaches the tracking server and the shards.
 
     RUN is the id or the name of a stream's run. The last committed step is downloaded and verified, and the stream
-    continues after it in the same run. The settings are those of that step; give output= and data.manifest= where
-    this machine has other paths. Other changes are listed. A change that makes another stream needs --fork, a
-    change that makes the steps incomparable needs --force.
+    continues after it in the same run. The settings are those of that step, but files go to runs unless output= names
+    another folder. Give data.manifest= where this machine has the shards elsewhere. Other changes are listed. A change
+    that makes another stream needs --fork, a change that makes the steps incomparable needs --force.
 
     \b
     Examples:

@@ -216,6 +216,11 @@ class EngineConfig(Section):
         le=1_000_000,
         description="Timeout of a collective, in minutes. A rank that waits longer for others stops the step.",
     )
+    meeting_minutes: Operational[PositiveFloat] = Field(
+        10.0,
+        description="Time limit for all ranks of a step to be there, in minutes. Then the step stops, and names the "
+        "ranks that did not come.",
+    )
 
     @model_validator(mode="after")
     def _check_stage(self) -> "EngineConfig":

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from avcil_dist.config.schema import DataConfig
 from avcil_dist.data.clip_cache import ClipCache, EntrySpec
 from avcil_dist.data.manifest import Manifest
+from avcil_dist.training.collectives import gather_json
 from avcil_dist.world import World
 
 SHARE = 0.5  # of free memory; the rest is for the training itself
@@ -72,8 +72,7 @@ def _counts(wanted: int, row_bytes: int, world: World, device: torch.device) -> 
     """Return the number of clips that fit in each tier, on every node and rank."""
     host = int(SHARE * free_host_bytes())
     on_device = int(SHARE * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else host // world.local_size
-    rooms = [(0, 0)] * world.size
-    dist.all_gather_object(rooms, (on_device // row_bytes, host // row_bytes))
+    rooms: list[tuple[int, int]] = gather_json((on_device // row_bytes, host // row_bytes))
     return {name: min(wanted, *(room[number] for room in rooms)) for number, name in enumerate(("device", "host"))}
 
 
@@ -87,13 +86,10 @@ def _fastest(counts: dict[str, int], wanted: int, device: torch.device) -> str:
 def _shared(clips: np.ndarray, entry: EntrySpec, world: World) -> ClipCache | None:
     """Create the node's cache on its first rank, and map it on the others. None on all ranks if one cannot."""
     cache = ClipCache(clips, entry, None) if world.local_rank == 0 else None
-    paths: list[str] = [""] * world.size
-    dist.all_gather_object(paths, cache.memory.path if cache else "")
+    paths: list[str] = gather_json(cache.memory.path if cache else "")
     if cache is None:
         try:
             cache = ClipCache(clips, entry, None, paths[world.rank - world.local_rank])
         except OSError:
             cache = None  # for example a rank in another container
-    is_mapped: list[bool] = [False] * world.size
-    dist.all_gather_object(is_mapped, cache is not None)
-    return cache if all(is_mapped) else None
+    return cache if all(gather_json(cache is not None)) else None

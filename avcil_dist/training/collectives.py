@@ -1,6 +1,8 @@
 """Collectives of a step: process group, gathers with gradient, votes, decisions of rank 0 for all ranks."""
 
 import datetime
+import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -10,10 +12,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
-from avcil_dist.errors import AvcilError, WorldError
+from avcil_dist.errors import AvcilError, RankError, WorldError
+from avcil_dist.training.error_codec import decode_error, encode_error
+from avcil_dist.training.failure_sync import propagate_failures
+from avcil_dist.training.rendezvous import interfaces, rendezvous
 from avcil_dist.world import World
 
 T = TypeVar("T")
+MEETING_MINUTES = 10.0
+LOOPBACK_INTERFACE = "lo"
 
 
 def local_device(world: World) -> torch.device:
@@ -29,24 +36,48 @@ def local_device(world: World) -> torch.device:
 
 
 @contextmanager
-def process_group(world: World, device: torch.device, timeout_minutes: float) -> Iterator[TCPStore]:
-    """Create a process group for one step and yield its store. The backend is NCCL between GPUs, gloo otherwise."""
+def process_group(
+    world: World, device: torch.device, timeout_minutes: float, meeting_minutes: float = MEETING_MINUTES
+) -> Iterator[TCPStore]:
+    """Create a process group for one step and yield its store. The backend is NCCL between GPUs, gloo otherwise.
+
+    Raises, on all ranks, WorldError and RankError as `rendezvous` does, and RankError when ranks cannot connect.
+    """
+    gpu = ""
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        gpu = str(torch.cuda.get_device_properties(device).uuid)
     timeout = datetime.timedelta(minutes=timeout_minutes)
-    store = TCPStore(world.master_addr, world.master_port, world.size, world.is_main, timeout)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=store,
-        rank=world.rank,
-        world_size=world.size,
-        timeout=timeout,
-        device_id=device if device.type == "cuda" else None,
-    )
+    store = rendezvous(world, minutes=meeting_minutes, timeout=timeout, gpu=gpu)
+    if world.local_size == world.size and LOOPBACK_INTERFACE in interfaces():
+        # Otherwise gloo looks up the host's name, which may stand for an address that this machine does not have.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK_INTERFACE)
     try:
+        with propagate_failures(store, world):
+            _join(store, world, device, timeout)
         yield store
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _join(store: TCPStore, world: World, device: torch.device, timeout: datetime.timedelta) -> None:
+    is_cuda = device.type == "cuda"
+    try:
+        dist.init_process_group(
+            "nccl" if is_cuda else "gloo",
+            store=store,
+            rank=world.rank,
+            world_size=world.size,
+            timeout=timeout,
+            device_id=device if is_cuda else None,
+        )
+    except RuntimeError as error:
+        fault = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RankError(
+            f"rank {world.rank} cannot connect with the others ({fault}); does a firewall separate the machines? "
+            "GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) select the network interface"
+        ) from error
 
 
 class Votes:
@@ -111,40 +142,71 @@ def gather_rows(rows: Tensor, num_current: int) -> Tensor:
     return torch.cat([by_rank[:, :num_current].flatten(0, 1), by_rank[:, num_current:].flatten(0, 1)])
 
 
+def broadcast_json(value: Any) -> Any:
+    """Return rank 0's `value`, as JSON carries it, on all ranks. Tuples become lists."""
+    if dist.get_world_size() == 1:
+        return json.loads(json.dumps(value))
+    data = _as_bytes(value)
+    size = torch.tensor([len(data)], device=data.device)
+    dist.broadcast(size, src=0)
+    if dist.get_rank():
+        data = data.new_empty(int(size))
+    dist.broadcast(data, src=0)
+    return _from_bytes(data)
+
+
+def gather_json(value: Any) -> list[Any]:
+    """Return the values of all ranks, as JSON carries them, in rank order. Tuples become lists."""
+    if dist.get_world_size() == 1:
+        return [json.loads(json.dumps(value))]
+    data = _as_bytes(value)
+    sizes = _all_gather(torch.tensor([len(data)], device=data.device)).tolist()
+    parts = _all_gather(torch.nn.functional.pad(data, (0, max(sizes) - len(data)))).split(max(sizes))
+    return [_from_bytes(part[:size]) for part, size in zip(parts, sizes, strict=True)]
+
+
+def _as_bytes(value: Any) -> Tensor:
+    """A value's JSON as a tensor (bytes,) on the device of the group's backend."""
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
+
+
+def _from_bytes(data: Tensor) -> Any:
+    return json.loads(data.cpu().numpy().tobytes())
+
+
 def decide_together(decide: Callable[[], T]) -> T:
-    """Call `decide` on rank 0; all ranks return its result, or raise its AvcilError."""
+    """Call `decide` on rank 0; all ranks return its result, which JSON can carry, or raise its AvcilError."""
     message: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             message[0] = decide()
         except AvcilError as error:
-            message[1] = error
-    dist.broadcast_object_list(message, src=0)
-    if message[1] is not None:
-        raise message[1]
-    result: T = message[0]
-    return result
+            message[1] = encode_error(error, 0)
+    result, fault = broadcast_json(message)
+    if fault is not None:
+        raise decode_error(fault)
+    decided: T = result
+    return decided
 
 
 def make_together(make: Callable[[], Tensor], device: torch.device) -> Tensor:
     """Call `make` on rank 0; all ranks return its tensor on their device, or raise its AvcilError."""
     made: list[Tensor] = []
 
-    def describe() -> tuple[tuple[int, ...], torch.dtype]:
+    def describe() -> tuple[list[int], str]:
         made.append(make().to(device).contiguous())
-        return tuple(made[0].shape), made[0].dtype
+        return list(made[0].shape), str(made[0].dtype).removeprefix("torch.")
 
     shape, dtype = decide_together(describe)
-    tensor = made[0] if made else torch.empty(shape, dtype=dtype, device=device)
+    tensor = made[0] if made else torch.empty(shape, dtype=getattr(torch, dtype), device=device)
     dist.broadcast(tensor, src=0)
     return tensor
 
 
 def collect_texts(texts: tuple[str, ...]) -> list[str]:
     """Return the texts of all ranks, in rank order."""
-    collected: list[tuple[str, ...]] = [()] * dist.get_world_size()
-    dist.all_gather_object(collected, texts)
-    return [text for part in collected for text in part]
+    return [text for part in gather_json(texts) for text in part]
 
 
 def _all_gather(rows: Tensor) -> Tensor:

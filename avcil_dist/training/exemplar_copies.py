@@ -22,6 +22,7 @@ from avcil_dist import storage
 from avcil_dist.data.manifest import MEMBERS, TAR_BLOCK, Manifest, Shard, load_manifest
 from avcil_dist.data.sampler import Request, TrainingSampler
 from avcil_dist.errors import DataError, StorageError
+from avcil_dist.training.collectives import gather_json
 
 READS = 16  # at a time: remote storage has high latency, but serves many reads at once
 
@@ -53,8 +54,7 @@ def local_exemplars(source: TrainingSampler) -> Iterator[tuple[Iterable[Request]
     own = Path(tempfile.mkdtemp(prefix="avcil-exemplars-")) if world.local_rank == 0 else None
     try:
         fault = _try_to_copy(source, clips, own) if own else None
-        results: list[tuple[str, str | None]] = [("", None)] * world.size
-        dist.all_gather_object(results, (str(own), fault))
+        results: list[tuple[str, str | None]] = gather_json((str(own), fault))
         faults = [fault for _, fault in results if fault]
         if faults:
             raise DataError(faults[0])

@@ -6,7 +6,6 @@ by itself is ended.
 """
 
 import contextlib
-import json
 import os
 import sys
 import threading
@@ -16,9 +15,9 @@ from collections.abc import Callable, Iterator
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
-from avcil_dist import errors
-from avcil_dist.errors import AvcilError, RankError, StepStopped
+from avcil_dist.errors import AvcilError, StepStopped
 from avcil_dist.exit_codes import USER_ERROR
+from avcil_dist.training.error_codec import decode_error, encode_error
 from avcil_dist.world import World
 
 KEY = "avcil/fault"
@@ -75,11 +74,11 @@ class _Monitor:
     def publish(self, error: Exception) -> AvcilError | None:
         """Publish this rank's error; return the error of another rank if that was published before."""
         with contextlib.suppress(dist.DistError):  # the store is gone: rank 0 has ended, and all others will
-            mine = _encode(error, self._world.rank)
-            first = self._store.compare_set(KEY, "", mine).decode()
+            mine = encode_error(error, self._world.rank)
+            first = self._store.compare_set(KEY, "", mine).decode(errors="replace")
             if first != mine:
                 self.stop()
-                return _decode(first)
+                return decode_error(first)
             self._wait_until_seen()
         self.stop()
         return None
@@ -95,7 +94,7 @@ class _Monitor:
         try:
             while not self._ended.wait(POLL_SECONDS):
                 if store.check([KEY]):
-                    self._end(_decode(store.get(KEY).decode()), store)
+                    self._end(decode_error(store.get(KEY).decode(errors="replace")), store)
                     return
         except dist.DistError:
             return  # the store is gone
@@ -105,19 +104,6 @@ class _Monitor:
         if not self._ended.wait(GRACE_SECONDS):
             self._report(error)
             os._exit(USER_ERROR)
-
-
-def _encode(error: Exception, rank: int) -> str:
-    is_typed = isinstance(error, AvcilError)
-    kind = type(error).__name__ if is_typed else ""
-    text = str(error) if is_typed else f"rank {rank} failed: {type(error).__name__}: {error}; its log has the traceback"
-    return json.dumps([kind, " ".join(text.split())])
-
-
-def _decode(text: str) -> AvcilError:
-    kind, message = json.loads(text)
-    error = getattr(errors, kind, None) if kind else None
-    return error(message) if isinstance(error, type) and issubclass(error, AvcilError) else RankError(message)
 
 
 def _seen_by(rank: int) -> str:

@@ -16,7 +16,6 @@ from typing import Annotated, Any, Self
 
 import safetensors.torch
 import torch
-import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
@@ -47,7 +46,7 @@ from avcil_dist.streams.snapshots import (
     snapshot_identity,
     snapshots_url,
 )
-from avcil_dist.training.collectives import decide_together
+from avcil_dist.training.collectives import decide_together, gather_json
 from avcil_dist.training.engine import Engine
 from avcil_dist.training.incremental_step import Step
 
@@ -207,8 +206,7 @@ class SnapshotManager:
         if self.step.world.is_main:
             files |= _encode(model, state, totals, average)
         decide_together(lambda: storage.remove_tree(folder))  # an earlier one of the same name may be damaged
-        digests: list[FileDigests] = [{}] * self.step.world.size
-        dist.all_gather_object(digests, write_files(folder, files))
+        digests: list[FileDigests] = gather_json(write_files(folder, files))
         decide_together(lambda: self._commit_snapshot(folder, {name: part[name] for part in digests for name in part}))
         self._iteration, self._saved_at = state.iteration, time.monotonic()
 

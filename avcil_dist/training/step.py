@@ -76,7 +76,7 @@ def run_step(
     set_threads(world)
     with (
         sole_writer(stream_url(config)) if world.is_main else nullcontext(),
-        process_group(world, device, config.engine.timeout_minutes) as store,
+        process_group(world, device, config.engine.timeout_minutes, config.engine.meeting_minutes) as store,
         propagate_failures(store, world, report),
     ):
         return step_in_group(

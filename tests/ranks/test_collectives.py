@@ -6,7 +6,14 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from avcil_dist.errors import DataError
-from avcil_dist.training.collectives import collect_texts, decide_together, gather_rows
+from avcil_dist.training.collectives import (
+    broadcast_json,
+    collect_texts,
+    decide_together,
+    gather_json,
+    gather_rows,
+    make_together,
+)
 from avcil_dist.world import World
 from tests.helpers.ranks import run_ranks
 
@@ -62,6 +69,25 @@ def _decide_with_error(world: World) -> str:
 
 def test_an_error_of_rank_0_is_raised_on_all_ranks() -> None:
     assert run_ranks(_decide_with_error, 2) == ["0: shard 7 is gone", "1: shard 7 is gone"]
+
+
+def _exchange(world: World) -> tuple[list[object], object]:
+    own = {"rank": world.rank, "text": "é" * 1000 * world.rank, "none": None, "pair": (1, 2.5)}
+    return gather_json(own), broadcast_json(own)
+
+
+def test_values_of_all_ranks_are_exchanged_as_json() -> None:
+    values = [{"rank": rank, "text": "é" * 1000 * rank, "none": None, "pair": [1, 2.5]} for rank in range(3)]
+    assert run_ranks(_exchange, 3) == [(values, values[0])] * 3
+
+
+def _make_tensor(world: World) -> tuple[str, list[list[int]]]:
+    made = make_together(lambda: torch.full((2, 3), 7 + world.rank, dtype=torch.float64), torch.device("cpu"))
+    return str(made.dtype), made.tolist()
+
+
+def test_a_tensor_of_rank_0_has_its_type_and_shape_on_all_ranks() -> None:
+    assert run_ranks(_make_tensor, 2) == [("torch.float64", [[7.0] * 3] * 2)] * 2
 
 
 def _texts(world: World) -> list[str]:

@@ -247,6 +247,15 @@ def test_nothing_read_is_ever_unpickled(name: str) -> None:
         assert function not in ("yaml.load", "yaml.unsafe_load", "eval", "exec"), where
 
 
+@pytest.mark.parametrize("name", MODULES)
+def test_no_collective_exchanges_pickles(name: str) -> None:
+    """torch's collectives of objects unpickle what another rank, or a stranger, has sent."""
+    words = (
+        node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "") for node in ast.walk(TREES[name])
+    )
+    assert not [word for word in words if re.search(r"(broadcast|gather|scatter|send|recv)_object", word)]
+
+
 def tracked_files() -> list[Path]:
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=PROJECT, capture_output=True, text=True, check=False)
     if listed.returncode:

@@ -2,6 +2,7 @@ import pytest
 
 from avcil_dist.errors import WorldError
 from avcil_dist.world import (
+    OPEN_MPI,
     SLURM_VARIABLES,
     TORCHRUN_VARIABLES,
     World,
@@ -46,6 +47,32 @@ ALLOCATION = {
     "SLURM_PROCID": "0",
     "SLURM_LOCALID": "0",
 }
+# `srun --pty bash`
+INTERACTIVE = ONE_NODE | {
+    "SLURM_PTY_PORT": "34567",
+    "SLURM_STEP_NUM_TASKS": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "1",
+}
+ELASTIC = TORCHRUN | {
+    "TORCHELASTIC_RUN_ID": "run7",
+    "TORCHELASTIC_RESTART_COUNT": "2",
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
+}
+MPIRUN = {
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    "PMIX_NAMESPACE": "3548119041",
+}
+HYDRA_OF_TWO_NODES = {
+    "PMI_RANK": "3",
+    "PMI_SIZE": "4",
+    "MPI_LOCALRANKID": "1",
+    "MPI_LOCALNRANKS": "2",
+    "MASTER_ADDR": "gpu03",
+    "MASTER_PORT": "29500",
+}
 
 
 def _without(environment: dict[str, str], name: str) -> dict[str, str]:
@@ -61,9 +88,35 @@ def _without(environment: dict[str, str], name: str) -> dict[str, str]:
         (ONE_NODE, World(0, 2, 0, 2, "login-1", 24567, "slurm")),
         (SLURM, World(3, 4, 1, 2, "gpu03", 24567, "slurm")),
         (ALLOCATION, World(0, 1, 0, 1, "127.0.0.1", 0, "none")),
-        (SLURM | TORCHRUN, World(5, 8, 1, 4, "gpu07", 29400, "torchrun")),
+        (SLURM | ELASTIC, World(5, 8, 1, 4, "gpu07", 29400, "torchrun", "avcil/run7/2")),
+        (SLURM | {"SLURM_STEP_ID": "4294967290"}, World()),
+        (INTERACTIVE, World()),
+        (ONE_NODE | {"SLURM_PTY_PORT": "34567"}, World(0, 2, 0, 2, "login-1", 24567, "slurm")),
+        (MPIRUN, World(1, 2, 1, 2, "127.0.0.1", 22571, "mpirun")),
+        (MPIRUN | {"MASTER_PORT": "29500"}, World(1, 2, 1, 2, "127.0.0.1", 29500, "mpirun")),
+        (MPIRUN | dict.fromkeys(OPEN_MPI, "0") | {"OMPI_COMM_WORLD_SIZE": "1"}, World()),
+        (MPIRUN | ELASTIC, World(5, 8, 1, 4, "gpu07", 29400, "torchrun", "avcil/run7/2")),
+        (HYDRA_OF_TWO_NODES, World(3, 4, 1, 2, "gpu03", 29500, "mpirun")),
+        (SLURM | {"PMI_RANK": "3", "PMI_SIZE": "4"}, World(3, 4, 1, 2, "gpu03", 24567, "slurm")),
     ],
-    ids=["nothing", "only-an-address", "torchrun", "one-node", "two-nodes", "allocation", "torchrun-in-a-step"],
+    ids=[
+        "nothing",
+        "only-an-address",
+        "torchrun",
+        "one-node",
+        "two-nodes",
+        "allocation",
+        "torchrun-in-a-step",
+        "interactive-step-of-salloc",
+        "interactive-step-of-srun",
+        "step-started-in-an-interactive-step",
+        "mpirun",
+        "mpirun-with-a-port",
+        "one-process-of-an-outer-mpirun",
+        "torchrun-under-mpirun",
+        "hydra",
+        "srun-with-pmi",
+    ],
 )
 def test_the_world_is_read_from_the_environment(environment: dict[str, str], world: World) -> None:
     assert world_from_environment(environment) == world
@@ -90,6 +143,75 @@ def test_uneven_nodes_have_their_own_number_of_tasks(node: str, local_size: int)
 def test_a_node_that_the_task_list_does_not_reach_is_an_error() -> None:
     with pytest.raises(WorldError, match="SLURM_NODEID=2 is not in"):
         world_from_environment(SLURM | {"SLURM_NODEID": "2"})
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        _without(HYDRA_OF_TWO_NODES, "MASTER_ADDR"),
+        _without(HYDRA_OF_TWO_NODES, "MASTER_PORT"),
+        _without(MPIRUN, "PMIX_NAMESPACE"),
+    ],
+)
+def test_mpirun_without_a_place_to_meet_states_how_to_start(environment: dict[str, str]) -> None:
+    with pytest.raises(WorldError, match=r"set MASTER_ADDR .* and MASTER_PORT .* or start with torchrun or srun"):
+        world_from_environment(environment)
+
+
+def test_one_start_of_mpirun_has_one_port_and_the_next_start_another() -> None:
+    ports = [world_from_environment(MPIRUN | {"PMIX_NAMESPACE": name}).master_port for name in ("a", "a", "b")]
+    assert ports[0] == ports[1] != ports[2]
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        (ONE_NODE | MPIRUN, r"slurm started rank 0 of 2, and OMPI_COMM_WORLD_\* set rank 1 of 2; unset"),
+        (SLURM | TORCHRUN, "slurm started rank 3 of 4, and RANK and WORLD_SIZE set rank 5 of 8; unset RANK and WORLD_"),
+    ],
+)
+def test_launchers_that_contradict_each_other_are_one_line(environment: dict[str, str], message: str) -> None:
+    with pytest.raises(WorldError, match=message):
+        world_from_environment(environment)
+
+
+def test_variables_that_repeat_those_of_srun_are_no_contradiction() -> None:
+    same = TORCHRUN | {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+    assert world_from_environment(SLURM | same) == World(3, 4, 1, 2, "gpu07", 29400, "torchrun")
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "-1"])
+def test_a_port_that_cannot_be_is_refused(port: str) -> None:
+    with pytest.raises(WorldError, match=f"MASTER_PORT={port} is no port"):
+        world_from_environment(TORCHRUN | {"MASTER_PORT": port})
+
+
+def test_ranks_of_one_machine_meet_on_the_loopback_interface() -> None:
+    assert world_from_environment(ONE_NODE).meeting_host == "127.0.0.1"
+    assert world_from_environment(SLURM).meeting_host == "gpu03"
+
+
+def test_each_meeting_has_a_port_of_its_own() -> None:
+    world = world_from_environment(TORCHRUN | {"MASTER_PORT": "65530"})
+    ports = [world.at_meeting(number).master_port for number in range(100)]
+    assert len(set(ports)) == 100
+    assert all(1024 <= port < 65536 for port in ports)
+    assert world.at_meeting(0).master_port == 65531
+
+
+def test_each_meeting_has_a_key_of_its_own_in_the_store_of_torchrun() -> None:
+    world = world_from_environment(ELASTIC)
+    assert world.at_meeting(3) == World(5, 8, 1, 4, "gpu07", 29400, "torchrun", "avcil/run7/2/3")
+
+
+def test_a_restarted_job_and_another_step_of_a_job_have_other_ports() -> None:
+    changes: list[dict[str, str]] = [
+        {},
+        {"SLURM_RESTART_COUNT": "1"},
+        {"SLURM_RESTART_COUNT": "2"},
+        {"SLURM_STEP_ID": "1"},
+    ]
+    assert len({world_from_environment(SLURM | change).master_port for change in changes}) == 4
 
 
 def test_jobs_that_share_a_node_have_ports_of_their_own() -> None:
@@ -180,6 +302,11 @@ def test_a_rank_that_cannot_be_is_refused(wrong: dict[str, str]) -> None:
         ("slurm", {"SLURM_CPUS_PER_TASK": "8"}, 64, 8),  # no binding: the node's cores are visible
         ("slurm", {"SLURM_CPUS_PER_TASK": "8"}, 1, 1),
         ("slurm", {}, 64, 16),
+        ("local", {"OMP_NUM_THREADS": "1"}, 64, 1),
+        ("local", {"OMP_NUM_THREADS": "6,2"}, 64, 6),
+        ("local", {"OMP_NUM_THREADS": "many"}, 64, 16),
+        ("local", {"OMP_NUM_THREADS": "0"}, 64, 16),
+        ("slurm", {"OMP_NUM_THREADS": "3", "SLURM_CPUS_PER_TASK": "8"}, 8, 3),
     ],
 )
 def test_threads_come_from_the_cores_that_a_rank_may_use(

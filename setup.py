@@ -113,5 +113,5 @@ setup(
     },
     install_requires=REQUIRED,
     extras_require={"s3": S3, "gs": GS, "az": AZ, "hdf5": HDF5, "docs": DOCS, "test": TEST, "dev": [*TEST, *GS, *AZ]},
-    entry_points={"console_scripts": ["avcil = launch.cli.main:cli"]},
+    entry_points={"console_scripts": ["avcil = avcil_dist.__main__:main"]},
 )

@@ -4,6 +4,7 @@ A program receives what the user means: modules, proxies, credentials, search pa
 variables of a job, step or launcher around this process, and none that override an option which this package sets.
 """
 
+import os
 from collections.abc import Collection, Mapping
 
 # Variables that describe a job, a step, or a process of a launcher. A program started from there is not part of it.
@@ -48,6 +49,7 @@ KEPT_OF_SBATCH = {
 }
 DEVICES = frozenset(["CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK"])
 INTERPRETER_VARIABLES = frozenset({"PYTHONINSPECT"})  # a rank would wait at a prompt after its end
+WORKING_FOLDER = ("", ".")  # as an entry of PYTHONPATH
 
 
 def without_launcher(outer: Mapping[str, str]) -> dict[str, str]:
@@ -74,3 +76,16 @@ def sbatch_environment(outer: Mapping[str, str], options: Collection[str]) -> di
     kept = {name: outer[name] for name, option in KEPT_OF_SBATCH.items() if name in outer and option not in options}
     removed = INTERPRETER_VARIABLES | (DEVICES if "SLURM_JOB_ID" in outer else frozenset())
     return {name: value for name, value in slurm_client_environment(outer).items() if name not in removed} | kept
+
+
+def own_environment(outer: Mapping[str, str], *, root: str | None = None) -> dict[str, str]:
+    """Return the environment of this package's own processes: ranks, workers, and the server that they are forked from.
+
+    No module of the working folder is importable by accident, and no warning of a library is an error. `root`: a
+    folder to import from all the same, that of a checkout which is not installed.
+    """
+    path = [root or "", *outer.get("PYTHONPATH", "").split(os.pathsep)]
+    names = INTERPRETER_VARIABLES | ({"PYTHONWARNINGS"} if "error" in outer.get("PYTHONWARNINGS", "") else frozenset())
+    kept = {name: value for name, value in outer.items() if name not in names and name != "PYTHONPATH"}
+    entries = dict.fromkeys(entry for entry in path if entry not in WORKING_FOLDER)
+    return kept | {"PYTHONSAFEPATH": "1"} | ({"PYTHONPATH": os.pathsep.join(entries)} if entries else {})

@@ -5,11 +5,12 @@ processes, so that no state leaks from step to step and a step is the same as in
 every process of the launcher supervises one rank.
 """
 
+import itertools
 import multiprocessing
 import os
 import sys
+import time
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch.cuda
@@ -23,27 +24,31 @@ from avcil_dist.streams.stream import next_step, sole_runner, stream_url
 from avcil_dist.tracking.session import stream_run
 from avcil_dist.training.engine import name_accelerator
 from avcil_dist.training.preflight import preflight
-from avcil_dist.world import World, world_from_environment
-from launch.local_worlds import local_worlds
+from avcil_dist.world import World
+from launch.local_worlds import launcher_world, local_worlds
 from launch.progress import print_warning
 from launch.resume_policy import KEEP_ALL, ResumePolicy, discard_state
 from launch.step_run import StepRun
 
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 4  # for ranks to end by themselves when one has failed, before they are terminated
+END_SECONDS = 10  # for ranks to end on request after an interrupt, before they are killed
 PRELOADED = ["torch", "deepspeed", "avcil_dist.training.step", "avcil_dist.tracking.mlflow_writer"]
 
+_meetings = itertools.count()  # of the ranks of a launcher, which all count alike
 
-def run_stream(config: Config, *, processes: int, policy: ResumePolicy = KEEP_ALL) -> str:
+
+def run_stream(config: Config, *, processes: int | None = None, policy: ResumePolicy = KEEP_ALL) -> str:
     """Run all steps that are not committed yet. Returns the stream's folder.
 
-    Each step has `processes` ranks on this machine, under a launcher one rank for each of its processes. Raises the
-    step's AvcilError, WorldError when a rank's process died, ConfigError when another process trains the stream, and
-    StepStopped when this process received a stop signal and the step has stopped.
+    Each step has `processes` ranks on this machine, by default one; under a launcher one rank for each of its
+    processes, and another number is an error. Raises the step's AvcilError, WorldError when a rank's process died,
+    ConfigError when another process trains the stream, and StepStopped when this process received a stop signal and
+    the step has stopped.
     """
-    outer = world_from_environment(os.environ)
+    outer = launcher_world(os.environ, processes)
     has_launcher = outer.launcher != "none"
-    sizes = [outer.size if has_launcher else processes]
+    sizes = [outer.size if has_launcher else processes or 1]
     # Under a launcher the ranks check the shards together, in the first step, instead of each for itself.
     num_steps = preflight(config, sizes, restart=policy.restart, with_shards=not has_launcher).num_steps
     stream = stream_url(config)
@@ -53,7 +58,7 @@ def run_stream(config: Config, *, processes: int, policy: ResumePolicy = KEEP_AL
             discard_state(config, policy, num_steps)
         with listening() as stop, stream_run(config, is_main=outer.is_main, warn=print_warning) as run_id:
             for step in range(first, num_steps):
-                worlds = (_rank_of(outer, step),) if has_launcher else local_worlds(processes)
+                worlds = (outer.at_meeting(next(_meetings)),) if has_launcher else local_worlds(processes or 1)
                 is_first = step == first
                 run = StepRun(
                     config,
@@ -69,11 +74,6 @@ def run_stream(config: Config, *, processes: int, policy: ResumePolicy = KEEP_AL
     return stream
 
 
-def _rank_of(outer: World, step: int) -> World:
-    """Return the launcher's world with another port for each step: the launcher itself uses the first."""
-    return replace(outer, master_port=outer.master_port + 1 + step)
-
-
 def _run_step(run: StepRun, worlds: tuple[World, ...], stop: StopRequest) -> None:
     """Run the step's ranks to their end, each in its own process; the first to fail ends the others.
 
@@ -85,9 +85,8 @@ def _run_step(run: StepRun, worlds: tuple[World, ...], stop: StopRequest) -> Non
     context.set_forkserver_preload(PRELOADED)
     name_accelerator()
     errors = context.SimpleQueue()
+    ranks = _start(run, worlds, errors, method)
     try:
-        with shielding():
-            ranks = start_processes(_run_rank, (run, worlds, errors), len(worlds), join=False, start_method=method)
         is_stopping = False
         while not ranks.join(POLL_SECONDS, GRACE_SECONDS):
             if stop.is_set() and not is_stopping:
@@ -104,6 +103,36 @@ def _run_step(run: StepRun, worlds: tuple[World, ...], stop: StopRequest) -> Non
             f"step {run.step}: the process of rank {worlds[failure.error_index].rank} ended with {end}; "
             "run the same command again to continue from the last snapshot"
         ) from None
+    finally:
+        _end(ranks.processes)
+
+
+def _start(run: StepRun, worlds: tuple[World, ...], errors: Any, method: str) -> Any:
+    """Start the ranks' processes. Raises WorldError when the system, or another process, prevents it."""
+    try:
+        with shielding():
+            return start_processes(_run_rank, (run, worlds, errors), len(worlds), join=False, start_method=method)
+    except (EOFError, ConnectionError, BlockingIOError, MemoryError) as error:
+        reason = str(error) or "the server of processes ended as it started"
+        raise WorldError(
+            f"step {run.step}: no process can be started for its ranks ({reason}); is memory short, or the number of "
+            "processes limited (ulimit -u)? Run the same command again"
+        ) from None
+
+
+def _end(processes: list[Any]) -> None:
+    """End the ranks that still run, as after an interrupt: by request, and by force when that is interrupted too."""
+    living = [process for process in processes if process.is_alive()]
+    try:
+        for process in living:
+            process.terminate()
+        deadline = time.monotonic() + END_SECONDS
+        for process in living:
+            process.join(max(0.0, deadline - time.monotonic()))
+    finally:
+        for process in living:
+            process.kill()
+            process.join()
 
 
 def _run_rank(index: int, run: StepRun, worlds: tuple[World, ...], errors: Any) -> None:

@@ -2,8 +2,10 @@
 
 import os
 import socket
+from collections.abc import Mapping
 from dataclasses import replace
 
+from avcil_dist.errors import WorldError
 from avcil_dist.world import World, world_from_environment
 
 
@@ -15,6 +17,29 @@ def local_worlds(processes: int) -> tuple[World, ...]:
     return tuple(
         World(rank, processes, rank, processes, "127.0.0.1", port, launcher="local") for rank in range(processes)
     )
+
+
+def launcher_world(environment: Mapping[str, str], processes: int | None) -> World:
+    """Return the world of the launcher around this process; one without launcher where it starts its own ranks.
+
+    `processes`: the number of ranks that the user asked for, None for no number. Raises WorldError when a launcher
+    started another number of ranks.
+    """
+    outer = world_from_environment(environment)
+    if outer.launcher == "none" or processes in (None, outer.size):
+        return outer
+    if outer.size == 1:
+        return World()
+    raise WorldError(
+        f"--processes {processes}: {outer.launcher} started {outer.size} ranks, and this is rank {outer.rank} of them; "
+        "leave --processes out, or start one process"
+    )
+
+
+def num_ranks(environment: Mapping[str, str], processes: int | None) -> int:
+    """Return the number of ranks of a stream: those of the launcher, else `processes`, else 1."""
+    outer = launcher_world(environment, processes)
+    return outer.size if outer.launcher != "none" else processes or 1
 
 
 def current_world() -> World:

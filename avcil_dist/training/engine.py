@@ -281,6 +281,8 @@ def import_deepspeed(world: World) -> Any:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     name_accelerator()
     os.environ["LOCAL_RANK"] = str(world.local_rank)  # DeepSpeed reads the rank's device from it
+    for name in [name for name in os.environ if name.startswith("OMPI_COMM_WORLD_")]:
+        del os.environ[name]  # of an mpirun around this run, with which DeepSpeed compares it
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)

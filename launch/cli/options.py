@@ -25,6 +25,11 @@ def resume_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def processes_option(description: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add `--processes`; its value is None where it was not given, which a launcher around the command permits."""
+    return click.option("--processes", "-n", type=click.IntRange(1), help=f"{description}  [default: 1]")
+
+
 def split_words(words: Sequence[str], cluster: str | None) -> tuple[list[str], list[str]]:
     """Separate the settings of the stream from those of the cluster file, which are returned without their prefix.
 

@@ -259,7 +259,7 @@ def features(manifest: str, output: str, overrides: tuple[str, ...], config: str
     Examples:
       avcil shards features shards/manifest.json features \\
           model.visual.weights=MCG-NJU/videomae-base model.audio.weights=audiomae.pth
-      torchrun --nproc-per-node 8 -m launch shards features s3://bucket/vggsound/manifest.json \\
+      torchrun --nproc-per-node 8 --no-python avcil shards features s3://bucket/vggsound/manifest.json \\
           s3://bucket/vggsound-features --config mine.yaml --part $SLURM_ARRAY_TASK_ID/4
     """
     from avcil_dist.compose import load_config

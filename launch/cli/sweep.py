@@ -1,5 +1,6 @@
 """Commands on methods and on many streams: `methods`, `sweep`, `compare`."""
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -7,7 +8,7 @@ from typing import Any
 
 import click
 
-from launch.cli.options import split_words
+from launch.cli.options import processes_option, split_words
 from launch.cli.output import echo, is_main_rank
 
 
@@ -49,11 +50,11 @@ def compare(folders: tuple[str, ...]) -> None:
 @click.argument("config")
 @click.argument("words", nargs=-1, metavar="[KEY=VALUE,VALUE...]...")
 @click.option("--ablation", is_flag=True, help="Every combination of avcil's three parts, on and off.")
-@click.option("--processes", "-n", default=1, show_default=True, help="Processes (ranks) of each stream.")
+@processes_option("Processes (ranks) of each stream.")
 @click.option(
     "--cluster", help="Submit each stream as a chain of jobs; a cluster file, or a shipped one: slurm, local."
 )
-def sweep(config: str, words: tuple[str, ...], ablation: bool, processes: int, cluster: str | None) -> None:
+def sweep(config: str, words: tuple[str, ...], ablation: bool, processes: int | None, cluster: str | None) -> None:
     """Train a stream for every combination of settings, one after the other on this machine, and compare them.
 
     All streams are checked before the first starts. Committed steps are skipped. With --cluster each
@@ -71,13 +72,14 @@ def sweep(config: str, words: tuple[str, ...], ablation: bool, processes: int, c
     from avcil_dist.reporting.compare import group_by_config, print_comparison
     from avcil_dist.reporting.report import load_streams
     from launch.local import run_stream
+    from launch.local_worlds import num_ranks
     from launch.sweep import make_grid
 
     settings, of_cluster = split_words(words, cluster)
     if cluster is not None:
         _submit_grid(config, settings, cluster, of_cluster, ablation=ablation)
         return
-    points = make_grid(config, settings, ablation=ablation, processes=processes)
+    points = make_grid(config, settings, ablation=ablation, processes=num_ranks(os.environ, processes))
     folders = []
     for number, point in enumerate(points, start=1):
         if is_main_rank():

@@ -2,7 +2,7 @@
 
 import click
 
-from launch.cli.options import split_words
+from launch.cli.options import processes_option, split_words
 from launch.cli.output import echo, echo_once
 
 
@@ -12,7 +12,7 @@ from launch.cli.output import echo, echo_once
 @click.option("--from-step", type=click.IntRange(min=0), help="Continue after this step; default: the last committed.")
 @click.option("--fork", is_flag=True, help="Continue in a new run, which records its origin.")
 @click.option("--force", is_flag=True, help="Allow changes that make steps incomparable; they are recorded.")
-@click.option("--processes", "-n", default=1, show_default=True, help="Processes (ranks) on this machine.")
+@processes_option("Processes (ranks) on this machine.")
 @click.option("--cluster", help="A cluster file or a shipped name: continue as a chain of jobs there.")
 @click.option(
     "--uri",
@@ -24,7 +24,7 @@ def resume(
     from_step: int | None,
     fork: bool,
     force: bool,
-    processes: int,
+    processes: int | None,
     cluster: str | None,
     uri: str | None,
 ) -> None:
@@ -47,8 +47,6 @@ def resume(
     from launch.local import run_stream
     from launch.progress import print_warning
 
-    if processes < 1:
-        raise click.BadParameter("at least 1", param_hint="--processes")
     server = tracking_uri(with_uri(TrackingConfig(), uri), "runs")
     settings, of_cluster = split_words(overrides, cluster)
     request = ResumeRequest(tuple(settings), from_step, fork, force)

@@ -5,19 +5,19 @@ from typing import cast
 
 import click
 
-from launch.cli.options import resume_options
+from launch.cli.options import processes_option, resume_options
 from launch.cli.output import echo_once
 
 
 @click.command()
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--processes", "-n", default=1, show_default=True, help="Processes (ranks) on this machine.")
+@processes_option("Processes (ranks) on this machine.")
 @resume_options
 def train(
     config: str,
     overrides: tuple[str, ...],
-    processes: int,
+    processes: int | None,
     restart: bool,
     restart_step: bool,
     reset_optimizer: bool,
@@ -26,21 +26,19 @@ def train(
 
     CONFIG is a yaml file or the name of a shipped one. The same command continues an interrupted
     stream: committed steps are skipped, and the next step continues from its newest snapshot.
-    SIGTERM and SIGUSR2 stop it with a snapshot and exit code 143. Under torchrun or srun each
-    process is one rank, and --processes is not used.
+    SIGTERM and SIGUSR2 stop it with a snapshot and exit code 143. Under torchrun, srun or mpirun
+    each process is one rank, without --processes.
 
     \b
     Examples:
       avcil train demo --processes 2
       avcil train demo method=finetune optim.lr=3e-4 seed=1
-      torchrun --nproc-per-node 8 -m launch train my.yaml engine=zero2
+      torchrun --nproc-per-node 8 --no-python avcil train my.yaml engine=zero2
     """
     from avcil_dist.compose import load_config
     from launch.local import run_stream
     from launch.resume_policy import ResumePolicy
 
-    if processes < 1:
-        raise click.BadParameter("at least 1", param_hint="--processes")
     resolved = load_config(config, overrides)
     stream = run_stream(resolved, processes=processes, policy=ResumePolicy(restart, restart_step, reset_optimizer))
     echo_once(f"{stream}: all steps are committed; see them with: avcil report {stream}")

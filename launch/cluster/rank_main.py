@@ -19,12 +19,14 @@ from avcil_dist.exit_codes import USER_ERROR
 from avcil_dist.signals import STOP_SIGNALS
 from avcil_dist.trusted_files import check_trusted_folder
 from launch.cluster.chain_record import mark_failed
+from launch.socket_folder import set_short_socket_folder
 
 
 def main(folder: str, file: str | None = None) -> None:
     """Run the rank that the environment names."""
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # pending until the step handles them, not submitit
     _check_trusted(Path(folder))
+    set_short_socket_folder()
     if file is not None:
         os.environ["SUBMITIT_FOLDER"] = folder
         link = JobEnvironment().paths.submitted_pickle

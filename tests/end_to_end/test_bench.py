@@ -14,7 +14,7 @@ SMALL = ["--frames", "2", "--positions", "16", "--dim", "32"]
 def bench(folder: Path, *words: str) -> dict:
     path = folder / "figures.json"
     environment = os.environ | {"TMPDIR": str(folder)}
-    command = [sys.executable, "-m", "launch", "bench", *words, *SMALL, "--json", str(path)]
+    command = [sys.executable, "-m", "avcil_dist", "bench", *words, *SMALL, "--json", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     return json.loads(path.read_text())

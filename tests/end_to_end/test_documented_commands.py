@@ -20,7 +20,7 @@ def test_a_document_is_run() -> None:
 def test_marked_commands_run(tmp_path: Path, document: Path) -> None:
     command = tmp_path / "bin" / "avcil"
     command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m launch "$@"\n')
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m avcil_dist "$@"\n')
     command.chmod(0o755)
     environment = os.environ | {
         "PATH": f"{command.parent}{os.pathsep}{os.environ['PATH']}",

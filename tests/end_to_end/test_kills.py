@@ -74,7 +74,7 @@ def test_a_stream_killed_twenty_times_ends_with_the_bits_of_an_undisturbed_one(t
     while kinds:
         output = tmp_path / f"killed-{number}"
         stream = output / Path(whole).name
-        command = [sys.executable, "-m", "launch", "train", str(config), f"output={output}", "-n", "2"]
+        command = [sys.executable, "-m", "avcil_dist", "train", str(config), f"output={output}", "-n", "2"]
         while kinds and not (stream / "step_001" / "COMMITTED.json").exists():
             kind = kinds.pop()
             codes[kind].append(run_and_kill(command, stream, kind, moment))

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -32,7 +33,7 @@ def test_a_stream_killed_between_steps_continues_to_the_same_bits(tmp_path: Path
     config = write_config(tmp_path)
     whole = train(config, f"output={tmp_path}/whole")
     stream = f"{tmp_path}/killed/tiny-avcil-seed0"
-    words = [sys.executable, "-m", "launch", "train", str(config), f"output={tmp_path}/killed"]
+    words = [sys.executable, "-m", "avcil_dist", "train", str(config), f"output={tmp_path}/killed"]
     process = subprocess.Popen(words, cwd=ROOT, start_new_session=True)
     deadline = time.monotonic() + 120
     while not is_committed(stream, 0) and time.monotonic() < deadline and process.poll() is None:
@@ -146,28 +147,37 @@ def test_report_shows_all_streams_of_a_folder(tmp_path: Path) -> None:
 
 
 def test_torchrun_gives_the_bits_of_the_builtin_launcher(tmp_path: Path) -> None:
+    """As documented, and with a port that a step's ranks could not use: torchrun has the one before it."""
     config = write_config(tmp_path)
     own = train(config, f"output={tmp_path}/own", "-n", 2)
-    torchrun = Path(sys.executable).with_name("torchrun")
-    words = [
-        torchrun,
-        "--standalone",
-        "--nproc-per-node=2",
-        "-m",
-        "launch",
-        "train",
-        config,
-        f"output={tmp_path}/torchrun",
-    ]
-    subprocess.run([str(word) for word in words], cwd=ROOT, check=True, timeout=200)
+    torchrun, command = (Path(sys.executable).with_name(name) for name in ("torchrun", "avcil"))
+    with socket.socket() as other:
+        port = port_before(other)
+        words = [torchrun, f"--master-port={port}", "--nproc-per-node=2", "--no-python", command, "train", config]
+        words += [f"output={tmp_path}/torchrun"]
+        subprocess.run([str(word) for word in words], cwd=tmp_path, check=True, timeout=200)
     assert weights_digest(f"{tmp_path}/torchrun/{Path(own).name}") == weights_digest(own)
+
+
+def port_before(other: socket.socket) -> int:
+    """A free port; `other` listens at the next one."""
+    for port in range(23000, 24000, 2):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+                other.bind(("", port + 1))
+            except OSError:
+                continue
+        other.listen()
+        return port
+    raise AssertionError("no free port")
 
 
 def test_an_interrupt_ends_quietly_and_loses_no_committed_step(tmp_path: Path) -> None:
     config = write_config(tmp_path)
     stream = f"{tmp_path}/runs/tiny-avcil-seed0"
     process = subprocess.Popen(
-        [sys.executable, "-m", "launch", "train", str(config), "-n", "2"],
+        [sys.executable, "-m", "avcil_dist", "train", str(config), "-n", "2"],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,

@@ -45,8 +45,19 @@ def parts_of(*, small: bool) -> dict[str, Part]:
         f"optim.{name}={size}"
         for name, size in zip(("global_batch", "global_replay_batch", "global_eval_batch"), sizes, strict=True)
     ]
-    step = ("-m", "launch", "bench", "step", *batch, *shape, "--precision", "bf16", "--json", "{json}")
-    stream = ("-m", "launch", "bench", "stream", *optim, "engine.precision=bf16", *clips, *shape, "--json", "{json}")
+    step = ("-m", "avcil_dist", "bench", "step", *batch, *shape, "--precision", "bf16", "--json", "{json}")
+    stream = (
+        "-m",
+        "avcil_dist",
+        "bench",
+        "stream",
+        *optim,
+        "engine.precision=bf16",
+        *clips,
+        *shape,
+        "--json",
+        "{json}",
+    )
     tests = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "-W", "ignore", "--durations", "12")
     streams = (*tests, "-n", "6", "tests/gpu/test_streams_on_gpu.py")
     return {

@@ -92,7 +92,7 @@ def test_a_stream_killed_on_a_gpu_ends_with_the_bits_of_an_unkilled_one(tmp_path
     config, engine = config_of(tmp_path), f"engine.precision={precision}"
     whole = train(config, engine, f"output={tmp_path}/whole")
     stream = tmp_path / "killed" / Path(whole).name
-    command = [sys.executable, "-m", "launch", "train", str(config), engine, f"output={tmp_path}/killed"]
+    command = [sys.executable, "-m", "avcil_dist", "train", str(config), engine, f"output={tmp_path}/killed"]
     for kind in ("rank", "stop"):
         run_and_kill(command, stream, kind, random.Random(1))
     train(config, engine, f"output={tmp_path}/killed")

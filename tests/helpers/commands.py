@@ -10,6 +10,6 @@ PROJECT = Path(__file__).parents[2]
 
 def run_avcil(*words: object) -> "subprocess.CompletedProcess[str]":
     """Run `avcil` with these words to its end."""
-    command = [sys.executable, "-m", "launch", *map(str, words)]
+    command = [sys.executable, "-m", "avcil_dist", *map(str, words)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, env=environment)

@@ -71,7 +71,7 @@ def test_one_rank_fails_and_all_end_with_its_message(fault: str, message: str, c
 def fails(config: Path, *words: str, **environment: str) -> str:
     """Run a command on two ranks that must end with a user error; returns its last line."""
     done = subprocess.run(
-        [sys.executable, "-m", "launch", "train", str(config), "-n", "2", *words],
+        [sys.executable, "-m", "avcil_dist", "train", str(config), "-n", "2", *words],
         cwd=ROOT,
         env=os.environ | environment,
         capture_output=True,

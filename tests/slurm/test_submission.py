@@ -47,7 +47,7 @@ def submission(config: Path, *outer: str, path: str | None = None) -> "subproces
     """Start `avcil submit` as a command, within `outer`, with the profile above."""
     variables = PROFILE | ({"PATH": f"{path}:{os.environ['PATH']}"} if path else {})
     profile = ["env", *(f"{name}={value}" for name, value in variables.items())]
-    command = [*outer, *profile, sys.executable, "-m", "launch", "submit", str(config), *TWO_NODES]
+    command = [*outer, *profile, sys.executable, "-m", "avcil_dist", "submit", str(config), *TWO_NODES]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

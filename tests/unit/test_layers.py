@@ -36,7 +36,7 @@ LAYERS = (
     ("avcil_dist.tracking.",),
     ("avcil_dist.reporting.",),
     ("data_shards.",),
-    ("launch.",),
+    ("launch.", "avcil_dist.__main__"),  # the command: it starts, and nothing imports it
 )
 # A room is a package of the second level with all below it, or a module beside these packages.
 MAX_ROOMS = 22  # of more than one file
@@ -161,7 +161,14 @@ def needed_by(names: list[str]) -> set[str]:
     return needed
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if within(name, ("avcil_dist",))])
+LIBRARY = [name for name in MODULES if within(name, ("avcil_dist",)) and name != "avcil_dist.__main__"]
+
+
+def test_nothing_imports_the_entry_of_the_command() -> None:
+    assert not [name for name in MODULES if "avcil_dist.__main__" in imports(name)]
+
+
+@pytest.mark.parametrize("name", LIBRARY)
 def test_the_library_imports_neither_what_makes_shards_nor_what_starts_it(name: str) -> None:
     assert not [other for other in imports(name) if within(other, ("data_shards", "launch", "tests"))]
 

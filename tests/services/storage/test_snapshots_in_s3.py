@@ -26,7 +26,7 @@ def test_a_stream_stopped_with_its_snapshots_in_s3_ends_in_the_bits_of_one_that_
     )
     assert run_avcil("train", config, f"output={tmp_path}/whole", "snapshot.folder=null").returncode == 0
 
-    words = [sys.executable, "-m", "launch", "train", str(config), f"output={tmp_path}/stopped"]
+    words = [sys.executable, "-m", "avcil_dist", "train", str(config), f"output={tmp_path}/stopped"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(words, cwd=PROJECT, env=environment, stderr=subprocess.PIPE, text=True)
     folder, deadline = f"{s3}/{NAME}/snapshots/step_000", time.monotonic() + 120

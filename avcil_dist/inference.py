@@ -17,7 +17,8 @@ from avcil_dist.streams.artifact import StepArtifact, committed_steps, load_arti
 from avcil_dist.streams.compat import check_manifest_scenario
 from avcil_dist.streams.metrics import accuracy_row, per_class_accuracy, seen_accuracy
 from avcil_dist.training.build import network_after
-from avcil_dist.training.collectives import local_device, process_group
+from avcil_dist.training.collectives import process_group
+from avcil_dist.training.device import DeviceSetting, local_device
 from avcil_dist.training.engine import set_threads
 from avcil_dist.training.evaluation import evaluate
 from avcil_dist.training.incremental_step import Step
@@ -116,11 +117,13 @@ def evaluate_step(
     *,
     world: World,
     missing: Modality | None = None,
+    device_setting: DeviceSetting = "auto",
 ) -> dict[str, Any]:
     """Predict every clip of a split with the weights of a committed step; return accuracies over its seen classes.
 
     `step` is the last committed one by default, `manifest_url` the manifest that the step was trained on. Without the
-    modality `missing` the other one predicts. All ranks of `world` call it. Raises ArtifactError when the stream has no
+    modality `missing` the other one predicts. All ranks of `world` call it; `device_setting` is as
+    engine.device. Raises ArtifactError when the stream has no
     such step, DataError for missing shards and for a task without clips of the split, ConfigError where the method
     cannot predict without `missing`.
     """
@@ -137,9 +140,9 @@ def evaluate_step(
                 f"({', '.join(scenario.new(task)[:3])}, …); choose another --split or --manifest"
             )
     check_shards(manifest, manifest.shard_numbers(seen, split))
-    device = local_device(world)
+    device = local_device(world, device_setting)
     set_threads(world)
-    with process_group(world, device, config.engine.timeout_minutes):
+    with process_group(world, device, config.engine):
         network, method = restore_step(artifact, manifest.shape, step_url(stream, artifact.step), missing)
         restored = Step(config, manifest, scenario, artifact.step, method, world, device)
         predicted = evaluate(restored, network.to(device), split, restored.inference())

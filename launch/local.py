@@ -13,7 +13,6 @@ import time
 from contextlib import nullcontext
 from typing import Any
 
-import torch.cuda
 from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 
 from avcil_dist.config.schema import Config
@@ -22,6 +21,7 @@ from avcil_dist.exit_codes import INTERRUPTED, STOPPED, USER_ERROR
 from avcil_dist.signals import StopRequest, listening, shielding
 from avcil_dist.streams.stream import next_step, sole_runner, stream_url
 from avcil_dist.tracking.session import stream_run
+from avcil_dist.training.device import local_device
 from avcil_dist.training.engine import name_accelerator
 from avcil_dist.training.preflight import preflight
 from avcil_dist.world import World
@@ -48,6 +48,10 @@ def run_stream(config: Config, *, processes: int | None = None, policy: ResumePo
     """
     outer = launcher_world(os.environ, processes)
     has_launcher = outer.launcher != "none"
+    device = local_device(
+        outer if has_launcher else World(local_size=processes or 1, size=processes or 1, launcher="local"),
+        config.engine.device,
+    )
     sizes = [outer.size if has_launcher else processes or 1]
     # Under a launcher the ranks check the shards together, in the first step, instead of each for itself.
     num_steps = preflight(config, sizes, restart=policy.restart, with_shards=not has_launcher).num_steps
@@ -68,22 +72,22 @@ def run_stream(config: Config, *, processes: int | None = None, policy: ResumePo
                     reset_optimizer=policy.reset_optimizer and is_first,
                     shard_check=("stream" if has_launcher else "none") if is_first else "step",
                 )
-                _run_step(run, worlds, stop)
+                _run_step(run, worlds, stop, device.type)
                 if stop.is_set() and step + 1 < num_steps:
                     raise StepStopped(f"stopped after step {step}; run the same command again to continue")
     return stream
 
 
-def _run_step(run: StepRun, worlds: tuple[World, ...], stop: StopRequest) -> None:
+def _run_step(run: StepRun, worlds: tuple[World, ...], stop: StopRequest, device_type: str) -> None:
     """Run the step's ranks to their end, each in its own process; the first to fail ends the others.
 
     A stop signal of this process is forwarded to the ranks.
     """
     # A forked process cannot use a GPU that its parent has initialised; without GPUs, forking saves seconds per step.
-    method = "spawn" if torch.cuda.is_available() else "forkserver"
+    method = "spawn" if device_type == "cuda" else "forkserver"
     context = multiprocessing.get_context(method)
     context.set_forkserver_preload(PRELOADED)
-    name_accelerator()
+    name_accelerator(device_type)
     errors = context.SimpleQueue()
     ranks = _start(run, worlds, errors, method)
     try:

@@ -179,6 +179,11 @@ class MemoryConfig(Section):
 class EngineConfig(Section):
     """Execution of a step on the given machines."""
 
+    device: Operational[Literal["auto", "cuda", "cpu"]] = Field(
+        "auto",
+        description="Device of the ranks. `auto`: a GPU for each, and the processor only where no GPU was given and "
+        "the machine has none. `cuda`: a GPU for each. `cpu`: the processor.",
+    )
     zero_stage: Operational[Literal[0, 1, 2, 3]] = Field(0, description="DeepSpeed ZeRO stage.")
     precision: Fork[Precision] = Field(
         "float32", description="Precision of the networks. Weights, losses and optimizer state stay float32."

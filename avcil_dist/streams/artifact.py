@@ -48,11 +48,15 @@ class StepCommit(Commit):
     manifest_hash: Annotated[str, Field(max_length=64)]
     code_version: Annotated[str, Field(max_length=100)]
     changes: tuple[Change, ...] = ()
+    device: Annotated[str, Field(max_length=200)] = ""
 
 
 @dataclass(frozen=True)
 class StepArtifact:
-    """The result of a step. `model` is a complete state dict: it loads on any world size and ZeRO stage."""
+    """The result of a step. `model` is a complete state dict: it loads on any world size and ZeRO stage.
+
+    `device`: the name of the device that trained it.
+    """
 
     step: int
     model: dict[str, Tensor]
@@ -62,6 +66,7 @@ class StepArtifact:
     metrics: StreamMetrics
     config: Config
     manifest_hash: str
+    device: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ class StepSummary:
     metrics: StreamMetrics
     config: Config
     manifest_hash: str
+    device: str = ""
 
 
 def step_url(stream: str, step: int) -> str:
@@ -103,6 +109,7 @@ def save_artifact(stream: str, artifact: StepArtifact) -> str:
         manifest_hash=artifact.manifest_hash,
         code_version=avcil_dist.__version__,
         changes=[asdict(change) for change in identity.changes] if identity else [],
+        device=artifact.device,
     )
     return folder
 
@@ -161,6 +168,7 @@ def _read_summary(folder: str, commit: StepCommit) -> StepSummary:
         metrics=_read_metrics(folder, commit),
         config=_read_config(folder, commit),
         manifest_hash=commit.manifest_hash,
+        device=commit.device,
     )
     _check_scenario(folder, summary)
     return summary

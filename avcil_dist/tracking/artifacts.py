@@ -20,7 +20,7 @@ from avcil_dist.errors import ArtifactError, AvcilError, ConfigError, DataError,
 from avcil_dist.streams.artifact import StepCommit, step_url
 from avcil_dist.streams.commit import COMMITTED, parse_commit, verify_file
 from avcil_dist.tracking.faults import FAULTS, bounded, reason_of, reported, transfer_seconds
-from avcil_dist.tracking.tags import COMMITTED_TAG, REFERENCE_TAG, received_tags
+from avcil_dist.tracking.tags import COMMITTED_TAG, DEVICE_TAG, REFERENCE_TAG, received_tags
 
 T = TypeVar("T")
 
@@ -60,7 +60,7 @@ def upload_step(
     data = storage.read_bytes(storage.join(folder, COMMITTED), max_bytes=storage.MAX_JSON_BYTES)
     commit = parse_commit(data, StepCommit, storage.join(folder, COMMITTED))
     files = {name: digest.model_dump() for name, digest in commit.files.items()}
-    tags = {COMMITTED_TAG: storage.sha256(data)}
+    tags = {COMMITTED_TAG: storage.sha256(data)} | ({DEVICE_TAG: commit.device} if commit.device else {})
     name = f"step_{step:03d}"
 
     def upload_files(upload: Callable[[Path], None]) -> None:

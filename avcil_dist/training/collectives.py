@@ -12,34 +12,26 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
-from avcil_dist.errors import AvcilError, RankError, WorldError
+from avcil_dist.config.schema import EngineConfig
+from avcil_dist.errors import AvcilError, RankError
+from avcil_dist.training.device import nccl_variables
 from avcil_dist.training.error_codec import decode_error, encode_error
 from avcil_dist.training.failure_sync import propagate_failures
 from avcil_dist.training.rendezvous import interfaces, rendezvous
 from avcil_dist.world import World
 
 T = TypeVar("T")
-MEETING_MINUTES = 10.0
 LOOPBACK_INTERFACE = "lo"
-
-
-def local_device(world: World) -> torch.device:
-    """Return the rank's own GPU, or the CPU where there is none. Raises WorldError for more ranks than GPUs."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    if world.local_size > torch.cuda.device_count():
-        raise WorldError(
-            f"{world.local_size} processes on a machine with {torch.cuda.device_count()} GPUs; start one for each, or "
-            "set CUDA_VISIBLE_DEVICES= to train on the CPU"
-        )
-    return torch.device("cuda", world.local_rank)
 
 
 @contextmanager
 def process_group(
-    world: World, device: torch.device, timeout_minutes: float, meeting_minutes: float = MEETING_MINUTES
+    world: World, device: torch.device, engine: EngineConfig, trace: str | None = None
 ) -> Iterator[TCPStore]:
     """Create a process group for one step and yield its store. The backend is NCCL between GPUs, gloo otherwise.
+
+    `engine` holds the time limits. `trace` is the path, without the rank, of the traces that NCCL writes when a
+    collective exceeds its limit.
 
     Raises, on all ranks, WorldError and RankError as `rendezvous` does, and RankError when ranks cannot connect.
     """
@@ -47,8 +39,10 @@ def process_group(
     if device.type == "cuda":
         torch.cuda.set_device(device)
         gpu = str(torch.cuda.get_device_properties(device).uuid)
-    timeout = datetime.timedelta(minutes=timeout_minutes)
-    store = rendezvous(world, minutes=meeting_minutes, timeout=timeout, gpu=gpu)
+        for name, value in nccl_variables(trace).items():
+            os.environ.setdefault(name, value)
+    timeout = datetime.timedelta(minutes=engine.timeout_minutes)
+    store = rendezvous(world, minutes=engine.meeting_minutes, timeout=timeout, gpu=gpu)
     if world.local_size == world.size and LOOPBACK_INTERFACE in interfaces():
         # Otherwise gloo looks up the host's name, which may stand for an address that this machine does not have.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK_INTERFACE)

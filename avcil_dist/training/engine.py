@@ -269,9 +269,9 @@ def set_threads(world: World) -> None:
     torch.set_num_threads(threads_per_rank(world, os.environ, len(os.sched_getaffinity(0))))
 
 
-def name_accelerator() -> None:
-    """Set DeepSpeed's accelerator before its import, which otherwise guesses it with a warning."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+def name_accelerator(device_type: str) -> None:
+    """Set DeepSpeed's accelerator, `cuda` or `cpu`, before its import, which otherwise guesses it with a warning."""
+    os.environ["DS_ACCELERATOR"] = device_type
 
 
 def import_deepspeed(world: World) -> Any:
@@ -279,7 +279,8 @@ def import_deepspeed(world: World) -> Any:
     for module in ("torch.distributed", "deepspeed"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    name_accelerator()
+    if "DS_ACCELERATOR" not in os.environ:
+        name_accelerator("cuda" if torch.cuda.is_available() else "cpu")
     os.environ["LOCAL_RANK"] = str(world.local_rank)  # DeepSpeed reads the rank's device from it
     for name in [name for name in os.environ if name.startswith("OMPI_COMM_WORLD_")]:
         del os.environ[name]  # of an mpirun around this run, with which DeepSpeed compares it

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from avcil_dist import storage
 from avcil_dist.config.schema import Config
 from avcil_dist.data.clip_cache import ClipCache
 from avcil_dist.data.exemplar_memory import EMPTY_MEMORY, ExemplarMemory
@@ -32,12 +33,14 @@ from avcil_dist.streams.metrics import (
     per_class_accuracy,
     seen_accuracy,
 )
+from avcil_dist.streams.snapshots import snapshots_url
 from avcil_dist.streams.stream import scenario_of, shards_of, sole_writer, stream_url
 from avcil_dist.training.build import build_networks, network_of_state
 from avcil_dist.training.clip_cache_placement import place_clip_cache
 from avcil_dist.training.closed_form import train_closed_form
-from avcil_dist.training.collectives import decide_together, local_device, process_group
-from avcil_dist.training.engine import set_threads, whole_state
+from avcil_dist.training.collectives import decide_together, process_group
+from avcil_dist.training.device import device_name, local_device, out_of_memory_as_line
+from avcil_dist.training.engine import name_accelerator, set_threads, whole_state
 from avcil_dist.training.evaluation import Predictions, evaluate
 from avcil_dist.training.exemplars import exemplar_clips, exemplar_features, update_memory
 from avcil_dist.training.failure_sync import Report, print_fault, propagate_failures
@@ -72,12 +75,14 @@ def run_step(
     and a snapshot is committed. Raises an AvcilError, the same on all ranks, for faults in settings, data or
     artifacts; an error that a rank cannot raise is passed to `report`, and the process ends.
     """
-    device = local_device(world)
+    device = local_device(world, config.engine.device)
+    name_accelerator(device.type)
     set_threads(world)
     with (
         sole_writer(stream_url(config)) if world.is_main else nullcontext(),
-        process_group(world, device, config.engine.timeout_minutes, config.engine.meeting_minutes) as store,
+        process_group(world, device, config.engine, trace_prefix(config, number)) as store,
         propagate_failures(store, world, report),
+        out_of_memory_as_line(),
     ):
         return step_in_group(
             config,
@@ -104,6 +109,7 @@ def step_in_group(
 ) -> StepArtifact:
     """`run_step` in an existing process group."""
     observer = ObserverList(observers)
+    observer.message(f"device: {device_name(device)}; ranks: {world.size}; threads: {torch.get_num_threads()}")
     manifest = load_manifest(config.data.manifest)
     scenario = scenario_of(config, manifest)
     previous = load_previous(config, manifest, number)
@@ -137,10 +143,18 @@ def step_in_group(
         metrics=_metrics(step, previous, tested, best, memory_use(step, memory, best.state)),
         config=config,
         manifest_hash=manifest.content_hash,
+        device=device_name(device),
     )
     decide_together(lambda: save_artifact(stream_url(config), artifact))
     snapshots.discard()
     return artifact
+
+
+def trace_prefix(config: Config, number: int) -> str:
+    """The path of NCCL's traces of a step, without the rank: beside the folder of the stream's snapshots."""
+    return storage.join(
+        storage.parent(storage.parent(snapshots_url(config, number))), f"nccl_trace_step_{number:03d}_rank_"
+    )
 
 
 def training_sampler(step: Step, memory: ExemplarMemory) -> TrainingSampler:

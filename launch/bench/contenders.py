@@ -275,7 +275,7 @@ def serve(name: ContenderName, setting: BenchSetting, connection: Connection) ->
     """
     torch.set_num_threads(setting.threads)
     device, world = torch.device(setting.device), local_worlds(1)[0]
-    with process_group(world, device, timeout_minutes=30):
+    with process_group(world, device, EngineConfig()):
         if name in ("ours", "ours, teacher cached"):
             import_deepspeed(world)
         _load_libraries(setting)

@@ -16,9 +16,11 @@ from avcil_dist.compose import load_config
 from avcil_dist.config.schema import Config
 from avcil_dist.errors import ConfigError
 from avcil_dist.signals import StopRequest
+from avcil_dist.training.device import local_device
 from avcil_dist.training.engine import name_accelerator
 from avcil_dist.training.observer import Observer
 from avcil_dist.training.step import run_step
+from avcil_dist.world import World
 from data_shards.random_features import make_feature_shards
 from launch.local_worlds import local_worlds
 
@@ -70,7 +72,7 @@ def measure_stream(
         )
     epochs = max(2, math.ceil(iterations / per_epoch))
     config = load_config("vs100_ci", (*overrides, *fixed, f"optim.epochs={epochs}"))
-    name_accelerator()
+    name_accelerator(local_device(World()).type)
     for step in (0, 1):
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:  # a new process per step, as in a run
             times = process.submit(_run, config, step).result()

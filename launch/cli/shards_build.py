@@ -263,7 +263,7 @@ def features(manifest: str, output: str, overrides: tuple[str, ...], config: str
           s3://bucket/vggsound-features --config mine.yaml --part $SLURM_ARRAY_TASK_ID/4
     """
     from avcil_dist.compose import load_config
-    from avcil_dist.training.collectives import local_device
+    from avcil_dist.training.device import local_device
     from avcil_dist.world import world_from_environment
     from data_shards.build_plan import WHOLE, Part
     from data_shards.features import make_features, make_features_part
@@ -271,7 +271,7 @@ def features(manifest: str, output: str, overrides: tuple[str, ...], config: str
     resolved = load_config(config, (*overrides, f"data.manifest={manifest}"))
     world = world_from_environment(os.environ)
     share = (Part.parse(part) if part else WHOLE).of_rank(world.rank, world.size)
-    device = local_device(world)
+    device = local_device(world, resolved.engine.device)
     with CountBar("encoding features") as bar:
         if share.is_whole:
             report = make_features(resolved, output, batch=batch, device=device, progress=bar.show)

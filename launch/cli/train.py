@@ -50,7 +50,10 @@ def train(
 @click.option("--split", type=click.Choice(["train", "val", "test"]), default="test", show_default=True)
 @click.option("--manifest", help="Manifest of other shards than those that the step was trained on.")
 @click.option("--missing", type=click.Choice(["audio", "visual"]), help="Predict without sound, or without pictures.")
-def evaluate(stream: str, step: int | None, split: str, manifest: str | None, missing: str | None) -> None:
+@click.option(
+    "--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True, help="As engine.device."
+)
+def evaluate(stream: str, step: int | None, split: str, manifest: str | None, missing: str | None, device: str) -> None:
     """Evaluate a committed step of STREAM (a folder such as runs/demo/demo-avcil-seed0) again.
 
     Prints seen accuracy, accuracy per task and accuracy per class as JSON. With --missing the method predicts from the
@@ -58,6 +61,7 @@ def evaluate(stream: str, step: int | None, split: str, manifest: str | None, mi
     """
     from avcil_dist.data.manifest import Split
     from avcil_dist.inference import Modality, evaluate_step
+    from avcil_dist.training.device import DeviceSetting
     from launch.local_worlds import current_world
 
     results = evaluate_step(
@@ -67,5 +71,6 @@ def evaluate(stream: str, step: int | None, split: str, manifest: str | None, mi
         manifest,
         world=current_world(),
         missing=cast(Modality | None, missing),
+        device_setting=cast(DeviceSetting, device),
     )
     echo_once(json.dumps(results, indent=1))

@@ -18,7 +18,6 @@ from avcil_dist.signals import STOP_SIGNALS
 from avcil_dist.streams.artifact import is_committed
 from avcil_dist.streams.stream import stream_url
 from avcil_dist.tracking.session import close_run, open_run
-from avcil_dist.training.engine import name_accelerator
 from avcil_dist.training.failure_sync import print_fault
 from avcil_dist.world import World
 from launch.cluster.chain_record import done_file, mark_failed
@@ -45,7 +44,6 @@ class RankEntry:
         """Run this process's rank. The exit code is REQUEUE for an error that may not occur again."""
         _end_with_parent()
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # pending until the step handles them, not submitit
-        name_accelerator()
         try:
             world = scheduler_of(self.kind).world(self.port)
         except AvcilError as error:

@@ -142,7 +142,7 @@ def measure(device: torch.device, *, small: bool) -> dict[str, Any]:
     setting = setting_of(device, small=small)
     inputs = setting.batch()
     found: dict[str, Any] = {"setting": [setting.current, setting.replay, setting.frames, setting.positions]}
-    with process_group(local_worlds(1)[0], device, timeout_minutes=30):
+    with process_group(local_worlds(1)[0], device, EngineConfig()):
         for name, contender in contenders_of(device).items():
             try:
                 with contender(setting, inputs) as run:

@@ -1,7 +1,6 @@
 """Whole steps on a GPU: losses close to those on a CPU, and kills that change no bit."""
 
 import faulthandler
-import os
 import random
 import sys
 from collections.abc import Mapping
@@ -18,7 +17,6 @@ from avcil_dist.methods import make_method
 from avcil_dist.methods.base import StepContext, Targets
 from avcil_dist.scenario import make_scenario
 from avcil_dist.signals import StopRequest
-from avcil_dist.training.engine import name_accelerator
 from avcil_dist.training.loss_graph import method_loss
 from avcil_dist.training.observer import Observer
 from avcil_dist.training.step import run_step
@@ -48,23 +46,18 @@ class Losses(Observer):
 
 def _run_step(config: Config, step: int) -> list[float]:
     faulthandler.dump_traceback_later(HANGS_AFTER, exit=True)
-    name_accelerator()
     seen = Losses()
     run_step(config, step, world=local_worlds(1)[0], observers=[seen], stop=StopRequest())
     return seen.means
-
-
-def _hide_gpus() -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def losses(config: Config, *, on_gpu: bool) -> list[float]:
     """The losses of two steps, each in a process of its own."""
     found: list[float] = []
     for step in (0, 1):
-        hide = None if on_gpu else _hide_gpus
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=hide) as fresh:
-            found += fresh.submit(_run_step, config, step).result()
+        engine = config.engine.model_copy(update={"device": "cuda" if on_gpu else "cpu"})
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+            found += fresh.submit(_run_step, config.model_copy(update={"engine": engine}), step).result()
     return found
 
 
@@ -117,11 +110,11 @@ def test_a_loss_graph_gives_the_bits_of_the_loss() -> None:
 
 
 @pytest.mark.parametrize("engine", ["zero0", "zero0_bf16", "zero2_bf16", "zero3"])
-def test_a_stream_reaches_the_accuracy_of_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
+def test_a_stream_reaches_the_accuracy_of_a_cpu(tmp_path: Path, engine: str) -> None:
     config = write_config(tmp_path)
     there = last_artifact(train(config, f"engine={engine}", f"output={tmp_path}/there"))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # for the ranks; this process has already initialised CUDA
-    here = last_artifact(train(config, f"output={tmp_path}/here"))
+    here = last_artifact(train(config, "engine.device=cpu", f"output={tmp_path}/here"))
+    assert (there.device, here.device) == (torch.cuda.get_device_name(0), "cpu")
     assert there.metrics.seen_accuracy == pytest.approx(here.metrics.seen_accuracy, abs=0.1)
     assert {weights.dtype for weights in there.model.values()} == {weights.dtype for weights in here.model.values()}
     assert "all steps are committed" in avcil("train", config, f"output={tmp_path}/there", f"engine={engine}").output

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.multiprocessing.spawn import start_processes
 
+from avcil_dist.config.schema import EngineConfig
 from avcil_dist.training.collectives import process_group
 from avcil_dist.training.engine import name_accelerator
 from avcil_dist.world import World
@@ -19,7 +20,7 @@ CPU = torch.device("cpu")
 
 def run_ranks(function: Callable[..., Any], count: int, *arguments: Any) -> list[Any]:
     """Run `function(world, *arguments)` on each rank. Returns the results by rank. It must be importable by name."""
-    name_accelerator()
+    name_accelerator("cpu")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     results = context.Manager().Queue()
@@ -39,5 +40,5 @@ def _rank(
 ) -> None:
     os.environ.update(environment)  # the server they are forked from has that of the first test which used it
     torch.set_num_threads(1)
-    with process_group(worlds[index], CPU, timeout_minutes=1):
+    with process_group(worlds[index], CPU, EngineConfig(timeout_minutes=1)):
         results.put((index, function(worlds[index], *arguments)))

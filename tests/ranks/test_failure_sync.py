@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
+from avcil_dist.config.schema import EngineConfig
 from avcil_dist.errors import AvcilError, DataError
 from avcil_dist.streams.artifact import is_committed
 from avcil_dist.training.collectives import process_group
@@ -29,7 +30,7 @@ SECONDS = 10
 
 def rank_of_three(world: World, reports: Any, fault: str) -> None:
     """Fail on rank 1 alone, while rank 0 waits in a collective and rank 2 computes without any."""
-    with process_group(world, CPU, timeout_minutes=5) as store:
+    with process_group(world, CPU, EngineConfig(timeout_minutes=5)) as store:
         dist.barrier()
         reports.put((world.rank, "begun", time.monotonic()))
         try:

@@ -22,7 +22,7 @@ def local_worlds(processes: int) -> tuple[World, ...]:
 def launcher_world(environment: Mapping[str, str], processes: int | None) -> World:
     """Return the world of the launcher around this process; one without launcher where it starts its own ranks.
 
-    `processes`: the number of ranks that the user asked for, None for no number. Raises WorldError when a launcher
+    `processes`: the number of ranks that was requested, None for none. Raises WorldError when a launcher
     started another number of ranks.
     """
     outer = world_from_environment(environment)

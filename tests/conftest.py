@@ -1,7 +1,10 @@
 """Settings of the whole suite: markers by folder, one thread per process, no process in a fast test."""
 
 import os
+import shutil
 import subprocess
+import tempfile
+from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(MARKERS[folder])
         elif item.get_closest_marker("slow") is None:
             item.add_marker("fast")
+
+
+@pytest.fixture(scope="session")
+def reference() -> Iterator[Any]:
+    """The `ReferenceRun` of a short stream in plain surroundings, trained once for all tests."""
+    from tests.helpers.surroundings import reference_run  # imports the command line, which many tests do not need
+
+    folder = Path(tempfile.mkdtemp(prefix="avcil-reference-"))  # other users cannot read pytest's own folders
+    yield reference_run(folder)
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(autouse=True)

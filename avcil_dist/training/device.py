@@ -76,8 +76,8 @@ def choose_device(
         given = given_gpus(facts, environment)
         if setting == "auto" and given is None:
             return torch.device("cpu")
-        asked = "engine.device=cuda" if setting == "cuda" else given
-        raise WorldError(f"{asked}, and torch sees no GPU: {why_none(facts, environment)}, {ON_THE_PROCESSOR}")
+        sign = "engine.device=cuda" if setting == "cuda" else given
+        raise WorldError(f"{sign}, and torch sees no GPU: {why_none(facts, environment)}, {ON_THE_PROCESSOR}")
     if world.local_size <= facts.count:
         return torch.device("cuda", world.local_rank)
     if facts.count == 1 and world.launcher not in ("local", "none"):
@@ -142,9 +142,9 @@ def out_of_memory_as_line() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        asked = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
+        more = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
         raise TrainingError(
-            f"the GPU's memory is full{f' ({asked[1]} more were needed)' if asked else ''}; set a smaller "
+            f"the GPU's memory is full{f' ({more[1]} more were needed)' if more else ''}; set a smaller "
             "engine.micro_batch, shard with engine.zero_stage, or keep the clips elsewhere with data.clip_cache=host"
         ) from None
 

@@ -91,7 +91,8 @@ def test_gpus_that_were_given_and_are_not_seen_are_an_error_that_says_why(
 
 
 def test_a_gpu_that_is_asked_for_must_be_there() -> None:
-    with pytest.raises(WorldError, match=r"^engine\.device=cuda, and torch sees no GPU: no NVIDIA driver can be loaded"):
+    line = r"^engine\.device=cuda, and torch sees no GPU: no NVIDIA driver can be loaded"
+    with pytest.raises(WorldError, match=line):
         choose_device("cuda", World(), NONE, {})
     assert choose_device("cuda", World(), EIGHT, {}) == torch.device("cuda", 0)
 

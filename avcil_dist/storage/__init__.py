@@ -22,7 +22,7 @@ from avcil_dist.storage.files import (
     write_bytes,
 )
 from avcil_dist.storage.json_files import MAX_JSON_BYTES, describe, parse_json, read_json, write_json
-from avcil_dist.storage.local import open_regular, temporary_folder
+from avcil_dist.storage.local import file_lock, open_regular, temporary_folder
 from avcil_dist.storage.urls import check_url, inner_path, join, parent, path_below
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "check_url",
     "describe",
     "exists",
+    "file_lock",
     "find",
     "inner_path",
     "is_remote",

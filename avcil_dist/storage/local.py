@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from filelock import FileLock, Timeout
+
 from avcil_dist.errors import DataError, StorageError
 from avcil_dist.storage.retry import NO_ROOM, cannot_write
 
@@ -62,6 +64,22 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
+def file_lock(path: Path, seconds: float) -> Iterator[None]:
+    """Hold the lock of a lock file during the block; its folder is made as needed.
+
+    Raises Timeout when another process holds it for longer than `seconds`, StorageError where it cannot be written.
+    """
+    with _written(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path)
+        lock.acquire(timeout=seconds)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
 def temporary_folder() -> Iterator[Path]:
     """Make a folder below TMPDIR for the length of the block. Raises StorageError where that has no room."""
     try:
@@ -84,6 +102,8 @@ def _written(path: Path, numbers: tuple[int, ...] | None = None) -> Iterator[Non
     """Raise StorageError for an OSError of the block, if its number is one of `numbers`."""
     try:
         yield
+    except Timeout:  # of a lock; it is an OSError too
+        raise
     except OSError as error:
         if numbers is not None and error.errno not in numbers:
             raise

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from avcil_dist import storage
 from avcil_dist.config.schema import Config
@@ -60,9 +60,8 @@ def _locked(stream: str, suffix: str) -> Iterator[None]:
         yield
         return
     folder = Path(path)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder.with_name(f".{folder.name}{suffix}"), timeout=LOCK_SECONDS):
+        with storage.file_lock(folder.with_name(f".{folder.name}{suffix}"), LOCK_SECONDS):
             yield
     except Timeout:
         raise ConfigError(f"{stream}: another process trains this stream; wait for it, or end it") from None

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from avcil_dist.config.schema import Config, TrackingConfig
 from avcil_dist.config.serialization import flatten
-from avcil_dist.errors import TrackingError
+from avcil_dist.errors import ArtifactError, TrackingError
 from avcil_dist.redaction import redacted
 from avcil_dist.streams.artifact import committed_steps
 from avcil_dist.streams.identity import StreamIdentity, new_identity, read_identity, write_identity
@@ -199,7 +199,8 @@ def _sending(config: Config, warn: Warn, *, hurried: bool = False, is_last: bool
     stream = stream_url(config)
     opened = _last_open(stream)
     identity = read_identity(stream)
-    assert identity is not None, "open_run comes first"
+    if identity is None:
+        raise ArtifactError(f"{stream}: its folder was removed meanwhile; run the same command again")
     if opened is None:  # the disk was full when the stream was opened
         opened = _LastOpen(identity.id, _queue(stream, identity.id), config.tracking, config.output, None)
     opened = opened._replace(tracking=config.tracking, output=config.output)

@@ -19,8 +19,10 @@ def bench() -> None:
 
 
 def _write(figures: dict[str, Any], path: str | None) -> None:
+    from avcil_dist import storage
+
     if path:
-        Path(path).write_text(json.dumps(figures, indent=1) + "\n")
+        storage.write_bytes(path, json.dumps(figures, indent=1).encode() + b"\n")
         echo(f"wrote {path}")
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from filelock import Timeout
 from pydantic import JsonValue
 
 from avcil_dist import storage
@@ -303,3 +304,17 @@ def test_odd_names_in_a_folder_are_not_listed(tmp_path: Path) -> None:
     for name in ("a", "b\nc", "pipe:x"):
         (tmp_path / name).write_bytes(b"")
     assert storage.list_folder(str(tmp_path)) == ["a"]
+
+
+def test_a_lock_is_held_for_the_block_and_its_faults_are_typed(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / ".lock"
+    with storage.file_lock(path, 1), pytest.raises(Timeout), storage.file_lock(path, 0.01):
+        pass
+    with storage.file_lock(path, 0.01):
+        pass
+    (tmp_path / "file").write_bytes(b"")
+    with (
+        pytest.raises(StorageError, match=r"file/x/\.lock: cannot be written"),
+        storage.file_lock(tmp_path / "file" / "x" / ".lock", 1),
+    ):
+        pass

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from avcil_dist.errors import DataError, StorageError
 from avcil_dist.storage.retry import NO_ROOM, cannot_write
@@ -64,7 +64,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def file_lock(path: Path, seconds: float) -> Iterator[None]:
+def file_lock(path: Path, seconds: float) -> Iterator[BaseFileLock]:
     """Hold the lock of a lock file during the block; its folder is made as needed.
 
     Raises Timeout when another process holds it for longer than `seconds`, StorageError where it cannot be written.
@@ -74,7 +74,7 @@ def file_lock(path: Path, seconds: float) -> Iterator[None]:
         lock = FileLock(path)
         lock.acquire(timeout=seconds)
     try:
-        yield
+        yield lock
     finally:
         lock.release()
 

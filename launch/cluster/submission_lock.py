@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from avcil_dist import storage
 from avcil_dist.errors import SchedulerError
@@ -23,9 +23,8 @@ def submission_lock(stream: str, folder: Path) -> Iterator[None]:
     """
     path = storage.local_path(stream)
     file = Path(path).with_name(f".{Path(path).name}.submit.lock") if path else folder / "submit.lock"
-    file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(file, timeout=LOCK_SECONDS) as lock:
+        with storage.file_lock(file, LOCK_SECONDS) as lock:
             # sbatch inherits the lock: one that outlives a killed submission ends before another submission looks
             # for live jobs.
             descriptor = lock._context.lock_file_fd

@@ -53,7 +53,8 @@ def test_a_disturbed_chain_ends_with_the_bits_of_the_local_run(sandbox: Sandbox,
     stream = submit(config, "cluster.signal_seconds=60")
     jobs = [job_of(stream, step) for step in range(3)]
     sandbox.run("scontrol", "update", f"job={jobs[1]}", "Partition=nowarn")
-    assert "waits or runs already" in avcil("submit", config, *TWO_NODES).output
+    assert "waits or runs already" in avcil("submit", config, *TWO_NODES, "cluster.signal_seconds=60").output
+    assert "cluster.signal_seconds=60, not 120; end them first" in avcil("submit", config, *TWO_NODES).output
 
     wait_until_it_trains(stream, 0)
     high_priority_job(sandbox)  # preemption with a warning

@@ -11,7 +11,7 @@ import pytest
 
 from avcil_dist.world import world_from_environment
 from launch.sandbox.cluster import Sandbox
-from tests.helpers.chains import job_of, wait_for_end, wait_for_restart
+from tests.helpers.chains import SECONDS, job_of, wait_for_end, wait_for_restart
 from tests.helpers.documents import PROJECT, blocks, commands
 from tests.helpers.streams import avcil, write_config
 
@@ -39,7 +39,6 @@ PROFILE = {
 KILLING_SBATCH = """#!/bin/sh
 {sbatch} "$@" > /dev/null
 kill -KILL $PPID
-sleep 60
 """
 
 
@@ -79,11 +78,11 @@ def test_a_chain_is_submitted_once_from_inside_a_job_whatever_its_environment_an
     salloc = ("salloc", "-Q", "-p", "nowarn", "-n1", "--mem-per-cpu=100", ":", "-n1", "--mem-per-cpu=50")
     sandbox.run("scontrol", "update", "PartitionName=low", "State=DOWN")  # no job starts yet
     try:
-        submission(config, *salloc, path=str(programs)).communicate(timeout=120)
+        submission(config, *salloc, path=str(programs)).communicate(timeout=SECONDS)
         assert not Path(stream, "jobs.json").exists()
         [first] = queued(sandbox)
         both = [submission(config, *salloc), submission(config)]
-        outputs = [process.communicate(timeout=120)[0] for process in both]
+        outputs = [process.communicate(timeout=SECONDS)[0] for process in both]
         assert [process.returncode for process in both] == [0, 0], outputs
         assert sorted(output.count("waits or runs already") for output in outputs) == [1, 3]
         assert queued(sandbox) == [first, *(first.replace("s00-", f"s{step:02d}-") for step in (1, 2))]

@@ -1,6 +1,5 @@
 """The SLURM scheduler with programs of SLURM on the path that print what the test writes, and record their calls."""
 
-import json
 import os
 import pickle
 import subprocess
@@ -23,22 +22,10 @@ from launch.cluster.resources import ClusterConfig
 from launch.cluster.schedulers import slurm_commands
 from launch.cluster.schedulers.base import JobStart, scheduler_of
 from launch.step_run import StepRun
+from tests.helpers.fake_slurm import FakeSlurm
 
 pytestmark = pytest.mark.slow  # each command is a process
 
-FAKE = f"""#!{sys.executable} -I
-import json, os, sys, time
-from pathlib import Path
-folder, name = Path(sys.argv[0]).parent, Path(sys.argv[0]).name
-calls = folder / "calls"
-with calls.open("a") as file:
-    file.write(json.dumps([name, sys.argv[1:], dict(os.environ)]) + "\\n")
-number = sum(json.loads(line)[0] == name for line in calls.read_text().splitlines())
-answer = json.loads((folder / f"{{name}}.json").read_text())
-time.sleep(answer["seconds"])
-sys.stdout.write(answer["output"].replace("{{number}}", str(number)))
-sys.exit(answer["code"])
-"""
 SQUEUE = """\
 90|COMPLETING|node1|10:02|4:00:00|1|None|{jobs}/step_000/0a.sh|
 101|RUNNING|node[1-2]|5:00|4:00:00|0|None|/elsewhere/step_001/0b.sh|
@@ -54,32 +41,9 @@ SACCT = """\
 83|"""
 
 
-class Slurm:
-    """Programs of SLURM in a folder of the path."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir()
-        for name in ("sbatch", "squeue", "sacct", "scancel"):
-            (folder / name).write_text(FAKE)
-            (folder / name).chmod(0o755)
-            self.answer(name, "")
-        self.answer("sbatch", "{number}\n")
-
-    def answer(self, name: str, output: str, *, code: int = 0, seconds: float = 0) -> None:
-        """Set the output of a program; `{number}` in it is the number of its calls."""
-        (self.folder / f"{name}.json").write_text(json.dumps({"output": output, "code": code, "seconds": seconds}))
-
-    def calls(self, name: str) -> list[tuple[list[str], dict[str, str]]]:
-        """Return arguments and environment of each call of a program."""
-        log = self.folder / "calls"
-        lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-        return [(arguments, environment) for program, arguments, environment in lines if program == name]
-
-
 @pytest.fixture
-def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
-    found = Slurm(tmp_path / "bin")
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    found = FakeSlurm(tmp_path / "bin")
     monkeypatch.setenv("PATH", f"{found.folder}:{os.environ['PATH']}")
     return found
 
@@ -94,7 +58,7 @@ def live(record: Chain) -> dict[int, Any]:
 
 
 def test_live_jobs_are_those_that_were_recorded_or_whose_script_is_in_the_folder_of_the_step(
-    slurm: Slurm, tmp_path: Path
+    slurm: FakeSlurm, tmp_path: Path
 ) -> None:
     slurm.answer("squeue", SQUEUE.format(jobs=tmp_path))
     found = live(chain(tmp_path, step_1=("101",), step_3=("40",)))  # 40 is by now a job of something else
@@ -111,7 +75,7 @@ def test_live_jobs_are_those_that_were_recorded_or_whose_script_is_in_the_folder
     assert all(job.is_live for job in found.values())
 
 
-def test_one_call_finds_the_jobs_of_many_streams(slurm: Slurm, tmp_path: Path) -> None:
+def test_one_call_finds_the_jobs_of_many_streams(slurm: FakeSlurm, tmp_path: Path) -> None:
     slurm.answer("squeue", SQUEUE.format(jobs=tmp_path))
     more = chain(Path(f"{tmp_path}-more"))
     found = scheduler_of("slurm").live_jobs({"a": chain(tmp_path), "b": more, "c": chain(tmp_path / "c")})
@@ -119,7 +83,7 @@ def test_one_call_finds_the_jobs_of_many_streams(slurm: Slurm, tmp_path: Path) -
     assert len(slurm.calls("squeue")) == 1
 
 
-def test_the_job_that_was_recorded_last_comes_before_others_of_the_step(slurm: Slurm, tmp_path: Path) -> None:
+def test_the_job_that_was_recorded_last_comes_before_others_of_the_step(slurm: FakeSlurm, tmp_path: Path) -> None:
     slurm.answer(
         "squeue", "".join(f"{id}|RUNNING|n|1:00|1:00|0|None|{tmp_path}/step_001/x.sh|\n" for id in (9, 50, 101))
     )
@@ -127,7 +91,7 @@ def test_the_job_that_was_recorded_last_comes_before_others_of_the_step(slurm: S
         assert live(chain(tmp_path, step_1=jobs))[1].id == newest
 
 
-def test_past_jobs_are_the_newest_of_each_step(slurm: Slurm, tmp_path: Path) -> None:
+def test_past_jobs_are_the_newest_of_each_step(slurm: FakeSlurm, tmp_path: Path) -> None:
     slurm.answer("sacct", SACCT)
     recorded = chain(tmp_path, step_1=("70", "81"), step_2=("82",), step_3=("83",))
     past = scheduler_of("slurm").past_jobs({"runs/vs100": recorded})["runs/vs100"]
@@ -140,7 +104,7 @@ def test_past_jobs_are_the_newest_of_each_step(slurm: Slurm, tmp_path: Path) -> 
     assert len(slurm.calls("sacct")) == 1
 
 
-def test_later_jobs_are_cancelled_first_and_no_others(slurm: Slurm, tmp_path: Path) -> None:
+def test_later_jobs_are_cancelled_first_and_no_others(slurm: FakeSlurm, tmp_path: Path) -> None:
     slurm.answer("squeue", SQUEUE.format(jobs=tmp_path))
     streams = {"a": chain(tmp_path, step_1=("101",)), "b": chain(Path(f"{tmp_path}-more"))}
     assert scheduler_of("slurm").cancel(streams) == {"a": 3, "b": 1}
@@ -164,7 +128,7 @@ def test_later_jobs_are_cancelled_first_and_no_others(slurm: Slurm, tmp_path: Pa
     ],
 )
 def test_a_program_that_fails_or_does_not_answer_is_one_line(
-    slurm: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, answer: dict[str, Any], error: str
+    slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, answer: dict[str, Any], error: str
 ) -> None:
     slurm.answer(program, **answer)
     monkeypatch.setattr(slurm_commands, "COMMAND_SECONDS", 0.5 if answer.get("seconds") else 60)
@@ -173,7 +137,9 @@ def test_a_program_that_fails_or_does_not_answer_is_one_line(
     assert str(caught.value) == error
 
 
-def test_a_program_that_is_missing_is_one_line(slurm: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_program_that_is_missing_is_one_line(
+    slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", str(slurm.folder))
     (slurm.folder / "squeue").unlink()
     with pytest.raises(SchedulerError, match="squeue: not found; it belongs to SLURM's client programs"):
@@ -186,7 +152,7 @@ def submit(folder: Path, cluster: ClusterConfig, start: JobStart | None = None, 
     return scheduler_of("slurm").submit(config, cluster, record, steps or (2,), start)
 
 
-def test_a_job_has_its_ranks_and_its_script_before_it_is_submitted(slurm: Slurm, tmp_path: Path) -> None:
+def test_a_job_has_its_ranks_and_its_script_before_it_is_submitted(slurm: FakeSlurm, tmp_path: Path) -> None:
     record = chain(tmp_path / "jobs")
     (tmp_path / "jobs").mkdir()
     mark_failed(record.folder, 2, "an earlier error")
@@ -206,7 +172,7 @@ def test_a_job_has_its_ranks_and_its_script_before_it_is_submitted(slurm: Slurm,
     assert pickle.loads(ranks.read_bytes()).function == RankEntry(run, record.folder, "slurm")
 
 
-def test_each_job_waits_for_the_one_before_it_and_is_recorded_at_once(slurm: Slurm, tmp_path: Path) -> None:
+def test_each_job_waits_for_the_one_before_it_and_is_recorded_at_once(slurm: FakeSlurm, tmp_path: Path) -> None:
     start = JobStart("id", first_step=1, after="77", reset_optimizer=True)
     submit(tmp_path, ClusterConfig(kind="slurm"), start, 1, 2, 3)
     texts = [Path(arguments[1]).read_text() for arguments, _ in slurm.calls("sbatch")]
@@ -277,7 +243,7 @@ OUTER = {
 
 @pytest.mark.parametrize("program", ["sbatch", "squeue", "sacct", "scancel"])
 def test_no_program_gets_variables_of_an_outer_job_or_options_of_a_profile(
-    slurm: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str
+    slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str
 ) -> None:
     for name, value in (OUTER["job"] | OUTER["options"] | OUTER["meant"]).items():
         monkeypatch.setenv(name, value)
@@ -296,7 +262,7 @@ def test_no_program_gets_variables_of_an_outer_job_or_options_of_a_profile(
 
 
 def test_an_account_of_the_profile_stays_where_the_cluster_file_has_none(
-    slurm: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SBATCH_ACCOUNT", "lab")
     monkeypatch.setenv("SBATCH_PARTITION", "long")
@@ -307,7 +273,7 @@ def test_an_account_of_the_profile_stays_where_the_cluster_file_has_none(
 
 
 def test_devices_of_an_outer_job_are_not_those_of_the_new_one(
-    slurm: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     submit(tmp_path, ClusterConfig(kind="slurm"))
@@ -316,7 +282,7 @@ def test_devices_of_an_outer_job_are_not_those_of_the_new_one(
     assert [environment.get("CUDA_VISIBLE_DEVICES") for _, environment in slurm.calls("sbatch")] == ["0", None]
 
 
-def test_an_sbatch_that_outlives_a_killed_submission_holds_its_lock(slurm: Slurm, tmp_path: Path) -> None:
+def test_an_sbatch_that_outlives_a_killed_submission_holds_its_lock(slurm: FakeSlurm, tmp_path: Path) -> None:
     slurm.answer("sbatch", "1\n", seconds=1.5)
     code = (
         "import sys\nfrom pathlib import Path\n"
@@ -339,3 +305,24 @@ def test_an_sbatch_that_outlives_a_killed_submission_holds_its_lock(slurm: Slurm
         lock.acquire(timeout=0)
     with lock.acquire(timeout=30):
         assert len(slurm.calls("sbatch")) == 1
+
+
+def test_ranks_get_the_environment_of_the_script_and_the_names_of_files_as_they_are(
+    slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_EXPORT_ENV", "NONE")  # as `--export=NONE` of a site sets it in the job
+    monkeypatch.setenv("PYTHONPATH", "/plugins")
+    folder = tmp_path / 'it\'s a "run" #1? ~x$HOME `id`'
+    record = replace(chain(folder), code=f"{folder}/code")
+    folder.mkdir()
+    cluster = ClusterConfig(kind="slurm", setup=["export OF_SETUP=1"], extra={"export": "NONE"})
+    script = scheduler_of("slurm").script(record, cluster, 2, None)
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "")
+    [(arguments, environment)] = slurm.calls("srun")
+    assert "--export=ALL" in arguments
+    assert f"{folder}/step_002/%j_%t_log.out" in arguments
+    assert arguments[-3:] == ["launch.cluster.rank_main", f"{folder}/step_002", "PICKLED_RANKS"]
+    expected = {"OF_SETUP": "1", "PYTHONSAFEPATH": "1", "PYTHONPATH": f"{folder}/code:/plugins"}
+    assert expected.items() <= environment.items()

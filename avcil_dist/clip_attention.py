@@ -1,7 +1,8 @@
-"""Attention of a stream's networks on given clips, step by step, with the predictions."""
+"""Attention of a stream's networks on given clips, or the evidence for a class, step by step, with the predictions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,7 +14,8 @@ from avcil_dist.data.decode import decode_clip
 from avcil_dist.data.transforms import ClipTransform
 from avcil_dist.errors import ConfigError
 from avcil_dist.inference import restore_step
-from avcil_dist.models.attention.maps import AttentionMap, attention_maps
+from avcil_dist.methods.base import Method
+from avcil_dist.models.attention.maps import TokenMap, attention_map, evidence_map, token_weights
 from avcil_dist.models.network import AudioVisualNetwork
 from avcil_dist.streams.artifact import load_artifact, step_url
 
@@ -34,12 +36,15 @@ class PreparedClip:
     sample_rate: int
 
 
+Heat = Literal["attention", "evidence"]
+
+
 @dataclass(frozen=True)
 class StepAttention:
-    """Attention on one clip after a step, and the predicted class."""
+    """Map of one clip after a step, and the predicted class."""
 
     step: int
-    map: AttentionMap
+    map: TokenMap
     predicted: str
 
 
@@ -61,25 +66,46 @@ def prepare_clips(urls: Sequence[str], settings: ClipConfig) -> list[PreparedCli
     return prepared
 
 
-@torch.inference_mode()
-def step_attention(stream: str, step: int, clips: Sequence[PreparedClip]) -> list[StepAttention]:
-    """Return the attention on each clip by the network of a committed step.
+def step_attention(
+    stream: str, step: int, clips: Sequence[PreparedClip], *, heat: Heat = "attention", class_name: str | None = None
+) -> list[StepAttention]:
+    """Return the map of each clip by the network of a committed step.
 
-    Raises ArtifactError as `load_artifact` does, ConfigError for a network without audio-guided attention or one
-    that was trained on features.
+    `heat` is as in `models/attention/maps.py`; the evidence is that for `class_name`, by default for the predicted
+    class. Raises ArtifactError as `load_artifact` does, ConfigError for a network without audio-guided attention, one
+    that was trained on features, or a class that is not seen at the step.
     """
     artifact = load_artifact(stream, step)
-    config, folder = artifact.config, step_url(stream, step)
+    config, folder, seen = artifact.config, step_url(stream, step), artifact.scenario.seen(step)
     if config.model.visual.kind == "precomputed":
         raise ConfigError(f"{folder}: trained on features; attention on clips needs a stream that was trained on clips")
+    if class_name is not None and class_name not in seen:
+        raise ConfigError(f"{folder}: class {class_name!r} is not seen at step {step}; choose later --steps")
     network, method = restore_step(artifact, {}, folder)
     if not isinstance(network, AudioVisualNetwork):
         raise ConfigError(f"{folder}: method {config.method.name} has no audio-guided attention; choose another stream")
     network.eval()
-    seen, found = artifact.scenario.seen(step), []
-    for clip in clips:  # one at a time: no batch of large clips in memory
-        encoded = network.attention_view(clip.visual[None], clip.audio[None], slice(None))
-        [attention] = attention_maps(encoded.attention, encoded.audio.float(), encoded.visual.float())
-        scores = method.scores(network(clip.visual[None], clip.audio[None]))[0]
-        found.append(StepAttention(step, attention, seen[int(scores.argmax())]))
-    return found
+    return [_attention(network, method, clip, step, seen, heat, class_name) for clip in clips]
+
+
+@torch.no_grad()
+def _attention(
+    network: AudioVisualNetwork,
+    method: Method,
+    clip: PreparedClip,
+    step: int,
+    seen: Sequence[str],
+    heat: Heat,
+    class_name: str | None,
+) -> StepAttention:
+    encoded = network.attention_view(clip.visual[None], clip.audio[None], slice(None))
+    audio, visual = encoded.audio.float(), encoded.visual.float()
+    weights = token_weights(encoded.attention, audio, visual)
+    with torch.enable_grad():
+        pooled = (weights * visual).sum(dim=(1, 2)).requires_grad_()
+        scores = method.scores(network.project_and_classify(audio, pooled, None))[0]
+        predicted = seen[int(scores.argmax())]
+        if heat == "attention":
+            return StepAttention(step, attention_map(weights[0]), predicted)
+        [gradient] = torch.autograd.grad(scores[seen.index(class_name or predicted)], pooled)
+    return StepAttention(step, evidence_map(weights[0], visual[0], gradient[0]), predicted)

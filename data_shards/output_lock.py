@@ -17,7 +17,7 @@ _logger = logging.getLogger(__name__)
 
 @contextmanager
 def sole_build(output: str) -> Iterator[None]:
-    """Hold the lock of a local output folder while the block runs; a second build waits for it, and says so.
+    """Hold the lock of a local output folder while the block runs; a second build waits for it, with a message.
 
     The parts of one build write different files and do not lock. Object storage has no locks. Raises StorageError for
     a folder that cannot be written.

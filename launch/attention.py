@@ -9,17 +9,19 @@ from pydantic import Field
 from rich.console import Console
 
 from avcil_dist import storage
-from avcil_dist.clip_attention import prepare_clips, step_attention
+from avcil_dist.clip_attention import Heat, prepare_clips, step_attention
 from avcil_dist.errors import ConfigError
 from avcil_dist.models.attention.maps import Box
 from avcil_dist.reporting.attention import AttentionRow, ClipFigure, check_format, write_figure
-from avcil_dist.reporting.tables import WordTable
+from avcil_dist.reporting.tables import WordTable, plain
 from avcil_dist.streams.artifact import committed_steps, load_summary
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-def make_figure(paths: Sequence[str], steps: str, output: str, regions: str | None) -> list[ClipFigure]:
+def make_figure(
+    paths: Sequence[str], steps: str, output: str, regions: str | None, heat: Heat, class_name: str | None
+) -> list[ClipFigure]:
     """Write the figure of `avcil attention` and return what it shows.
 
     Raises ConfigError for paths without a stream or a clip, steps that are not committed, and streams that prepare
@@ -42,31 +44,40 @@ def make_figure(paths: Sequence[str], steps: str, output: str, regions: str | No
     rows: list[list[AttentionRow]] = [[] for _ in prepared]
     for stream, numbers in chosen.items():
         for number in numbers:
-            for url, own, found in zip(clips, rows, step_attention(stream, number, prepared), strict=True):
-                share = found.map.share(boxes[url]) if boxes else None
+            found_by_clip = step_attention(stream, number, prepared, heat=heat, class_name=class_name)
+            for url, own, found in zip(clips, rows, found_by_clip, strict=True):
+                share = found.map.share(boxes[url]) if boxes and found.map.mass.any() else None
                 own.append(AttentionRow(PurePosixPath(stream).name, number, found.map, found.predicted, share))
     figures = [
         ClipFigure(clip.name, clip.frames, clip.waveform, clip.sample_rate, own)
         for clip, own in zip(prepared, rows, strict=True)
     ]
-    write_figure(figures, output)
+    write_figure(figures, output, heat)
     return figures
 
 
-def print_shares(figures: Sequence[ClipFigure], console: Console) -> None:
-    """Print the mean share of the attention on the sounding region, by stream and step; nothing without regions."""
-    shares: dict[str, dict[int, list[float]]] = {}
-    for row in (row for figure in figures for row in figure.rows):
-        if row.share is not None:
-            shares.setdefault(row.stream, {}).setdefault(row.step, []).append(row.share)
-    if not shares:
+def print_shares(figures: Sequence[ClipFigure], heat: Heat, console: Console) -> None:
+    """Print the mean share of the maps on the sounding region, by stream and step, with the number of clips.
+
+    A clip without any evidence has no share. Nothing is printed without regions.
+    """
+    rows = [row for figure in figures for row in figure.rows]
+    if all(row.share is None for row in rows):
         return
-    table = WordTable(f"Attention on the sounding region, % (mean of {len(figures)} clips)")
+    console.print(
+        plain(f"{heat.capitalize()} on the sounding region, %: mean (clips that have some / all)"), soft_wrap=True
+    )
+    table = WordTable("")
     table.add_column("stream")
-    for step in sorted({step for by_step in shares.values() for step in by_step}):
+    for step in (steps := sorted({row.step for row in rows})):
         table.add_column(f"step {step}", justify="right")
-    for stream, by_step in shares.items():
-        table.add_row(stream, *(f"{100 * fmean(values):.1f}" for _, values in sorted(by_step.items())))
+    for stream in dict.fromkeys(row.stream for row in rows):
+        cells = []
+        for step in steps:
+            own = [row.share for row in rows if (row.stream, row.step) == (stream, step)]
+            shares = [share for share in own if share is not None]
+            cells.append(f"{100 * fmean(shares):.1f} ({len(shares)}/{len(own)})" if shares else f"– (0/{len(own)})")
+        table.add_row(stream, *cells)
     console.print(table)
 
 

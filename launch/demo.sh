@@ -19,8 +19,8 @@ for method in finetune avcil; do
     "$avcil" train demo --processes 2 method=$method output="$folder" data.manifest="$folder/shards/manifest.json"
 done
 "$avcil" report "$folder" --page "$folder/report.html"
-"$avcil" attention "$folder"/demo-{finetune,avcil}-seed0 "$folder"/clips/test/class_00{0,1}/*.mp4 \
-    --regions "$folder/clips/regions.json" --output "$folder/attention.html"
+"$avcil" attention "$folder"/demo-{finetune,avcil}-seed0 "$folder"/clips/test/class_000/*.mp4 \
+    --heat evidence --class class_000 --regions "$folder/clips/regions.json" --output "$folder/attention.html"
 
 cat <<END
 

@@ -1,4 +1,4 @@
-"""Figures of attention: frames of a clip with the attention as heat, a row for each step, streams side by side."""
+"""Figures of attention: frames of a clip with a map as heat, a row for each step, streams side by side."""
 
 import base64
 import io
@@ -14,7 +14,7 @@ from PIL import Image
 
 from avcil_dist import storage
 from avcil_dist.errors import ConfigError
-from avcil_dist.models.attention.maps import AttentionMap
+from avcil_dist.models.attention.maps import TokenMap
 
 FORMATS = (".html", ".png")
 HEAT = (255, 64, 0)  # red, green, blue of the overlay
@@ -24,11 +24,11 @@ FRAME_INCHES = 1.1
 
 @dataclass(frozen=True)
 class AttentionRow:
-    """Attention of one stream after one step on a clip: its predicted class, and the share on the known region."""
+    """Map of one stream after one step on a clip: the predicted class, and the share on the known region."""
 
     stream: str
     step: int
-    map: AttentionMap
+    map: TokenMap
     predicted: str
     share: float | None = None
 
@@ -50,13 +50,16 @@ def check_format(path: str) -> None:
         raise ConfigError(f"{path}: the figure is written as {' or '.join(FORMATS)}; give a name that ends so")
 
 
-def write_figure(clips: Sequence[ClipFigure], path: str) -> None:
-    """Write the figures of clips as one HTML page without scripts, or as a PNG picture, by the ending of `path`."""
+def write_figure(clips: Sequence[ClipFigure], path: str, heat: str) -> None:
+    """Write the figures of clips as one HTML page without scripts, or as a PNG picture, by the ending of `path`.
+
+    `heat` is the kind of the maps, for the text of the page.
+    """
     check_format(path)
-    storage.write_bytes(path, _picture(clips) if path.endswith(".png") else _page(clips).encode())
+    storage.write_bytes(path, _picture(clips) if path.endswith(".png") else _page(clips, heat).encode())
 
 
-def _page(clips: Sequence[ClipFigure]) -> str:
+def _page(clips: Sequence[ClipFigure], heat: str) -> str:
     environment = Environment(
         loader=PackageLoader("avcil_dist", "reporting"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -72,13 +75,13 @@ def _page(clips: Sequence[ClipFigure]) -> str:
         }
         for clip in clips
     ]
-    return environment.get_template("attention.html.j2").render(clips=views)
+    return environment.get_template("attention.html.j2").render(clips=views, heat=heat)
 
 
 def _row(row: AttentionRow, num_frames: int) -> dict[str, object]:
     """The template's values of a row. A network with fewer time positions than frames repeats each of them."""
     which = _positions(row.map, num_frames)
-    highest = row.map.temporal.max()
+    highest = row.map.temporal.max() or 1.0
     return {
         "step": row.step,
         "predicted": row.predicted,
@@ -94,16 +97,20 @@ def _row(row: AttentionRow, num_frames: int) -> dict[str, object]:
     }
 
 
-def _positions(attention: AttentionMap, num_frames: int) -> list[int]:
-    """The time position of the attention at each frame."""
-    count = len(attention.mass)
+def _positions(tokens: TokenMap, num_frames: int) -> list[int]:
+    """The time position of the map at each frame."""
+    count = len(tokens.mass)
     return [frame * count // num_frames for frame in range(num_frames)]
 
 
-def _heat(attention: AttentionMap, position: int) -> Image.Image:
-    """The attention within a frame as a transparent picture of a pixel a cell; opaque where it is highest."""
-    spatial = attention.spatial[position]
-    opacity = MAX_OPACITY * (spatial / spatial.max())
+def _heat(tokens: TokenMap, position: int) -> Image.Image:
+    """The map within a frame as a transparent picture of a pixel a cell.
+
+    It is clear where the map is lowest and opaque where it is highest; a frame without a share is clear.
+    """
+    spatial = tokens.spatial[position]
+    lowest, highest = spatial.min(), spatial.max()
+    opacity = MAX_OPACITY * (spatial - lowest) / ((highest - lowest) or 1.0)
     pixels = np.empty((*spatial.shape, 4), dtype=np.uint8)
     pixels[..., :3], pixels[..., 3] = HEAT, opacity.round()
     return Image.fromarray(pixels, "RGBA")

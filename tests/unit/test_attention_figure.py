@@ -14,7 +14,7 @@ from PIL import Image
 from avcil_dist.config.schema import Config
 from avcil_dist.data.decode import decode_clip
 from avcil_dist.data.exemplar_memory import EMPTY_MEMORY
-from avcil_dist.models.attention.maps import AttentionMap, attention_maps
+from avcil_dist.models.attention.maps import TokenMap, attention_map, evidence_map, token_weights
 from avcil_dist.models.attention.module import AudioGuidedAttention
 from avcil_dist.models.network import build_network
 from avcil_dist.streams.artifact import save_artifact
@@ -29,7 +29,9 @@ CLIP = {"frames": 4, "size": 32, "mel_bins": 32, "mel_frames": 96}
 def test_a_map_is_the_weight_of_each_token_in_the_pooled_vector() -> None:
     torch.manual_seed(0)
     attention, audio, visual = AudioGuidedAttention(6), torch.randn(2, 6), torch.randn(2, 3, 4, 6)
-    for clip, found in enumerate(attention_maps(attention, audio, visual)):
+    weights = token_weights(attention, audio, visual).detach()
+    for clip in range(2):
+        found = attention_map(weights[clip])
         guide = np.tanh(attention.attn_audio(audio[clip]).detach().numpy())
         keys = np.tanh(attention.attn_visual(lambda w, b, c=clip: (visual[c] @ w.T + b,))[0].detach().numpy())
         spatial = np.exp(keys * guide) / np.exp(keys * guide).sum(axis=1, keepdims=True)  # eq. 2 and 3
@@ -42,15 +44,24 @@ def test_a_map_is_the_weight_of_each_token_in_the_pooled_vector() -> None:
         np.testing.assert_allclose(found.spatial.sum(axis=(1, 2)), 1)
 
 
+def test_evidence_is_the_positive_part_of_each_tokens_effect_on_the_score() -> None:
+    weights = torch.tensor([[[0.5, 0.1], [0.5, 0.9]]])  # one frame, two tokens, two channels
+    tokens = torch.tensor([[[2.0, 1.0], [4.0, 1.0]]])
+    found = evidence_map(weights, tokens, torch.tensor([1.0, -1.0]))
+    np.testing.assert_allclose(found.mass, [[[0.9 / 2.0, 1.1 / 2.0]]])  # 1 - 0.1 and 2 - 0.9
+    assert not evidence_map(weights, tokens, torch.tensor([-1.0, -1.0])).mass.any()
+    some = evidence_map(weights, tokens, torch.tensor([1.0, -5.0]))  # 1 - 0.5 and 2 - 4.5
+    np.testing.assert_allclose(some.mass, [[[1.0, 0.0]]])
+
+
 def test_positions_that_are_no_square_are_one_row() -> None:
-    [found] = attention_maps(AudioGuidedAttention(4), torch.randn(1, 4), torch.randn(1, 2, 3, 4))
-    assert found.mass.shape == (2, 1, 3)
+    assert attention_map(torch.rand(2, 3, 4)).mass.shape == (2, 1, 3)
 
 
 def test_a_region_takes_its_part_of_the_cells_it_covers() -> None:
     mass = np.zeros((1, 2, 2))
     mass[0] = [[0.1, 0.2], [0.3, 0.4]]
-    attention = AttentionMap(mass)
+    attention = TokenMap(mass)
     assert attention.share((0, 0, 1, 1)) == pytest.approx(1)
     assert attention.share((0.5, 0, 1, 0.5)) == pytest.approx(0.3)
     assert attention.share((0.25, 0, 1, 0.75)) == pytest.approx(0.5 * (0.1 + 0.5 * 0.2) + 0.3 + 0.5 * 0.4)
@@ -116,7 +127,8 @@ def test_the_picture_and_the_shares_of_chosen_steps(stream: Path, tmp_path: Path
     words = "--steps", "1", "--regions", stream / "clips" / "regions.json", "-o", tmp_path / "figure.png"
     done = avcil("attention", stream / "stream<b>", *clips_of(stream), *words)
     assert done.exit_code == 0, done.output
-    assert "mean of 3 clips" in done.output
+    assert "Attention on the sounding region" in done.output
+    assert "(3/3)" in done.output
     assert "step 1" in done.output
     assert "step 0" not in done.output
     picture = Image.open(io.BytesIO((tmp_path / "figure.png").read_bytes()))
@@ -124,9 +136,21 @@ def test_the_picture_and_the_shares_of_chosen_steps(stream: Path, tmp_path: Path
     assert picture.width > picture.height > 300
 
 
+def test_the_evidence_for_a_class_is_another_map(stream: Path, tmp_path: Path) -> None:
+    pages = {}
+    for words in (["attention"], ["evidence"], ["evidence", "--class", "cat"]):
+        output = tmp_path / "a.html"
+        done = avcil("attention", stream / "stream<b>", clips_of(stream)[0], "-o", output, "--heat", *words)
+        assert done.exit_code == 0, done.output
+        pages[" ".join(words)] = output.read_text()
+    assert len(set(pages.values())) == 3
+    assert "evidence of a part of the frame" in pages["evidence"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["{stream}", "{clip}", "--class", "bus", "--heat", "evidence", "-o", "{out}/a.html"], "is not seen at step 0"),
         (["{stream}", "-o", "{out}/a.html"], "no clip among"),
         (["{clip}", "-o", "{out}/a.html"], "no stream with a committed step among"),
         (["{stream}", "{clip}", "-o", "{out}/a.gif"], "written as .html or .png"),

@@ -1,10 +1,14 @@
-"""Attention of one clip as a distribution over frames and positions, for figures and for its share on a region."""
+"""Maps of one clip over frames and positions: its attention, and the evidence of its tokens for a class.
+
+With keys and guide bounded by tanh, the attention of a channel varies by a factor of e² at most, and channels disagree:
+its mean over channels is almost even. The evidence multiplies the attention by the token and by the effect on the
+score of a class, channel by channel, and so shows which part of the picture a prediction is made of.
+"""
 
 import math
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from avcil_dist.models.attention.module import AudioGuidedAttention
@@ -13,11 +17,8 @@ Box = tuple[float, float, float, float]  # top, left, bottom, right as fractions
 
 
 @dataclass(frozen=True)
-class AttentionMap:
-    """Attention mass (T, rows, columns) of a clip: the weight of each token in the pooled vector, mean over channels.
-
-    It sums to 1.
-    """
+class TokenMap:
+    """Share (T, rows, columns) of each visual token of a clip. It sums to 1; all zeros where nothing has a share."""
 
     mass: np.ndarray
 
@@ -28,8 +29,9 @@ class AttentionMap:
 
     @property
     def spatial(self) -> np.ndarray:
-        """Mass of each position within its frame (T, rows, columns); each frame sums to 1."""
-        return np.asarray(self.mass / self.temporal[:, None, None])
+        """Mass of each position within its frame (T, rows, columns); a frame sums to 1, or is all zeros."""
+        frames = self.temporal[:, None, None]
+        return np.divide(self.mass, frames, out=np.zeros_like(self.mass), where=frames > 0)
 
     def share(self, box: Box) -> float:
         """Return the mass within a box; a cell that the box covers in part counts in that proportion."""
@@ -39,17 +41,37 @@ class AttentionMap:
         return float(np.einsum("trc,r,c->", self.mass, rows, columns))
 
 
-@torch.no_grad()
-def attention_maps(attention: AudioGuidedAttention, audio: Tensor, visual: Tensor) -> list[AttentionMap]:
-    """Return the map of each clip, for `audio` (B, D) and `visual` (B, T, S, D).
+def attention_map(weights: Tensor) -> TokenMap:
+    """Return the mean over channels of the `weights` (T, S, D) of a clip's tokens in its pooled vector."""
+    return _on_grid(weights.double().mean(dim=2))
 
-    S is a square grid of positions; another number of them is taken as one row.
+
+def evidence_map(weights: Tensor, tokens: Tensor, gradient: Tensor) -> TokenMap:
+    """Return the share of each token in the evidence for a class.
+
+    `weights` and `tokens` are (T, S, D), `gradient` (D,) is that of the class's score with respect to the pooled
+    vector. Σ weights · tokens · gradient over all tokens and channels is the linear effect of the picture on the score;
+    the evidence of a token is its positive part, after Zhou et al. 2016 (class activation mapping).
+    """
+    evidence = (weights * tokens * gradient).double().sum(dim=2).clamp(min=0)
+    total = evidence.sum()
+    return _on_grid(evidence / total if total > 0 else evidence)
+
+
+def token_weights(attention: AudioGuidedAttention, audio: Tensor, visual: Tensor) -> Tensor:
+    """Return the weight of each token in the pooled vector, per channel: (B, T, S, D), which sums to 1 over T and S.
+
+    `audio` is (B, D), `visual` (B, T, S, D).
     """
     spatial, temporal = attention.maps(audio, visual)
-    mass = (temporal.unsqueeze(2) * spatial).double().mean(dim=3).cpu().numpy()
-    side = math.isqrt(mass.shape[2])
-    grid = (side, side) if side * side == mass.shape[2] else (1, mass.shape[2])
-    return [AttentionMap(clip.reshape(len(clip), *grid)) for clip in mass]
+    return temporal.unsqueeze(2) * spatial
+
+
+def _on_grid(mass: Tensor) -> TokenMap:
+    """Positions (T, S) as a square grid; another number of them is taken as one row."""
+    side = math.isqrt(mass.shape[1])
+    grid = (side, side) if side * side == mass.shape[1] else (1, mass.shape[1])
+    return TokenMap(mass.cpu().numpy().reshape(len(mass), *grid))
 
 
 def _coverage(cells: int, first: float, last: float) -> np.ndarray:

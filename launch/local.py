@@ -18,7 +18,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 from avcil_dist.config.schema import Config
 from avcil_dist.errors import AvcilError, StepStopped, WorldError
 from avcil_dist.exit_codes import INTERRUPTED, STOPPED, USER_ERROR
-from avcil_dist.signals import StopRequest, listening, shielding
+from avcil_dist.signals import StopRequest, interrupted_once, listening, shielding
 from avcil_dist.streams.stream import next_step, sole_runner, stream_url
 from avcil_dist.tracking.session import stream_run
 from avcil_dist.training.device import local_device
@@ -142,7 +142,8 @@ def _end(processes: list[Any]) -> None:
 def _run_rank(index: int, run: StepRun, worlds: tuple[World, ...], errors: Any) -> None:
     """Process of one rank: run the step, and pass an error to the supervisor."""
     try:
-        run.run(worlds[index], errors.put)
+        with interrupted_once():
+            run.run(worlds[index], errors.put)
     except AvcilError as error:
         errors.put(error)
         sys.exit(USER_ERROR)

@@ -1,5 +1,6 @@
 """Placement of the clip cache: GPU memory, shared host memory or none, chosen from free memory on all nodes."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -85,11 +86,11 @@ def _fastest(counts: dict[str, int], wanted: int, device: torch.device) -> str:
 
 def _shared(clips: np.ndarray, entry: EntrySpec, world: World) -> ClipCache | None:
     """Create the node's cache on its first rank, and map it on the others. None on all ranks if one cannot."""
-    cache = ClipCache(clips, entry, None) if world.local_rank == 0 else None
+    cache = None
+    with suppress(OSError):  # a limit on the size of files (ulimit -f) applies to this memory too
+        cache = ClipCache(clips, entry, None) if world.local_rank == 0 else None
     paths: list[str] = gather_json(cache.memory.path if cache else "")
     if cache is None:
-        try:
+        with suppress(OSError):  # for example a rank in another container, or no path
             cache = ClipCache(clips, entry, None, paths[world.rank - world.local_rank])
-        except OSError:
-            cache = None  # for example a rank in another container
     return cache if all(gather_json(cache is not None)) else None

@@ -48,7 +48,7 @@ def import_features_(output: str, visual: Path, audio: Path, splits: Path, frame
 
 @click.command("import-tars", short_help="Use tars of one class each as they are.")
 @click.argument("urls", nargs=-1, required=True, metavar="URL...")
-@click.option("--output", required=True, help="The manifest to write; urls below its folder become relative.")
+@click.option("--output", required=True, help="The manifest to write, in a folder above its tars.")
 @click.option("--split", type=click.Choice(["train", "val", "test"]), help="Split of shards whose metadata has none.")
 @click.option(
     "--classes", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="File of class names, one per line."

@@ -37,6 +37,21 @@ def test_missing_manifest(tmp_path: Path) -> None:
     _nothing_written(tmp_path)
 
 
+@pytest.mark.parametrize("output", ["/dev/null/x", "FILE", "FILE/x"])
+def test_output_that_cannot_be_a_folder(tmp_path: Path, output: str) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    folder = output.replace("FILE", f"{tmp_path}/file")
+    _refused(avcil("train", write_config(tmp_path), f"output={folder}"), folder, "cannot be written")
+    assert (tmp_path / "file").read_bytes() == b""
+
+
+def test_manifest_on_a_server_of_a_stranger(tmp_path: Path) -> None:
+    for url in ("reference://k::http://127.0.0.1:1/e.json", "http://127.0.0.1:1/m.json"):
+        _refused(avcil("train", write_config(tmp_path), f"data.manifest={url}"), "data.manifest")
+        _refused(avcil("shards", "ls", url), url)
+    _nothing_written(tmp_path)
+
+
 def test_missing_shard_is_named_before_training(tmp_path: Path) -> None:
     config = write_config(tmp_path)
     gone = sorted((tmp_path / "shards").rglob("train/c004*.tar"))[0]

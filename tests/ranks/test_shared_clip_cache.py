@@ -1,8 +1,10 @@
 """The ranks of a node share a clip cache in host memory; on a device each rank has its own."""
 
+import resource
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -45,6 +47,24 @@ def found_from_another_container(world: World, url: str) -> tuple[bool, str]:
     data = DataConfig.model_validate({"manifest": url, "clip_cache": "host"})
     cache, message = place_clip_cache(load_manifest(url), data, CLIPS, world, CPU)
     return cache is not None, message
+
+
+def found_below_a_limit(world: World, url: str) -> tuple[bool, str]:
+    """Whether this rank has a cache, and the message, where rank 0 may not make files of its size."""
+    data = DataConfig.model_validate({"manifest": url, "clip_cache": "host"})
+    manifest = load_manifest(url)
+    if world.rank == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    cache, message = place_clip_cache(manifest, data, CLIPS, world, CPU)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return cache is not None, message
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_limit_on_the_size_of_files_leaves_no_cache(tmp_path: Path, processes: int) -> None:
+    url = make_feature_shards(tmp_path, classes=1, clips={"train": 6})
+    none = False, "clip cache: none, because the ranks of a node cannot share memory"
+    assert run_ranks(found_below_a_limit, processes, url) == [none] * processes
 
 
 def test_no_rank_of_a_node_has_a_cache_if_one_cannot_map_it(tmp_path: Path) -> None:

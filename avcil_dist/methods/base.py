@@ -123,6 +123,10 @@ class Method(ABC):
         """
         raise AssertionError(f"{type(self).__name__} needs importance and does not define importance_loss")
 
+    def committed_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weights that the step commits, from those of the selected epoch, by name."""
+        return dict(weights)
+
     def end_step(self, exemplars: Sequence[Tensor] | None) -> None:  # noqa: B027 - most methods do nothing then
         """End a step. Called after the epoch is selected and the memory updated, before the test.
 

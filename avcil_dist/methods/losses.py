@@ -2,7 +2,7 @@
 
 A batch is current clips followed by exemplars; labels are positions in the head. A term without rows or classes
 is 0 with a graph, so that a sum of terms can always be backpropagated.
-Source: Pian et al. 2023; Ahn et al. 2021 for the separated softmax.
+Source: Pian et al. 2023; Ahn et al. 2021 for the separated softmax; the methods' files name others.
 """
 
 from collections.abc import Sequence
@@ -48,6 +48,18 @@ def task_distillation(logits: Tensor, teacher_logits: Tensor, slices: Sequence[s
         teacher = F.log_softmax(teacher_logits[:, task].detach() / temperature, dim=1)
         loss = loss + F.kl_div(student, teacher, reduction="sum", log_target=True)
     return temperature**2 * loss / max(1, len(logits))
+
+
+def soft_cross_entropy(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """Cross-entropy of logits (B, C_o) with the teacher's probabilities, both at a temperature; mean over rows."""
+    student = F.log_softmax(logits / temperature, dim=1)
+    teacher = F.softmax(teacher_logits.detach() / temperature, dim=1)
+    return -(teacher * student).sum() / max(1, len(logits))
+
+
+def logit_distance(logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Squared distance of logits (B, C_o) to the teacher's, mean over rows and classes."""
+    return F.mse_loss(logits, teacher_logits.detach(), reduction="sum") / max(1, logits.numel())
 
 
 def sigmoid_distillation(logits: Tensor, teacher_logits: Tensor, variant: Literal["released", "paper"]) -> Tensor:

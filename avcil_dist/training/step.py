@@ -124,6 +124,7 @@ def step_in_group(
     snapshots = SnapshotManager(step, reset_optimizer)
     if step.has_training:
         best = Trainer(step, teacher, inference, sampler, snapshots, observer, stop).train(student)
+        best = replace(best, state=step.method.committed_weights(best.state))
         student = network_of_state(step, best.state)
     else:
         observer.begin(number, 0, 0, 0)

@@ -12,8 +12,9 @@ from data_shards.random_features import make_feature_shards
 from tests.helpers.ranks import run_ranks
 from tests.helpers.streams import avcil, run_streams, write_config
 
+REPLAY = ("er", "derpp", "wa")
 SUMS = ("analytic", "kernel", "ncm", "slda", "ranpac", "acil", "air")  # without training
-METHODS = ("finetune", "joint", "lwf", "ssil", "avcil", "icarl", "afc", *SUMS)
+METHODS = ("finetune", "joint", "lwf", "ssil", "avcil", "icarl", "afc", *REPLAY, *SUMS)
 STEPS = [1, 2, 3]
 
 
@@ -45,7 +46,7 @@ def test_finetuning_forgets_most_of_what_it_knew(results: dict[str, StepArtifact
     assert accuracy[2][1] < 0.5 * accuracy[1][1]
 
 
-@pytest.mark.parametrize("method", ["avcil", "ssil", "icarl", "afc"])
+@pytest.mark.parametrize("method", ["avcil", "ssil", "icarl", "afc", *REPLAY])
 def test_methods_with_memory_forget_less_by_a_wide_margin(results: dict[str, StepArtifact], method: str) -> None:
     assert forgetting(results[method]) < forgetting(results["finetune"]) - 0.3
 

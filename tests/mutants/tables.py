@@ -10,6 +10,8 @@ COVER = {
     "methods/sums_head": "analytic evidence sums_heads method_losses",
     "methods/feature_sums": "analytic evidence sums_heads",
     "methods/evidence": "evidence",
+    "methods/derpp": "method_losses",
+    "methods/wa": "method_losses",
     "methods/kernel": "kernel method_losses",
     "methods/slda": "sums_heads",
     "methods/ncm": "sums_heads",

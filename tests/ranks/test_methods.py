@@ -23,6 +23,9 @@ VARIANTS = {
     "afc": [],
     "analytic": [],
     "analytic validation": ["method.gamma=validation", "method.unit_length=false"],
+    "er": [],
+    "derpp": [],
+    "wa": [],
     "kernel": [],
     "kernel factor": ["method.keep_factor=true"],
     "ncm": [],
@@ -46,6 +49,7 @@ VARIANTS = {
 # Adam divides by the size of the gradient: where that is near zero, rounding errors become steps of the order of the
 # learning rate, and a small one keeps them below the tolerance. A step of one class comes first: later, a softmax over
 # new classes alone would have nothing to choose from, and all of its gradient would be rounding errors.
+WITH_MEMORY = ("avcil", "ssil", "icarl", "afc", "er", "derpp", "wa")
 SIZES = (1, 2, 3)
 FIRST_PART = 2
 
@@ -110,7 +114,7 @@ def test_a_stream_interrupted_between_steps_gives_the_same_bits(streams: dict[st
         torch.testing.assert_close(resumed.method[key], value, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name.split()[0] in ("avcil", "ssil", "icarl", "afc")])
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name.split()[0] in WITH_MEMORY])
 def test_memory_holds_an_equal_part_of_each_class(streams: dict[str, Three], name: str) -> None:
     memory = last(streams[name].two).memory
     assert {label: len(keys) for label, keys in memory.keys.items()} == {f"class_{n:03d}": 5 for n in range(6)}

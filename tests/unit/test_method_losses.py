@@ -27,8 +27,8 @@ SEPARATED = (LOG4 + math.log(4 / 3) + LOG2) / 3
 TEACHER = Output(torch.tensor([[4 * LOG3, 0.0]] * 3))
 DISTILLATION = 16 * (0.75 * math.log(1.5) + 0.25 * math.log(0.5))
 METHODS = [
-    *("acil", "afc", "air", "analytic", "avcil", "finetune", "icarl", "joint", "kernel", "lwf"),
-    *("ncm", "ranpac", "slda", "ssil"),
+    *("acil", "afc", "air", "analytic", "avcil", "derpp", "er", "finetune", "icarl", "joint", "kernel", "lwf"),
+    *("ncm", "ranpac", "slda", "ssil", "wa"),
 ]
 
 
@@ -48,7 +48,7 @@ def test_step_0_trains_by_cross_entropy_over_all_classes(name: str) -> None:
     assert values(losses) == pytest.approx({"loss": CROSS_ENTROPY}, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["finetune", "joint"])
+@pytest.mark.parametrize("name", ["finetune", "joint", "er"])
 def test_methods_without_distillation_are_cross_entropy_in_every_step(name: str) -> None:
     losses = method_of(name).loss(TARGETS, Output(LOGITS), TEACHER)
     assert values(losses) == pytest.approx({"loss": CROSS_ENTROPY}, rel=1e-6)
@@ -66,6 +66,50 @@ def test_lwf_is_cross_entropy_over_new_classes_and_task_distillation() -> None:
     new = (LOG4 + math.log(4 / 3) + LOG3) / 3
     expected = {"new_classes": new, "task_distillation": DISTILLATION, "loss": new + DISTILLATION}
     assert values(losses) == pytest.approx(expected, rel=1e-6)
+
+
+def test_derpp_is_cross_entropy_of_current_clips_and_two_terms_of_exemplars() -> None:
+    losses = method_of("derpp", lambda_logits=0.25, lambda_labels=2.0).loss(TARGETS, Output(LOGITS), TEACHER)
+    # Old logits of the exemplar are (0, 0), the teacher's (4 log 3, 0).
+    expected = {"current": (LOG6 + LOG2) / 2, "logits": (4 * LOG3) ** 2 / 2, "exemplars": LOG8}
+    total = expected["current"] + 0.25 * expected["logits"] + 2 * expected["exemplars"]
+    assert values(losses) == pytest.approx({"loss": total} | expected, rel=1e-6)
+
+
+def test_derpp_of_a_batch_without_exemplars_is_cross_entropy() -> None:
+    targets = Targets(TARGETS.labels[:2], num_current=2)
+    losses = method_of("derpp").loss(targets, Output(LOGITS[:2]), Output(TEACHER.logits[:2]))
+    assert values(losses) == pytest.approx(
+        {"loss": (LOG6 + LOG2) / 2, "current": (LOG6 + LOG2) / 2, "logits": 0, "exemplars": 0}
+    )
+
+
+def test_wa_weighs_distillation_by_the_share_of_old_classes() -> None:
+    scenario = Scenario((("a", "b"), ("c", "d"), ("e",)))
+    method = make_method(MethodConfig.model_validate({"name": "wa", "distillation_temperature": 4}))
+    for step, share in ((1, 1 / 2), (2, 4 / 5)):
+        method.begin_step(StepContext(scenario, step))
+        old = scenario.num_old(step)
+        logits = torch.cat([LOGITS, torch.zeros(3, 1)], dim=1)[:, : scenario.num_seen(step)]
+        teacher = torch.tensor([[4 * LOG3, 0, 0, 0]])[:, :old].expand(3, old)
+        losses = method.loss(TARGETS, Output(logits), Output(teacher))
+        cross = -torch.log_softmax(logits.double(), 1)[range(3), TARGETS.labels].mean().item()
+        first, rest = 3 / (3 + old - 1), 1 / (3 + old - 1)  # the teacher's probabilities at T = 4
+        student = torch.log_softmax(logits[:, :old].double() / 4, 1)
+        kd = -(first * student[:, 0] + rest * student[:, 1:].sum(dim=1)).mean().item()
+        expected = {"cross_entropy": cross, "distillation": kd, "loss": (1 - share) * cross + share * kd}
+        assert values(losses) == pytest.approx(expected, rel=1e-6)
+
+
+def test_wa_commits_rows_of_new_classes_of_the_mean_length_of_old_ones() -> None:
+    head = torch.tensor([[3.0, 4.0], [0.0, 1.0], [0.0, 12.0], [0.0, 24.0]])  # lengths 5, 1; 12, 24
+    weights = {"classifier.weight": head.clone(), "classifier.bias": torch.ones(4), "audio_proj.weight": torch.eye(2)}
+    committed = method_of("wa").committed_weights(weights)
+    torch.testing.assert_close(committed["classifier.weight"], torch.cat([head[:2], head[2:] / 6]))
+    assert all(committed[name] is weights[name] for name in ("classifier.bias", "audio_proj.weight"))
+    assert torch.equal(weights["classifier.weight"], head)
+    assert method_of("wa", step=0).committed_weights(weights) == weights
+    assert method_of("ssil").committed_weights(weights) == weights
 
 
 # Axes as features: at temperature 1 / log 3 a sound's own pictures weigh 3, both others 1.
@@ -184,6 +228,9 @@ NEEDS: list[tuple[dict[str, Any], Needs]] = [
     ({"name": "analytic", "gammas": [1.0]}, Needs(training="never", network_spec=GRID)),
     ({"name": "analytic", "features": "network"}, Needs(training="first step", validation=True)),
     ({"name": "analytic", "gamma": "evidence"}, Needs(training="never", network_spec=GRID)),
+    ({"name": "er"}, Needs(memory="replay")),
+    ({"name": "derpp"}, Needs(teacher=True, memory="replay")),
+    ({"name": "wa"}, Needs(teacher=True, memory="join", selection="herding")),
     ({"name": "acil"}, Needs(training="never", validation=True, network_spec=GRID)),
     ({"name": "air"}, Needs(training="never", validation=True, network_spec=GRID)),
     ({"name": "ranpac"}, Needs(training="never", validation=True, network_spec=GRID)),
@@ -212,7 +259,7 @@ def test_defaults_are_those_of_the_papers() -> None:
     assert (avcil.variant, avcil.instance, avcil.class_aware, avcil.attention) == ("released", True, True, True)
     assert (avcil.lambda_instance, avcil.lambda_class, avcil.lambda_attention) == (0.1, 1.0, 0.5)
     assert (avcil.contrast_temperature, avcil.distillation_temperature) == (0.05, 2.0)
-    for name in ("lwf", "ssil"):
+    for name in ("lwf", "ssil", "wa"):
         assert make_method(MethodConfig(name=name)).options.distillation_temperature == 2.0
     icarl, afc = make_method(MethodConfig(name="icarl")).options, make_method(MethodConfig(name="afc")).options
     assert (icarl.variant, icarl.predict) == ("released", "nme")
@@ -226,6 +273,8 @@ def test_defaults_are_those_of_the_papers() -> None:
     for name in ("acil", "air"):
         assert make_method(MethodConfig(name=name)).options.expansion == 8192
     assert make_method(MethodConfig(name="slda")).options.shrinkage == 1e-4
+    derpp = make_method(MethodConfig(name="derpp")).options
+    assert (derpp.lambda_logits, derpp.lambda_labels) == (0.1, 0.5)
     kernel = make_method(MethodConfig(name="kernel")).options
     assert (kernel.gamma, kernel.visual_weight, kernel.pool, kernel.keep_factor) == (0.01, 0.7, (8, 1), False)
 
@@ -244,6 +293,8 @@ def test_defaults_are_those_of_the_papers() -> None:
         ("analytic", {"gammas": [0.0]}),
         ("analytic", {"expansion": -1}),
         ("analytic", {"pool": [0, 1]}),
+        ("derpp", {"lambda_logits": -0.1}),
+        ("derpp", {"lambda_labels": -0.1}),
         ("kernel", {"gamma": 0}),
         ("kernel", {"visual_weight": 1.0}),
         ("kernel", {"visual_weight": 0.0}),

@@ -61,6 +61,8 @@ def test_avcil_of_one_modality_is_refused_with_the_alternatives(tmp_path: Path) 
         preflight(load_config(path, ["model.modality=audio"]), [1], restart=True)
     line = str(raised.value)
     assert line.startswith("model.modality=audio: method avcil compares sound with pictures")
-    assert "acil, afc, air, analytic, finetune, icarl, joint, kernel, lwf, ncm, ranpac, slda, ssil" in line
+    assert (
+        "acil, afc, air, analytic, derpp, er, finetune, icarl, joint, kernel, lwf, ncm, ranpac, slda, ssil, wa" in line
+    )
     off = [f"method.{part}=false" for part in ("instance", "class_aware", "attention")]
     preflight(load_config(path, ["model.modality=audio", *off]), [1], restart=True)

@@ -11,6 +11,7 @@ from avcil_dist.errors import ConfigError
 from avcil_dist.training.preflight import preflight
 
 ABLATION = ("method.instance", "method.class_aware", "method.attention")
+ORDER = "scenario.shuffle_seed"
 IN_EVERY_NAME = ("method", "method.name", "seed")  # settings that every stream's name contains
 CLOSING = {"[": "]", "{": "}"}
 
@@ -23,13 +24,20 @@ class GridPoint:
     overrides: tuple[str, ...]
 
 
-def make_grid(config: str, words: Sequence[str], *, ablation: bool, processes: int) -> list[GridPoint]:
+def make_grid(
+    config: str, words: Sequence[str], *, ablation: bool, processes: int, class_orders: int = 1
+) -> list[GridPoint]:
     """Return the streams of all combinations of `key=a,b,c`, each checked against the data and the processes.
 
     Settings other than method and seed become part of a stream's name. `ablation` adds every combination of avcil's
-    three parts. Raises ConfigError before anything has run.
+    three parts, `class_orders` > 1 so many random orders of the classes, of the seeds 0, 1, …. Raises ConfigError
+    before anything has run.
     """
     axes = [split_values(word) for word in words]
+    if class_orders > 1:
+        if any(axis[0].partition("=")[0] == ORDER for axis in axes):
+            raise ConfigError(f"--class-orders: it varies {ORDER}, which is set too; leave out one of them")
+        axes.append([f"{ORDER}={seed}" for seed in range(class_orders)])
     if ablation:
         name = load_config(config, [axis[0] for axis in axes]).method.name
         if name != "avcil":
@@ -79,4 +87,6 @@ def _slug(word: str) -> str:
     name = key.rsplit(".", 1)[-1]
     if key in IN_EVERY_NAME or value == "true":
         return ""
+    if key == ORDER:
+        return f"order{value}"
     return f"no_{name}" if value == "false" else re.sub(r"[^A-Za-z0-9_-]+", "_", f"{name}-{value}")

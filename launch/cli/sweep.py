@@ -50,11 +50,25 @@ def compare(folders: tuple[str, ...]) -> None:
 @click.argument("config")
 @click.argument("words", nargs=-1, metavar="[KEY=VALUE,VALUE...]...")
 @click.option("--ablation", is_flag=True, help="Every combination of avcil's three parts, on and off.")
+@click.option(
+    "--class-orders",
+    type=click.IntRange(min=1),
+    default=1,
+    metavar="N",
+    help="N random orders of the classes, of the seeds 0 to N - 1; compared as mean ± deviation over them.",
+)
 @processes_option("Processes (ranks) of each stream.")
 @click.option(
     "--cluster", help="Submit each stream as a chain of jobs; a cluster file, or a shipped one: slurm, local."
 )
-def sweep(config: str, words: tuple[str, ...], ablation: bool, processes: int | None, cluster: str | None) -> None:
+def sweep(
+    config: str,
+    words: tuple[str, ...],
+    ablation: bool,
+    class_orders: int,
+    processes: int | None,
+    cluster: str | None,
+) -> None:
     """Train a stream for every combination of settings, one after the other on this machine, and compare them.
 
     All streams are checked before the first starts. Committed steps are skipped. With --cluster each
@@ -65,6 +79,7 @@ def sweep(config: str, words: tuple[str, ...], ablation: bool, processes: int | 
     Examples:
       avcil sweep demo method=finetune,avcil,joint seed=1,2,3
       avcil sweep configs/benchmark/demo.yaml --ablation
+      avcil sweep ave_ci method=avcil,analytic --class-orders 5
       avcil sweep vs100_ci method=avcil,ssil seed=1,2,3 --cluster my-cluster.yaml cluster.max_parallel=2
     """
     from rich.console import Console
@@ -77,9 +92,15 @@ def sweep(config: str, words: tuple[str, ...], ablation: bool, processes: int | 
 
     settings, of_cluster = split_words(words, cluster)
     if cluster is not None:
-        _submit_grid(config, settings, cluster, of_cluster, ablation=ablation)
+        _submit_grid(config, settings, cluster, of_cluster, ablation=ablation, class_orders=class_orders)
         return
-    points = make_grid(config, settings, ablation=ablation, processes=num_ranks(os.environ, processes))
+    points = make_grid(
+        config,
+        settings,
+        ablation=ablation,
+        processes=num_ranks(os.environ, processes),
+        class_orders=class_orders,
+    )
     folders = []
     for number, point in enumerate(points, start=1):
         if is_main_rank():
@@ -90,7 +111,13 @@ def sweep(config: str, words: tuple[str, ...], ablation: bool, processes: int | 
 
 
 def _submit_grid(
-    config: str, settings: Sequence[str], cluster: str, of_cluster: Sequence[str], *, ablation: bool
+    config: str,
+    settings: Sequence[str],
+    cluster: str,
+    of_cluster: Sequence[str],
+    *,
+    ablation: bool,
+    class_orders: int,
 ) -> None:
     """Submit the streams of all combinations as chains, in `max_parallel` queues of chains that follow one another."""
     from launch.cluster.chain import submit_stream
@@ -98,7 +125,7 @@ def _submit_grid(
     from launch.sweep import make_grid
 
     resources = load_cluster(cluster, of_cluster)
-    points = make_grid(config, settings, ablation=ablation, processes=resources.world_size)
+    points = make_grid(config, settings, ablation=ablation, processes=resources.world_size, class_orders=class_orders)
     last_jobs: list[str | None] = [None] * resources.max_parallel
     for number, point in enumerate(points):
         queue = number % resources.max_parallel

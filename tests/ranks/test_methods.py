@@ -38,7 +38,7 @@ VARIANTS = {
     "afc lsc": ["method.predict=lsc"],
     "analytic network expanded": ["method.features=network", "method.expansion=40", "method.gamma=validation"],
     "avcil concat": ["model.fusion=concat"],
-    "afc concat visual": ["model.fusion=concat", "model.modality=visual"],
+    "finetune concat visual": ["model.fusion=concat", "model.modality=visual"],
     "finetune audio": ["model.modality=audio"],
     "ssil herding audio": ["model.modality=audio", "memory.selection=herding"],
     "icarl random visual": ["model.modality=visual", "memory.selection=random"],

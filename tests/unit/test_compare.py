@@ -1,6 +1,7 @@
 """Streams side by side, and grids of them."""
 
 import io
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,6 +40,17 @@ def test_seeds_of_one_configuration_are_one_row_with_mean_and_deviation() -> Non
     assert "60.0 ± 14.1" in text  # of 50 and 70, as a sample
     assert "1, 2" in text
     assert "80.0" in text
+
+
+def test_class_orders_of_one_configuration_are_one_row_with_mean_and_deviation() -> None:
+    orders = [stream(seen, f"scenario.shuffle_seed={n}", f"name=demo-order{n}") for n, seen in enumerate((0.5, 0.7))]
+    [row] = group_by_config([*orders, stream(0.6, "scenario.shuffle_seed=0", "name=demo-order0", "seed=1")])
+    assert (row.variant, len(row.streams)) == ("", 3)
+    text = printed(list(row.streams))
+    assert "60.0 ± 10.0" in text
+    assert "class orders" in text
+    assert re.search(r"demo\W+avcil\W+0, 1\W+0, 1\W", text)
+    assert "class orders" not in printed([stream(0.5)])
 
 
 def test_variants_of_one_method_are_named_by_the_settings_that_differ() -> None:
@@ -102,6 +114,22 @@ def test_an_ablation_is_every_combination_of_avcils_parts(tmp_path: Path) -> Non
     names = {point.config.stream_name for point in points}
     assert len(names) == 8
     assert {"tiny-avcil-seed0", "tiny-no_instance-no_class_aware-no_attention-avcil-seed0"} <= names
+
+
+def test_class_orders_are_streams_of_their_own_seeded_from_0(tmp_path: Path) -> None:
+    path = str(write_config(tmp_path))
+    points = make_grid(path, ["method=finetune", "seed=3,4"], ablation=False, processes=1, class_orders=2)
+    found = [(point.config.stream_name, point.config.scenario.shuffle_seed) for point in points]
+    assert found == [
+        ("tiny-order0-finetune-seed3", 0),
+        ("tiny-order1-finetune-seed3", 1),
+        ("tiny-order0-finetune-seed4", 0),
+        ("tiny-order1-finetune-seed4", 1),
+    ]
+    with pytest.raises(ConfigError, match=r"^--class-orders: it varies scenario.shuffle_seed, which is set too"):
+        make_grid(path, ["scenario.shuffle_seed=7"], ablation=False, processes=1, class_orders=2)
+    [alone] = make_grid(path, ["method=finetune"], ablation=False, processes=1)
+    assert (alone.config.name, alone.config.scenario.shuffle_seed) == ("tiny", None)
 
 
 def test_an_ablation_of_another_method_is_refused(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from launch.cluster.schedulers.base import JobState, scheduler_of
 from launch.progress import ProgressRecord
 
 FOLLOW_SECONDS = 1.0
+LIVE_SECONDS = 15.0  # between two calls of the scheduler while a log is followed
 AGE_SECONDS = 60  # the age of a progress file above which it is shown
 FOLDER_DEPTH = 3  # of streams below a folder, such as OUTPUT/NAME/STREAM
 
@@ -126,9 +127,11 @@ def log_text(stream: str, step: int, rank: int, *, follow: bool) -> Iterator[str
     chain = read_chain(stream)
     if step not in range(chain.num_steps):
         raise ConfigError(f"{stream}: no step {step}; it has steps 0 to {chain.num_steps - 1}")
-    offset = 0
+    offset, is_over, next_look = 0, False, 0.0
     while True:
-        is_over = not (follow and chain_status(stream).steps[step].is_live)  # checked before the last read
+        if time.monotonic() >= next_look:
+            is_over = not (follow and chain_status(stream).steps[step].is_live)  # checked before the last read
+            next_look = time.monotonic() + LIVE_SECONDS
         log = log_file(read_chain(stream), step, rank)
         if log is not None:
             with log.open("rb") as file:

@@ -207,6 +207,7 @@ def test_a_log_is_followed_until_its_job_is_over(stream: str, monkeypatch: pytes
             set_jobs(monkeypatch, {}, {1: job(11, "COMPLETED", is_live=False)})
 
     monkeypatch.setattr(time, "sleep", write_more)
+    monkeypatch.setattr(status_module, "LIVE_SECONDS", 0)
     set_jobs(monkeypatch, {1: job(11, "RUNNING", is_live=True)}, {})
     assert list(log_text(stream, 1, 0, follow=True)) == ["one ", "two ", "three"]
 

@@ -17,7 +17,8 @@ from avcil_dist.inference import restore_step
 from avcil_dist.methods.base import Method
 from avcil_dist.models.attention.maps import TokenMap, attention_map, evidence_map, token_weights
 from avcil_dist.models.network import AudioVisualNetwork
-from avcil_dist.streams.artifact import load_artifact, step_url
+from avcil_dist.streams.artifact import load_artifact
+from avcil_dist.streams.summary import step_url
 
 
 @dataclass(frozen=True)

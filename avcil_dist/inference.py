@@ -13,9 +13,10 @@ from avcil_dist.errors import ArtifactError, ConfigError, DataError
 from avcil_dist.methods import make_method
 from avcil_dist.methods.base import Method, StepContext
 from avcil_dist.models.network import Network, load_whole_state
-from avcil_dist.streams.artifact import StepArtifact, committed_steps, load_artifact, step_url
+from avcil_dist.streams.artifact import StepArtifact, load_artifact
 from avcil_dist.streams.compat import check_manifest_scenario
 from avcil_dist.streams.metrics import accuracy_row, per_class_accuracy, seen_accuracy
+from avcil_dist.streams.summary import committed_steps, step_url
 from avcil_dist.training.build import network_after
 from avcil_dist.training.collectives import process_group
 from avcil_dist.training.device import DeviceSetting, local_device

@@ -14,7 +14,7 @@ from avcil_dist.errors import ConfigError
 from avcil_dist.models.attention.maps import Box
 from avcil_dist.reporting.attention import AttentionRow, ClipFigure, check_format, write_figure
 from avcil_dist.reporting.tables import WordTable, plain
-from avcil_dist.streams.artifact import committed_steps, load_summary
+from avcil_dist.streams.summary import committed_steps, load_summary
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 

@@ -22,8 +22,8 @@ from avcil_dist.config.serialization import config_to_yaml
 from avcil_dist.errors import ArtifactError
 from avcil_dist.reporting.tables import WordTable
 from avcil_dist.scenario import Scenario
-from avcil_dist.streams.artifact import committed_steps, load_summary
 from avcil_dist.streams.metrics import MemoryUse, StreamMetrics
+from avcil_dist.streams.summary import committed_steps, load_summary
 
 NUM_COLOURS = 6  # the number of colours in the page's style sheet
 

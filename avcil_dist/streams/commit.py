@@ -8,10 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-import safetensors.torch
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
-from safetensors import SafetensorError
-from torch import Tensor
+from pydantic import BaseModel, ConfigDict, Field
 
 from avcil_dist import storage
 from avcil_dist.errors import ArtifactError, DataError
@@ -102,28 +99,6 @@ def read_committed_json(folder: str, name: str, commit: Commit, kind: type[T], w
     return storage.parse_json(read_committed_file(folder, name, commit), kind, what, url, fault=ArtifactError)
 
 
-def read_committed_tensors(folder: str, name: str, commit: Commit) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file of a committed folder, verified. Raises ArtifactError, naming the file.
-
-    Types, shapes and numbers are compared by those who load the tensors into a network, a method or an optimizer.
-    """
-    data = read_committed_file(folder, name, commit)
-    url = storage.join(folder, name)
-    try:
-        return safetensors.torch.load(data)
-    except (SafetensorError, ValueError, KeyError) as error:  # KeyError: a type that torch does not have
-        raise ArtifactError(f"{url}: not a file of tensors ({_one_line(error)}); run the step again") from None
-
-
-def read_state(folder: str, name: str, commit: Commit) -> dict[str, Any]:
-    """Return the state of tensors and plain values that `encode_state` encoded, verified.
-
-    Raises ArtifactError, naming the file, as `read_committed_tensors` does.
-    """
-    plain = read_committed_json(folder, f"{name}.json", commit, dict[str, JsonValue], "the plain values of a state")
-    return {**read_committed_tensors(folder, f"{name}.safetensors", commit), **plain}
-
-
 def read_verified_commit(folder: str, kind: type[C]) -> C:
     """Return the commit of a folder after verifying each of its files. Raises ArtifactError, naming the file."""
     commit = read_commit(folder, kind)
@@ -151,13 +126,6 @@ def encode_json(value: Any) -> bytes:
     return json.dumps(value, indent=1, sort_keys=True).encode()
 
 
-def encode_state(name: str, state: Mapping[str, Any]) -> dict[str, bytes]:
-    """Encode a state of tensors and plain values as two files: `name.safetensors` and `name.json`."""
-    tensors = {key: value.contiguous() for key, value in state.items() if isinstance(value, Tensor)}
-    plain = {key: value for key, value in state.items() if key not in tensors}
-    return {f"{name}.safetensors": safetensors.torch.save(tensors), f"{name}.json": encode_json(plain)}
-
-
 def _committed(folder: str, name: str, commit: Commit) -> tuple[str, FileDigest]:
     """The url and the digest of a file that the commit lists."""
     if name not in commit.files:
@@ -169,7 +137,3 @@ def _committed(folder: str, name: str, commit: Commit) -> tuple[str, FileDigest]
 
 def _damaged(url: str) -> str:
     return f"{url}: damaged, its digest is not the one committed; restore it or run the step again"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

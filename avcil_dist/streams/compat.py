@@ -5,9 +5,10 @@ from avcil_dist.config.schema import Config
 from avcil_dist.config.serialization import flatten
 from avcil_dist.data.manifest import Manifest
 from avcil_dist.errors import ArtifactError, ConfigError
-from avcil_dist.streams.artifact import StepArtifact, StepSummary, load_artifact, load_summary, step_url
+from avcil_dist.streams.artifact import StepArtifact, load_artifact
 from avcil_dist.streams.identity import read_identity
 from avcil_dist.streams.stream import scenario_of, stream_url
+from avcil_dist.streams.summary import StepSummary, load_summary, step_url
 
 
 def load_previous(config: Config, manifest: Manifest, step: int) -> StepArtifact | None:

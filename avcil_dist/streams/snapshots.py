@@ -13,9 +13,9 @@ from avcil_dist.config.compat import result_changes
 from avcil_dist.config.schema import Config
 from avcil_dist.config.serialization import flatten
 from avcil_dist.errors import ArtifactError, ConfigError
-from avcil_dist.streams.artifact import step_url
 from avcil_dist.streams.commit import COMMITTED, Commit, has_commit, read_commit
 from avcil_dist.streams.stream import stream_url
+from avcil_dist.streams.summary import step_url
 
 
 class SnapshotCommit(Commit):

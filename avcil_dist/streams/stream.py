@@ -11,7 +11,7 @@ from avcil_dist.config.schema import Config
 from avcil_dist.data.manifest import SPLITS, Manifest
 from avcil_dist.errors import ConfigError
 from avcil_dist.scenario import Scenario, configured_scenario
-from avcil_dist.streams.artifact import is_committed
+from avcil_dist.streams.summary import is_committed
 
 LOCK_SECONDS = 60
 

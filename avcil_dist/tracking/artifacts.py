@@ -17,8 +17,8 @@ from mlflow.entities import Run
 from avcil_dist import storage
 from avcil_dist.config.schema import TrackingConfig
 from avcil_dist.errors import ArtifactError, AvcilError, ConfigError, DataError, StorageError
-from avcil_dist.streams.artifact import StepCommit, step_url
 from avcil_dist.streams.commit import COMMITTED, parse_commit, verify_file
+from avcil_dist.streams.summary import StepCommit, step_url
 from avcil_dist.tracking.faults import FAULTS, bounded, reason_of, reported, transfer_seconds
 from avcil_dist.tracking.tags import COMMITTED_TAG, DEVICE_TAG, REFERENCE_TAG, received_tags
 

@@ -12,9 +12,9 @@ from typing import Literal, Self
 
 from avcil_dist import storage
 from avcil_dist.errors import StepStopped
-from avcil_dist.streams.artifact import load_metrics, step_url
 from avcil_dist.streams.commit import COMMITTED
 from avcil_dist.streams.metrics import StreamMetrics
+from avcil_dist.streams.summary import load_metrics, step_url
 from avcil_dist.tracking.event_queue import EventQueue
 
 STREAM = "stream"

@@ -36,10 +36,11 @@ from avcil_dist import storage
 from avcil_dist.data.manifest import FeatureShape, Manifest, load_manifest
 from avcil_dist.errors import ArtifactError, ConfigError, DataError
 from avcil_dist.inference import Predictor
-from avcil_dist.streams.artifact import StepCommit, load_artifact, load_summary, step_url
+from avcil_dist.streams.artifact import load_artifact
 from avcil_dist.streams.commit import COMMITTED, read_verified_commit
 from avcil_dist.streams.identity import StepNumber
 from avcil_dist.streams.stream import scenario_of
+from avcil_dist.streams.summary import StepCommit, load_summary, step_url
 from avcil_dist.tracking.artifacts import transfer
 from avcil_dist.tracking.tags import COMMITTED_TAG, STREAM_TAG
 

@@ -15,7 +15,10 @@ from avcil_dist.config.serialization import flatten
 from avcil_dist.data.manifest import load_manifest
 from avcil_dist.errors import ConfigError, DataError, TrackingError
 from avcil_dist.redaction import redacted
-from avcil_dist.streams.artifact import (
+from avcil_dist.streams.commit import COMMITTED, read_commit
+from avcil_dist.streams.identity import Change, StreamIdentity, read_identity, write_identity
+from avcil_dist.streams.stream import stream_url
+from avcil_dist.streams.summary import (
     StepCommit,
     committed_steps,
     is_committed,
@@ -23,9 +26,6 @@ from avcil_dist.streams.artifact import (
     recorded_changes,
     step_url,
 )
-from avcil_dist.streams.commit import COMMITTED, read_commit
-from avcil_dist.streams.identity import Change, StreamIdentity, read_identity, write_identity
-from avcil_dist.streams.stream import stream_url
 from avcil_dist.tracking.artifacts import download_step
 from avcil_dist.tracking.client import TrackedStream, find_stream
 from avcil_dist.tracking.tags import COMMITTED_TAG, STREAM_TAG

@@ -13,8 +13,9 @@ from avcil_dist.models.heads import ProxyHead
 from avcil_dist.models.network import AudioVisualNetwork, HeadedNetwork, Network, build_network, load_whole_state
 from avcil_dist.scenario import Scenario
 from avcil_dist.seeds import derive_seed
-from avcil_dist.streams.artifact import StepArtifact, step_url
+from avcil_dist.streams.artifact import StepArtifact
 from avcil_dist.streams.stream import stream_url
+from avcil_dist.streams.summary import step_url
 from avcil_dist.training.incremental_step import Step
 from avcil_dist.training.inference_pass import InferencePass
 from avcil_dist.training.teacher import Teacher

@@ -10,8 +10,9 @@ from avcil_dist.data.manifest import Manifest
 from avcil_dist.methods import make_method
 from avcil_dist.methods.base import Method, Needs, StepContext
 from avcil_dist.scenario import Scenario
-from avcil_dist.streams.artifact import StepArtifact, step_url
+from avcil_dist.streams.artifact import StepArtifact
 from avcil_dist.streams.stream import stream_url
+from avcil_dist.streams.summary import step_url
 from avcil_dist.training.inference_pass import InferencePass
 from avcil_dist.world import World
 

@@ -27,12 +27,9 @@ from avcil_dist.errors import ArtifactError
 from avcil_dist.streams.commit import (
     FileDigests,
     encode_json,
-    encode_state,
     has_commit,
     read_commit,
     read_committed_json,
-    read_committed_tensors,
-    read_state,
     read_verified_commit,
     write_commit,
     write_files,
@@ -46,6 +43,7 @@ from avcil_dist.streams.snapshots import (
     snapshot_identity,
     snapshots_url,
 )
+from avcil_dist.streams.tensors import encode_state, read_committed_tensors, read_state
 from avcil_dist.training.collectives import decide_together, gather_json
 from avcil_dist.training.engine import Engine
 from avcil_dist.training.incremental_step import Step

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from avcil_dist import storage
 from avcil_dist.errors import AvcilError, ConfigError, DataError, SchedulerError
-from avcil_dist.streams.artifact import committed_steps, is_committed, load_metrics
 from avcil_dist.streams.snapshots import newest_snapshot
 from avcil_dist.streams.stream import next_step
+from avcil_dist.streams.summary import committed_steps, is_committed, load_metrics
 from avcil_dist.tracking.session import close_run
 from launch.cluster.chain_record import Chain, has_chain, read_chain
 from launch.cluster.schedulers.base import JobState, scheduler_of

@@ -14,7 +14,7 @@ import pytest
 from mlflow import MlflowClient
 
 from avcil_dist.data.manifest import load_manifest
-from avcil_dist.streams.artifact import is_committed
+from avcil_dist.streams.summary import is_committed
 from tests.helpers.streams import STEPS, avcil, last_artifact, train, weights_digest, write_config
 
 ROOT = Path(__file__).parents[2]

@@ -7,8 +7,8 @@ from mlflow import MlflowClient
 
 from avcil_dist import storage
 from avcil_dist.config.schema import TrackingConfig
-from avcil_dist.streams.artifact import committed_steps, step_url
 from avcil_dist.streams.identity import read_identity
+from avcil_dist.streams.summary import committed_steps, step_url
 from avcil_dist.tracking.artifacts import download_step
 from avcil_dist.tracking.client import find_stream
 from avcil_dist.tracking.event_queue import EventQueue, queue_folder

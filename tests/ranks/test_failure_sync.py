@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from avcil_dist.config.schema import EngineConfig
 from avcil_dist.errors import AvcilError, DataError
-from avcil_dist.streams.artifact import is_committed
+from avcil_dist.streams.summary import is_committed
 from avcil_dist.training.collectives import process_group
 from avcil_dist.training.failure_sync import propagate_failures
 from avcil_dist.world import World

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import psutil
 
-from avcil_dist.streams.artifact import committed_steps, load_artifact
+from avcil_dist.streams.artifact import load_artifact
+from avcil_dist.streams.summary import committed_steps
 from launch.cluster.chain_record import read_chain
 from launch.cluster.schedulers.local import PID, is_supervised
 from launch.sandbox.cluster import Sandbox

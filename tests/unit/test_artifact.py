@@ -12,17 +12,7 @@ import torch
 import avcil_dist
 from avcil_dist import storage
 from avcil_dist.errors import ArtifactError
-from avcil_dist.streams.artifact import (
-    StepCommit,
-    committed_steps,
-    is_committed,
-    load_artifact,
-    load_metrics,
-    load_summary,
-    recorded_changes,
-    save_artifact,
-    step_url,
-)
+from avcil_dist.streams.artifact import load_artifact, save_artifact
 from avcil_dist.streams.commit import (
     COMMITTED,
     encode_json,
@@ -32,6 +22,15 @@ from avcil_dist.streams.commit import (
     write_files,
 )
 from avcil_dist.streams.identity import Change, new_identity, read_identity, write_identity
+from avcil_dist.streams.summary import (
+    StepCommit,
+    committed_steps,
+    is_committed,
+    load_metrics,
+    load_summary,
+    recorded_changes,
+    step_url,
+)
 from tests.helpers.artifacts import make_artifact
 
 FILES = (

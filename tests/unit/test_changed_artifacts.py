@@ -17,8 +17,9 @@ from avcil_dist.data.manifest import load_manifest
 from avcil_dist.errors import AvcilError
 from avcil_dist.inference import evaluate_step, restore_step
 from avcil_dist.reporting.report import load_streams
-from avcil_dist.streams.artifact import StepCommit, load_artifact, load_summary
+from avcil_dist.streams.artifact import load_artifact
 from avcil_dist.streams.commit import COMMITTED, read_commit, write_commit, write_files
+from avcil_dist.streams.summary import StepCommit, load_summary
 from launch.local_worlds import current_world
 from tests.unit.test_inference import commit_first_step
 

@@ -18,8 +18,8 @@ from filelock import FileLock, Timeout
 
 from avcil_dist.config.schema import Config
 from avcil_dist.errors import ConfigError, SchedulerError
-from avcil_dist.streams.artifact import is_committed
 from avcil_dist.streams.stream import stream_url
+from avcil_dist.streams.summary import is_committed
 from avcil_dist.world import World
 from launch.cluster.chain_record import Chain, write_chain
 from launch.cluster.resources import ClusterConfig

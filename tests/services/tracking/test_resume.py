@@ -11,8 +11,9 @@ import pytest
 
 from avcil_dist.compose import load_config
 from avcil_dist.errors import ArtifactError, ConfigError, DataError, TrackingError
-from avcil_dist.streams.artifact import committed_steps, load_artifact, recorded_changes
+from avcil_dist.streams.artifact import load_artifact
 from avcil_dist.streams.identity import read_identity
+from avcil_dist.streams.summary import committed_steps, recorded_changes
 from avcil_dist.tracking.client import find_stream
 from avcil_dist.tracking.resume import ResumeRequest, Resumption, prepare_resume
 from data_shards.random_features import make_feature_shards

@@ -18,8 +18,8 @@ from avcil_dist.compose import load_config
 from avcil_dist.config.schema import Config, TrackingConfig
 from avcil_dist.config.serialization import config_to_yaml
 from avcil_dist.errors import ArtifactError
-from avcil_dist.streams.artifact import committed_steps, step_url
 from avcil_dist.streams.commit import write_commit, write_files
+from avcil_dist.streams.summary import committed_steps, step_url
 from avcil_dist.tracking.artifacts import download_step, upload_step
 from avcil_dist.tracking.client import find_stream
 from avcil_dist.tracking.resume import ResumeRequest, prepare_resume

@@ -1,6 +1,7 @@
 """Grid of streams: every combination of several values of settings."""
 
 import itertools
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,12 @@ class GridPoint:
 
     config: Config
     overrides: tuple[str, ...]
+
+
+def num_points(words: Sequence[str], *, ablation: bool, class_orders: int = 1) -> int:
+    """Return the number of streams of `make_grid`."""
+    combinations = math.prod(len(split_values(word)) for word in words) * class_orders
+    return combinations * (2 ** len(ABLATION) if ablation else 1)
 
 
 def make_grid(

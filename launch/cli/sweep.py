@@ -119,17 +119,21 @@ def _submit_grid(
     ablation: bool,
     class_orders: int,
 ) -> None:
-    """Submit the streams of all combinations as chains, in `max_parallel` queues of chains that follow one another."""
+    """Submit the streams of all combinations as chains, in lanes of chains that follow one another."""
     from launch.cluster.chain import submit_stream
     from launch.cluster.resources import load_cluster
-    from launch.sweep import make_grid
+    from launch.cluster.schedulers.base import scheduler_of
+    from launch.sweep import make_grid, num_points
 
     resources = load_cluster(cluster, of_cluster)
-    points = make_grid(config, settings, ablation=ablation, processes=resources.world_size, class_orders=class_orders)
-    last_jobs: list[str | None] = [None] * resources.max_parallel
+    num_streams = num_points(settings, ablation=ablation, class_orders=class_orders)
+    lanes = scheduler_of(resources.kind).lanes(resources, num_streams)
+    ranks = lanes[0].cluster.world_size
+    points = make_grid(config, settings, ablation=ablation, processes=ranks, class_orders=class_orders)
+    last_jobs: list[str | None] = [None] * len(lanes)
     for number, point in enumerate(points):
-        queue = number % resources.max_parallel
-        submission = submit_stream(point.config, resources, after=last_jobs[queue])
+        queue = number % len(lanes)
+        submission = submit_stream(point.config, resources, after=last_jobs[queue], lane=lanes[queue])
         last_jobs[queue] = submission.last or last_jobs[queue]
         new, kept = len(submission.new), len(submission.kept)
         echo(f"{submission.stream}: {new} submitted, {kept} wait or run already")

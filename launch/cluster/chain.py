@@ -22,7 +22,7 @@ from avcil_dist.training.preflight import preflight
 from launch.cluster.chain_record import Chain, has_chain, read_chain
 from launch.cluster.code_snapshot import snapshot_code, snapshot_folder
 from launch.cluster.resources import ClusterConfig
-from launch.cluster.schedulers.base import JobStart, JobState, Scheduler, scheduler_of
+from launch.cluster.schedulers.base import JobStart, JobState, Lane, Scheduler, scheduler_of
 from launch.cluster.submission_lock import submission_lock
 from launch.resume_policy import KEEP_ALL, ResumePolicy, discard_state
 
@@ -54,16 +54,20 @@ def submit_stream(
     run_id: str | None = None,
     after: str | None = None,
     policy: ResumePolicy = KEEP_ALL,
+    lane: Lane | None = None,
 ) -> Submission:
     """Submit the jobs of all steps that are neither committed nor waiting nor running.
 
     `run_id`: the MLflow run of the stream; default: its own, opened at submission. `after`: the `last` of another
     submission; the first job waits until that has ended, successfully or not. `policy`: what to discard before.
+    `lane`: of the cluster; default: the only one of a single stream.
 
     Raises ConfigError or DataError for what would fail later, SchedulerError where the scheduler is missing or refuses.
     """
     scheduler = scheduler_of(cluster.kind)
     scheduler.require()
+    lane = lane or scheduler.lanes(cluster, 1)[0]
+    cluster = lane.cluster
     stream, chain = stream_url(config), plan_chain(config, cluster, restart=policy.restart)
     with submission_lock(stream, Path(chain.folder)):
         chain = _with_recorded_jobs(chain, stream)
@@ -84,7 +88,7 @@ def submit_stream(
             if new[0] == first:
                 _check_snapshot(config, first, cluster.at(first).world_size, policy)
             chain = _freeze(config, cluster, chain)
-            start = JobStart(run_id or open_run(config), first, after, policy.reset_optimizer)
+            start = JobStart(run_id or open_run(config), first, after, policy.reset_optimizer, lane.gpus)
             chain = scheduler.submit(config, cluster, chain, new, start)
         return Submission(stream, chain, new, tuple(live), scheduler.last_job(chain) if new or live else None)
 

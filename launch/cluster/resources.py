@@ -62,7 +62,9 @@ class ClusterConfig(Section):
 
     kind: str = Field(description="scheduler: slurm, or local for this machine alone")
     nodes: PositiveInt = 1
-    gpus_per_node: int = Field(0, ge=0, description="one task for each")
+    gpus_per_node: int | None = Field(
+        None, ge=0, description="one task for each; default: none, with kind: local those of this machine"
+    )
     tasks_per_node: PositiveInt | None = Field(None, description="tasks on a node without GPUs; default: 1")
     cpus_per_task: PositiveInt = Field(1, description="cores of a rank, for its decoding processes and threads")
     memory_gb: Gigabytes | None = Field(None, description="memory of a node")

@@ -21,7 +21,7 @@ from launch.cluster import submission_lock as submission_lock_module
 from launch.cluster.chain import Submission, dry_run_text, submit_stream
 from launch.cluster.chain_record import Chain, read_chain, write_chain
 from launch.cluster.resources import ClusterConfig
-from launch.cluster.schedulers.base import JobStart, JobState
+from launch.cluster.schedulers.base import JobStart, JobState, Lane
 from launch.resume_policy import KEEP_ALL, ResumePolicy
 
 NUM_STEPS = 4
@@ -40,6 +40,9 @@ class RecordingScheduler:
     def check(self, cluster: ClusterConfig) -> None: ...
 
     def require(self) -> None: ...
+
+    def lanes(self, cluster: ClusterConfig, num_streams: int) -> list[Lane]:
+        return [Lane(cluster)] * num_streams
 
     def submit(
         self, config: Config, cluster: ClusterConfig, chain: Chain, steps: Sequence[int], start: JobStart

@@ -3,8 +3,18 @@
 import pytest
 import torch
 
-from avcil_dist.errors import WorldError
-from avcil_dist.training.device import GpuFacts, choose_device, device_name, gpu_facts
+from avcil_dist.compose import load_config
+from avcil_dist.errors import TrainingError, WorldError
+from avcil_dist.streams.snapshots import snapshots_url
+from avcil_dist.training.device import (
+    GpuFacts,
+    choose_device,
+    device_name,
+    gpu_facts,
+    nccl_variables,
+    out_of_memory_as_line,
+)
+from avcil_dist.training.step import trace_prefix
 from avcil_dist.world import World
 
 NONE = GpuFacts(0, (), "13.0", None)
@@ -102,3 +112,31 @@ def test_the_facts_of_this_machine_are_consistent() -> None:
     assert facts.count == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
     assert facts.count == 0 or facts.driver is not None
     assert device_name(torch.device("cpu")) == "cpu"
+
+
+def test_a_full_gpu_memory_is_one_line_with_the_settings_that_need_less() -> None:
+    words = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79 GiB"
+    with pytest.raises(TrainingError) as caught, out_of_memory_as_line():
+        raise torch.OutOfMemoryError(words)
+    line = str(caught.value)
+    assert line.startswith("the GPU's memory is full (2.50 GiB more were needed); set a smaller engine.micro_batch")
+    assert "engine.zero_stage" in line
+    assert "data.clip_cache=host" in line
+    with pytest.raises(RuntimeError, match="another"), out_of_memory_as_line():
+        raise RuntimeError("another fault")
+
+
+def test_hanging_collectives_leave_a_trace_at_a_local_path() -> None:
+    variables = nccl_variables("/runs/s/nccl_trace_step_003_rank_")
+    assert variables["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
+    assert int(variables["TORCH_FR_BUFFER_SIZE"]) > 0
+    assert variables["TORCH_FR_DUMP_TEMP_FILE"] == "/runs/s/nccl_trace_step_003_rank_"
+    assert "TORCH_FR_DUMP_TEMP_FILE" not in nccl_variables("s3://bucket/trace")
+    assert "TORCH_FR_DUMP_TEMP_FILE" not in nccl_variables(None)
+
+
+def test_traces_are_beside_the_folder_of_the_snapshots() -> None:
+    """They are no snapshots, and are not deleted with them."""
+    config = load_config("demo", ["output=/runs"])
+    assert trace_prefix(config, 3) == "/runs/demo-avcil-seed0/nccl_trace_step_003_rank_"
+    assert snapshots_url(config, 3) == "/runs/demo-avcil-seed0/snapshots/step_003"

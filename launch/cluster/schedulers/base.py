@@ -37,18 +37,28 @@ class JobState:
 
 
 @dataclass(frozen=True)
+class Lane:
+    """Place of chains that run one after the other, beside those of other lanes: `cluster` with its GPUs by name."""
+
+    cluster: ClusterConfig
+    gpus: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class JobStart:
     """Conditions under which a chain's jobs start.
 
     `run_id`: the stream's id, see `open_run`. `first_step`: the first step that is not committed. `after`: the
     `last_job` of another chain; the first step starts once it has ended, successfully or not. `reset_optimizer`:
-    the first step may continue from its snapshot with a fresh optimizer, in each start of its job.
+    the first step may continue from its snapshot with a fresh optimizer, in each start of its job. `gpus`: the names
+    of the GPUs of the chain's lane.
     """
 
     run_id: str
     first_step: int
     after: str | None = None
     reset_optimizer: bool = False
+    gpus: tuple[str, ...] = ()
 
 
 class Scheduler(Protocol):
@@ -59,6 +69,9 @@ class Scheduler(Protocol):
 
     def require(self) -> None:
         """Check that the scheduler can be used from this machine. Raises SchedulerError."""
+
+    def lanes(self, cluster: ClusterConfig, num_streams: int) -> list[Lane]:
+        """Return the lanes for this number of streams, at most `max_parallel`, with the resources of their jobs."""
 
     def submit(
         self, config: Config, cluster: ClusterConfig, chain: Chain, steps: Sequence[int], start: JobStart

@@ -23,7 +23,7 @@ from avcil_dist.streams.summary import is_committed
 from avcil_dist.world import World
 from launch.cluster.chain_record import Chain, write_chain
 from launch.cluster.resources import ClusterConfig
-from launch.cluster.schedulers.base import JobStart, JobState
+from launch.cluster.schedulers.base import JobStart, JobState, Lane
 from launch.environments import without_launcher
 
 LOCK, PID, LOG = "supervisor.lock", "supervisor.pid", "supervisor.log"
@@ -43,6 +43,13 @@ class LocalScheduler:
 
     def require(self) -> None:
         """Accept every machine."""
+
+    def lanes(self, cluster: ClusterConfig, num_streams: int) -> list[Lane]:
+        """See `Scheduler.lanes`; the lanes share out the GPUs that are visible here."""
+        from avcil_dist.training.device import gpu_facts  # imports torch, which status does not need
+        from launch.cluster.lanes import machine_lanes, visible_gpus
+
+        return machine_lanes(cluster, visible_gpus(gpu_facts().count, os.environ), num_streams)
 
     def submit(
         self, config: Config, cluster: ClusterConfig, chain: Chain, steps: Sequence[int], start: JobStart
@@ -144,7 +151,9 @@ def _start_supervisor(stream: str, chain: Chain, cluster: ClusterConfig, start: 
             stdout=log,
             stderr=log,
             start_new_session=True,
-            env=without_launcher(os.environ) | {"PYTHONSAFEPATH": "1", "PYTHONPATH": path},
+            env=without_launcher(os.environ)
+            | {"PYTHONSAFEPATH": "1", "PYTHONPATH": path}
+            | ({"CUDA_VISIBLE_DEVICES": ",".join(start.gpus)} if start.gpus else {}),
         )
     deadline = time.monotonic() + START_SECONDS
     while not is_supervised(chain.folder):

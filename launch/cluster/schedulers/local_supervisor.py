@@ -16,8 +16,10 @@ from submitit import LocalExecutor
 
 from avcil_dist import storage
 from avcil_dist.streams.stream import next_step
+from avcil_dist.training.device import VISIBLE, gpu_facts
 from avcil_dist.trusted_files import make_private_folder
 from launch.cluster.chain_record import read_chain, write_chain
+from launch.cluster.lanes import gpu_assignment, visible_gpus
 from launch.cluster.mark_failed import fail_stream
 from launch.cluster.rank_entry import RankEntry
 from launch.cluster.schedulers.local import LOCK, PID, POLL_SECONDS, is_supervised
@@ -26,11 +28,19 @@ from launch.step_run import StepRun
 
 
 class _Executor(LocalExecutor):
-    """submitit's local executor with the program of a rank that both schedulers start."""
+    """submitit's local executor with the program of a rank that both schedulers start, and a job's GPUs by name.
+
+    submitit itself numbers the GPUs from 0, and hides them all from a job that requests none.
+    """
+
+    num_gpus = 0
 
     @property
     def _submitit_command_str(self) -> str:
-        return shlex.join([sys.executable, "-u", "-m", "launch.cluster.rank_main", str(self.folder)])
+        gpus = visible_gpus(gpu_facts().count, os.environ)
+        visible = gpu_assignment(gpus, self.num_gpus, os.environ.get(VISIBLE))
+        setting = ["-u", VISIBLE] if visible is None else [f"{VISIBLE}={visible}"]
+        return shlex.join(["env", *setting, sys.executable, "-u", "-m", "launch.cluster.rank_main", str(self.folder)])
 
 
 class Supervisor:
@@ -70,9 +80,9 @@ class Supervisor:
         """Run one job with submitit's local executor. Returns its exit code."""
         resources = self.cluster.at(step)
         executor = _Executor(make_private_folder(self.chain.log_folder(step)))
+        executor.num_gpus = resources.gpus_per_node or 0
         executor.update_parameters(
             tasks_per_node=resources.tasks,
-            gpus_per_node=resources.gpus_per_node,
             timeout_min=resources.hours * 60,
             signal_delay_s=resources.signal_seconds,
             stderr_to_stdout=True,

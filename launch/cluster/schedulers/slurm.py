@@ -15,7 +15,7 @@ from avcil_dist.world import World, world_from_environment
 from launch.cluster.chain_record import Chain, write_chain
 from launch.cluster.resources import ClusterConfig
 from launch.cluster.schedulers import slurm_commands
-from launch.cluster.schedulers.base import JobStart, JobState
+from launch.cluster.schedulers.base import JobStart, JobState, Lane
 from launch.cluster.schedulers.slurm_commands import QueuedJob
 from launch.cluster.schedulers.slurm_script import rank_command, sbatch_options, sbatch_parameters, sbatch_text
 from launch.step_run import StepRun
@@ -31,6 +31,10 @@ class SlurmScheduler:
     def require(self) -> None:
         """Raise SchedulerError where sbatch is not installed."""
         slurm_commands.require_slurm()
+
+    def lanes(self, cluster: ClusterConfig, num_streams: int) -> list[Lane]:
+        """See `Scheduler.lanes`; SLURM chooses the GPUs."""
+        return [Lane(cluster)] * max(1, min(cluster.max_parallel, num_streams))
 
     def submit(
         self, config: Config, cluster: ClusterConfig, chain: Chain, steps: Sequence[int], start: JobStart

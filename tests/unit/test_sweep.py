@@ -3,7 +3,7 @@
 import pytest
 
 from avcil_dist.errors import ConfigError
-from launch.sweep import split_values
+from launch.sweep import num_points, split_values
 
 
 @pytest.mark.parametrize(
@@ -40,3 +40,9 @@ def test_a_word_without_values_is_left_to_the_configuration(word: str) -> None:
 def test_a_value_that_is_cut_short_is_refused(text: str, problem: str) -> None:
     with pytest.raises(ConfigError, match=rf"command line: scenario.classes_per_step=.*: .*{problem}"):
         split_values(f"scenario.classes_per_step={text}")
+
+
+def test_the_number_of_streams_is_that_of_all_combinations() -> None:
+    assert num_points(["seed=1,2,3", "method=a,b", "name=x"], ablation=False) == 6
+    assert num_points(["seed=1,2"], ablation=True, class_orders=5) == 80
+    assert num_points([], ablation=False) == 1

@@ -1,13 +1,14 @@
 """Inference from a committed step: its network and method, class scores of new clips, accuracies on a data set."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from avcil_dist import storage
-from avcil_dist.data.manifest import Split, check_shards, load_manifest
+from avcil_dist.data.manifest import Manifest, Split, check_shards, load_manifest
 from avcil_dist.data.transforms import ClipTransform
 from avcil_dist.errors import ArtifactError, ConfigError, DataError
 from avcil_dist.methods import make_method
@@ -21,7 +22,7 @@ from avcil_dist.training.build import network_after
 from avcil_dist.training.collectives import process_group
 from avcil_dist.training.device import DeviceSetting, local_device
 from avcil_dist.training.engine import set_threads
-from avcil_dist.training.evaluation import evaluate
+from avcil_dist.training.evaluation import DAMAGED, Predictions, evaluate
 from avcil_dist.training.incremental_step import Step
 from avcil_dist.world import World
 
@@ -110,6 +111,64 @@ class Predictor:
         return torch.stack([visual for visual, _ in pairs]), torch.stack([audio for _, audio in pairs])
 
 
+@dataclass(frozen=True)
+class StepPredictions:
+    """Predictions of every clip of a split by the weights of a committed step."""
+
+    artifact: StepArtifact
+    manifest: Manifest
+    predicted: Predictions
+
+    def rows(self) -> Iterator[tuple[str, str, str]]:
+        """Key, class and predicted class of each clip, in the manifest's order; "" for a damaged clip."""
+        names = self.artifact.scenario.seen(self.artifact.step)
+        for clip, label, prediction in zip(
+            self.predicted.clips.tolist(),
+            self.predicted.labels.tolist(),
+            self.predicted.predictions.tolist(),
+            strict=True,
+        ):
+            yield self.manifest.key(clip), names[label], "" if prediction == DAMAGED else names[prediction]
+
+
+def predict_step(
+    stream: str,
+    step: int | None,
+    split: Split,
+    manifest_url: str | None,
+    *,
+    world: World,
+    missing: Modality | None = None,
+    device_setting: DeviceSetting = "auto",
+) -> StepPredictions:
+    """Predict every clip of a split with the weights of a committed step.
+
+    `step` is the last committed one by default, `manifest_url` the manifest that the step was trained on. Without the
+    modality `missing` the other one predicts. All ranks of `world` call it; `device_setting` is as engine.device.
+    Raises ArtifactError when the stream has no such step, DataError for missing shards and for a task without clips of
+    the split, ConfigError where the method cannot predict without `missing`.
+    """
+    artifact = load_artifact(stream, _last_step(stream) if step is None else step)
+    config, scenario = artifact.config, artifact.scenario
+    manifest_url = manifest_url or config.data.manifest
+    manifest = load_manifest(manifest_url)
+    check_manifest_scenario(stream, artifact, manifest)
+    for task in range(artifact.step + 1):
+        if not len(manifest.clips(scenario.new(task), split)):
+            raise DataError(
+                f"{manifest_url}: no {split} clips of the {len(scenario.new(task))} classes of step {task} "
+                f"({', '.join(scenario.new(task)[:3])}, …); choose another --split or --manifest"
+            )
+    check_shards(manifest, manifest.shard_numbers(scenario.seen(artifact.step), split))
+    device = local_device(world, device_setting)
+    set_threads(world)
+    with process_group(world, device, config.engine):
+        network, method = restore_step(artifact, manifest.shape, step_url(stream, artifact.step), missing)
+        restored = Step(config, manifest, scenario, artifact.step, method, world, device)
+        predicted = evaluate(restored, network.to(device), split, restored.inference())
+    return StepPredictions(artifact, manifest, predicted)
+
+
 def evaluate_step(
     stream: str,
     step: int | None,
@@ -120,43 +179,19 @@ def evaluate_step(
     missing: Modality | None = None,
     device_setting: DeviceSetting = "auto",
 ) -> dict[str, Any]:
-    """Predict every clip of a split with the weights of a committed step; return accuracies over its seen classes.
-
-    `step` is the last committed one by default, `manifest_url` the manifest that the step was trained on. Without the
-    modality `missing` the other one predicts. All ranks of `world` call it; `device_setting` is as
-    engine.device. Raises ArtifactError when the stream has no
-    such step, DataError for missing shards and for a task without clips of the split, ConfigError where the method
-    cannot predict without `missing`.
-    """
-    artifact = load_artifact(stream, _last_step(stream) if step is None else step)
-    config, scenario = artifact.config, artifact.scenario
-    manifest_url = manifest_url or config.data.manifest
-    manifest = load_manifest(manifest_url)
-    check_manifest_scenario(stream, artifact, manifest)
-    seen = scenario.seen(artifact.step)
-    for task in range(artifact.step + 1):
-        if not len(manifest.clips(scenario.new(task), split)):
-            raise DataError(
-                f"{manifest_url}: no {split} clips of the {len(scenario.new(task))} classes of step {task} "
-                f"({', '.join(scenario.new(task)[:3])}, …); choose another --split or --manifest"
-            )
-    check_shards(manifest, manifest.shard_numbers(seen, split))
-    device = local_device(world, device_setting)
-    set_threads(world)
-    with process_group(world, device, config.engine):
-        network, method = restore_step(artifact, manifest.shape, step_url(stream, artifact.step), missing)
-        restored = Step(config, manifest, scenario, artifact.step, method, world, device)
-        predicted = evaluate(restored, network.to(device), split, restored.inference())
-    labels, predictions = predicted.labels, predicted.predictions
+    """Return the accuracies of `predict_step` over the step's seen classes. Arguments and errors are its."""
+    made = predict_step(stream, step, split, manifest_url, world=world, missing=missing, device_setting=device_setting)
+    scenario, number = made.artifact.scenario, made.artifact.step
+    labels, predictions = made.predicted.labels, made.predicted.predictions
     return {
         "stream": stream,
-        "step": artifact.step,
+        "step": number,
         "split": split,
         "missing": missing,
         "num_clips": len(labels),
         "seen_accuracy": seen_accuracy(labels, predictions),
-        "task_accuracy": accuracy_row(labels, predictions, scenario.head_slices(artifact.step)),
-        "per_class": per_class_accuracy(labels, predictions, seen),
+        "task_accuracy": accuracy_row(labels, predictions, scenario.head_slices(number)),
+        "per_class": per_class_accuracy(labels, predictions, scenario.seen(number)),
     }
 
 

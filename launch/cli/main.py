@@ -14,6 +14,7 @@ from launch.cli.bench import bench
 from launch.cli.config import config
 from launch.cli.jobs import cancel, logs, status, submit
 from launch.cli.output import echo_error, prepare_output
+from launch.cli.predict import predict
 from launch.cli.report import report
 from launch.cli.sandbox import sandbox
 from launch.cli.shards import shards
@@ -57,5 +58,5 @@ def cli() -> None:
 
 for _command in (attention, bench, cancel, compare, config, evaluate, logs, methods, report, resume, sandbox, shards):
     cli.add_command(_command)
-for _command in (status, submit, sweep, sync, train):
+for _command in (predict, status, submit, sweep, sync, train):
     cli.add_command(_command)

@@ -1,8 +1,10 @@
 """Inference from a committed step: restored networks, scores of new clips, accuracies on a split."""
 
+import csv
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from avcil_dist.compose import load_config
 from avcil_dist.data.exemplar_memory import EMPTY_MEMORY
 from avcil_dist.data.manifest import load_manifest
 from avcil_dist.errors import ArtifactError, ConfigError, DataError
-from avcil_dist.inference import CLIPS_PER_BATCH, Modality, Predictor, evaluate_step, restore_step
+from avcil_dist.inference import CLIPS_PER_BATCH, Modality, Predictor, StepPredictions, evaluate_step, restore_step
 from avcil_dist.methods import make_method
 from avcil_dist.methods.base import StepContext
 from avcil_dist.methods.sums_head import SumsHead
@@ -19,9 +21,10 @@ from avcil_dist.streams.artifact import StepArtifact, save_artifact
 from avcil_dist.streams.metrics import StreamMetrics
 from avcil_dist.streams.stream import scenario_of, stream_url
 from avcil_dist.training.build import network_after
+from avcil_dist.training.evaluation import Predictions
 from data_shards.random_features import make_feature_shards
 from launch.local_worlds import current_world
-from tests.helpers.streams import write_config
+from tests.helpers.streams import avcil, write_config
 
 CLASSES_PER_STEP = 3
 
@@ -62,6 +65,35 @@ def test_each_clip_of_the_split_is_evaluated_once(tmp_path: Path) -> None:
     assert (found["step"], found["split"], found["num_clips"]) == (0, "test", 30)
     assert found["task_accuracy"] == [found["seen_accuracy"]]
     assert found["seen_accuracy"] == pytest.approx(sum(found["per_class"].values()) / CLASSES_PER_STEP)
+
+
+def test_predictions_are_written_clip_by_clip_and_agree_with_the_accuracy(tmp_path: Path) -> None:
+    stream, artifact = commit_first_step(tmp_path)
+    path = tmp_path / "predictions.csv"
+    result = avcil("predict", stream, path, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    header, *rows = csv.reader(path.open())
+    assert header == ["clip", "class", "predicted"]
+    manifest = load_manifest(artifact.config.data.manifest)
+    clips = manifest.clips(artifact.scenario.seen(0), "test")
+    assert [row[0] for row in rows] == [manifest.key(clip) for clip in clips]
+    assert [row[1] for row in rows] == [manifest.class_of(clip) for clip in clips]
+    assert {row[2] for row in rows} <= set(artifact.scenario.seen(0))
+    accuracy = sum(own == predicted for _, own, predicted in rows) / len(rows)
+    assert accuracy == evaluate_step(stream, None, "test", None, world=current_world())["seen_accuracy"]
+    assert f"30 clips, accuracy {accuracy:.4f}" in result.output
+    refused = avcil("predict", stream, path, "--modality", "audio")
+    assert refused.exit_code == 2
+    assert "has no head for one modality" in refused.output
+
+
+def test_a_damaged_clip_has_no_prediction(tmp_path: Path) -> None:
+    _, artifact = commit_first_step(tmp_path)
+    manifest = load_manifest(artifact.config.data.manifest)
+    clips = manifest.clips(artifact.scenario.seen(0), "test")[:2]
+    predicted = Predictions(clips, np.array([0, 0]), np.array([1, -1]))
+    rows = list(StepPredictions(artifact, manifest, predicted).rows())
+    assert [row[1:] for row in rows] == [("class_000", "class_001"), ("class_000", "")]
 
 
 def test_a_split_without_clips_is_an_error_of_one_line(tmp_path: Path) -> None:

@@ -15,10 +15,12 @@ def report(folders: tuple[str, ...], page: str | None) -> None:
     """
     from rich.console import Console
 
-    from avcil_dist.reporting.report import load_streams, print_report, write_page
+    from avcil_dist.reporting.report import load_streams, print_report
 
     streams = load_streams(folders)
     print_report(streams, Console())
     if page:
+        from avcil_dist.reporting.page import write_page  # a second of imports
+
         write_page(streams, page)
         echo(f"wrote {page}")

@@ -12,7 +12,8 @@ from rich.console import Console
 from avcil_dist.config.schema import Config
 from avcil_dist.config.serialization import config_to_yaml
 from avcil_dist.errors import ArtifactError
-from avcil_dist.reporting.report import StreamReport, load_streams, megabytes, percent, print_report, write_page
+from avcil_dist.reporting.page import write_page
+from avcil_dist.reporting.report import StreamReport, load_streams, megabytes, percent, print_report
 from avcil_dist.streams.commit import write_commit, write_files
 from avcil_dist.streams.metrics import MemoryUse, StreamMetrics
 

@@ -13,7 +13,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.utils.validation import MAX_METRICS_PER_BATCH, MAX_PARAMS_TAGS_PER_BATCH
 
-from avcil_dist.tracking.faults import FAULTS, RejectedError, delivery_error
+from avcil_dist.tracking.faults import FAULTS, delivery_error
+from avcil_dist.tracking.outcomes import RejectedError
 
 T = TypeVar("T")
 Text = TypeVar("Text", Param, RunTag)

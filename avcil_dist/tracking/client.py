@@ -22,7 +22,8 @@ from avcil_dist.config.schema import TrackingConfig
 from avcil_dist.errors import TrackingError
 from avcil_dist.redaction import redacted
 from avcil_dist.tracking import environment
-from avcil_dist.tracking.faults import RefusedError, bounded, bounded_client, reported
+from avcil_dist.tracking.faults import bounded, bounded_client, reported
+from avcil_dist.tracking.outcomes import RefusedError
 from avcil_dist.tracking.tags import STEP_TAG, STREAM_TAG, received_tags
 from avcil_dist.tracking.uris import SQLITE, database_path, is_server, local_folder
 

@@ -21,6 +21,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from avcil_dist.errors import TrackingError
 from avcil_dist.redaction import redacted
 from avcil_dist.tracking import environment
+from avcil_dist.tracking.outcomes import RefusedError, RejectedError, UnavailableError
 
 T = TypeVar("T")
 
@@ -31,22 +32,6 @@ OF_ONE_VALUE = (400, 404, 413, 414, 422)
 OF_PERMISSION = (401, 403)
 OF_THE_SERVER = (405, 410, 501, 505)  # as from a program that is no MLflow server
 TRANSFERS = ("log_artifact", "log_artifacts", "log_text", "download_artifacts")
-
-
-class UnavailableError(Exception):
-    """The server does not answer, or cannot take the event now."""
-
-
-class RejectedError(Exception):
-    """The server answers, and will never take this event."""
-
-
-class RefusedError(Exception):
-    """The server takes nothing of this stream until the user acts; the text states the cause and what to do."""
-
-
-class RunDeletedError(Exception):
-    """A run that the server had was deleted there."""
 
 
 def bounded(call: Callable[[], T], seconds: float, check: Callable[[], None] = lambda: None) -> T:

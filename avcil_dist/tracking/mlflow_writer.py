@@ -19,14 +19,8 @@ from avcil_dist.tracking.batches import BatchWriter
 from avcil_dist.tracking.client import connect, experiment_id, find_by_stream_id, is_active
 from avcil_dist.tracking.event_queue import Event
 from avcil_dist.tracking.events import STREAM, as_metric_name
-from avcil_dist.tracking.faults import (
-    FAULTS,
-    RefusedError,
-    RejectedError,
-    RunDeletedError,
-    UnavailableError,
-    delivery_error,
-)
+from avcil_dist.tracking.faults import FAULTS, delivery_error
+from avcil_dist.tracking.outcomes import RefusedError, RejectedError, RunDeletedError, UnavailableError
 from avcil_dist.tracking.tags import COMMITTED_TAG, REFERENCE_TAG, STEP_TAG, STREAM_TAG
 
 T = TypeVar("T")

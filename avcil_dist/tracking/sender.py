@@ -16,7 +16,7 @@ from filelock import Timeout
 
 from avcil_dist.errors import StorageError
 from avcil_dist.tracking.event_queue import DeliveryCursor, Event, EventQueue
-from avcil_dist.tracking.faults import RefusedError, RejectedError, RunDeletedError, UnavailableError
+from avcil_dist.tracking.outcomes import RefusedError, RejectedError, RunDeletedError, UnavailableError
 
 EVENTS_PER_BATCH = 200
 POLL_SECONDS = 1.0

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from avcil_dist.streams.artifact import save_artifact
 from launch.cli.main import cli
+from tests.helpers.artifacts import make_artifact
 from tests.helpers.streams import avcil, write_config
 
 HEAVY = ("torch", "deepspeed", "mlflow", "submitit", "pydantic", "jinja2", "yaml", "numpy")
@@ -28,6 +30,19 @@ def test_help_imports_none_of_the_large_libraries() -> None:
     code = f"import sys, launch.cli.main; print(sorted(set({HEAVY}) & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["status", "logs", "cancel", "report", "compare"])
+def test_looking_at_a_stream_imports_no_training(command: str, tmp_path: Path) -> None:
+    save_artifact(str(tmp_path / "stream"), make_artifact())
+    code = (
+        "import sys\nfrom launch.cli.main import cli\ntry:\n    cli()\nexcept SystemExit:\n    "
+        'print(sorted({"torch", "mlflow", "matplotlib"} & set(sys.modules)), file=sys.stderr)'
+    )
+    words = [sys.executable, "-c", code, command, str(tmp_path / "stream")]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == "[]", done.stderr
 
 
 def test_every_command_has_a_help_text() -> None:

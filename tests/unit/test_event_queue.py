@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from avcil_dist.tracking.event_queue import DeliveryCursor, Event, EventQueue
-from avcil_dist.tracking.faults import RefusedError, RejectedError, RunDeletedError, UnavailableError
+from avcil_dist.tracking.outcomes import RefusedError, RejectedError, RunDeletedError, UnavailableError
 from avcil_dist.tracking.sender import Sender
 
 SERVER = "http://server"

@@ -20,15 +20,8 @@ from avcil_dist.errors import TrackingError
 from avcil_dist.tracking import environment
 from avcil_dist.tracking.batches import BatchWriter
 from avcil_dist.tracking.client import find_stream
-from avcil_dist.tracking.faults import (
-    RefusedError,
-    RejectedError,
-    RunDeletedError,
-    UnavailableError,
-    bounded,
-    delivery_error,
-    transfer_seconds,
-)
+from avcil_dist.tracking.faults import bounded, delivery_error, transfer_seconds
+from avcil_dist.tracking.outcomes import RefusedError, RejectedError, RunDeletedError, UnavailableError
 from tests.helpers.faulty_proxy import FaultyProxy
 
 

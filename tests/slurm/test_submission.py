@@ -75,7 +75,19 @@ def test_a_chain_is_submitted_once_from_inside_a_job_whatever_its_environment_an
     (programs / "sbatch").chmod(0o755)
 
     # Within the allocation of a heterogeneous job with memory for each processor; at first right after the first job.
-    salloc = ("salloc", "-Q", "-p", "nowarn", "-n1", "--mem-per-cpu=100", ":", "-n1", "--mem-per-cpu=50")
+    salloc = (
+        "salloc",
+        "-Q",
+        "-p",
+        "nowarn",
+        "-n1",
+        "--mem-per-cpu=100",
+        ":",
+        "-p",
+        "nowarn",
+        "-n1",
+        "--mem-per-cpu=50",
+    )
     sandbox.run("scontrol", "update", "PartitionName=low", "State=DOWN")  # no job starts yet
     try:
         submission(config, *salloc, path=str(programs)).communicate(timeout=SECONDS)

@@ -54,6 +54,9 @@ class SettingsTree:
             value = parse_yaml(text)
         except yaml.YAMLError:
             value = text
+        word = text.strip()
+        if "#" in word and word[0] not in "'\"" and (value is None or isinstance(value, str)):
+            value = word  # a word of a command line has no comment
         if key in NAMED_SECTIONS and isinstance(value, str):
             self.values[key] = _named_section(key, value, COMMAND_LINE)
             return

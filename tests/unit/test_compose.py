@@ -285,3 +285,9 @@ def test_a_configuration_cannot_be_changed() -> None:
 def test_a_named_section_cannot_lead_out_of_its_folder() -> None:
     with pytest.raises(ConfigError, match="is none of"):
         load_config("demo", ["method=../engine/zero1"])
+
+
+@pytest.mark.parametrize("name", ["run #1", "#1", "a#b"])
+def test_a_word_of_the_command_line_has_no_comment(name: str) -> None:
+    assert load_config("demo", [f"output={name}"]).output == name
+    assert load_config("demo", [f"output='{name}'  # as in a file"]).output == name

@@ -77,7 +77,7 @@ def tar_members(reader: DigestingReader, url: str, wanted: tuple[str, ...]) -> I
         while (info := typed(url, tar.next)) is not None:
             tar.members = []  # the tar keeps all that it has read
             if info.issparse() or (not info.islnk() and info.offset_data + info.size > reader.total):
-                raise DataError(f"{url}: not a tar, or cut: {info.name[:200]!r} claims {info.size} bytes")
+                raise DataError(f"{url}: not a tar, or cut: {info.name[:200]!r} claims more bytes than there are")
             name = info.name.removeprefix("./")
             if not info.isreg() or name.rpartition("/")[2].startswith("."):
                 continue

@@ -3,10 +3,13 @@
 import importlib
 import pkgutil
 
+from pydantic import ValidationError
+
 from avcil_dist.config.schema import MethodConfig
 from avcil_dist.errors import ConfigError
 from avcil_dist.methods.base import Method
 
+LONGEST_SHOWN = 80
 NOT_METHODS = {"base", "evidence", "feature_sums", "losses", "nearest_mean", "sums_head"}
 
 
@@ -24,6 +27,14 @@ def method_class(name: str) -> type[Method]:
 
 
 def make_method(config: MethodConfig) -> Method:
-    """Return the method with its options."""
+    """Return the method with its options. Raises ConfigError for options that it does not have.
+
+    Settings of a user are checked when they are loaded; those of an artifact may be another version's.
+    """
     kind = method_class(config.name)
-    return kind(kind.Options.model_validate(config.model_extra))
+    try:
+        return kind(kind.Options.model_validate(config.model_extra))
+    except ValidationError as error:
+        fault = error.errors()[0]
+        option = ".".join(map(str, fault["loc"]))[:LONGEST_SHOWN]
+        raise ConfigError(f"method.{option}: {fault['msg']}; see `avcil methods`") from None

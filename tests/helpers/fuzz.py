@@ -1,8 +1,8 @@
-"""Fuzz run: damaged inputs of each kind in this process, whose memory is limited. Started by `tests/unit/test_fuzz.py`.
+"""Fuzz run: damaged inputs of each kind in this process, of bounded memory. Started by `tests/unit/test_fuzz.py`.
 
-`python -m tests.helpers.fuzz FOLDER COUNT KIND…` writes `FOLDER/KIND.json` for each kind: the number of inputs tried and
-accepted, and the failures: any exception that is no AvcilError, a message of several lines, more than 10 s, more memory
-than the limit, or a file opened for writing, a process or a connection outside the input's own folder.
+`python -m tests.helpers.fuzz FOLDER COUNT KIND…` writes `FOLDER/KIND.json`: the inputs tried and accepted, and the
+failures. A failure is an exception that is no AvcilError, a message of several lines, more than 10 s, more memory
+than the limit, or a file changed, a process or a connection opened outside the input's own folder.
 """
 
 import json
@@ -18,12 +18,31 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, given, settings
 
 from avcil_dist.errors import AvcilError
-from tests.helpers.fuzz_kinds import KINDS, Kind
+from tests.helpers.fuzz_kinds import Csv, Kind, Lists, Manifests, Npy, Tars, Yaml
+from tests.helpers.fuzz_streams import Artifacts, Records, Snapshots, Weights
+
+KINDS: dict[str, type[Kind]] = {
+    "csv": Csv,
+    "yaml": Yaml,
+    "manifests": Manifests,
+    "tars": Tars,
+    "npy": Npy,
+    "lists": Lists,
+    "records": Records,
+    "artifacts": Artifacts,
+    "snapshots": Snapshots,
+    "weights": Weights,
+}
 
 SECONDS = 10
 MEGABYTES = 1500  # beyond what the process has before the first input
 MAX_MESSAGE = 2000
 MAX_FAILURES = 5
+PROCESSES = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect")
+CHANGES = (
+    *("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod"),
+    "shutil.rmtree",
+)
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -42,24 +61,15 @@ class Watch:
     def _see(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not self.allowed:
             return
-        if event in ("subprocess.Popen", "os.system", "os.exec", "socket.connect", "ctypes.dlopen"):
+        if event in PROCESSES:
             self.found.append(f"{event} {arguments}"[:300])
-        elif (event == "open" and arguments[2] & WRITES) or event in (
-            "os.remove",
-            "os.rename",
-            "os.mkdir",
-            "os.rmdir",
-            "os.link",
-            "os.symlink",
-            "shutil.rmtree",
-            "os.truncate",
-        ):
+        elif event in CHANGES or (event == "open" and arguments[2] & WRITES):
             self._check(event, arguments[0])
 
     def _check(self, event: str, path: Any) -> None:
         if isinstance(path, int):
             return
-        real = os.path.abspath(os.fsdecode(path))
+        real = os.path.realpath(os.fsdecode(path))
         if not real.startswith(self.allowed):
             self.found.append(f"{event} {real}")
 
@@ -115,7 +125,8 @@ def fuzz(name: str, folder: Path, count: int, watch: Watch) -> dict[str, Any]:
             failures.setdefault(outcome.strip().splitlines()[-1][:200], f"{outcome}\ninput: {repr(value)[:1500]}")
 
     run()
-    return {"tried": tried, "accepted": accepted, "failures": list(failures.values())}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    return {"tried": tried, "accepted": accepted, "failures": list(failures.values()), "peak_megabytes": peak}
 
 
 def main(folder: Path, count: int, names: list[str]) -> None:

@@ -42,7 +42,7 @@ PIECES = st.one_of(
 EDITS = st.lists(
     st.tuples(st.sampled_from(["set", "insert", "delete", "cut", "repeat", "swap"]), POSITIONS, POSITIONS, PIECES),
     min_size=1,
-    max_size=6,
+    max_size=3,
 )
 DEEP: Any = []
 for _ in range(150):
@@ -83,7 +83,7 @@ VALUES = st.one_of(
 CHANGES = st.lists(
     st.tuples(st.sampled_from(["set", "delete", "copy", "rename"]), POSITIONS, POSITIONS, VALUES),
     min_size=1,
-    max_size=3,
+    max_size=2,
 )
 
 
@@ -114,10 +114,10 @@ def changed(document: Any, changes: list[tuple[str, int, int, Any]]) -> Any:
     for kind, first, second, value in changes:
         nodes = list(_places(document))
         if not nodes:
-            return value
+            return copy.deepcopy(value)
         parent, key = nodes[first % len(nodes)]
         if kind == "set":
-            parent[key] = value
+            parent[key] = copy.deepcopy(value)
         elif kind == "delete":
             del parent[key]
         elif kind == "copy":
@@ -126,7 +126,7 @@ def changed(document: Any, changes: list[tuple[str, int, int, Any]]) -> Any:
         elif isinstance(parent, dict):
             parent[str(value)[:100]] = parent.pop(key)
         else:
-            parent.insert(key, value)
+            parent.insert(key, copy.deepcopy(value))
     return document
 
 

@@ -9,13 +9,10 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.fuzz import MEGABYTES, SECONDS
+from tests.helpers.fuzz import KINDS, MEGABYTES, SECONDS
 
 COUNT = int(os.environ.get("AVCIL_FUZZ_INPUTS", "520"))  # of each kind
-KINDS = (
-    *("csv", "yaml", "manifests", "tars", "npy", "lists"),
-    *("records", "artifacts", "snapshots", "weights"),
-)
+PROJECT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.slow
 
@@ -43,7 +40,7 @@ def test_damaged_files_end_in_one_line(kind: str, results: dict[str, Any], capsy
     with capsys.disabled():
         print(
             f"\nfuzz: {result['tried']} {kind} tried, {result['accepted']} of them accepted; "
-            f"each within {SECONDS} s and {MEGABYTES} MB"
+            f"each within {SECONDS} s and {MEGABYTES} MB (peak of the process: {result['peak_megabytes']} MB)"
         )
     assert result["tried"] >= min(COUNT, 500)
     assert 0 < result["accepted"] < result["tried"]  # the others were read up to their damage

@@ -20,11 +20,13 @@ from avcil_dist.inference import restore_step
 from avcil_dist.models.encoders.build import build_visual_encoder
 from avcil_dist.models.network import load_whole_state
 from avcil_dist.reporting.report import load_streams
-from avcil_dist.streams.artifact import load_artifact, recorded_changes
-from avcil_dist.streams.commit import COMMITTED, encode_json, encode_state
+from avcil_dist.streams.artifact import load_artifact
+from avcil_dist.streams.commit import COMMITTED, encode_json
 from avcil_dist.streams.identity import new_identity, read_identity, write_identity
 from avcil_dist.streams.snapshots import newest_snapshot
 from avcil_dist.streams.stream import scenario_of
+from avcil_dist.streams.summary import recorded_changes
+from avcil_dist.streams.tensors import encode_state
 from avcil_dist.tracking.event_queue import EventQueue
 from avcil_dist.training.incremental_step import make_step
 from avcil_dist.training.snapshot import SnapshotManager

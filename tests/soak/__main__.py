@@ -19,6 +19,7 @@ from tests.soak import scenes
 
 # Kills of each kind among 100.
 SHARES = {"trainer": 14, "rank": 14, "launcher": 14, "server": 14, "sender": 24, "supervisor": 12, "slurmd": 8}
+ROUND = 50
 
 
 def shares(kills: int, kinds: list[str]) -> dict[str, int]:
@@ -29,21 +30,23 @@ def shares(kills: int, kinds: list[str]) -> dict[str, int]:
     return counts
 
 
-def run(folder: Path, kills: int, seed: int, kinds: list[str]) -> scenes.Soak:
-    """Run all scenes in a folder. Returns their counts and faults."""
-    counts = shares(kills, kinds)
+def run(folder: Path, options: argparse.Namespace) -> scenes.Soak:
+    """Run all scenes in a folder, in rounds of at most ROUND kills. Returns their counts and faults."""
     (folder / "server").mkdir()
     server = TrackingServer(folder / "server", f"{folder}/artifacts", {})
     server.start()
     try:
-        soak = scenes.Soak(folder, server, random.Random(seed))
-        mixed = [kind for kind in ("trainer", "rank", "launcher", "server") for _ in range(counts.get(kind, 0))]
-        soak.moment.shuffle(mixed)
-        scenes.local(soak, mixed)
-        scenes.sender(soak, counts.get("sender", 0))
-        scenes.supervisor(soak, counts.get("supervisor", 0))
-        if counts.get("slurmd"):
-            with_slurm(soak, counts["slurmd"])
+        deadline = time.monotonic() + 60 * options.minutes
+        soak = scenes.Soak(folder, server, random.Random(options.seed), deadline)
+        for first in range(0, options.kills, ROUND):
+            counts = shares(min(ROUND, options.kills - first), options.kinds.split(","))
+            mixed = [kind for kind in ("trainer", "rank", "launcher", "server") for _ in range(counts.get(kind, 0))]
+            soak.moment.shuffle(mixed)
+            scenes.sender(soak, counts.get("sender", 0))
+            scenes.local(soak, mixed)
+            scenes.supervisor(soak, counts.get("supervisor", 0))
+            if counts.get("slurmd") and not soak.is_over:
+                with_slurm(soak, counts["slurmd"])
         return soak
     finally:
         server.kill()
@@ -81,11 +84,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=240, help="no kill after that; the streams still end")
     parser.add_argument("--kinds", default=",".join(SHARES), help="of: " + ", ".join(SHARES))
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     begun, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="avcil-soak-"))
-    soak = run(folder, options.kills, options.seed, options.kinds.split(","))
+    soak = run(folder, options)
     print(table(soak, time.monotonic() - begun))
     for fault in soak.faults:
         print(f"\n{fault}")

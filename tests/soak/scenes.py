@@ -1,5 +1,6 @@
 """Scenes of the soak: ways to run a stream, each with the processes that are killed in it."""
 
+import itertools
 import json
 import os
 import random
@@ -10,7 +11,7 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,12 +47,14 @@ class Soak:
     folder: Path
     server: TrackingServer
     moment: random.Random
+    deadline: float  # on the monotonic clock; no kill after it
     config: Path = field(init=False)
     whole: str = field(init=False)
     kills: Counter[str] = field(default_factory=Counter)
     streams: Counter[str] = field(default_factory=Counter)
     values: int = 0  # of metrics that were compared with the server
     faults: list[str] = field(default_factory=list)
+    names: Iterator[int] = field(default_factory=itertools.count)
 
     def __post_init__(self) -> None:
         self.config = write_config(self.folder, **LONG)
@@ -73,15 +76,20 @@ class Soak:
         """Run the command to its end."""
         return subprocess.run(command(*words), cwd=PROJECT, capture_output=True, text=True, timeout=4 * SECONDS)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the time for kills is over."""
+        return time.monotonic() > self.deadline
+
     def killed(self, kind: str, count: int = 1) -> None:
         """Count kills, and show the progress."""
         self.kills[kind] += count
         print(f"{time.strftime('%H:%M:%S')} {sum(self.kills.values())} kills, the last: {kind}", file=sys.stderr)
 
-    def check(self, kind: str, stream: str) -> None:
-        """Compare an ended stream with the undisturbed one, and the server with the stream."""
+    def check(self, kind: str, stream: str, *words: str) -> None:
+        """Compare an ended stream with the undisturbed one, and the server with the stream, after `avcil sync`."""
         self.streams[kind] += 1
-        synced = self.avcil("sync", stream)
+        synced = self.avcil("sync", stream, *words)
         if synced.returncode:
             self.faults.append(f"{stream}: sync: {synced.stderr.strip()[-500:]}")
             return
@@ -117,11 +125,12 @@ def is_done(stream: str) -> bool:
 
 def local(soak: Soak, kinds: Sequence[str]) -> None:
     """`avcil train` with two ranks: trainer (rank 0), rank (rank 1), launcher and server are killed."""
-    left, number = list(kinds), 0
-    while left:
-        stream = f"{soak.folder}/local-{number}/tiny-avcil-seed0"
-        words = command("train", *soak.words(f"local-{number}"), "-n", "2")
-        while left and not is_done(stream):
+    left = list(kinds)
+    while left and not soak.is_over:
+        name = f"local-{next(soak.names)}"
+        stream = f"{soak.folder}/{name}/tiny-avcil-seed0"
+        words = command("train", *soak.words(name), "-n", "2")
+        while left and not is_done(stream) and not soak.is_over:
             process = subprocess.Popen(
                 words,
                 cwd=PROJECT,
@@ -130,15 +139,14 @@ def local(soak: Soak, kinds: Sequence[str]) -> None:
                 text=True,
                 start_new_session=True,
             )
-            while left and process.poll() is None:
+            while left and process.poll() is None and not soak.is_over:
                 if _kill_one(soak, left[-1], process, stream):
                     soak.killed(left.pop())
             errors = process.communicate(timeout=SECONDS)[1]
             if "Traceback" in errors and "SIGKILL" not in errors:
                 soak.faults.append(f"{stream}: {errors[-800:]}")
-        soak.train(f"local-{number}", *soak.words("")[2:])
+        soak.train(name, *soak.words("")[2:])
         soak.check("train", stream)
-        number += 1
 
 
 def _kill_one(soak: Soak, kind: str, process: "subprocess.Popen[str]", stream: str) -> bool:
@@ -173,16 +181,18 @@ def _pause(seconds: float, process: "subprocess.Popen[str]") -> None:
 def sender(soak: Soak, count: int) -> None:
     """`avcil sync` of a stream whose server was away: the process is killed at random moments."""
     away = [f"tracking.uri=http://127.0.0.1:{free_port()}", "tracking.wait_seconds=0.2", "tracking.register_as=none"]
-    source, number = soak.train("away", *away), 0
-    while count:
-        stream = f"{soak.folder}/sync-{number}/tiny-avcil-seed0"
+    source = f"{soak.folder}/away/tiny-avcil-seed0"
+    if not is_done(source):
+        soak.train("away", *away)
+    while count and not soak.is_over:
+        stream = f"{soak.folder}/sync-{next(soak.names)}/tiny-avcil-seed0"
         shutil.copytree(source, stream)
         identity = Path(stream, "stream.json")
         identity.write_text(json.dumps(json.loads(identity.read_text()) | {"id": uuid.uuid4().hex}))
         words = command("sync", stream, "--uri", soak.server.uri)
         cursor = Path(stream, "events")
         done = False
-        while count and not done:
+        while count and not done and not soak.is_over:
             process = subprocess.Popen(words, cwd=PROJECT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
             before = _cursors(cursor)
             if soak.moment.random() < 0.8:  # from the first event on; else while it starts
@@ -194,16 +204,7 @@ def sender(soak: Soak, count: int) -> None:
                 process.wait()
                 count -= 1
                 soak.killed("sender")
-        synced = soak.avcil("sync", stream, "--uri", soak.server.uri)
-        if synced.returncode:
-            soak.faults.append(f"{stream}: {synced.stderr[-500:]}")
-        else:
-            soak.streams["sync"] += 1
-            try:
-                soak.values += check_sent(soak.server.uri, stream, Path(stream, "..", "back"))
-            except AssertionError as fault:
-                soak.faults.append(f"{stream}: {fault}")
-        number += 1
+        soak.check("sync", stream, "--uri", soak.server.uri)
 
 
 def _cursors(folder: Path) -> list[str]:
@@ -212,10 +213,10 @@ def _cursors(folder: Path) -> list[str]:
 
 def supervisor(soak: Soak, count: int) -> None:
     """A chain on this machine: its supervisor is killed, and the chain submitted again."""
-    number = 0
-    while count:
-        stream = f"{soak.folder}/chain-{number}/tiny-avcil-seed0"
-        words = ["submit", *soak.words(f"chain-{number}"), "--cluster", "local", "cluster.tasks_per_node=2"]
+    while count and not soak.is_over:
+        name = f"chain-{next(soak.names)}"
+        stream = f"{soak.folder}/{name}/tiny-avcil-seed0"
+        words = ["submit", *soak.words(name), "--cluster", "local", "cluster.tasks_per_node=2"]
         while not is_done(stream):
             submitted = soak.avcil(*words)
             if submitted.returncode:
@@ -224,6 +225,7 @@ def supervisor(soak: Soak, count: int) -> None:
             folder, before = read_chain(stream).folder, newest(Path(stream))
             soak.wait(lambda: newest(Path(stream)) != before or not is_supervised(folder), "the chain to train")  # noqa: B023
             time.sleep(soak.moment.uniform(0, 1.5))
+            count = 0 if soak.is_over else count
             if count and is_supervised(folder):
                 os.kill(int(Path(folder, PID).read_text()), signal.SIGKILL)
                 count -= 1
@@ -232,21 +234,20 @@ def supervisor(soak: Soak, count: int) -> None:
                 soak.wait(lambda: not is_supervised(folder), "the end of the chain")  # noqa: B023
             soak.wait(lambda: not is_supervised(folder), "the end of the supervisor")  # noqa: B023
         soak.check("local chain", stream)
-        number += 1
 
 
 def slurmd(soak: Soak, sandbox: Sandbox, count: int) -> None:
     """Jobs on two nodes: the daemon of a node's rank is killed; SLURM requeues the job."""
-    number = 0
-    while count:
-        stream = f"{soak.folder}/slurm-{number}/tiny-avcil-seed0"
+    while count and not soak.is_over:
+        name = f"slurm-{next(soak.names)}"
+        stream = f"{soak.folder}/{name}/tiny-avcil-seed0"
         nodes = ["cluster.nodes=2", "cluster.cpus_per_task=1", "cluster.max_requeues=50"]
-        submitted = soak.avcil("submit", *soak.words(f"slurm-{number}"), "--cluster", "slurm", *nodes)
+        submitted = soak.avcil("submit", *soak.words(name), "--cluster", "slurm", *nodes)
         if submitted.returncode:
             soak.faults.append(f"{stream}: submit: {submitted.stderr[-500:]}")
             return
         for step in STEPS:
-            while count and not Path(stream, f"step_{step:03d}", "COMMITTED.json").exists():
+            while count and not soak.is_over and not Path(stream, f"step_{step:03d}", "COMMITTED.json").exists():
                 job = chains.job_of(stream, step)
                 chains.wait_until_it_trains(stream, step)
                 time.sleep(soak.moment.uniform(0, 1.0))
@@ -260,4 +261,3 @@ def slurmd(soak: Soak, sandbox: Sandbox, count: int) -> None:
                 chains.wait_for_restart(sandbox, job, restarts + 1)
         chains.wait_for_end(stream)
         soak.check("SLURM chain", stream)
-        number += 1

@@ -103,24 +103,32 @@ def test_a_sender_killed_right_after_its_cursor_was_saved_has_lost_nothing(
     check(server, stream, tmp_path / "back")
 
 
-@pytest.mark.parametrize("fault", ["hang", "drip"])
-def test_a_server_that_stalls_ends_in_the_stated_time(
-    fault: str, server: TrackingServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_server_that_answers_byte_by_byte_ends_in_the_stated_time(
+    server: TrackingServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(environment, "REQUEST_SECONDS", 1.0)
-    monkeypatch.setitem(environment.OURS, "MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-    with FaultyProxy(server.port, lambda method, path: fault) as proxy:
+    monkeypatch.setattr(environment, "REQUEST_SECONDS", 2.0)
+    with FaultyProxy(server.port, lambda method, path: "drip") as proxy:
         begun = time.monotonic()
-        with pytest.raises(TrackingError, match=r"no complete answer within 1 s"):
+        with pytest.raises(TrackingError, match=r"no complete answer within 2 s"):
             find_stream(proxy.uri, "anything")
-        stream = filled(tmp_path / fault, proxy.uri)
-        assert not stream.send(patience=0.5)
-        assert time.monotonic() - begun < 15
-        proxy.rule = lambda method, path: fault if "mlflow-artifacts" in path else "pass"  # an upload
-        begun = time.monotonic()
+        stream = filled(tmp_path / "drip", proxy.uri)
         assert not stream.send(patience=0.5)
         assert time.monotonic() - begun < 20
-        assert "no complete answer" in stream.queue.cursor(proxy.uri).reason
+
+
+def test_an_upload_that_stalls_ends_and_is_repeated(
+    server: TrackingServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "REQUEST_SECONDS", 5.0)
+    with FaultyProxy(server.port, lambda method, path: "hang" if "mlflow-artifacts" in path else "pass") as proxy:
+        stream = filled(tmp_path / "stalled-upload", proxy.uri)
+        begun = time.monotonic()
+        assert not stream.send(patience=0.5)
+        assert time.monotonic() - begun < 40
+        assert "no complete answer within 5 s" in stream.queue.cursor(proxy.uri).reason
+        proxy.rule = lambda method, path: "pass"
+        assert stream.send()
+    check(server, stream, tmp_path / "back")
 
 
 def test_a_refusal_is_one_line_and_is_not_waited_for(

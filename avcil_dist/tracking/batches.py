@@ -52,9 +52,11 @@ class BatchWriter:
             )
 
     def _texts(self, values: Sequence[Text], log: Callable[[Sequence[Text]], None]) -> None:
+        def log_cut(some: Sequence[Text]) -> None:
+            log([self._cut(value) for value in some])
+
         for some in _chunks(values, MAX_PARAMS_TAGS_PER_BATCH):
-            cut = [self._cut(value) for value in some]
-            self._halves(cut, log, lambda value, reason: self._shorter(value, reason, log))
+            self._halves(some, log_cut, lambda value, reason: self._shorter(value, reason, log))
 
     def _halves(
         self, values: Sequence[T], log: Callable[[Sequence[T]], None], refused: Callable[[T, str], None]

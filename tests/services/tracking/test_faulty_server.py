@@ -11,6 +11,7 @@ from mlflow import MlflowClient
 
 from avcil_dist import storage
 from avcil_dist.errors import ArtifactError, TrackingError
+from avcil_dist.streams.identity import new_identity, write_identity
 from avcil_dist.streams.metrics import StreamMetrics
 from avcil_dist.tracking import environment
 from avcil_dist.tracking.artifacts import download_step
@@ -36,13 +37,18 @@ def save_and_die(self, uri, cursor):
     if len(saves) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
 EventQueue.save_cursor = save_and_die
-StreamFolder(Path(sys.argv[1]), sys.argv[2], sys.argv[3]).send()
+stream = StreamFolder(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
+stream.id = sys.argv[4]
+stream.send()
 """
 
 
 def filled(folder: Path, uri: str) -> StreamFolder:
     """A stream with one step of a few epochs, committed."""
     stream = StreamFolder(folder, str(folder), uri=uri)
+    identity = new_identity()
+    write_identity(stream.folder, identity)
+    stream.id = identity.id
     stream.open(seed=0, classes="dog, cat")
     with StepTracker(stream.queue, 0) as tracker:
         for epoch in range(EPOCHS):
@@ -96,7 +102,7 @@ def test_a_sender_killed_right_after_its_cursor_was_saved_has_lost_nothing(
     server: TrackingServer, tmp_path: Path
 ) -> None:
     stream = filled(tmp_path / "killed-after", server.uri)
-    command = [sys.executable, "-c", KILLED_AFTER, stream.folder, stream.output, server.uri]
+    command = [sys.executable, "-c", KILLED_AFTER, stream.folder, stream.output, server.uri, stream.id]
     assert subprocess.run(command, cwd=PROJECT, check=False).returncode == -9
     assert 0 < stream.queue.cursor(server.uri).offset < stream.queue.size()
     assert stream.send()
@@ -119,13 +125,13 @@ def test_a_server_that_answers_byte_by_byte_ends_in_the_stated_time(
 def test_an_upload_that_stalls_ends_and_is_repeated(
     server: TrackingServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(environment, "REQUEST_SECONDS", 5.0)
+    monkeypatch.setattr(environment, "REQUEST_SECONDS", 4.0)
     with FaultyProxy(server.port, lambda method, path: "hang" if "mlflow-artifacts" in path else "pass") as proxy:
         stream = filled(tmp_path / "stalled-upload", proxy.uri)
         begun = time.monotonic()
-        assert not stream.send(patience=0.5)
+        assert not stream.send(patience=5.0)
         assert time.monotonic() - begun < 40
-        assert "no complete answer within 5 s" in stream.queue.cursor(proxy.uri).reason
+        assert "no complete answer within 4 s" in stream.queue.cursor(proxy.uri).reason
         proxy.rule = lambda method, path: "pass"
         assert stream.send()
     check(server, stream, tmp_path / "back")

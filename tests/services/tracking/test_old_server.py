@@ -14,7 +14,7 @@ from avcil_dist.tracking.resume import ResumeRequest, prepare_resume
 from tests.helpers.mlflow_server import TrackingServer
 from tests.helpers.ranks import run_ranks
 from tests.helpers.sent_events import check_sent
-from tests.helpers.stream_folder import TRACKING, StreamFolder
+from tests.helpers.stream_folder import StreamFolder
 from tests.helpers.streams import run_tracked, write_config
 
 
@@ -36,14 +36,14 @@ def test_a_long_parameter_is_cut_to_what_the_server_takes_and_all_else_is_there(
 
 
 def test_a_stream_is_tracked_registered_and_resumed_from(old_server: TrackingServer, tmp_path: Path) -> None:
-    settings = [f"tracking.uri={old_server.uri}", f"tracking.experiment={TRACKING.experiment}", "optim.epochs=1"]
+    settings = [f"tracking.uri={old_server.uri}", "name=old", "optim.epochs=1"]
     config = load_config(str(write_config(tmp_path)), settings)
     [[stream]] = run_ranks(run_tracked, 1, [config])
     assert check_sent(old_server.uri, stream, tmp_path / "back") > 30
     tracked = find_stream(old_server.uri, config.stream_name)
     assert tracked.run.info.status == "FINISHED"
     client = MlflowClient(old_server.uri, old_server.uri)
-    assert [str(model.version) for model in client.search_model_versions("name = 'tiny-avcil'")] == ["1"]
+    assert [str(model.version) for model in client.search_model_versions("name = 'old-avcil'")] == ["1"]
     shutil.rmtree(stream)
     ready = prepare_resume(old_server.uri, config.stream_name, ResumeRequest((f"output={tmp_path}/elsewhere",)))
     assert ready.step == 2

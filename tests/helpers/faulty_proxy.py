@@ -53,8 +53,9 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "endless":
             self.send_response(200)
             self.end_headers()
-            while not self.proxy.closing.is_set():
+            while not self.proxy.closing.wait(0.01):
                 self.wfile.write(bytes(1 << 20))
+            self.close_connection = True
             return
         backend = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         headers = {key: value for key, value in self.headers.items() if key.lower() != "transfer-encoding"}

@@ -9,12 +9,10 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from avcil_dist import storage
-from avcil_dist.errors import ArtifactError, TrackingError
+from avcil_dist.errors import TrackingError
 from avcil_dist.streams.identity import new_identity, write_identity
 from avcil_dist.streams.metrics import StreamMetrics
 from avcil_dist.tracking import environment
-from avcil_dist.tracking.artifacts import download_step
 from avcil_dist.tracking.client import find_stream
 from avcil_dist.tracking.events import STREAM, StepTracker
 from avcil_dist.tracking.tags import STEP_TAG, STREAM_TAG
@@ -207,17 +205,3 @@ def test_tags_of_a_server_that_lies_are_refused(tag: str, value: str, server: Tr
     MlflowClient(server.uri).set_tag(run, tag, value)
     with pytest.raises(TrackingError, match=rf"run {run}: its tag {tag} is not one that avcil-dist writes"):
         find_stream(server.uri, runs[STREAM])
-
-
-def test_a_file_without_end_is_refused_when_it_is_larger_than_committed(
-    server: TrackingServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(storage, "MAX_JSON_BYTES", 1 << 20)
-    with FaultyProxy(server.port) as proxy:
-        stream = filled(tmp_path / "endless", proxy.uri)
-        run = MlflowClient(server.uri).get_run(stream.send_all()["0"])
-        tracked = find_stream(proxy.uri, stream.id)
-        proxy.rule = lambda method, path: "endless" if "mlflow-artifacts/artifacts/" in path else "pass"
-        with pytest.raises(ArtifactError, match=r"step_000/COMMITTED\.json: larger than committed"):
-            download_step(tracked.client, proxy.uri, run, 0, f"{tmp_path}/back")
-    assert not Path(tmp_path, "back").exists()

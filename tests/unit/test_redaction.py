@@ -4,6 +4,8 @@ import pickle
 import time
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from avcil_dist.errors import AvcilError, DataError, StorageError
 from avcil_dist.redaction import has_secret, redacted
@@ -83,3 +85,14 @@ def test_long_text_is_quick(text: str) -> None:
 
 def test_other_arguments_of_an_error_stay() -> None:
     assert AvcilError(3).args == (3,)
+
+
+WORD = st.text(st.characters(codec="ascii", categories=["L", "N"]), min_size=1, max_size=10)
+
+
+@settings(max_examples=300, deadline=None)
+@given(WORD, st.text("/@:?&=#%+-_.~abc", max_size=6), st.sampled_from(["https", "s3", "postgresql+psycopg2", "abfs"]))
+def test_no_password_is_shown_whatever_its_letters(user: str, marks: str, protocol: str) -> None:
+    url = f"{protocol}://{user}:{marks}{SECRET}{marks}@host/x"
+    assert SECRET not in redacted(url)
+    assert SECRET not in redacted(f"{url}: missing (see {url})")

@@ -1,15 +1,18 @@
 """Urls: allowed protocols, paths inside a folder."""
 
 import json
+import os
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from avcil_dist import storage
 from avcil_dist.errors import AvcilError, ConfigError, DataError
-from avcil_dist.storage.urls import split_url
+from avcil_dist.storage.urls import PROTOCOLS, split_url
 
 
 @pytest.mark.parametrize(
@@ -129,3 +132,50 @@ def test_a_crafted_reference_sends_no_secret(tmp_path: Path, monkeypatch: pytest
         thread.join()
         server.server_close()
     assert requests == []
+
+
+PIECES = st.sampled_from(
+    [
+        "..",
+        ".",
+        "/",
+        "//",
+        "a",
+        "é",
+        "\\",
+        "\0",
+        "\n",
+        "~",
+        ":",
+        "::",
+        "://",
+        "s3://b",
+        "file:",
+        "pipe:",
+        "reference::",
+        "%2e",
+    ]
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(PIECES, max_size=8).map("".join))
+def test_no_accepted_name_leaves_its_folder(name: str) -> None:
+    try:
+        joined = storage.join("/data/set", name)
+    except DataError:
+        return
+    assert os.path.normpath(joined).startswith("/data/set/")
+    assert storage.local_path(joined) == joined
+    assert storage.path_below(joined, "/data/set") == name
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(PIECES, max_size=8).map("".join))
+def test_any_url_is_local_of_an_allowed_protocol_or_refused(url: str) -> None:
+    try:
+        protocol, path = split_url(url)
+    except ConfigError:
+        return
+    assert protocol in PROTOCOLS
+    assert path.startswith("/") or protocol != "file"

@@ -2,8 +2,9 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BufferedWriter, FileIO, TextIOWrapper
-from typing import Any
 
 import click
 
@@ -37,21 +38,32 @@ def prepare_output() -> None:
     """Print letters that the encoding of standard output lacks as escapes, and make its faults StorageErrors."""
     stream = sys.stdout
     if stream is sys.__stdout__ and isinstance(stream, TextIOWrapper):
-        sys.stdout = TextIOWrapper(
-            BufferedWriter(_Output(stream.fileno(), "w", closefd=False)),
-            encoding=stream.encoding,
-            errors="backslashreplace",
-            line_buffering=stream.isatty(),
+        buffer = BufferedWriter(FileIO(stream.fileno(), "w", closefd=False))
+        sys.stdout = _Output(
+            buffer, encoding=stream.encoding, errors="backslashreplace", line_buffering=stream.isatty()
         )
 
 
-class _Output(FileIO):
-    """Standard output. After a fault the rest of it is dropped, so that the end of the process does not fail too."""
+class _Output(TextIOWrapper):
+    """Standard output. After a fault the rest of it is dropped, so that the end of the process does not fail too.
 
-    def write(self, data: Any, /) -> int:
-        """Write as much as the system takes. Raises StorageError; BrokenPipeError where the reader has ended."""
+    Its methods raise StorageError, or BrokenPipeError where the reader has ended.
+    """
+
+    def write(self, text: str, /) -> int:
+        """Write the text."""
+        with self._typed():
+            return super().write(text)
+
+    def flush(self) -> None:
+        """Write what is still in the buffer."""
+        with self._typed():
+            super().flush()
+
+    @contextmanager
+    def _typed(self) -> Iterator[None]:
         try:
-            return super().write(data)
+            yield
         except BrokenPipeError:
             raise
         except OSError as error:

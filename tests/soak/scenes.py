@@ -115,7 +115,7 @@ class Soak:
 
 def command(*words: str) -> list[str]:
     """The command line of `avcil` with these words."""
-    return [sys.executable, "-m", "launch", *words]
+    return [sys.executable, "-m", "avcil_dist", *words]
 
 
 def is_done(stream: str) -> bool:

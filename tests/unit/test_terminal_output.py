@@ -109,7 +109,7 @@ def test_the_commands_print_by_one_function() -> None:
 def test_a_full_standard_output_is_one_line(words: list[str]) -> None:
     with Path("/dev/full").open("wb") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "launch", *words], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+            [sys.executable, "-m", "avcil_dist", *words], stdout=full, stderr=subprocess.PIPE, text=True, check=False
         )
     assert done.returncode == 2
     assert done.stderr == (
@@ -121,7 +121,7 @@ def test_a_full_standard_output_is_one_line(words: list[str]) -> None:
 def test_a_terminal_in_latin_1_shows_other_letters_as_escapes(tmp_path: Path) -> None:
     url = make_manifest_of_classes(tmp_path, ["狗é"])
     done = subprocess.run(
-        [sys.executable, "-m", "launch", "shards", "ls", url],
+        [sys.executable, "-m", "avcil_dist", "shards", "ls", url],
         env=os.environ | {"PYTHONIOENCODING": "latin-1"},
         capture_output=True,
         check=True,
@@ -132,15 +132,23 @@ def test_a_terminal_in_latin_1_shows_other_letters_as_escapes(tmp_path: Path) ->
 def test_the_output_of_a_lost_reader_is_no_fault_of_ours() -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    with output._Output(writer, "w") as stream, pytest.raises(BrokenPipeError):
-        stream.write(b"x")
+    stream = output._Output(io.BufferedWriter(io.FileIO(writer, "w", closefd=False)))
+    stream.write("x")
+    with pytest.raises(BrokenPipeError):
+        stream.flush()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), writer)
+    stream.close()
+    os.close(writer)
 
 
-def test_a_fault_of_the_output_is_typed_and_drops_the_rest() -> None:
-    with Path("/dev/full").open("wb", buffering=0) as full, output._Output(full.fileno(), "w", closefd=False) as stream:
+@pytest.mark.parametrize("length", [1, 100_000])  # within and beyond the buffer
+def test_a_fault_of_the_output_is_typed_and_drops_the_rest(length: int) -> None:
+    with Path("/dev/full").open("wb", buffering=0) as full:
+        stream = output._Output(io.BufferedWriter(io.FileIO(full.fileno(), "w", closefd=False)))
         with pytest.raises(StorageError, match=r"standard output: cannot be written"):
-            stream.write(b"x")
-        assert stream.write(b"y") == 1
+            print("x" * length, file=stream, flush=True)
+        print("y", file=stream, flush=True)
+        stream.close()
 
 
 def test_the_first_interrupt_counts_and_the_second_does_not_disturb_the_end() -> None:

@@ -66,7 +66,7 @@ def port_of(job: str) -> int:
 def test_a_chain_is_submitted_once_from_inside_a_job_whatever_its_environment_and_names(
     sandbox: Sandbox, tmp_path: Path
 ) -> None:
-    output = tmp_path / 'it\'s a "run" #1? ~x$HOME é'
+    output = tmp_path / 'it\'s a "run" #1 ~x$HOME é'
     config = write_config(tmp_path, output=str(output))
     stream = str(output / "tiny-avcil-seed0")
     programs = tmp_path / "bin"

@@ -211,6 +211,7 @@ class Kernel(ClosedFormMethod):
         """k(x)ᵀB + 1ᵀB, (B, C), or (candidates, B, C) for several B."""
         clips = {name: part.half() for name, part in units(output).items()}
         for name, values in clips.items():
+            self.features[name] = self.features[name].to(values.device)  # once, not for each batch
             if values.shape[1] != self.features[name].shape[1]:
                 raise ArtifactError(
                     f"the state of the method is of {self.features[name].shape[1]} {name} features, these are "

@@ -20,7 +20,7 @@ class Ncm(SumsHead):
     def head(self, sums: Mapping[str, Tensor], rows: Tensor | None) -> Tensor:
         """Return class sums of length 1, and zeros for the constant."""
         totals = sums[TARGETS] if rows is None else sums[TARGETS][rows]
-        return F.pad(F.normalize(totals[:-1], dim=0, eps=0), (0, 0, 0, 1)).nan_to_num(nan=0.0)
+        return F.pad(F.normalize(totals[:-1], dim=0, eps=0), (0, 0, 0, 1)).nan_to_num()
 
 
 METHOD = Ncm

@@ -117,7 +117,7 @@ def test_eval_without_a_modality_predicts_from_the_other_one(results: dict[str, 
     for missing in ("audio", "visual"):
         found = json.loads(avcil("eval", f"{config.output}/{config.stream_name}", "--missing", missing).output)
         assert found["missing"] == missing
-        assert 0.5 < found["seen_accuracy"] < results["analytic"].metrics.seen_accuracy[-1]
+        assert 0.5 < found["seen_accuracy"] <= results["analytic"].metrics.seen_accuracy[-1]
 
 
 @pytest.mark.parametrize("method", ["avcil", "joint", "finetune", "analytic", "ncm"])

@@ -74,7 +74,7 @@ def all_clips(scenario: Scenario, informative: int = 1) -> tuple[np.ndarray, np.
 
 
 def maximum_evidence(x: np.ndarray, y: np.ndarray, widths: list[int]) -> tuple[np.ndarray, int]:
-    """α/β per feature by explicit inverses, and the number of rounds."""
+    """α/β per feature by explicit inverses, and the number of rounds. Guards are for data without noise."""
     n, c = y.shape
     blocks = np.split(np.arange(sum(widths)), np.cumsum(widths)[:-1])
     alpha, beta = np.ones(len(widths)), float(c)
@@ -88,8 +88,9 @@ def maximum_evidence(x: np.ndarray, y: np.ndarray, widths: list[int]) -> tuple[n
         covariance = np.linalg.inv(beta * x.T @ x + np.diag(precisions()))
         w = beta * covariance @ x.T @ y
         s = np.array([len(b) - a * covariance[b, b].sum() for a, b in zip(alpha, blocks, strict=True)])
+        s = np.maximum(s, 1e-6)
         new = np.array([c * g / np.square(w[b]).sum() for g, b in zip(s, blocks, strict=True)])
-        beta = c * (n - s.sum()) / np.square(y - x @ w).sum()
+        beta = c * max(n - s.sum(), 1e-6) / max(np.square(y - x @ w).sum(), 1e-12 * n)
         change, alpha = np.abs(np.log(new / alpha)).max(), new
         if change < 0.05:
             break
@@ -215,6 +216,22 @@ def test_a_clip_per_class_and_features_of_zeros_have_a_ridge() -> None:
     assert method.ridge.isfinite().all()
     assert (method.ridge > 0).all()
     assert method.scores(Output(torch.zeros(2, 0), audio, torch.zeros(2, CELLS, DIM))).argmax(dim=1).tolist() == [0, 1]
+
+
+def test_the_smallest_ridge_is_relative_to_the_features() -> None:
+    """If the features determine y, the precision β grows without bound; large features need a larger ridge."""
+    random = torch.Generator().manual_seed(0)
+    labels = torch.arange(40) % 2
+    rows = 1e7 * (torch.eye(2)[labels] + 1e-4 * torch.randn(40, 2, generator=random))
+    sums = FeatureSums()
+    sums.add(torch.cat([rows, torch.ones(40, 1)], dim=1), labels, 2)
+    sums.flush(2)
+    solver = RidgeSolver(sums.total())
+    ridge = evidence_ridge(solver, [slice(0, 2)])
+    solver.fill()
+    smallest = 1e-11 * solver.matrix.diagonal().mean().item()
+    assert ridge[-1].item() == pytest.approx(smallest)  # of the constant
+    assert ridge[0].item() >= smallest * (1 - 1e-9)
 
 
 def test_values_that_are_not_finite_are_an_error_of_one_line() -> None:

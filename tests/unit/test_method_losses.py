@@ -76,6 +76,17 @@ def test_derpp_is_cross_entropy_of_current_clips_and_two_terms_of_exemplars() ->
     assert values(losses) == pytest.approx({"loss": total} | expected, rel=1e-6)
 
 
+def test_the_logits_of_the_exemplars_have_a_gradient_for_the_student_alone() -> None:
+    student, teacher = LOGITS.clone().requires_grad_(), TEACHER.logits.clone().requires_grad_()
+    losses = method_of("derpp").loss(TARGETS, Output(student), Output(teacher))
+    losses["logits"].backward()
+    assert student.grad is not None
+    # d/dz of the mean of (z − z')² over the two old classes of the exemplar
+    assert student.grad[2].tolist() == pytest.approx([-4 * LOG3, 0, 0, 0])
+    assert not student.grad[:2].any()
+    assert teacher.grad is None
+
+
 def test_derpp_of_a_batch_without_exemplars_is_cross_entropy() -> None:
     targets = Targets(TARGETS.labels[:2], num_current=2)
     losses = method_of("derpp").loss(targets, Output(LOGITS[:2]), Output(TEACHER.logits[:2]))

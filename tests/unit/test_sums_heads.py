@@ -110,6 +110,17 @@ def test_ncm_is_the_cosine_with_the_class_means_times_the_length_of_the_features
     np.testing.assert_allclose(scores(learn("ncm"), **changes), cosines(features(kept)), atol=1e-6)
 
 
+def test_the_cosine_of_ncm_does_not_depend_on_the_length_of_the_features() -> None:
+    method = make_method(MethodConfig(name="ncm"))
+    assert isinstance(method, SumsHead)
+    method.begin_step(StepContext(Scenario((("a",),)), 0))
+    audio, visual = clips_of("c0")
+    method.accumulate(output_of(1e-4 * audio, 1e-4 * visual), torch.zeros(len(audio), dtype=torch.long))
+    method.statistics()
+    method.choose(method.solve(), [])
+    assert method.state_dict()["weights"].norm().item() == pytest.approx(1)
+
+
 def test_ncm_keeps_no_products_of_features() -> None:
     assert set(learn("ncm").state_dict()) == {"weights", "targets"}
 
@@ -133,7 +144,19 @@ def test_air_is_the_ridge_regression_with_clips_weighted_by_the_inverse_size_of_
     phi = expanded(features(), 40, 0) if expansion else np.concatenate([features(), np.ones((len(LABELS), 1))], axis=1)
     weights = 1 / np.bincount(LABELS)[LABELS]
     found = scores(learn("air", gammas=[0.05], expansion=expansion))
-    np.testing.assert_allclose(found, ridge_scores(phi, 0.05, weights), atol=1e-5)
+    np.testing.assert_allclose(found, ridge_scores(phi, 0.05, weights), atol=1e-5 if expansion else 1e-10)
+
+
+def test_air_gives_the_only_clip_of_a_class_the_weight_of_a_class() -> None:
+    method = make_method(MethodConfig.model_validate({"name": "air", "gammas": [0.1], "expansion": 0}))
+    assert isinstance(method, SumsHead)
+    method.begin_step(StepContext(Scenario((("a", "b"),)), 0))
+    method.begin_sums({0: 19, 1: 1})
+    method.accumulate(output_of(*clips_of("c0")), torch.tensor([0] * 19 + [1]))
+    method.statistics()
+    method.choose(method.solve(), [])
+    targets = method.state_dict()["targets"]
+    np.testing.assert_allclose(targets[-1].numpy(), [1, 1], rtol=1e-12)  # the constant's sums are the classes' weights
 
 
 def test_ranpac_is_the_ridge_regression_on_a_random_projection_without_a_constant() -> None:
@@ -164,6 +187,23 @@ def test_a_class_without_clips_scores_nothing() -> None:
     method.statistics()
     method.choose(method.solve(), [])
     assert scores(method)[:, 1].tolist() == [0.0] * len(LABELS)
+
+
+def test_slda_has_the_mean_of_a_class_of_one_clip() -> None:
+    method = make_method(MethodConfig(name="slda"))
+    assert isinstance(method, SumsHead)
+    method.begin_step(StepContext(Scenario((("a", "b"),)), 0))
+    audio, visual = clips_of("c0")
+    labels = torch.tensor([0] * (SIZES["c0"] - 1) + [1])
+    method.accumulate(output_of(audio, visual), labels)
+    method.statistics()
+    method.choose(method.solve(), [])
+    x = torch.cat([audio[:, None], visual], dim=1).flatten(1).double().numpy()
+    means = [x[:-1].mean(axis=0), x[-1]]
+    covariance = (1 - 1e-4) * empirical_covariance(x[:-1]) * (len(x) - 1) / len(x) + 1e-4 * np.eye(WIDTH)
+    inverse = np.linalg.inv(covariance)
+    expected = np.stack([x @ inverse @ mean - mean @ inverse @ mean / 2 for mean in means], axis=1)
+    np.testing.assert_allclose(method.scores(output_of(audio, visual)).numpy(), expected, rtol=1e-5, atol=1e-4)
 
 
 def test_features_that_are_not_finite_are_an_error_of_one_line() -> None:

@@ -20,6 +20,7 @@ from avcil_dist.streams.identity import StepNumber
 from launch.cluster.resources import ClusterConfig
 
 RECORD, CONFIG, CLUSTER = "jobs.json", "config.yaml", "cluster.json"
+MAX_LINE = 1 << 20
 JobId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,100}$")]  # it becomes a word of scheduler commands
 
 
@@ -78,8 +79,11 @@ class Chain:
 
     def failure(self, step: int) -> str | None:
         """Return the error of a step that failed for good, else None."""
-        path = self.failed_file(step)
-        return path.read_text().strip() if path.exists() else None
+        path = str(self.failed_file(step))
+        if not storage.exists(path):
+            return None
+        lines = storage.read_bytes(path, max_bytes=MAX_LINE).decode(errors="replace").splitlines()
+        return lines[0] if lines else ""
 
     def config(self) -> Config:
         """Return the configuration of the last submission."""
@@ -118,7 +122,8 @@ def mark_failed(folder: str, step: int, text: str) -> None:
 
 def frozen_config(folder: str) -> Config:
     """See `Chain.config`."""
-    return config_from_yaml(Path(folder, CONFIG).read_text())
+    text = storage.read_bytes(f"{folder}/{CONFIG}", max_bytes=storage.MAX_JSON_BYTES).decode(errors="replace")
+    return config_from_yaml(text)
 
 
 def has_chain(stream: str) -> bool:

@@ -6,6 +6,7 @@ every process of the launcher supervises one rank.
 """
 
 import itertools
+import logging
 import multiprocessing
 import os
 import sys
@@ -24,6 +25,7 @@ from avcil_dist.tracking.session import stream_run
 from avcil_dist.training.device import local_device
 from avcil_dist.training.engine import name_accelerator
 from avcil_dist.training.preflight import preflight
+from avcil_dist.training.rendezvous import check_interfaces, interfaces
 from avcil_dist.world import World
 from launch.local_worlds import launcher_world, local_worlds
 from launch.progress import print_warning
@@ -52,6 +54,7 @@ def run_stream(config: Config, *, processes: int | None = None, policy: ResumePo
         outer if has_launcher else World(local_size=processes or 1, size=processes or 1, launcher="local"),
         config.engine.device,
     )
+    check_interfaces(os.environ, interfaces())
     sizes = [outer.size if has_launcher else processes or 1]
     # Under a launcher the ranks check the shards together, in the first step, instead of each for itself.
     num_steps = preflight(config, sizes, restart=policy.restart, with_shards=not has_launcher).num_steps
@@ -113,6 +116,7 @@ def _run_step(run: StepRun, worlds: tuple[World, ...], stop: StopRequest, device
 
 def _start(run: StepRun, worlds: tuple[World, ...], errors: Any, method: str) -> Any:
     """Start the ranks' processes. Raises WorldError when the system, or another process, prevents it."""
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # names each rank that it terminates
     try:
         with shielding():
             return start_processes(_run_rank, (run, worlds, errors), len(worlds), join=False, start_method=method)

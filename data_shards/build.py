@@ -211,7 +211,7 @@ def plan_build(listing: Listing, settings: BuildSettings) -> tuple[Plan, list[Ch
             digest = settings.digest([label, split, stamped])
             job = ShardJob(url.removesuffix(".tar"), digest, len(taken))
             chunks.append(Chunk(job, label, split, tuple(clip for clip, _ in taken)))
-            contents.append([job.name, [[clip.key, clip.source, clip.cut, stamp[0]] for clip, stamp in taken]])
+            contents.append([job.name, [_content(clip, stamp) for clip, stamp in taken]])
     plan = Plan(
         kind="clip",
         classes=listing.classes,
@@ -221,6 +221,12 @@ def plan_build(listing: Listing, settings: BuildSettings) -> tuple[Plan, list[Ch
         rejected=tuple(rejected),
     )
     return plan, chunks
+
+
+def _content(clip: ListedClip, stamp: FileStamp) -> list[Any]:
+    """The parts of a clip that the data set's digest covers: those that are the same on every machine."""
+    frames = clip.files[0].frames
+    return [clip.key, clip.source, clip.cut, stamp[0], *([frames.rate] if frames else [])]
 
 
 def build_chunk(

@@ -285,6 +285,21 @@ def merge_parts(output: str, *, strict: bool = False) -> BuildReport:
     return BuildReport(storage.join(output, MANIFEST), manifest, rejected, unchanged=False)
 
 
+def clips_of_parts(output: str) -> tuple[int, int] | None:
+    """Numbers of clips of finished shards and of all, in a build by parts; None before its plan is written."""
+    url = storage.join(output, PARTS, PLAN)
+    try:
+        plan = Plan.read(url)
+        found = {
+            f"{split}/{name.removesuffix('.json')}"
+            for split in SPLITS
+            for name in storage.list_folder(storage.join(output, PARTS, split))
+        }
+    except DataError:  # not written yet, or removed by the merge
+        return None
+    return sum(job.clips for job in plan.jobs if job.name in found), plan.clips
+
+
 def _is_finished(output: str, job: ShardJob) -> bool:
     url = storage.join(output, job.result_url)
     if not storage.exists(url):

@@ -1,10 +1,11 @@
-"""The bytes of a listed clip as one mp4 file: of a file, of a part of a file, or of a member of a tar."""
+"""The bytes of a listed clip as one mp4 file: of a file or a part of it, a member of a tar, or a folder of pictures."""
 
 from pathlib import Path
 
 from avcil_dist import storage
 from avcil_dist.errors import DataError, StorageError
 from data_shards.cut import cut_clip
+from data_shards.frame_series import series_clip, series_stamp
 from data_shards.listings.listing import ClipFile
 from data_shards.rejections import ClipRejectedError
 
@@ -15,6 +16,8 @@ def file_stamp(file: ClipFile) -> FileStamp | None:
     """Size and state of a file: of a tar its version, otherwise the time of the last change; None without a file."""
     if file.inside:
         return file.inside.size, file.inside.version
+    if file.frames:
+        return series_stamp(Path(file.path), file.frames)
     try:
         status = Path(file.path).stat()
     except OSError:
@@ -28,6 +31,8 @@ def read_clip(file: ClipFile) -> bytes:
     Raises DataError for a file that cannot be read or cut.
     """
     try:
+        if file.frames:
+            return series_clip(file, file.frames)
         if file.inside is None:
             return cut_clip(file.path, *file.cut) if file.cut else Path(file.path).read_bytes()
     except OSError as error:

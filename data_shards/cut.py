@@ -39,6 +39,7 @@ INTERLEAVING = 10.0  # seconds that packets of one time may be apart in a file
 REORDERING = 1.0  # seconds between the decoding and the presentation of a frame, at most
 FORMATS_WITHOUT_SEEK = ("mpeg",)  # few of its packets have time stamps; after a seek, those of the others are wrong
 USUAL_RATES = (1, 240)  # frames per second; other average rates are no frame rate
+FULL_RANGE = av.video.reformatter.ColorRange.JPEG
 TICK = Fraction(1, 90_000)  # seconds; exact for the usual frame rates and for Matroska's ms
 QUALITY = {"preset": "veryfast", "crf": "18", "bf": "0"}
 
@@ -255,7 +256,9 @@ def _upright(frame: Any, width: int, height: int, reformatter: Any) -> Any:
     """The frame as yuv420p, turned upright, with the given size."""
     orientation = Orientation.of(frame)
     size = (height, width) if orientation.is_transposed else (width, height)
-    frame = reformatter.reformat(frame, width=size[0], height=size[1], format="yuv420p", threads=1)
+    # without a mark, players take the levels for those of television
+    levels = {"dst_color_range": "MPEG"} if frame.color_range == FULL_RANGE else {}
+    frame = reformatter.reformat(frame, width=size[0], height=size[1], format="yuv420p", threads=1, **levels)
     if orientation == Orientation():
         return frame
     values, luma = frame.to_ndarray().reshape(-1), size[0] * size[1]

@@ -1,7 +1,7 @@
 """A folder of clips: `FOLDER/<split>/<class>/*`, or `FOLDER/<class>/*`, split within each class by source video.
 
 Classes are sorted by name. Files without the ending of a video are passed over and counted. Files that differ in their
-ending only are alternatives of one clip.
+ending only are alternatives of one clip. A clip may also be a folder of pictures, `FOLDER/<class>/ID/*.jpg`.
 """
 
 from dataclasses import replace
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from avcil_dist.data.manifest import SPLITS
 from avcil_dist.errors import DataError
+from data_shards.listings.frame_folders import frame_folder, is_frame_folder
 from data_shards.listings.listing import (
     VIDEO_ENDINGS,
     ClipFile,
@@ -47,14 +48,18 @@ def read(path: Path, videos: Path | None, shares: SplitShares | None) -> Listing
     ):
         label = clean_label(entry.name, str(entry))
         files = [file for file in entry.iterdir() if file.is_file() and not file.name.startswith(".")]
-        by_stem: dict[str, list[Path]] = {}
+        series = sorted(folder for folder in _folders(entry) if is_frame_folder(folder))
+        sounds = {f"{folder.name}.wav" for folder in series}
+        by_stem: dict[str, list[ClipFile]] = {}
         for file in sorted(files, key=lambda file: (file.stem, file.suffix.lower() != ".mp4", file.name)):
             if file.suffix.lower() in VIDEO_ENDINGS:
-                by_stem.setdefault(file.stem, []).append(file)
-            else:
+                by_stem.setdefault(file.stem, []).append(ClipFile(str(file)))
+            elif file.name not in sounds:
                 passed_over += 1
+        for folder in series:
+            by_stem.setdefault(folder.name, []).append(frame_folder(folder))
         for stem, same_stem in by_stem.items():
-            clip = ListedClip(tuple(ClipFile(str(file)) for file in same_stem), safe_key(stem), stem)
+            clip = ListedClip(tuple(same_stem), safe_key(stem), stem)
             if splits:
                 rows.append(ListingRow(label, parse_split(entry.parent.name, str(entry)), clip))
             else:

@@ -1,14 +1,17 @@
 """A csv with the header `path,label` and any of `split,source,start,duration`; paths are relative to the csv.
 
-Classes are in order of first appearance. A row with a start or a duration is a cut of its file. Without the column
-`split` the clips are split within each class by source video: `source`, or the id in the file's name, or the file.
+A path is that of a video file, or of a folder of pictures. Classes are in order of first appearance. A row with a start
+or a duration is a cut of its file. Without the column `split` the clips are split within each class by source video:
+`source`, or the id in the file's name, or the file.
 """
 
 import os
 from pathlib import Path
 
 from avcil_dist.errors import DataError
+from data_shards.listings.frame_folders import frame_folder, is_frame_folder
 from data_shards.listings.listing import (
+    VIDEO_ENDINGS,
     ClipFile,
     ListedClip,
     Listing,
@@ -67,13 +70,15 @@ def _source(path: str) -> str:
 
 def _clip(file: Path, row: dict[str, str], where: str) -> ListedClip:
     start, duration = _seconds(row.get("start"), where), _seconds(row.get("duration"), where)
+    is_series = file.suffix.lower() not in VIDEO_ENDINGS and is_frame_folder(file)
+    clip_file = frame_folder(file) if is_series else ClipFile(str(file))
     source = row.get("source") or file.stem
     if start is None and duration is None:
-        return ListedClip((ClipFile(str(file)),), safe_key(file.stem), source)
+        return ListedClip((clip_file,), safe_key(file.stem), source)
     begin = start or 0.0
     end = "end" if duration is None else f"{round((begin + duration) * 1000)}"
     key = safe_key(f"{file.stem}_{round(begin * 1000)}_{end}")
-    return ListedClip((ClipFile(str(file), (begin, duration)),), key, source, begin)
+    return ListedClip((clip_file._replace(cut=(begin, duration)),), key, source, begin)
 
 
 def _seconds(text: str | None, where: str) -> float | None:

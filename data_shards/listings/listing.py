@@ -19,6 +19,7 @@ MP4_ENDINGS = {".mp4", ".m4v", ".mov"}
 VIDEO_ENDINGS = MP4_ENDINGS | {
     *(".3gp", ".asf", ".avi", ".flv", ".m2ts", ".mkv", ".mpeg", ".mpg", ".mts", ".ogg", ".ogv", ".ts", ".webm", ".wmv")
 }
+PICTURE_ENDINGS = {".jpg", ".jpeg", ".png"}
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # a terminal interprets them
 LABEL_LENGTH = 1000
 KEY_LENGTH = 90  # a tar member's name has at most 100 characters
@@ -37,15 +38,24 @@ class TarSpan(NamedTuple):
     version: str
 
 
+class FrameSeries(NamedTuple):
+    """A clip that is a folder of pictures: pictures a second, where they have no times, and the path of its wav."""
+
+    rate: float | None = None
+    sound: str | None = None
+
+
 class ClipFile(NamedTuple):
     """A file that holds a clip, as a whole or as a part.
 
-    `inside`: the file is a member of a tar, and its path is that of the tar and the name in it.
+    `inside`: the file is a member of a tar, and its path is that of the tar and the name in it. `frames`: the path is
+    that of a folder of pictures.
     """
 
     path: str
     cut: Cut | None = None
     inside: TarSpan | None = None
+    frames: FrameSeries | None = None
 
 
 @dataclass(frozen=True)

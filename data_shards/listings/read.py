@@ -4,11 +4,13 @@ A form is a module with `NEEDS_VIDEOS`, `matches` and `read` (see `ListingForm`)
 and named here; nothing but the listing itself is opened.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 from avcil_dist.errors import ConfigError, DataError
 from data_shards.listings import ave, clip_folder, clips_csv, published_lists, vggsound
+from data_shards.listings.frame_folders import FrameOptions, with_frame_options
 from data_shards.listings.listing import Listing, clean_label, distinct_keys
 from data_shards.listings.splits import SplitShares
 from data_shards.listings.text_files import first_row
@@ -31,19 +33,26 @@ class ListingForm(Protocol):
         """
 
 
+NO_OPTIONS = FrameOptions()
 FORMS: tuple[ListingForm, ...] = (published_lists, clip_folder, clips_csv, ave, vggsound)
 
 
-def read_listing(path: Path, videos: Path | None = None, shares: SplitShares | None = None) -> Listing:
+def read_listing(
+    path: Path,
+    videos: Path | None = None,
+    shares: SplitShares | None = None,
+    frames: FrameOptions = NO_OPTIONS,
+) -> Listing:
     """The listing at `path`, in the first of `FORMS` that matches; each module describes its form.
 
     `videos` is the folder of the files of a listing that names videos by id. `shares` are those of the splits of each
-    class, for a listing without splits (None: 0.8, 0.1 and 0.1). Raises DataError, naming file and
-    line, for a listing that is missing, of no known form, faulty or empty; ConfigError where `videos` is missing,
-    or given to a listing that has paths, or `shares` to one that has splits.
+    class, for a listing without splits (None: 0.8, 0.1 and 0.1). `frames` are options of clips that are folders of
+    pictures. Raises DataError, naming file and line, for a listing that is missing, of no known form, faulty or empty;
+    ConfigError where `videos` is missing, or given to a listing that has paths, or `shares` to one that has splits.
     """
     try:
-        return _read_listing(path, videos, shares)
+        listing = _read_listing(path, videos, shares)
+        return replace(listing, rows=tuple(with_frame_options(listing.rows, frames)))
     except OSError as error:  # of a folder or a file of it, such as one without permission
         raise DataError(f"{error.filename or path}: cannot be read ({error.strerror})") from None
 

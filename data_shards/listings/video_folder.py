@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from avcil_dist.errors import ConfigError, DataError
+from data_shards.listings.frame_folders import frame_folder, is_picture
 from data_shards.listings.listing import MP4_ENDINGS, VIDEO_ENDINGS, WHOLE_FILE, ClipFile, ListedClip, safe_key
 from data_shards.listings.video_names import NamedSpan, named_spans
 
@@ -28,14 +29,17 @@ class VideoFolder:
         if not folder.is_dir():
             raise DataError(f"{folder}: no such folder")
         self.folder = folder
-        self._whole: dict[str, list[Path]] = {}
-        self._parts: dict[str, list[tuple[NamedSpan, Path]]] = {}
-        for path in sorted(self._walk(), key=lambda path: (path.suffix.lower() not in MP4_ENDINGS, path)):
-            self._whole.setdefault(path.stem, []).append(path)
-            for span in named_spans(path.stem):
-                self._parts.setdefault(span.video, []).append((span, path))
+        self._whole: dict[str, list[ClipFile]] = {}
+        self._parts: dict[str, list[tuple[NamedSpan, ClipFile]]] = {}
+        for path, is_series in sorted(self._walk(), key=lambda found: (_suffix(found[0]) not in MP4_ENDINGS, found)):
+            name = path.name if is_series else path.stem
+            file = frame_folder(path) if is_series else ClipFile(str(path))
+            self._whole.setdefault(name, []).append(file)
+            for span in named_spans(name):
+                self._parts.setdefault(span.video, []).append((span, file))
 
-    def _walk(self) -> Iterator[Path]:
+    def _walk(self) -> Iterator[tuple[Path, bool]]:
+        """The video files and the folders of pictures; whether it is one of these."""
         visited = set()
         for folder, subfolders, names in os.walk(self.folder, followlinks=True, onerror=_refuse):
             real = os.path.realpath(folder)
@@ -43,19 +47,21 @@ class VideoFolder:
                 subfolders.clear()
                 continue
             visited.add(real)
-            yield from (Path(folder, name) for name in names if Path(name).suffix.lower() in VIDEO_ENDINGS)
+            if any(map(is_picture, names)):
+                yield Path(folder), True
+            yield from ((Path(folder, name), False) for name in names if _suffix(Path(name)) in VIDEO_ENDINGS)
 
     def clip_at(self, video: str, start: int) -> ListedClip:
         """The ten seconds from second `start` on: a file of their own, or a cut of the whole video's file."""
-        files = [_all_of(path) for span, path in self._parts.get(video, []) if _is_span_at(span, start)]
+        files = [_all_of(file) for span, file in self._parts.get(video, []) if _is_span_at(span, start)]
         cut = float(start), float(VGGSOUND_SECONDS)
-        files += [ClipFile(str(path), cut) for path in self._whole.get(video, [])]
+        files += [file._replace(cut=cut) for file in self._whole.get(video, [])]
         return self._clip(files, f"{video}_{start:06d}", video, float(start))
 
     def whole_video(self, video: str) -> ListedClip:
         """The file of a video: `ID`, or, as Kinetics names its files, `ID_000012_000022`."""
-        files = [*self._whole.get(video, []), *(path for _, path in self._parts.get(video, []))]
-        return self._clip([_all_of(path) for path in files], video, video, 0.0)
+        files = [*self._whole.get(video, []), *(file for _, file in self._parts.get(video, []))]
+        return self._clip([_all_of(file) for file in files], video, video, 0.0)
 
     def clip_of_key(self, key: str) -> ListedClip:
         """The clip of a key: a video id, or, as VGGSound's keys, id and second: `ID_000030`."""
@@ -68,8 +74,14 @@ class VideoFolder:
         return ListedClip(found, safe_key(name), video, start, is_named_by_id=True)
 
 
-def _all_of(path: Path) -> ClipFile:
-    return ClipFile(str(path), None if path.suffix.lower() in MP4_ENDINGS else WHOLE_FILE)
+def _all_of(file: ClipFile) -> ClipFile:
+    """The whole of a file, converted where it is no mp4."""
+    is_mp4 = _suffix(Path(file.path)) in MP4_ENDINGS
+    return file if is_mp4 or file.frames is not None else file._replace(cut=WHOLE_FILE)
+
+
+def _suffix(path: Path) -> str:
+    return path.suffix.lower()
 
 
 def _is_span_at(span: NamedSpan, start: int) -> bool:

@@ -10,7 +10,9 @@ from rich.console import Console
 
 from avcil_dist.errors import ConfigError
 from launch.cli.count_bar import CountBar
+from launch.cli.options import split_words
 from launch.cli.output import echo
+from launch.cli.shards_cluster import ClusterJobs, cluster_options, is_built, run_on_cluster
 
 if TYPE_CHECKING:
     from data_shards.build_plan import BuildReport
@@ -31,6 +33,9 @@ SOURCE is one of these; its form is recognised:
   Annotations.txt      of AVE, with its trainSet.txt, valSet.txt, testSet.txt beside it
   FOLDER of lists      all_classId_vid_dict.npy and its two companions, as published
 
+Where a video file may be, there may also be a folder of pictures, ID/00001.jpg ... with ID.wav. Their times are
+--fps, from number 0 or 1 on, or names such as 12.480.jpg, or a line for each picture in ID/times.txt.
+
 A SOURCE without splits is split within each class (--split). Clips of one source video, by the source column or by the
 video id in the file name, are in one split, and each class has a clip in each split where it can.
 
@@ -42,16 +47,22 @@ Every clip is decoded once. Clips that are missing, damaged, silent, too short, 
 listed with the reason in OUTPUT/rejected.csv. An interrupted build continues when it is started again. An OUTPUT
 with a manifest is never overwritten; with the same clips and settings it is left unchanged.
 
+With --cluster, each part is a job, and a last job merges them. The command shows their progress; Ctrl-C leaves the
+jobs, and the same command shows them again, or continues with the shards that are not done.
+
 \b
 Examples:
   avcil shards build runs/clips/clips.csv runs/shards
   avcil shards build vggsound.csv s3://bucket/vggsound --videos ~/vggsound --min-seconds 9
+  avcil shards build vggsound.csv shards --videos /data/vggsound --cluster slurm --parts 64 cluster.cpus_per_task=8
   avcil shards build vggsound.csv s3://bucket/vggsound --videos /data/vggsound --part $SLURM_ARRAY_TASK_ID/64
 """
 
 
-def print_report(report: "BuildReport") -> None:
-    """Print the data set, its splits, and its rejected clips."""
+def print_report(report: "BuildReport | None") -> None:
+    """Print the data set, its splits, and its rejected clips; nothing without a report."""
+    if report is None:
+        return
     from data_shards.rejections import rejection_table
     from data_shards.split_table import lacking_classes, split_table
 
@@ -147,17 +158,41 @@ def check_part(part: str | None, strict: bool) -> None:
     metavar="TRAIN,VAL,TEST",
     help="Shares of the splits in each class, for a SOURCE without splits.  [default: 0.8,0.1,0.1]",
 )
+@click.option("--fps", type=float, help="Pictures a second, for clips that are folders of numbered pictures.")
+@click.option(
+    "--audio", type=click.Path(path_type=Path), help="Folder of the wav files of such clips; default: beside them."
+)
+@click.argument("words", nargs=-1, metavar="[cluster.KEY=VALUE]...")
 @clip_options
+@cluster_options
 def build(
-    source: Path, output: str, videos: Path | None, split: str | None, part: str | None, strict: bool, **settings: Any
+    source: Path,
+    output: str,
+    videos: Path | None,
+    split: str | None,
+    fps: float | None,
+    audio: Path | None,
+    words: tuple[str, ...],
+    part: str | None,
+    strict: bool,
+    jobs: ClusterJobs | None,
+    **settings: Any,
 ) -> None:
     """Build shards of the clips of a listing; see `BUILD_HELP`."""
+    from data_shards.listings.frame_folders import FrameOptions
     from data_shards.listings.read import read_listing
     from data_shards.listings.splits import SplitShares
 
     check_part(part, strict)
+    own, _ = split_words(words, jobs.cluster if jobs else None)
+    if own:
+        raise ConfigError(f"{own[0]}: left over after SOURCE and OUTPUT")
     shares = SplitShares.parse(split) if split is not None else None
-    run_build(read_listing(source, videos, shares), output, part=part, strict=strict, **settings)
+    listing = read_listing(source, videos, shares, FrameOptions(fps, audio))
+    if jobs and not is_built(output):
+        print_report(run_on_cluster(jobs, output, title="building shards", strict=strict, words=words))
+    else:
+        run_build(listing, output, part=part, strict=strict, **settings)
 
 
 @click.command(short_help="Sort tars of mixed classes into shards by class and split.")
@@ -183,6 +218,7 @@ def build(
     "[default: the split in the json; without, 0.8,0.1,0.1]",
 )
 @clip_options
+@cluster_options
 def repack(
     urls: tuple[str, ...],
     output: str,
@@ -192,6 +228,7 @@ def repack(
     split: str | None,
     part: str | None,
     strict: bool,
+    jobs: ClusterJobs | None,
     **settings: Any,
 ) -> None:
     """Sort the clips of WebDataset tars in which classes are mixed into shards by class and split, at OUTPUT.
@@ -216,6 +253,9 @@ def repack(
     check_part(part, strict)
     rules = SampleRules(label, source, tuple(read_class_names(classes)) if classes else ())
     chosen = split if split is None or split == BY_PATH else SplitShares.parse(split)
+    if jobs and not is_built(output):
+        print_report(run_on_cluster(jobs, output, title="building shards", strict=strict))
+        return
     with CountBar("reading headers of tars") as bar:
         share = Part.parse(part) if part else WHOLE
         listing = list_for_repack(urls, output, share, rules=rules, split=chosen, progress=bar.show)
@@ -248,7 +288,16 @@ def merge(output: str, strict: bool) -> None:
     "--batch", default=16, show_default=True, type=click.IntRange(1), help="Number of clips encoded at a time."
 )
 @click.option("--part", metavar="I/N", help="Encode the I-th of N parts only; run merge when all are done.")
-def features(manifest: str, output: str, overrides: tuple[str, ...], config: str, batch: int, part: str | None) -> None:
+@cluster_options
+def features(
+    manifest: str,
+    output: str,
+    overrides: tuple[str, ...],
+    config: str,
+    batch: int,
+    part: str | None,
+    jobs: ClusterJobs | None,
+) -> None:
     """Run frozen encoders over the clip shards of MANIFEST and write feature shards (float16) to OUTPUT.
 
     The configuration has the encoders and the preparation of clips for them. Under torchrun or srun each process
@@ -261,14 +310,22 @@ def features(manifest: str, output: str, overrides: tuple[str, ...], config: str
           model.visual.weights=MCG-NJU/videomae-base model.audio.weights=audiomae.pth
       torchrun --nproc-per-node 8 --no-python avcil shards features s3://bucket/vggsound/manifest.json \\
           s3://bucket/vggsound-features --config mine.yaml --part $SLURM_ARRAY_TASK_ID/4
+      avcil shards features shards/manifest.json features --cluster slurm --parts 4 cluster.gpus_per_node=8
     """
     from avcil_dist.compose import load_config
+    from avcil_dist.data.manifest import load_manifest
     from avcil_dist.training.device import local_device
     from avcil_dist.world import world_from_environment
     from data_shards.build_plan import WHOLE, Part
     from data_shards.features import make_features, make_features_part
 
-    resolved = load_config(config, (*overrides, f"data.manifest={manifest}"))
+    own, _ = split_words(overrides, jobs.cluster if jobs else None)
+    resolved = load_config(config, (*own, f"data.manifest={manifest}"))
+    if jobs and not is_built(output):
+        load_manifest(manifest)
+        title = "encoding features"
+        print_report(run_on_cluster(jobs, output, title=title, strict=False, words=overrides, by_rank=True))
+        return
     world = world_from_environment(os.environ)
     share = (Part.parse(part) if part else WHOLE).of_rank(world.rank, world.size)
     device = local_device(world, resolved.engine.device)

@@ -106,13 +106,13 @@ def plan_chain(config: Config, cluster: ClusterConfig, *, restart: bool = False)
         folder = Path(path) / "jobs"
     else:
         raise ConfigError(f"{stream} is not on a disk: set `folder` in the cluster file, on a disk of all nodes")
-    _check_folder(folder)
+    check_jobs_folder(folder)
     # Streams of the same name in other folders are other streams.
     identity = storage.sha256(str(Path(path).absolute() if path else stream).encode())[:6]
     return Chain(cluster.kind, f"{config.stream_name}-{identity}", str(folder.absolute()), num_steps)
 
 
-def _check_folder(folder: Path) -> None:
+def check_jobs_folder(folder: Path) -> None:
     """Raise ConfigError for a path that SLURM, submitit or PYTHONPATH takes for something else."""
     for mark, reason in FOLDER_MARKS.items():
         if mark in str(folder.absolute()):

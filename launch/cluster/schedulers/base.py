@@ -14,6 +14,7 @@ from avcil_dist.config.schema import Config
 from avcil_dist.errors import ConfigError
 from avcil_dist.world import World
 from launch.cluster.chain_record import Chain
+from launch.cluster.part_jobs import PartJobs
 from launch.cluster.resources import ClusterConfig
 
 
@@ -101,6 +102,18 @@ class Scheduler(Protocol):
 
     def options(self, chain: Chain, cluster: ClusterConfig, step: int, previous: str | None) -> dict[str, str]:
         """Return the options in the script of a step, by name."""
+
+    def submit_parts(self, cluster: ClusterConfig, work: PartJobs) -> None:
+        """Submit a job for each part of a build, and one that merges them after all have succeeded."""
+
+    def live_parts(self, work: PartJobs) -> list[JobState]:
+        """Return the jobs of a build by parts that wait or run."""
+
+    def parts_script(self, cluster: ClusterConfig, work: PartJobs) -> str:
+        """Return the scripts that `submit_parts` would submit."""
+
+    def cancel_command(self, work: PartJobs) -> str:
+        """Return a shell command that ends the jobs of a build by parts."""
 
     def world(self, port: int) -> World:
         """Return the world of the calling rank. `port`: a free port, where ranks of one machine can meet."""

@@ -22,6 +22,7 @@ from avcil_dist.streams.stream import stream_url
 from avcil_dist.streams.summary import is_committed
 from avcil_dist.world import World
 from launch.cluster.chain_record import Chain, write_chain
+from launch.cluster.part_jobs import PartJobs
 from launch.cluster.resources import ClusterConfig
 from launch.cluster.schedulers.base import JobStart, JobState, Lane
 from launch.environments import without_launcher
@@ -58,7 +59,9 @@ class LocalScheduler:
         for step in steps:
             chain.clear_status(step)
         write_chain(stream_url(config), chain)
-        _start_supervisor(stream_url(config), chain, cluster, start)
+        module = "launch.cluster.schedulers.local_supervisor"
+        arguments = [stream_url(config), start.run_id, start.after or "", str(int(start.reset_optimizer))]
+        start_supervisor(chain.folder, chain.code, cluster, [module, *arguments], start.gpus)
         return chain
 
     def live_jobs(self, chains: Mapping[str, Chain]) -> dict[str, dict[int, JobState]]:
@@ -100,6 +103,23 @@ class LocalScheduler:
         """Return nothing: there is no job script."""
         return {}
 
+    def submit_parts(self, cluster: ClusterConfig, work: PartJobs) -> None:
+        """See `Scheduler.submit_parts`. One process runs the parts one after the other."""
+        start_supervisor(work.folder, work.code, cluster, ["launch.cluster.schedulers.local_parts", work.folder])
+
+    def live_parts(self, work: PartJobs) -> list[JobState]:
+        """See `Scheduler.live_parts`: one job that runs all parts."""
+        state = JobState(id="", state="RUNNING", nodes="this machine", reason="", is_live=True)
+        return [state] if is_supervised(work.folder) else []
+
+    def parts_script(self, cluster: ClusterConfig, work: PartJobs) -> str:
+        """Raise ConfigError: there is no job script."""
+        raise ConfigError("--dry-run prints job scripts, and a cluster with kind: local has none")
+
+    def cancel_command(self, work: PartJobs) -> str:
+        """See `Scheduler.cancel_command`."""
+        return f"kill {Path(work.folder, PID).read_text()}"
+
     def world(self, port: int) -> World:
         """Return the world that submitit's local executor has set in the environment."""
         rank, size = int(os.environ["SUBMITIT_LOCAL_GLOBALID"]), int(os.environ["SUBMITIT_LOCAL_NTASKS"])
@@ -136,15 +156,18 @@ def is_supervised(folder: str) -> bool:
         return True
 
 
-def _start_supervisor(stream: str, chain: Chain, cluster: ClusterConfig, start: JobStart) -> None:
-    """Start the supervisor in a session of its own. Raises SchedulerError when it ends at once."""
-    path = os.pathsep.join(part for part in (chain.code, os.environ.get("PYTHONPATH")) if part)
-    module = "launch.cluster.schedulers.local_supervisor"
-    arguments = [stream, start.run_id, start.after or "", str(int(start.reset_optimizer))]
-    command = shlex.join([sys.executable, "-u", "-m", module, *arguments])
+def start_supervisor(
+    folder: str, code: str | None, cluster: ClusterConfig, words: Sequence[str], gpus: Sequence[str] = ()
+) -> None:
+    """Start the module and arguments `words`, which hold the folder's lock, in a session of their own.
+
+    `gpus`: those that it can use; none: all. Raises SchedulerError when the process ends at once.
+    """
+    path = os.pathsep.join(part for part in (code, os.environ.get("PYTHONPATH")) if part)
+    command = shlex.join([sys.executable, "-u", "-m", *words])
     script = "\n".join(["set -e", *cluster.setup, f"exec {command}"])
-    Path(chain.folder, PID).unlink(missing_ok=True)  # of an earlier supervisor
-    with Path(chain.folder, LOG).open("ab") as log:
+    Path(folder, PID).unlink(missing_ok=True)  # of an earlier supervisor
+    with Path(folder, LOG).open("ab") as log:
         process = subprocess.Popen(
             ["/bin/bash", "-c", script],
             stdin=subprocess.DEVNULL,
@@ -153,10 +176,10 @@ def _start_supervisor(stream: str, chain: Chain, cluster: ClusterConfig, start: 
             start_new_session=True,
             env=without_launcher(os.environ)
             | {"PYTHONSAFEPATH": "1", "PYTHONPATH": path}
-            | ({"CUDA_VISIBLE_DEVICES": ",".join(start.gpus)} if start.gpus else {}),
+            | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}),
         )
     deadline = time.monotonic() + START_SECONDS
-    while not is_supervised(chain.folder):
+    while not is_supervised(folder) and not Path(folder, PID).exists():  # a short one may have ended by now
         if process.poll() is not None or time.monotonic() > deadline:
-            raise SchedulerError(f"the chain did not start; see {Path(chain.folder, LOG)}")
+            raise SchedulerError(f"the jobs did not start; see {Path(folder, LOG)}")
         time.sleep(POLL_SECONDS)

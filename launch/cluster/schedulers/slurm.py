@@ -5,6 +5,7 @@ import secrets
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from avcil_dist.config.schema import Config
@@ -13,8 +14,9 @@ from avcil_dist.streams.stream import stream_url
 from avcil_dist.trusted_files import make_private_folder
 from avcil_dist.world import World, world_from_environment
 from launch.cluster.chain_record import Chain, write_chain
+from launch.cluster.part_jobs import MERGE, PartJobs
 from launch.cluster.resources import ClusterConfig
-from launch.cluster.schedulers import slurm_commands
+from launch.cluster.schedulers import slurm_commands, slurm_parts
 from launch.cluster.schedulers.base import JobStart, JobState, Lane
 from launch.cluster.schedulers.slurm_commands import QueuedJob
 from launch.cluster.schedulers.slurm_script import rank_command, sbatch_options, sbatch_parameters, sbatch_text
@@ -88,6 +90,33 @@ class SlurmScheduler:
     def options(self, chain: Chain, cluster: ClusterConfig, step: int, previous: str | None) -> dict[str, str]:
         """See `Scheduler.options`."""
         return sbatch_options(_parameters(chain, cluster, step, f"afterok:{previous}" if previous else None))
+
+    def submit_parts(self, cluster: ClusterConfig, work: PartJobs) -> None:
+        """See `Scheduler.submit_parts`: an array with a task for each part, and a job that depends on it."""
+        options = slurm_parts.option_names(cluster, work)
+        scripts = {name: Path(work.folder, f"{name}.sh") for name in ("parts", MERGE)}
+        scripts["parts"].write_text(slurm_parts.array_text(cluster, work))
+        array = slurm_commands.submit_script(scripts["parts"], options)
+        scripts[MERGE].write_text(slurm_parts.merge_text(cluster, work, array))
+        try:
+            slurm_commands.submit_script(scripts[MERGE], options)
+        except SchedulerError:
+            slurm_commands.cancel_jobs([array])
+            raise
+
+    def live_parts(self, work: PartJobs) -> list[JobState]:
+        """See `Scheduler.live_parts`. A job belongs to the build if its script lies in the build's folder."""
+        return [state for state, script in slurm_commands.queued_jobs() if script.parent == Path(work.folder)]
+
+    def parts_script(self, cluster: ClusterConfig, work: PartJobs) -> str:
+        """See `Scheduler.parts_script`."""
+        merge = slurm_parts.merge_text(cluster, work, "JOB_OF_PARTS")
+        return f"### parts\n{slurm_parts.array_text(cluster, work)}\n### merge\n{merge}"
+
+    def cancel_command(self, work: PartJobs) -> str:
+        """See `Scheduler.cancel_command`."""
+        ids = dict.fromkeys(state.id.partition("_")[0] for state in self.live_parts(work))
+        return " ".join(["scancel", *sorted(ids, key=int, reverse=True)])
 
     def world(self, port: int) -> World:
         """Return the world that srun has set in the environment, or torchrun within the job."""

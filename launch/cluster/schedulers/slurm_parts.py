@@ -1,0 +1,90 @@
+"""Scripts of a build by parts on SLURM: an array with a task for each part, and the merge. Pure: nothing is written."""
+
+import math
+import shlex
+import sys
+
+from launch.cluster.part_jobs import MERGE, PartJobs
+from launch.cluster.resources import ClusterConfig
+
+TASK = "NUMBER_OF_THE_TASK"  # its place in a command that is quoted for the shell
+KILL_SECONDS = 600  # longest wait for SLURM to end a task that it has requeued
+
+
+def array_text(cluster: ClusterConfig, work: PartJobs) -> str:
+    """Return the script of the array."""
+    options = _options(cluster, work) | {"array": f"1-{work.count}", "output": f"{work.folder}/part_%a.log"}
+    command = shlex.join([*_python(cluster, work), *work.command_of(f"{TASK}/{work.count}")])
+    command = command.replace(TASK, '"$SLURM_ARRAY_TASK_ID"')
+    return _text(cluster, work, options, command, "part_${SLURM_ARRAY_TASK_ID}")
+
+
+def merge_text(cluster: ClusterConfig, work: PartJobs, array: str) -> str:
+    """Return the script of the merge, which starts after all tasks of the job `array` have succeeded."""
+    options = _options(cluster, work) | {
+        "output": f"{work.folder}/{MERGE}.log",
+        "dependency": f"afterok:{array}",
+        "kill-on-invalid-dep": "yes",
+    }
+    return _text(cluster, work, options, shlex.join([sys.executable, "-m", "launch", *work.merge]), MERGE)
+
+
+def option_names(cluster: ClusterConfig, work: PartJobs) -> list[str]:
+    """Return the names of the options that the scripts set."""
+    return [*_options(cluster, work), "array", "output", "dependency"]
+
+
+def _options(cluster: ClusterConfig, work: PartJobs) -> dict[str, str]:
+    tasks = work.ranks
+    values = {
+        "job-name": f"avcil-{work.command[1]}",
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "constraint": cluster.constraint,
+        "time": math.ceil(cluster.hours * 60),
+        "nodes": 1,
+        "ntasks-per-node": tasks,
+        "cpus-per-task": cluster.cpus_per_task * (cluster.tasks // tasks),
+        "gpus-per-node": cluster.gpus_per_node or None,
+        "mem": f"{math.ceil(cluster.memory_gb * 1024)}MB" if cluster.memory_gb else None,
+        "open-mode": "append",
+        "requeue": True,
+        "signal": f"B:USR2@{cluster.signal_seconds}",
+        **{key.replace("_", "-"): value for key, value in cluster.extra.items()},
+    }
+    given = {key: value for key, value in values.items() if value is not None and value is not False}
+    return {key: "" if value is True else str(value) for key, value in given.items()}
+
+
+def _python(cluster: ClusterConfig, work: PartJobs) -> list[str]:
+    program = [sys.executable, "-m", "launch"]
+    if work.ranks == 1:
+        return program
+    return ["srun", "--export=ALL", f"--cpus-per-task={cluster.cpus_per_task}", "--kill-on-bad-exit=1", *program]
+
+
+def _text(cluster: ClusterConfig, work: PartJobs, options: dict[str, str], command: str, name: str) -> str:
+    """A script that requeues its task before the time limit: finished shards are not made again."""
+    path = f"export PYTHONPATH={shlex.quote(work.code)}${{PYTHONPATH:+:$PYTHONPATH}}" if work.code else ""
+    lines = [
+        "#!/bin/bash",
+        *(f"#SBATCH --{key}={shlex.quote(value)}" if value else f"#SBATCH --{key}" for key, value in options.items()),
+        "",
+        *cluster.setup,
+        "export PYTHONSAFEPATH=1  # no modules of the working folder",
+        *([path] if path else []),
+        f"cd {shlex.quote(work.working)} || exit 1",
+        "again() {",
+        f'  if [ "${{SLURM_RESTART_COUNT:-0}}" -ge {cluster.max_requeues} ]; then return; fi',
+        '  echo "the time limit is near; requeued, it continues with the shards that are not done"',
+        f'  if scontrol requeue "$SLURM_JOB_ID"; then sleep {KILL_SECONDS}; exit 1; fi',
+        "}",
+        "trap again USR2",
+        f"{command} & run=$!",
+        'wait "$run"; code=$?',
+        'while kill -0 "$run" 2>/dev/null; do wait "$run"; code=$?; done  # a signal ends `wait`',
+        f"echo $code > {shlex.quote(work.folder)}/{name}.code",
+        "exit $code",
+    ]
+    return "\n".join(lines) + "\n"

@@ -61,6 +61,19 @@ EQUIVALENT = {
         "none = ",
         "torch.full((dim,), torch.nan, dtype=torch.float64) -> torch.full((dim,), torch.nan)",
     ): "the stack is in float64 if any mean is, and the result in float32",
+    ("methods/evidence", "zip(blocks, alphas", "True -> False"): "there are as many precisions as blocks",
+    (
+        "methods/evidence",
+        "free = ",
+        "1e-06 -> 0.500002",
+    ): "the constant determines one more number: N exceeds the sum by it",
+    (
+        "methods/evidence",
+        "CONVERGED:",
+        "(alphas.log() - previous.log()).abs().max() < CONVERGED -> "
+        "(alphas.log() - previous.log()).abs().max() <= CONVERGED",
+    ): "no change is the limit to the last digit",
+    ("methods/kernel", "zip(*self._collected", "True -> False"): "each entry is a pair",
     ("data/plan", "np.where(shifted > count", "shifted > count -> shifted >= count"): "count is reflected to itself",
     ("data/plan", "range(1, global_batch + 1)", "1 -> 2"): "of the end: no batch is divided by the next number",
     (

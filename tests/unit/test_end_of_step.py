@@ -15,6 +15,7 @@ from avcil_dist.data.exemplar_memory import EMPTY_MEMORY
 from avcil_dist.methods.base import ClosedFormMethod, Needs, StepContext, Targets
 from avcil_dist.models.outputs import Output
 from avcil_dist.scenario import Scenario
+from avcil_dist.training import closed_form
 from avcil_dist.training.closed_form import train_closed_form
 from avcil_dist.training.exemplars import exemplar_clips, exemplar_features, update_memory
 from avcil_dist.training.inference_pass import ClassFeatures
@@ -78,9 +79,14 @@ class Recording(ClosedFormMethod):
         self.accumulated: list[tuple[int, int]] = []
         self.total = torch.zeros(1)
         self.chosen: tuple[list[float], list[float]] | None = None
+        self.counts: dict[int, int] = {}
 
     def loss(self, targets: Targets, output: Output, teacher: Output | None) -> dict[str, Tensor]:
         raise NotImplementedError
+
+    def begin_sums(self, counts: Mapping[int, int]) -> None:
+        assert not self.accumulated
+        self.counts = dict(counts)
 
     def accumulate(self, output: Output, labels: Tensor) -> None:
         self.accumulated += zip(output.logits[:, 0].int().tolist(), labels.tolist(), strict=True)
@@ -128,6 +134,22 @@ def test_closed_form_training_uses_the_readable_clips_of_the_new_classes_and_val
     # Of the readable validation clips two are of class a, one of b, one of c.
     assert method.chosen == ([300, 301, 302], [0.5, 0.25, 0.25])
     assert accuracy == 0.5
+
+
+def test_closed_form_training_begins_with_the_number_of_training_clips_of_each_new_class() -> None:
+    for number, counts in ((0, {0: 3, 1: 1}), (1, {2: 4})):
+        method = Recording()
+        train_closed_form(make_step(method, number), None, Inference())  # type: ignore[arg-type]
+        assert method.counts == counts
+
+
+def test_a_method_that_gathers_gets_the_readable_clips_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A second rank with the same clips: those of each batch follow those of this rank.
+    monkeypatch.setattr(closed_form, "gather_rows", lambda rows, _: torch.cat([rows, rows]))
+    method = Recording()
+    method.gathers = True
+    train_closed_form(make_step(method), None, Inference())  # type: ignore[arg-type]
+    assert method.accumulated == [(10, 2), (10, 2), (12, 2), (13, 2), (12, 2), (13, 2)]
 
 
 def test_closed_form_training_adds_up_statistics_hits_and_clips_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

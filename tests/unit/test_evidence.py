@@ -205,6 +205,13 @@ def test_the_inverse_of_a_factor_of_several_blocks_has_the_right_diagonal() -> N
     np.testing.assert_array_equal(part.matrix.triu().numpy(), gram[rows][:, rows].triu().numpy())
 
 
+def test_clips_are_not_kept_until_the_end_of_the_step() -> None:
+    sums = FeatureSums()
+    for number in range(9):
+        assert bool(sums.total()) is (number == 8)  # after 1,024 clips
+        sums.add(torch.ones(128, 3), torch.zeros(128, dtype=torch.long), 1)
+
+
 def test_a_clip_per_class_and_features_of_zeros_have_a_ridge() -> None:
     method = evidence_method()
     method.begin_step(StepContext(Scenario((("a", "b"),)), 0))

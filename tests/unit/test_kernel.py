@@ -159,6 +159,7 @@ def test_the_median_of_many_clips_is_that_of_evenly_spaced_ones() -> None:
     line = torch.arange(2.0 * COMPARED + 1)[:, None]
     spaced = median_distance(line)  # every third one
     assert spaced == np.median(pdist(line[::3].numpy(), "sqeuclidean"))
+    assert median_distance(torch.tensor([[0.0], [0.5]])) == 0.25
     assert median_distance(torch.zeros(1, 3)) == 1.0
     assert median_distance(torch.ones(4, 3)) == 1.0
 

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from mlflow import MlflowClient
 
 from avcil_dist import storage
+from avcil_dist.config.schema import TrackingConfig
 from avcil_dist.data.manifest import load_manifest
 from avcil_dist.errors import AvcilError
 from avcil_dist.inference import evaluate_step, restore_step
@@ -20,6 +22,7 @@ from avcil_dist.reporting.report import load_streams
 from avcil_dist.streams.artifact import load_artifact
 from avcil_dist.streams.commit import COMMITTED, read_commit, write_commit, write_files
 from avcil_dist.streams.summary import StepCommit, load_summary
+from avcil_dist.tracking.artifacts import upload_step
 from launch.local_worlds import current_world
 from tests.unit.test_inference import commit_first_step
 
@@ -202,3 +205,24 @@ def test_another_manifest_may_list_the_classes_in_another_order(stream: str) -> 
     replace(manifest, classes=manifest.classes[::-1]).save(other)
     own = evaluate_step(stream, None, "test", None, world=current_world())
     assert evaluate_step(stream, None, "test", other, world=current_world()) == own
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "../../secret", "model.safetensors"])
+def test_only_files_of_the_commit_with_its_digests_are_sent_to_a_server(stream: str, name: str) -> None:
+    path = Path(stream, "step_000", COMMITTED)
+    secret = Path(stream, "..", "secret")
+    secret.write_text("of this machine")
+    if name == "model.safetensors":  # a link in the place of a file that the commit lists
+        path.with_name(name).unlink()
+        path.with_name(name).symlink_to(secret)
+    else:
+        commit = json.loads(path.read_bytes())
+        commit["files"][name] = {"size": 15, "sha256": storage.sha256_file(str(secret))}
+        path.write_text(json.dumps(commit))
+    sent: set[str] = {"config.yaml", "memory.json", "method.json", "method.safetensors", "metrics.json"}
+    client = MlflowClient("http://127.0.0.1:9")  # nothing listens there: the step is refused before it is reached
+
+    def upload() -> None:
+        upload_step(client, "r", TrackingConfig(artifacts="full"), stream, 0, stream_id="i", uploaded=sent)
+
+    assert "step_000" in refusal(upload)

@@ -166,11 +166,12 @@ class EventQueue:
         return self.path.stat().st_size if self.path.exists() else 0
 
     def cursor(self, uri: str) -> DeliveryCursor:
-        """The cursor of a server; at the first event where the file is missing or unreadable."""
+        """The cursor of a server; at the first event where the file is missing, unreadable or beyond the queue."""
         try:
-            return _CURSOR.validate_json(self._cursor_path(uri).read_bytes())
+            cursor = _CURSOR.validate_json(self._cursor_path(uri).read_bytes())
         except (OSError, ValueError):
             return DeliveryCursor()
+        return cursor if cursor.offset <= self.size() else DeliveryCursor()
 
     def save_cursor(self, uri: str, cursor: DeliveryCursor) -> None:
         """Write the cursor of a server atomically."""

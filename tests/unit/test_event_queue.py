@@ -103,7 +103,14 @@ def test_an_unreadable_cursor_starts_at_the_first_event(tmp_path: Path) -> None:
     assert queue.is_sent("http://a")
     assert not queue.is_sent("http://b")
     [path] = tmp_path.glob("cursor-*.json")
-    for damaged in ("{", '{"offset": "x"}', '{"offset": -1}', '{"runs": 3}', "[" * 100_000):
+    for damaged in (
+        "{",
+        '{"offset": "x"}',
+        '{"offset": 99999999999999999}',
+        '{"offset": -1}',
+        '{"runs": 3}',
+        "[" * 100_000,
+    ):
         path.write_text(damaged)
         assert not queue.is_sent("http://a")
 

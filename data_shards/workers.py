@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from avcil_dist.data.clip_bounds import limit_memory
 from avcil_dist.errors import AvcilError, DataError
+from avcil_dist.process_start import starting_process
 from avcil_dist.signals import STOP_SIGNALS
 
 Item = TypeVar("Item")
@@ -76,7 +77,8 @@ class _Worker:
         self.connection, worker_end = context.Pipe()
         arguments = (work, worker_end, self.position, self.num_started)
         self.process = context.Process(target=_run_worker, args=arguments, daemon=True)
-        self.process.start()
+        with starting_process("workers"):
+            self.process.start()
         worker_end.close()  # so that a crashed worker reads as the end of the pipe
 
     def send(self, number: int, item: Any, crashed: frozenset[int]) -> None:

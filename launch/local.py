@@ -19,6 +19,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 from avcil_dist.config.schema import Config
 from avcil_dist.errors import AvcilError, StepStopped, WorldError
 from avcil_dist.exit_codes import INTERRUPTED, STOPPED, USER_ERROR
+from avcil_dist.process_start import starting_process
 from avcil_dist.signals import StopRequest, interrupted_once, listening, shielding
 from avcil_dist.streams.stream import next_step, sole_runner, stream_url
 from avcil_dist.tracking.session import stream_run
@@ -117,15 +118,8 @@ def _run_step(run: StepRun, worlds: tuple[World, ...], stop: StopRequest, device
 def _start(run: StepRun, worlds: tuple[World, ...], errors: Any, method: str) -> Any:
     """Start the ranks' processes. Raises WorldError when the system, or another process, prevents it."""
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # names each rank that it terminates
-    try:
-        with shielding():
-            return start_processes(_run_rank, (run, worlds, errors), len(worlds), join=False, start_method=method)
-    except (EOFError, ConnectionError, BlockingIOError, MemoryError) as error:
-        reason = str(error) or "the server of processes ended as it started"
-        raise WorldError(
-            f"step {run.step}: no process can be started for its ranks ({reason}); is memory short, or the number of "
-            "processes limited (ulimit -u)? Run the same command again"
-        ) from None
+    with starting_process(f"step {run.step}"), shielding():
+        return start_processes(_run_rank, (run, worlds, errors), len(worlds), join=False, start_method=method)
 
 
 def _end(processes: list[Any]) -> None:

@@ -142,7 +142,7 @@ def test_a_fork_server_that_dies_as_it_starts_is_one_line(reference: ReferenceRu
     words = command(reference.config, tmp_path / "out")
     done = run([sys.executable, "-c", code, str(dead), *words[3:]])
     assert done.returncode == 2, done.stderr
-    assert "avcil: step 0: no process can be started for its ranks (" in done.stderr
+    assert "avcil: step 0: no process can be started (" in done.stderr
     assert "Traceback" not in done.stderr
 
 

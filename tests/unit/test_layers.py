@@ -17,6 +17,7 @@ LAYERS = (
         "avcil_dist",
         "avcil_dist.errors",
         "avcil_dist.exit_codes",
+        "avcil_dist.process_start",
         "avcil_dist.redaction",
         "avcil_dist.seeds",
         "avcil_dist.signals",

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from avcil_dist import storage
+from avcil_dist.compose import load_config
 from avcil_dist.config.schema import Config
 from avcil_dist.data.manifest import SPLITS
 from avcil_dist.errors import ArtifactError, ConfigError
@@ -17,6 +18,7 @@ from avcil_dist.streams.artifact import save_artifact
 from avcil_dist.streams.compat import check_continues, load_previous
 from avcil_dist.streams.identity import Change, new_identity, write_identity
 from avcil_dist.streams.stream import next_step, scenario_of, shards_of, sole_runner, sole_writer, stream_url
+from avcil_dist.tracking.session import track_step
 from tests.helpers.artifacts import make_artifact
 
 
@@ -155,3 +157,13 @@ def test_a_step_may_read_the_shards_of_all_seen_classes_and_splits(config: Confi
     scenario = scenario_of(changed(config, scenario={"classes": ["dog", "bus", "cat"], "shuffle_seed": None}), listed)
     assert sorted(shards_of(listed, scenario, 0)) == [0, 1, 2, 20, 21, 22]
     assert sorted(shards_of(listed, scenario, 1)) == [0, 1, 2, 10, 11, 12, 20, 21, 22]
+
+
+def test_a_folder_that_is_removed_while_its_stream_is_trained_is_one_line(tmp_path: Path) -> None:
+    config = load_config("demo", [f"output={tmp_path}/runs"])
+    with (
+        pytest.raises(ArtifactError, match="demo-avcil-seed0: its folder was removed meanwhile"),
+        track_step(config, 0),
+    ):
+        pass
+    assert not (tmp_path / "runs").exists()

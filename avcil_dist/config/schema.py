@@ -223,6 +223,7 @@ class EngineConfig(Section):
     )
     meeting_minutes: Operational[PositiveFloat] = Field(
         10.0,
+        le=1_000_000,
         description="Time limit for all ranks of a step to be there, in minutes. Then the step stops, and names the "
         "ranks that did not come.",
     )

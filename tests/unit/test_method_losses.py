@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 
 from avcil_dist.config.schema import MethodConfig
 from avcil_dist.errors import ConfigError
@@ -315,7 +314,7 @@ def test_defaults_are_those_of_the_papers() -> None:
     ],
 )
 def test_settings_without_meaning_are_refused(name: str, options: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError):
+    with pytest.raises(ConfigError, match=r"^method\."):
         make_method(MethodConfig.model_validate({"name": name} | options))
 
 

@@ -25,9 +25,11 @@ from data_shards.build_plan import (
     Part,
     Plan,
     ShardJob,
+    load_crashes,
     load_finished,
     merge_parts,
     run_shard_job,
+    save_crashes,
     start_part,
 )
 from data_shards.clip_bytes import FileStamp, file_stamp, read_clip
@@ -172,8 +174,15 @@ def build_listing_part(
         if progress:
             progress(min(done + count - 1, total), total)
 
-    work = partial(build_chunk, output, settings)
-    map_in_workers(work, [chunks[number] for number in numbers], processes=processes, on_start=on_start)
+    open_chunks = [chunks[number] for number in numbers]
+    map_in_workers(
+        partial(build_chunk, output, settings),
+        open_chunks,
+        processes=processes,
+        on_start=on_start,
+        crashed=load_crashes(output, [chunk.job for chunk in open_chunks]),
+        on_crash=lambda number, positions: save_crashes(output, open_chunks[number].job, positions),
+    )
     if progress:
         progress(total, total)
     return None
@@ -247,14 +256,15 @@ def _good_clips(
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Key and members of each clip that can be taken; the others are passed to `reject`."""
     for position, clip in enumerate(chunk.clips):
-        mark_start(position)
         members, faults = None, list[Rejection]()
-        for file in clip.files:
+        for number, file in enumerate(clip.files):
+            element = position + number * len(chunk.clips)
             try:
-                if position in crashed:
+                if element in crashed:
                     raise ClipRejectedError("crash", "its decoder crashed")
                 if members is not None:
                     raise ClipRejectedError("duplicate", f"another file of clip {clip.key!r} is taken")
+                mark_start(element)
                 members = _members(clip, file, chunk.class_name, chunk.split, settings)
             except DataError as error:
                 kind = error.kind if isinstance(error, ClipRejectedError) else "corrupt"

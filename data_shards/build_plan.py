@@ -76,6 +76,11 @@ class ShardJob:
         """The url of the job's result, relative to the output."""
         return f"{PARTS}/{self.name}.json"
 
+    @property
+    def crashes_url(self) -> str:
+        """The url of the record of the job's elements that crashed a worker, relative to the output."""
+        return f"{PARTS}/{self.name}.crashes.json"
+
 
 @dataclass(frozen=True)
 class JobResult:
@@ -119,6 +124,13 @@ class PlanRecord(BaseModel):
     digest: str
     jobs: list[tuple[JobName, Annotated[int, Field(ge=1, lt=1 << 32)]]]
     rejected: tuple[Rejection, ...]
+
+
+class CrashRecord(BaseModel):
+    """Positions of a job's elements that crashed a worker, and the digest of the job's inputs."""
+
+    digest: str
+    positions: tuple[Annotated[int, Field(ge=0, lt=1 << 32)], ...]
 
 
 @dataclass(frozen=True)
@@ -244,6 +256,26 @@ def run_shard_job(
         shard = write_shard(job.url, root=output, class_name=class_name, split=split, clips=chain([first], clips))
     result = JobResult(job.digest, shard, tuple(rejected))
     storage.write_json(storage.join(output, job.result_url), result.to_dict())
+
+
+def save_crashes(output: str, job: ShardJob, positions: frozenset[int]) -> None:
+    """Save the positions of a job's elements that crashed a worker; a start afresh leaves them out."""
+    record = CrashRecord(digest=job.digest, positions=tuple(sorted(positions)))
+    storage.write_json(storage.join(output, job.crashes_url), record.model_dump())
+
+
+def load_crashes(output: str, jobs: Sequence[ShardJob]) -> dict[int, frozenset[int]]:
+    """The positions that `save_crashes` saved, by the number of their job, of jobs whose inputs did not change."""
+
+    def load(job: ShardJob) -> frozenset[int]:
+        url = storage.join(output, job.crashes_url)
+        if not storage.exists(url):
+            return frozenset()
+        record = storage.read_json(url, CrashRecord, "a record of crashes", max_bytes=MAX_RECORD_BYTES)
+        return frozenset(record.positions if record.digest == job.digest else ())
+
+    with ThreadPoolExecutor(READERS) as pool:
+        return {number: positions for number, positions in enumerate(pool.map(load, jobs)) if positions}
 
 
 def merge_parts(output: str, *, strict: bool = False) -> BuildReport:

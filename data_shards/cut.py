@@ -40,6 +40,7 @@ REORDERING = 1.0  # seconds between the decoding and the presentation of a frame
 FORMATS_WITHOUT_SEEK = ("mpeg",)  # few of its packets have time stamps; after a seek, those of the others are wrong
 USUAL_RATES = (1, 240)  # frames per second; other average rates are no frame rate
 FULL_RANGE = av.video.reformatter.ColorRange.JPEG
+UNSPECIFIED = 2  # the number of a missing colour tag, ISO/IEC 23091-2
 TICK = Fraction(1, 90_000)  # seconds; exact for the usual frame rates and for Matroska's ms
 QUALITY = {"preset": "veryfast", "crf": "18", "bf": "0"}
 
@@ -217,6 +218,7 @@ def _encoded(span: _Span, packets: list[Any]) -> bytes:
         video.width, video.height = width, height
         video.pix_fmt, video.thread_count, video.options = "yuv420p", 1, QUALITY
         video.codec_context.time_base = TICK
+        _tag_colours(video.codec_context, first.frame)
         audio: Any = None
         if sound.samples.size:
             audio = target.add_stream("aac", rate=sound.rate, layout=sound.layout)
@@ -228,6 +230,16 @@ def _encoded(span: _Span, packets: list[Any]) -> bytes:
             target.mux(audio.encode(block))
             target.mux(audio.encode(None))
     return buffer.getvalue()
+
+
+def _tag_colours(encoder: Any, frame: Any) -> None:
+    """Tag the stream with the colours of the frame, as far as it has tags. Without them, players guess a matrix."""
+    if frame.format.is_rgb:
+        return
+    for name in ("colorspace", "color_primaries", "color_trc"):
+        value = int(getattr(frame, name))
+        if value != UNSPECIFIED:
+            setattr(encoder, name, value)
 
 
 class _Stamped(NamedTuple):

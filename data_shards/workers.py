@@ -1,7 +1,8 @@
 """Map of a function over items in worker processes that may crash: a crashed decoder costs one clip, not the run.
 
 An item has elements. A worker marks each element before it starts it. When the worker crashes, a new worker takes
-the item again and leaves the marked element out.
+the item again and leaves the marked element out. A worker that is killed, as by a system that is short of memory, is
+no sign against the element: the item is taken again as it was.
 """
 
 import contextlib
@@ -11,7 +12,8 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from avcil_dist.data.clip_bounds import limit_memory
@@ -25,22 +27,31 @@ MarkStart = Callable[[int], None]  # takes the position of the element that is s
 # takes an item, the positions of its elements that crashed a worker, and the callback to mark each element with
 Work = Callable[[Item, frozenset[int], MarkStart], Result]
 Progress = Callable[[int, int], None]  # takes the number done and the total
+NO_CRASHES: Mapping[int, frozenset[int]] = {}
 
-MAX_CRASHES = 3
+MAX_KILLS = 3  # of the workers of one item
 POLL_SECONDS = 0.5
 
 
 def map_in_workers(
-    work: Work[Item, Result], items: Sequence[Item], *, processes: int, on_start: Callable[[int], None] | None = None
+    work: Work[Item, Result],
+    items: Sequence[Item],
+    *,
+    processes: int,
+    on_start: Callable[[int], None] | None = None,
+    crashed: Mapping[int, frozenset[int]] = NO_CRASHES,
+    on_crash: Callable[[int, frozenset[int]], None] | None = None,
 ) -> list[Result]:
     """Results of `work` on each item, in order, by `processes` worker processes; 0: in this process.
 
-    `on_start` is called now and then with the number of elements started so far. Raises the errors of `work`,
-    and DataError when one item crashes more than 3 workers: then the clips are not the cause.
+    `on_start` is called now and then with the number of elements started so far. `crashed` are the positions, by the
+    number of their item, of elements that crashed a worker before; `on_crash` is called with the number of an item and
+    all such positions after each crash. Raises the errors of `work`, and DataError when more than 3 workers of an item
+    are killed, or one ends before it starts an element: then the clips are not the cause.
     """
     if processes == 0:
-        return _map_here(work, items, on_start)
-    return _Pool(work, items, min(processes, len(items)), on_start).run()
+        return _map_here(work, items, on_start, crashed)
+    return _Pool(work, items, min(processes, len(items)), on_start, crashed, on_crash).run()
 
 
 def exit_with_parent() -> None:
@@ -55,7 +66,12 @@ def exit_with_parent() -> None:
     threading.Thread(target=wait_and_exit, daemon=True).start()
 
 
-def _map_here(work: Work[Item, Result], items: Sequence[Item], on_start: Callable[[int], None] | None) -> list[Result]:
+def _map_here(
+    work: Work[Item, Result],
+    items: Sequence[Item],
+    on_start: Callable[[int], None] | None,
+    crashed: Mapping[int, frozenset[int]],
+) -> list[Result]:
     count = 0
 
     def mark_start(position: int) -> None:
@@ -64,7 +80,7 @@ def _map_here(work: Work[Item, Result], items: Sequence[Item], on_start: Callabl
         if on_start:
             on_start(count)
 
-    return [work(item, frozenset(), mark_start) for item in items]
+    return [work(item, crashed.get(number, frozenset()), mark_start) for number, item in enumerate(items)]
 
 
 class _Worker:
@@ -96,14 +112,21 @@ class _Pool:
     """The workers, the items that wait, and the results."""
 
     def __init__(
-        self, work: Work[Any, Any], items: Sequence[Any], size: int, on_start: Callable[[int], None] | None
+        self,
+        work: Work[Any, Any],
+        items: Sequence[Any],
+        size: int,
+        on_start: Callable[[int], None] | None,
+        crashed: Mapping[int, frozenset[int]],
+        on_crash: Callable[[int, frozenset[int]], None] | None,
     ) -> None:
-        self.work, self.items, self.size, self.on_start = work, items, size, on_start
+        self.work, self.items, self.size, self.on_start, self.on_crash = work, items, size, on_start, on_crash
         self.context = multiprocessing.get_context("forkserver")
         preload = getattr(work, "func", work).__module__  # imported once, not by every process
         self.context.set_forkserver_preload([preload])
         self.waiting = list(range(len(items)))[::-1]
-        self.crashed: dict[int, frozenset[int]] = {}  # per item the positions that crashed a worker
+        self.crashed = dict(crashed)  # per item the positions that crashed a worker
+        self.kills = Counter[int]()  # per item
         self.results: dict[int, Any] = {}
         self.workers: list[_Worker] = []
         self.num_started_by_crashed = 0
@@ -149,18 +172,21 @@ class _Pool:
         self._send_next(worker)
 
     def _replace(self, worker: _Worker) -> None:
-        """Start another worker for a crashed one; its item is done again without the element that crashed it."""
+        """Start another worker for one that ended; its item is done again without the element that crashed it."""
         worker.stop()
         self.workers.remove(worker)
         self.num_started_by_crashed += worker.num_started.value
-        number, position = worker.item, worker.position.value
-        crashed = self.crashed.get(number, frozenset()) | {position}
-        if position < 0 or len(crashed) > MAX_CRASHES:
+        number, position, code = worker.item, worker.position.value, worker.process.exitcode
+        self.kills[number] += code == -signal.SIGKILL
+        if position < 0 or self.kills[number] > MAX_KILLS:
             raise DataError(
-                f"{len(crashed)} worker processes crashed, the last with exit code {worker.process.exitcode}; "
+                f"{max(self.kills[number], 1)} worker processes ended, the last with exit code {code}; "
                 "is memory short? Start again with fewer --processes to continue"
             )
-        self.crashed[number] = crashed
+        if code != -signal.SIGKILL:
+            self.crashed[number] = self.crashed.get(number, frozenset()) | {position}
+            if self.on_crash:
+                self.on_crash(number, self.crashed[number])
         self.waiting.append(number)
         self._send_next(self._start_worker())
 

@@ -93,11 +93,13 @@ class DataConfig(Section):
         "only its own ranges; optim.global_batch must be a multiple of this number.",
     )
     decode_workers: Operational[int] = Field(
-        0, ge=0, le=256, description="Number of decoding processes per rank. 0: the process of the rank decodes."
+        1,
+        ge=0,
+        le=256,
+        description="Number of decoding processes per rank. A clip that crashes its decoder ends such a process, is "
+        "skipped, counted and named. 0: the process of the rank decodes, and such a clip ends the step.",
     )
-    read_threads: Operational[PositiveInt] = Field(
-        8, le=1024, description="Number of concurrent reads per rank or decoding process."
-    )
+    read_threads: Operational[PositiveInt] = Field(8, le=1024, description="Number of concurrent reads per rank.")
     shard_cache: Operational[PathText] = Field(
         "auto",
         description="Folder on the local disk whose subfolder `avcil-shards` caches whole shards, shared by the "

@@ -66,5 +66,5 @@ class PartialBatch:
     is_read: np.ndarray
 
     def pin_memory(self) -> "PartialBatch":
-        """Return the batch in page-locked memory; called by torch's loader."""
+        """Return the batch in page-locked memory."""
         return replace(self, batch=self.batch.pin_memory())

@@ -19,6 +19,7 @@ MAX_SAMPLE_RATE = 768_000  # Hz
 MAX_CHANNELS = 64
 MAX_SAMPLES = MAX_SECONDS * 48_000  # of the sound of one clip
 MAX_MEMORY = 4 << 30  # bytes
+MAX_DECODING_SECONDS = 600  # of a decoding process; far more than MAX_DECODED_PIXELS takes
 
 
 def check_picture(width: int, height: int, where: str) -> None:

@@ -6,9 +6,6 @@ decoding processes of a node. Its memory has no name in the file system: it is f
 """
 
 import math
-import mmap
-import os
-import weakref
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,9 +15,10 @@ from torch import Tensor
 
 from avcil_dist.config.schema import ClipConfig
 from avcil_dist.data.batch import Batch, PartialBatch
-from avcil_dist.data.layout import TensorPair
+from avcil_dist.data.decode_pool import TensorPair
 from avcil_dist.data.manifest import Manifest
 from avcil_dist.data.sampler import Request
+from avcil_dist.data.shared_memory import SharedMemory
 
 PAGE = 4096
 
@@ -46,29 +44,6 @@ class EntrySpec:
             return cls(((shape["frames"], shape["positions"], shape["dim"]), (shape["dim"],)), torch.float16)
         frames = clip.frames, 3, clip.size, clip.size
         return cls((frames, (clip.mel_frames, clip.mel_bins)), torch.float32)
-
-
-class SharedMemory:
-    """Memory that other processes of the user can map by `path` while this object lives. Initially zero."""
-
-    def __init__(self, size: int, path: str | None = None) -> None:
-        """`path`: the path of another process, to map its memory. Raises OSError where that is impossible."""
-        self.size = size
-        if path is None:
-            self._descriptor = os.memfd_create("avcil-clips")
-            os.ftruncate(self._descriptor, size)
-        else:
-            self._descriptor = os.open(path, os.O_RDWR)
-        weakref.finalize(self, os.close, self._descriptor)
-        self.bytes = np.frombuffer(mmap.mmap(self._descriptor, size), dtype=np.uint8)
-
-    @property
-    def path(self) -> str:
-        """Path by which other processes map the memory."""
-        return f"/proc/{os.getpid()}/fd/{self._descriptor}"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return SharedMemory, (self.size, self.path)
 
 
 class ClipCache:

@@ -1,14 +1,15 @@
 """Memory layout of a batch and its decoding to tensors: one layout for features, one for clips.
 
 Features are read directly into the batch's tensors, and each header is checked: no object per clip is made. Clips
-are read as mp4 bytes and decoded row by row.
+are read as mp4 bytes, and each row is decoded by itself (`decode_pool.py`).
 """
 
 import io
 import math
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from avcil_dist.config.schema import AugmentConfig, ClipConfig
+from avcil_dist.data.decode_pool import ClipDecoder, DecodePool, EncodedClip, HereDecoder, TensorPair
 from avcil_dist.data.manifest import TAR_BLOCK, Manifest
 from avcil_dist.data.npy import parse_npy
 from avcil_dist.data.plan import PADDING
@@ -26,7 +28,6 @@ from avcil_dist.errors import DataError
 
 NAME_BYTES = 100
 SPARE_BUFFERS = 8
-TensorPair = tuple[Tensor, Tensor]
 Faults = dict[int, DataError]
 
 
@@ -51,11 +52,18 @@ class Layout(Protocol):
     def allocate(self, clips: np.ndarray) -> BatchBuffers:
         """Allocate the buffers of a batch of these clips."""
 
-    def decode(self, rows: BatchBuffers, faults: Faults, seeds: AugmentSeeds | None) -> TensorPair:
-        """Visual and audio of all rows, zero in rows without a clip; damaged rows are added to `faults`.
+    def decode(self, rows: BatchBuffers, faults: Faults, seeds: AugmentSeeds | None) -> Callable[[], TensorPair]:
+        """Start to decode. The result waits for the end, and returns visual and audio of all rows.
 
-        Clips are augmented if there are `seeds`; features never.
+        They are zero in rows without a clip; damaged rows are added to `faults`. Clips are augmented if there are
+        `seeds`; features never.
         """
+
+    def batches_ahead(self, num_rows: int) -> int:
+        """Number of batches of `num_rows` that are decoded while another is used."""
+
+    def close(self) -> None:
+        """End the decoding processes, if any."""
 
 
 class FeatureLayout:
@@ -68,7 +76,7 @@ class FeatureLayout:
         shape = manifest.shape
         self.shapes = (shape["frames"], shape["positions"], shape["dim"]), (shape["dim"],)
         self.headers = [_npy_header((shape["frames"] * shape["positions"], shape["dim"])), _npy_header(self.shapes[1])]
-        self._buffers = _Buffers(pin)
+        self._buffers = _Buffers(pin, torch.float16)
 
     def allocate(self, clips: np.ndarray) -> BatchBuffers:
         """Allocate tensors for the batch; a member of unexpected size gets a separate buffer."""
@@ -92,8 +100,18 @@ class FeatureLayout:
                 rows.segments.append(Segment(int(shards[row]), int(starts[row]) - TAR_BLOCK, buffers, int(row)))
         return rows
 
-    def decode(self, rows: BatchBuffers, faults: Faults, seeds: AugmentSeeds | None) -> TensorPair:
+    def decode(self, rows: BatchBuffers, faults: Faults, seeds: AugmentSeeds | None) -> Callable[[], TensorPair]:
         """Compare each header with the expected one; a member with another header is parsed by numpy."""
+        return partial(self._checked, rows, faults)
+
+    def batches_ahead(self, num_rows: int) -> int:
+        """None: they are read ahead."""
+        return 0
+
+    def close(self) -> None:
+        """There are no processes."""
+
+    def _checked(self, rows: BatchBuffers, faults: Faults) -> TensorPair:
         assert rows.tensors is not None
         for row, clip in enumerate(rows.clips):
             if clip == PADDING or row in faults:
@@ -120,16 +138,28 @@ class FeatureLayout:
 
 
 class ClipLayout:
-    """Layout of mp4 clips, decoded to frames and filterbanks, float32."""
+    """Layout of mp4 clips, decoded to frames and filterbanks, float32, by `num_processes`; 0: by the calling one."""
 
     member = "mp4"
 
-    def __init__(self, manifest: Manifest, clip: ClipConfig, augment: AugmentConfig) -> None:
-        self.manifest, self.clip, self.augment = manifest, clip, augment
+    def __init__(
+        self, manifest: Manifest, clip: ClipConfig, augment: AugmentConfig, *, num_processes: int, pin: bool
+    ) -> None:
+        self.manifest, self.num_processes = manifest, num_processes
+        self.shapes = (clip.frames, 3, clip.size, clip.size), (clip.mel_frames, clip.mel_bins)
+        self._buffers = _Buffers(pin, torch.float32)
+        transform = ClipTransform(clip, augment)
+        self._decoder: ClipDecoder = HereDecoder(transform)
+        if num_processes:
+            self._decoder = DecodePool(transform, self.shapes, num_processes)
 
-    @cached_property
-    def _transform(self) -> ClipTransform:
-        return ClipTransform(self.clip, self.augment)
+    def batches_ahead(self, num_rows: int) -> int:
+        """As many as give every process a clip while the oldest batch waits for its last one."""
+        return 1 + -(-self.num_processes // num_rows) if self.num_processes else 0
+
+    def close(self) -> None:
+        """End the decoding processes."""
+        self._decoder.close()
 
     def allocate(self, clips: np.ndarray) -> BatchBuffers:
         """Allocate bytes for each row."""
@@ -145,39 +175,48 @@ class ClipLayout:
         ]
         return BatchBuffers(clips, segments, [heads], [bodies])
 
-    def decode(self, rows: BatchBuffers, faults: Faults, seeds: AugmentSeeds | None) -> TensorPair:
-        """Decode each row."""
-        clip = self.clip
-        visual = torch.zeros(len(rows.clips), clip.frames, 3, clip.size, clip.size)
-        audio = torch.zeros(len(rows.clips), clip.mel_frames, clip.mel_bins)
+    def decode(self, rows: BatchBuffers, faults: Faults, seeds: AugmentSeeds | None) -> Callable[[], TensorPair]:
+        """Start to decode each row."""
+        visual, audio = (self._buffers.take((len(rows.clips), *shape)) for shape in self.shapes)
+        rows.tensors = visual, audio
+        coming: dict[int, Callable[[], DataError | None]] = {}
         for row, number in enumerate(rows.clips):
             if number == PADDING or row in faults:
                 continue
             key = self.manifest.key(int(number))
             try:
                 _check_name(rows.heads[0][row], f"{key}.{self.member}")
-                seed = seeds.seed_of(row, key) if seeds else None
-                visual[row], audio[row] = self._transform.decode(bytes(rows.bodies[0][row]), where=key, seed=seed)
             except DataError as error:
                 faults[row] = error
-        return visual, audio
+                continue
+            clip = EncodedClip(key, rows.bodies[0][row], seeds.seed_of(row, key) if seeds else None)
+            coming[row] = self._decoder.submit(clip, (visual[row], audio[row]))
+
+        def finish() -> TensorPair:
+            for row, result in coming.items():
+                if fault := result():
+                    faults[row] = fault
+            _clear(rows, faults)
+            return visual, audio
+
+        return finish
 
 
 class _Buffers:
     """Pool of batch memory, reused once a batch is garbage: fresh pages cost more time than the read."""
 
-    def __init__(self, pin: bool) -> None:
-        self._pin = pin
+    def __init__(self, pin: bool, dtype: torch.dtype) -> None:
+        self._pin, self._dtype = pin, dtype
         self._spare: list[np.ndarray] = []
 
     def take(self, shape: tuple[int, ...]) -> Tensor:
-        """An uninitialised float16 tensor."""
+        """An uninitialised tensor."""
         if self._pin:  # torch itself reuses page-locked memory once the copies from it are done
-            return torch.empty(shape, dtype=torch.float16, pin_memory=True)
-        size = 2 * int(np.prod(shape))
+            return torch.empty(shape, dtype=self._dtype, pin_memory=True)
+        size = self._dtype.itemsize * int(np.prod(shape))
         reusable = next((number for number, memory in enumerate(self._spare) if len(memory) == size), None)
         memory = np.empty(size, dtype=np.uint8) if reusable is None else self._spare.pop(reusable)
-        array = memory.view(np.float16).reshape(shape)
+        array = memory.view(np.float16 if self._dtype == torch.float16 else np.float32).reshape(shape)
         weakref.finalize(array, _give_back, self._spare, memory).atexit = False
         return torch.from_numpy(array)
 

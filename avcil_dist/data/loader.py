@@ -4,29 +4,27 @@ The stages work on whole batches. A batch keeps its shape when a clip is damaged
 valid, so that all ranks have equally many batches of equal size.
 """
 
-import itertools
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
 import torch
-import torch.utils.data
 import webdataset
 
 from avcil_dist.config.schema import DataConfig
 from avcil_dist.data.batch import Batch, PartialBatch
 from avcil_dist.data.clip_cache import ClipCache
-from avcil_dist.data.layout import BatchBuffers, ClipLayout, Faults, FeatureLayout, Layout, TensorPair
+from avcil_dist.data.decode_pool import TensorPair
+from avcil_dist.data.layout import BatchBuffers, ClipLayout, Faults, FeatureLayout, Layout
 from avcil_dist.data.manifest import Manifest
 from avcil_dist.data.plan import PADDING
 from avcil_dist.data.reader import BATCHES_AHEAD, OpenReader, ShardReader
 from avcil_dist.data.sampler import Request
 from avcil_dist.errors import DataError
-from avcil_dist.signals import shielding
 
 
 def load_batches(
@@ -69,24 +67,20 @@ def _load(
     pin: bool,
     clip_cache: ClipCache | None,
 ) -> Iterator[Batch]:
-    is_clip = manifest.kind == "clip"
-    layout: Layout = ClipLayout(manifest, data.clip, data.augment) if is_clip else FeatureLayout(manifest, pin=pin)
-    num_workers = data.decode_workers if is_clip else 0  # features need no decoding, and threads read them
+    layout: Layout
+    if manifest.kind == "clip":
+        layout = ClipLayout(manifest, data.clip, data.augment, num_processes=data.decode_workers, pin=pin)
+    else:
+        layout = FeatureLayout(manifest, pin=pin)
     pipeline = webdataset.DataPipeline(
-        _WorkerShare(sampler),
+        lambda: iter(sampler),
         _Fetch(ShardReader(manifest, data), layout, clip_cache),
         _Decode(layout),
         _Collate(manifest, manifest.shard_labels(labels)),
     )
-    loader = webdataset.WebLoader(
-        pipeline,
-        batch_size=None,
-        num_workers=num_workers,
-        multiprocessing_context="forkserver" if num_workers else None,
-        pin_memory=pin,
-    )
-    with shielding():  # workers ignore stop signals: one that died would prevent the snapshot
-        partial_batches: Iterator[PartialBatch] = iter(loader)
+    partial_batches: Iterator[PartialBatch] = iter(pipeline)
+    if pin:
+        partial_batches = map(PartialBatch.pin_memory, partial_batches)
     if clip_cache:
         return map(clip_cache.complete, partial_batches)
     return (partial.batch for partial in partial_batches)
@@ -132,17 +126,6 @@ def _timed(batches: Iterator[Batch]) -> Iterator[Batch]:
         if batch is None:
             return
         yield replace(batch, counts={**batch.counts, "stall_seconds": time.monotonic() - started})
-
-
-class _WorkerShare(torch.utils.data.IterableDataset):
-    """Requests of this worker: worker w of W takes requests w, w + W, …; torch takes the results in that order."""
-
-    def __init__(self, sampler: Iterable[Request]) -> None:
-        self.sampler = sampler
-
-    def __iter__(self) -> Iterator[Request]:
-        worker = torch.utils.data.get_worker_info()
-        return itertools.islice(self.sampler, worker.id, None, worker.num_workers) if worker else iter(self.sampler)
 
 
 @dataclass
@@ -198,14 +181,26 @@ class _Fetch:
 
 @dataclass(frozen=True)
 class _Decode:
-    """Stage that decodes bytes to tensors; a clip that cannot be decoded is added to the faults."""
+    """Stage that decodes bytes to tensors, some batches ahead; a clip that cannot be decoded is added to the faults."""
 
     layout: Layout
 
     def __call__(self, batches: Iterable[_Fetched]) -> Iterator[tuple[_Fetched, TensorPair]]:
-        for fetched in batches:
-            seeds = fetched.request.to_read.augment_seeds
-            yield fetched, self.layout.decode(fetched.buffers, fetched.faults, seeds)
+        coming: deque[tuple[_Fetched, Callable[[], TensorPair]]] = deque()
+        try:
+            for fetched in batches:
+                seeds = fetched.request.to_read.augment_seeds
+                coming.append((fetched, self.layout.decode(fetched.buffers, fetched.faults, seeds)))
+                if len(coming) > self.layout.batches_ahead(len(fetched.request.clips)):
+                    yield _finish(*coming.popleft())
+            while coming:
+                yield _finish(*coming.popleft())
+        finally:
+            self.layout.close()
+
+
+def _finish(fetched: _Fetched, decoded: Callable[[], TensorPair]) -> tuple[_Fetched, TensorPair]:
+    return fetched, decoded()
 
 
 @dataclass(frozen=True)

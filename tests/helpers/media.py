@@ -9,6 +9,15 @@ import numpy as np
 
 H264 = {"preset": "ultrafast", "crf": "12"}
 VPX = {"deadline": "realtime", "cpu-used": "8", "b": "400k"}
+SPEEDS = {
+    "libx264": H264,
+    "libx265": {"preset": "ultrafast", "crf": "12", "x265-params": "log-level=none"},
+    "libsvtav1": {"preset": "10", "crf": "8", "svtav1-params": "lp=1"},
+    "libvpx": VPX,
+    "libvpx-vp9": VPX,
+    "ffv1": {},
+    "png": {},
+}
 
 
 def grey_of(number: int) -> int:
@@ -40,6 +49,7 @@ def media(
     samples: np.ndarray | None = None,
     sound_start: float = 0.0,
     open_gop: bool = False,
+    pix_fmt: str = "yuv420p",
     options: dict[str, str] | None = None,
 ) -> bytes:
     """A file of `seconds`, its first frame of number `first` and at second `start`; `times` are other frame times.
@@ -49,14 +59,13 @@ def media(
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container, container_options=options or {}) as target:
         video = target.add_stream(codec, rate=fps)
-        video.width, video.height, video.pix_fmt = *size, "yuv420p"
+        video.width, video.height, video.pix_fmt = *size, pix_fmt
         video.codec_context.time_base = Fraction(1, 1000 if times else fps)
-        if codec.startswith("mpeg"):
+        if codec not in SPEEDS:
             video.bit_rate = 4_000_000
-        speed = H264 | {"x264-params": f"open-gop={int(open_gop)}"} if codec == "libx264" else {}
-        video.options = (
-            (VPX if "vp" in codec else speed) | {"g": str(gop)} | ({"bf": str(b_frames)} if b_frames else {})
-        )
+        video.options = SPEEDS.get(codec, {}) | {"g": str(gop)} | ({"bf": str(b_frames)} if b_frames else {})
+        if codec == "libx264":
+            video.options |= {"x264-params": f"open-gop={int(open_gop)}"}
         packets = []
         stamps = times or [start + number / fps for number in range(round(seconds * fps))]
         for number, second in enumerate(stamps):
@@ -68,7 +77,9 @@ def media(
         if sound:
             if samples is None:
                 samples = tone(start + seconds - sound_start, rate)
-            packets += _sound_packets(target.add_stream(sound, rate=rate, layout=layout), samples, rate, sound_start)
+            audio = target.add_stream(sound, rate=rate, layout=layout)
+            audio.options = {"strict": "-2"}  # some encoders count as experiments
+            packets += _sound_packets(audio, samples, rate, sound_start)
         for packet in sorted(packets, key=lambda packet: float((packet.dts or 0) * packet.time_base)):
             target.mux(packet)
     return buffer.getvalue()

@@ -173,7 +173,7 @@ def test_one_pass_over_given_clips_is_never_augmented(clips: Manifest) -> None:
             FixedSampler(numbers),
             manifest=clips,
             labels={"cat": 0, "dog": 1},
-            data=DataConfig(manifest="clips", clip=transform.config),
+            data=DataConfig(manifest="clips", clip=transform.config, decode_workers=0),
         )
     )
     assert rows([batch]) == rows(plain)

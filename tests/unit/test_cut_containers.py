@@ -1,8 +1,10 @@
 """Cuts of any container have the frames and the sound of their interval."""
 
+import io
 import os
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -10,11 +12,12 @@ import torch
 from avcil_dist.data.decode import decode_clip, probe_clip
 from data_shards.build import build_shards
 from data_shards.cut import cut_clip
-from tests.helpers.media import frame_number, media, step_tones, tone, turned
+from tests.helpers.media import SPEEDS, frame_number, media, step_tones, tone, turned
 from tests.unit.test_decode_streams import CONTAINERS
 
 torch.set_num_threads(1)
 RATE, SECONDS, SPANS = 16_000, 6.0, 9
+COLOUR = (200, 60, 20)
 SOURCES = {
     **CONTAINERS,
     "mp4 with one GOP": ("mp4", {"b_frames": 2, "gop": 250}),
@@ -111,3 +114,32 @@ def test_path_with_a_colon_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     report = build_shards(Path("clips.csv"), os.fspath(tmp_path / "out"), clips_per_shard=2, min_seconds=0.5)
     assert [shard.count for shard in report.manifest.shards] == [1]
+
+
+def _coloured(codec: str, colour_range: int, matrix: int) -> bytes:
+    """A film of one colour, in limited (1) or full (2) range, with the matrix of BT.709 (1) or BT.601 (5)."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="matroska") as target:
+        video = target.add_stream(codec, rate=10)
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        video.options = SPEEDS[codec]
+        context = video.codec_context
+        context.color_range, context.colorspace = colour_range, matrix
+        for number in range(20):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), COLOUR, np.uint8), format="rgb24")
+            frame = frame.reformat(format="yuv420p", dst_color_range=colour_range, dst_colorspace=matrix)
+            frame.pts, frame.color_range = number, colour_range
+            target.mux(video.encode(frame))
+        target.mux(video.encode(None))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("matrix", [1, 5])
+@pytest.mark.parametrize("colour_range", [1, 2])
+@pytest.mark.parametrize("codec", ["libx264", "libvpx-vp9"])
+def test_cut_has_the_colours_of_its_file(tmp_path: Path, codec: str, colour_range: int, matrix: int) -> None:
+    path = tmp_path / "film.mkv"
+    path.write_bytes(_coloured(codec, colour_range, matrix))
+    for data in (path.read_bytes(), cut_clip(str(path), 0.35, 1.0)):
+        frames = decode_clip(data, num_frames=1, sample_rate=RATE, silent="silence", where="film").frames
+        assert frames[0, :, 24, 32].tolist() == pytest.approx(COLOUR, abs=4)

@@ -8,14 +8,14 @@ from data_shards.workers import MarkStart, map_in_workers
 
 
 def _double(item: list[int], crashed: frozenset[int], mark_start: MarkStart) -> list[int]:
-    """Twice each element; 13 crashes the process as a broken decoder does."""
+    """Twice each element; 13 crashes the process as a broken decoder does, 9 as a system without memory."""
     doubled = []
     for position, element in enumerate(item):
         mark_start(position)
         if position in crashed:
             continue
-        if element == 13:
-            os.kill(os.getpid(), signal.SIGSEGV)
+        if element in (13, 9):
+            os.kill(os.getpid(), signal.SIGSEGV if element == 13 else signal.SIGKILL)
         doubled.append(2 * element)
     return doubled
 
@@ -42,14 +42,28 @@ def test_results_are_in_the_order_of_the_items() -> None:
 
 @pytest.mark.slow
 def test_only_elements_that_crash_a_worker_are_left_out() -> None:
-    items = [[1, 2], [3, 13, 5, 13, 7], [8]]
-    assert map_in_workers(_double, items, processes=2) == [[2, 4], [6, 10, 14], [16]]
+    items = [[1, 2], [3, 13, 5, 13, 7], [8], [13, 13, 13, 13, 4]]
+    crashes: list[tuple[int, frozenset[int]]] = []
+    results = map_in_workers(_double, items, processes=2, on_crash=lambda *crash: crashes.append(crash))
+    assert results == [[2, 4], [6, 10, 14], [16], [8]]
+    assert dict(crashes) == {1: {1, 3}, 3: {0, 1, 2, 3}}
+    assert len(crashes) == 6
 
 
 @pytest.mark.slow
-def test_item_that_crashes_every_worker_ends_the_run() -> None:
-    with pytest.raises(DataError, match=r"4 worker processes crashed, the last with exit code -11; is memory short"):
-        map_in_workers(_double, [[1], [13] * 9], processes=1)
+def test_elements_that_crashed_a_worker_before_are_not_tried_again() -> None:
+    crashes: list[int] = []
+    known = {1: frozenset({1})}
+    arguments = {"crashed": known, "on_crash": lambda number, _: crashes.append(number)}
+    assert map_in_workers(_double, [[1], [3, 13, 5]], processes=1, **arguments) == [[2], [6, 10]]
+    assert map_in_workers(_double, [[1], [3, 13, 5]], processes=0, **arguments) == [[2], [6, 10]]
+    assert crashes == []
+
+
+@pytest.mark.slow
+def test_item_whose_workers_are_killed_ends_the_run() -> None:
+    with pytest.raises(DataError, match=r"4 worker processes ended, the last with exit code -9; is memory short"):
+        map_in_workers(_double, [[1], [5, 9]], processes=1)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from avcil_dist.data.clip_bounds import limit_memory
+from avcil_dist.data.clip_bounds import limit_process
 from avcil_dist.errors import AvcilError, DataError
 from avcil_dist.process_start import starting_process
 from avcil_dist.signals import STOP_SIGNALS
@@ -200,7 +200,7 @@ def _run_worker(work: Work[Any, Any], connection: Any, shared_position: Any, num
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and stops its workers
     exit_with_parent()
     torch.set_num_threads(1)
-    limit_memory()
+    limit_process()
 
     def mark_start(position: int) -> None:
         shared_position.value = position

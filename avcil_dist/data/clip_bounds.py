@@ -2,7 +2,7 @@
 
 The bounds are far from any clip that people train on. They are checked on what a file declares, before anything is
 decoded, and on what is decoded, because a stream may change on its way. Within them a clip takes less than
-`MAX_MEMORY`, which is also the limit of a process that decodes (`limit_memory`).
+`MAX_MEMORY`, which is also the limit of a process that decodes (`limit_process`).
 """
 
 import resource
@@ -51,8 +51,12 @@ def check_length(seconds: float, pictures: int, pixels: int, where: str) -> None
         )
 
 
-def limit_memory() -> None:
-    """Limit this process to `MAX_MEMORY` more than it has now; beyond it, decoders fail with an error of their own."""
+def limit_process() -> None:
+    """Limit this decoding process to `MAX_MEMORY` more than it has now, and to no core file where it crashes.
+
+    Beyond the limit, a decoder fails with an error of its own.
+    """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     status = Path("/proc/self/status")
     if not status.exists():  # only Linux counts this memory
         return

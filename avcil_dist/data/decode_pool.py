@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from avcil_dist.data.clip_bounds import MAX_DECODING_SECONDS, limit_memory
+from avcil_dist.data.clip_bounds import MAX_DECODING_SECONDS, limit_process
 from avcil_dist.data.shared_memory import SharedMemory
 from avcil_dist.errors import ConfigError, DataError
 from avcil_dist.signals import shielding
@@ -215,7 +215,7 @@ def _decode_clips(
     """Main loop of a decoding process; it ends with the connection, and so with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the rank is interrupted too, and ends its processes
     torch.set_num_threads(1)
-    limit_memory()
+    limit_process()
     result = _views(memory, shapes)
     connection.send(None)
     while True:

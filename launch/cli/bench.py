@@ -1,4 +1,4 @@
-"""`avcil bench`: speed of a training iteration, the loader and a stream on this machine."""
+"""`avcil bench`: speed of a training iteration, the loader, decoding and a stream on this machine."""
 
 import json
 import os
@@ -15,7 +15,7 @@ WIDTH = 120  # characters of the tables, also without a terminal
 
 @click.group()
 def bench() -> None:
-    """Measure this machine: an iteration of training, the loader, a whole stream."""
+    """Measure this machine: an iteration of training, the loader, decoding, a whole stream."""
 
 
 def _write(figures: dict[str, Any], path: str | None) -> None:
@@ -87,6 +87,29 @@ def loader(folder: str | None, path: str | None, **setting: Any) -> None:
         figures = measure_loader(Path(data_folder), **setting)
     for name, value in figures["gigabytes_per_second"].items():
         echo(f"{name}: {value:.2f} GB/s")
+    _write(figures, path)
+
+
+@bench.command()
+@click.option("--clips", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Folder of mp4 files.")
+@click.option("--count", type=_COUNT, default=128, show_default=True, help="Clips; the files are repeated.")
+@click.option("--batch", type=_COUNT, default=8, show_default=True)
+@click.option("--processes", type=_COUNT, help="Decoding processes. Default: one per core.")
+@click.option("--repeats", type=_COUNT, default=2, show_default=True, help="Runs of each; the best is reported.")
+@click.option("--folder", type=click.Path(file_okay=False), help="Folder for temporary data. Default: TMPDIR.")
+@_JSON
+def video(folder: str | None, path: str | None, processes: int | None, **setting: Any) -> None:
+    """Measure decoding of mp4 clips: training batches and shard building, beside plain decoding of the same clips.
+
+    Plain decoding decodes all frames and samples with PyAV in as many processes, and keeps nothing. Where torchcodec
+    is installed, its rate for the frames and the sound of training clips is measured too.
+    """
+    from launch.bench.video import measure_video
+
+    with tempfile.TemporaryDirectory(dir=folder) as data_folder:
+        figures = measure_video(Path(data_folder), processes=processes or len(os.sched_getaffinity(0)), **setting)
+    for name, value in figures["clips_per_second"].items():
+        click.echo(f"{name}: {value:.1f} clips/s ({figures['share_of_plain_decoding'][name]:.2f} of plain decoding)")
     _write(figures, path)
 
 

@@ -15,13 +15,11 @@ import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import av
 import fsspec
 import numpy as np
 import torch
@@ -31,10 +29,7 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 
 from avcil_dist.data.manifest import Manifest, load_manifest
-from data_shards.shard_writer import write_shard
 from launch.bench.loader import SHARDS, best_rate, make_shards, our_batches, our_rates, rate, read_in_sequence
-from tests.helpers.data import published
-from tests.helpers.rendered import tiny_clip
 from tests.helpers.s3 import BUCKET, S3Server, find_rclone
 from tests.services.storage.conftest import ENVIRONMENT, forget_filesystems
 
@@ -172,41 +167,6 @@ def s3_rows(folder: Path, threads: int, repeats: int) -> list[Row]:
     return rows
 
 
-def decode_whole(data: bytes) -> int:
-    """Decode all frames and samples with plain PyAV."""
-    with av.open(io.BytesIO(data)) as container:
-        for stream in container.streams:
-            stream.thread_count = 1
-        for packet in container.demux(container.streams.video[0], container.streams.audio[0]):
-            packet.decode()
-    return 1
-
-
-def video_rows(folder: Path, repeats: int) -> list[Row]:
-    paths = sorted(published("real_clips").glob("vas/*/*.mp4"))
-    clips = [path.read_bytes() for path in paths] or [tiny_clip(index % 2, index) for index in range(64)]
-    clips *= -(-4 * BATCH // len(clips))
-    members = (((f"clip{number:04d}"), {"mp4": data, "json": b"{}"}) for number, data in enumerate(clips))
-    shard = write_shard("clips.tar", root=str(folder), class_name="all", split="train", clips=members)
-    Manifest("clip", ("all",), (shard,), {}).save(f"{folder}/manifest.json")
-
-    def plain() -> float:
-        with ProcessPoolExecutor(CORES, mp_context=get_context("forkserver")) as pool:
-            list(pool.map(decode_whole, clips[:CORES]))  # starts the processes
-            return rate(lambda: sum(pool.map(decode_whole, clips, chunksize=4)))
-
-    def ours() -> float:
-        batches = iter(our_batches(f"{folder}/manifest.json", 2, BATCH, decode_workers=CORES))
-        next(batches)
-        return rate(lambda: sum(int(batch.valid.sum()) for batch in batches))
-
-    kind = "real clips" if paths else "rendered clips"
-    return [
-        (f"PyAV alone, {CORES} processes, {kind}", max(plain() for _ in range(repeats)), "clips/s"),
-        (f"avcil-dist, {CORES} workers, decoded and transformed", max(ours() for _ in range(repeats)), "clips/s"),
-    ]
-
-
 def main() -> None:
     """Measure all rates and print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -220,7 +180,6 @@ def main() -> None:
         folder = Path(name)
         rows = feature_rows(folder, arguments.clips, arguments.repeats)
         rows += s3_rows(folder, arguments.threads, arguments.repeats)
-        rows += video_rows(folder, arguments.repeats)
     size = f"{arguments.clips} clips of ({FRAMES * POSITIONS}, {DIM}) float16 in {SHARDS} shards, page cache"
     table = Table(title=f"{size}; {platform.machine()}, {CORES} cores, Python {platform.python_version()}")
     table.add_column("reader")

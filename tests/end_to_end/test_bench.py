@@ -4,17 +4,20 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.rendered import render_tiny
+
 SMALL = ["--frames", "2", "--positions", "16", "--dim", "32"]
 
 
-def bench(folder: Path, *words: str) -> dict:
+def bench(folder: Path, *words: str, size: Sequence[str] = SMALL) -> dict:
     path = folder / "figures.json"
     environment = os.environ | {"TMPDIR": str(folder)}
-    command = [sys.executable, "-m", "avcil_dist", "bench", *words, *SMALL, "--json", str(path)]
+    command = [sys.executable, "-m", "avcil_dist", "bench", *words, *size, "--json", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     return json.loads(path.read_text())
@@ -56,3 +59,13 @@ def test_loader_is_measured_beside_the_disk(tmp_path: Path) -> None:
     figures = bench(tmp_path, "loader", "--clips", "64", "--batch", "8", "--repeats", "1")
     assert all(value > 0 for value in figures["gigabytes_per_second"].values())
     assert len(figures["gigabytes_per_second"]) == 3
+
+
+def test_decoding_is_measured_beside_plain_decoding(tmp_path: Path) -> None:
+    clips = render_tiny(tmp_path / "rendered", val=0, test=0).parent
+    words = ["--clips", str(clips), "--count", "40", "--batch", "4", "--processes", "1", "--repeats", "1"]
+    figures = bench(tmp_path, "video", *words, size=())
+    rates = figures["clips_per_second"]
+    assert {"PyAV, all frames", "avcil shards build", "training batches"} <= rates.keys()
+    assert all(value > 0 for value in rates.values())
+    assert figures["share_of_plain_decoding"]["PyAV, all frames"] == 1

@@ -51,7 +51,7 @@ def test_decoder_that_crashes_four_times_in_a_shard_gives_four_rejections(tmp_pa
     (tmp_path / "hook").mkdir()
     (tmp_path / "hook/sitecustomize.py").write_text(DECODER_HOOK)
     project = str(Path(__file__).parents[2])
-    words = ["-m", "launch", "shards", "build", str(source), str(tmp_path / "out"), "--processes", "1"]
+    words = ["-m", "avcil_dist", "shards", "build", str(source), str(tmp_path / "out"), "--processes", "1"]
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}/hook:{project}"}
     run = subprocess.run(
         [sys.executable, *words], env=environment, capture_output=True, text=True, check=False, cwd=tmp_path

@@ -14,7 +14,7 @@ import torch
 
 from avcil_dist.config.schema import ClipConfig
 from avcil_dist.data import clip_bounds
-from avcil_dist.data.clip_bounds import MAX_SECONDS, check_length, check_picture, check_sound, limit_memory
+from avcil_dist.data.clip_bounds import MAX_SECONDS, check_length, check_picture, check_sound, limit_process
 from avcil_dist.data.decode import decode_clip, probe_clip
 from avcil_dist.data.transforms import ClipTransform
 from avcil_dist.errors import DataError
@@ -142,7 +142,7 @@ def _decode_within(connection: object, clips: list[bytes], megabytes: int) -> No
     transform = ClipTransform(ClipConfig(frames=16))
     transform.decode(media("mp4", seconds=1), where="warm")
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    limit_memory()
+    limit_process()
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (soft - clip_bounds.MAX_MEMORY + (megabytes << 20), hard))
     for data in clips:

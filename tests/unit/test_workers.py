@@ -8,13 +8,13 @@ from data_shards.workers import MarkStart, map_in_workers
 
 
 def _double(item: list[int], crashed: frozenset[int], mark_start: MarkStart) -> list[int]:
-    """Twice each element; 13 crashes the process as a broken decoder does, 9 as a system without memory."""
+    """Twice each element; 13 crashes the process as a broken decoder does, 99 as a system without memory."""
     doubled = []
     for position, element in enumerate(item):
         mark_start(position)
         if position in crashed:
             continue
-        if element in (13, 9):
+        if element in (13, 99):
             os.kill(os.getpid(), signal.SIGSEGV if element == 13 else signal.SIGKILL)
         doubled.append(2 * element)
     return doubled
@@ -63,7 +63,7 @@ def test_elements_that_crashed_a_worker_before_are_not_tried_again() -> None:
 @pytest.mark.slow
 def test_item_whose_workers_are_killed_ends_the_run() -> None:
     with pytest.raises(DataError, match=r"4 worker processes ended, the last with exit code -9; is memory short"):
-        map_in_workers(_double, [[1], [5, 9]], processes=1)
+        map_in_workers(_double, [[1], [5, 99]], processes=1)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from pathlib import Path
 from avcil_dist import storage
 
 RECORD, MERGE = "parts.json", "merge"
+PROGRAM = "avcil_dist"  # the module that is the command `avcil`
 ERROR_LINE = re.compile(r"^avcil: (.+)$", re.MULTILINE)
 LOG_END_BYTES = 1 << 16
 
@@ -20,7 +21,7 @@ class PartJobs:
     """The parts of a build.
 
     `kind`: of the scheduler. `folder`: of the files. `count`: the number of parts. `command` and `merge`: the words
-    after `python -m launch`, without the option `--part` of a part. `code`: the folder that comes first on Python's
+    after the program, without the option `--part` of a part. `code`: the folder that comes first on Python's
     path, None for an installed package. `working`: the folder to start in. `ranks`: the number of processes of a part.
     """
 
@@ -57,12 +58,12 @@ class PartJobs:
             self.code_file(name).unlink(missing_ok=True)
 
     def failures(self) -> Iterator[tuple[str, str]]:
-        """The name of each part that has failed, or has not ended, and the last error in its log."""
+        """The name of each part that has failed, or has not ended, and the last error, or line, of its log."""
         for name in self.names:
             file = self.code_file(name)
             code = file.read_text().strip() if file.exists() else None
             if code != "0":
-                yield name, _last_error(self.log(name)) or (f"exit code {code}" if code else "it was ended")
+                yield name, (_last_error(self.log(name)) or f"exit code {code}") if code else "it was ended"
 
     def save(self) -> None:
         """Write the record."""
@@ -79,5 +80,6 @@ def _last_error(log: Path) -> str | None:
         return None
     with storage.open_regular(log) as file:
         file.seek(max(0, log.stat().st_size - LOG_END_BYTES))
-        errors = ERROR_LINE.findall(file.read().decode(errors="replace"))
-    return str(errors[-1]) if errors else None
+        text = file.read().decode(errors="replace")
+    lines = ERROR_LINE.findall(text) or [line for line in text.splitlines() if line.strip()]
+    return str(lines[-1]) if lines else None

@@ -25,7 +25,7 @@ def test_a_build_by_parts_continues_after_an_interruption_and_a_loss(sandbox: Sa
     words = ["shards", "build", source, output, "--clips-per-shard", 2, "--cluster", "slurm", "--parts", 2]
 
     sandbox.run("scontrol", "update", "PartitionName=low", "State=DOWN")  # no job starts
-    command = [sys.executable, "-m", "launch", *map(str, words)]
+    command = [sys.executable, "-m", "avcil_dist", *map(str, words)]
     watching = subprocess.Popen(command, cwd=PROJECT, stderr=subprocess.PIPE, text=True, env=os.environ)
     assert watching.stderr is not None
     assert "2 parts submitted" in watching.stderr.readline()

@@ -61,9 +61,9 @@ def test_the_array_has_a_task_for_each_part() -> None:
         "#SBATCH --array=1-8",
         "#SBATCH --output=/data/jobs/part_%a.log",
     ]
-    [command] = [line for line in text.splitlines() if " -m launch " in line]
+    [command] = [line for line in text.splitlines() if " -m avcil_dist " in line]
     words = shlex.split(command.replace('"$SLURM_ARRAY_TASK_ID"', "3").removesuffix(" & run=$!"))
-    assert words[1:4] == ["-m", "launch", "shards"]
+    assert words[1:4] == ["-m", "avcil_dist", "shards"]
     assert words[4:] == ["build", "--part", "3/8", "--processes", "4", "--", "a b.csv", "$out"]
     assert "cd '/data/it'\"'\"'s' || exit 1" in text.splitlines()
 
@@ -141,10 +141,11 @@ def test_a_dry_run_prints_the_words_of_a_part(tmp_path: Path) -> None:
     cluster = ["--cluster", "slurm", "--parts", "3", "--dry-run", "cluster.cpus_per_task=6"]
     result = _run("build", tmp_path / "c.csv", tmp_path / "out", *words, *cluster)
     assert result.exit_code == 0, result.output
-    options = "--split 0.5,0.2,0.3 --min-seconds 2.0 --keep-muted --processes 6"
-    part = f'launch shards build --part "$SLURM_ARRAY_TASK_ID"/3 {options} -- {tmp_path}/c.csv {tmp_path}/out & run=$!'
+    options = "--split 0.5,0.2,0.3 --min-seconds 2.0 --keep-muted --processes 6 --"
+    source = f"{tmp_path}/c.csv {tmp_path}/out"
+    part = f'avcil_dist shards build --part "$SLURM_ARRAY_TASK_ID"/3 {options} {source} & run=$!'
     assert part in result.output
-    assert f"launch shards merge --strict -- {tmp_path}/out & run=$!" in result.output
+    assert f"avcil_dist shards merge --strict -- {tmp_path}/out & run=$!" in result.output
     assert not (tmp_path / "out").exists()
 
 

@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from avcil_dist import storage
 from avcil_dist.trusted_files import check_trusted_folder
-from launch.cluster.part_jobs import MERGE, PartJobs
+from launch.cluster.part_jobs import MERGE, PROGRAM, PartJobs
 from launch.cluster.schedulers.local import LOCK, PID
 
 STOP_SECONDS = 30.0
@@ -38,7 +38,7 @@ def _run(work: PartJobs, name: str, words: list[str]) -> int:
     with work.log(name).open("ab") as log:
         torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(work.ranks), "-m"]
         is_parallel = work.ranks > 1 and name != MERGE
-        command = [sys.executable, "-m", *(torchrun if is_parallel else []), "launch", *words]
+        command = [sys.executable, "-m", *(torchrun if is_parallel else []), PROGRAM, *words]
         process = subprocess.Popen(command, cwd=work.working, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         try:
             code = process.wait()

@@ -4,7 +4,7 @@ import math
 import shlex
 import sys
 
-from launch.cluster.part_jobs import MERGE, PartJobs
+from launch.cluster.part_jobs import MERGE, PROGRAM, PartJobs
 from launch.cluster.resources import ClusterConfig
 
 TASK = "NUMBER_OF_THE_TASK"  # its place in a command that is quoted for the shell
@@ -26,7 +26,7 @@ def merge_text(cluster: ClusterConfig, work: PartJobs, array: str) -> str:
         "dependency": f"afterok:{array}",
         "kill-on-invalid-dep": "yes",
     }
-    return _text(cluster, work, options, shlex.join([sys.executable, "-m", "launch", *work.merge]), MERGE)
+    return _text(cluster, work, options, shlex.join([sys.executable, "-m", PROGRAM, *work.merge]), MERGE)
 
 
 def option_names(cluster: ClusterConfig, work: PartJobs) -> list[str]:
@@ -58,7 +58,7 @@ def _options(cluster: ClusterConfig, work: PartJobs) -> dict[str, str]:
 
 
 def _python(cluster: ClusterConfig, work: PartJobs) -> list[str]:
-    program = [sys.executable, "-m", "launch"]
+    program = [sys.executable, "-m", PROGRAM]
     if work.ranks == 1:
         return program
     return ["srun", "--export=ALL", f"--cpus-per-task={cluster.cpus_per_task}", "--kill-on-bad-exit=1", *program]

@@ -92,7 +92,8 @@ def _run_step(run: StepRun, worlds: tuple[World, ...], stop: StopRequest, device
     context = multiprocessing.get_context(method)
     context.set_forkserver_preload(PRELOADED)
     name_accelerator(device_type)
-    errors = context.SimpleQueue()
+    with starting_process(f"step {run.step}"):
+        errors = context.SimpleQueue()
     ranks = _start(run, worlds, errors, method)
     try:
         is_stopping = False

@@ -47,7 +47,8 @@ def test_one_thread_and_assertions_off_change_no_bit(reference: ReferenceRun, tm
 
 
 def test_another_user_without_a_home_changes_no_bit(reference: ReferenceRun) -> None:
-    words = [*NOBODY, sys.executable, "-c", "import avcil_dist"]
+    starts_another = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import avcil_dist'], check=True)"
+    words = [*NOBODY, sys.executable, "-c", starts_another]
     if not shutil.which("setpriv") or run(words).returncode:
         pytest.skip("the interpreter cannot be run as another user here")
     output, changes = reference.folder / "nobody", {"HOME": None, "XDG_CACHE_HOME": None}

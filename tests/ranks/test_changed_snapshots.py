@@ -14,9 +14,9 @@ from avcil_dist.config.schema import Config
 from avcil_dist.errors import ArtifactError
 from avcil_dist.streams.commit import COMMITTED
 from avcil_dist.streams.snapshots import newest_snapshot
-from tests.unit.test_trainer import _one_rank, config, run, stop_after  # noqa: F401 - fixtures
-
-pytestmark = pytest.mark.slow  # DeepSpeed starts a compiler as it is imported
+from avcil_dist.world import World
+from tests.helpers.ranks import run_ranks
+from tests.unit.test_trainer import resolve, run, stop_after
 
 Change = Callable[[bytes], bytes]
 
@@ -51,7 +51,8 @@ CHANGES: dict[str, tuple[str, Change, str]] = {
 }
 
 
-def test_a_snapshot_that_fits_no_step_is_one_line(config: Config) -> None:  # noqa: F811
+def refused_then_resumed(world: World, config: Config) -> int:
+    """Change a snapshot in each way, and continue from it as it was; returns the iteration that it continues from."""
     stop_after(config, 9)
     found = newest_snapshot(config, 0)
     assert found is not None
@@ -68,4 +69,8 @@ def test_a_snapshot_that_fits_no_step_is_one_line(config: Config) -> None:  # no
         assert len(str(caught.value).splitlines()) == 1
         (folder / name).write_bytes(before[name])
     (folder / COMMITTED).write_bytes(before[COMMITTED])
-    assert run(config).started_from == 10
+    return run(config).started_from
+
+
+def test_a_snapshot_that_fits_no_step_is_one_line(tmp_path: Path) -> None:
+    assert run_ranks(refused_then_resumed, 1, resolve(tmp_path)) == [10]

@@ -123,7 +123,7 @@ class _Pool:
         self.work, self.items, self.size, self.on_start, self.on_crash = work, items, size, on_start, on_crash
         self.context = multiprocessing.get_context("forkserver")
         preload = getattr(work, "func", work).__module__  # imported once, not by every process
-        self.context.set_forkserver_preload([preload])
+        self.context.set_forkserver_preload([preload, "torch"])
         self.waiting = list(range(len(items)))[::-1]
         self.crashed = dict(crashed)  # per item the positions that crashed a worker
         self.kills = Counter[int]()  # per item

@@ -42,12 +42,12 @@ def test_results_are_in_the_order_of_the_items() -> None:
 
 @pytest.mark.slow
 def test_only_elements_that_crash_a_worker_are_left_out() -> None:
-    items = [[1, 2], [3, 13, 5, 13, 7], [8], [13, 13, 13, 13, 4]]
+    items = [[1, 2], [3, 13, 7], [8], [13, 13, 13, 13, 4]]
     crashes: list[tuple[int, frozenset[int]]] = []
     results = map_in_workers(_double, items, processes=2, on_crash=lambda *crash: crashes.append(crash))
-    assert results == [[2, 4], [6, 10, 14], [16], [8]]
-    assert dict(crashes) == {1: {1, 3}, 3: {0, 1, 2, 3}}
-    assert len(crashes) == 6
+    assert results == [[2, 4], [6, 14], [16], [8]]
+    assert dict(crashes) == {1: {1}, 3: {0, 1, 2, 3}}
+    assert len(crashes) == 5
 
 
 @pytest.mark.slow

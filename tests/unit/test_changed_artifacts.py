@@ -24,7 +24,7 @@ from avcil_dist.streams.commit import COMMITTED, read_commit, write_commit, writ
 from avcil_dist.streams.summary import StepCommit, load_summary
 from avcil_dist.tracking.artifacts import upload_step
 from launch.local_worlds import current_world
-from tests.unit.test_inference import commit_first_step
+from tests.unit.test_inference import _one_thread, commit_first_step  # noqa: F401 - an automatic fixture
 
 
 @pytest.fixture(scope="module")

@@ -101,7 +101,8 @@ def test_a_foreign_package_of_the_same_name_is_one_line(tmp_path: Path, name: st
     package = tmp_path / name
     package.mkdir()
     (package / "__init__.py").write_text("raise SystemExit('imported')\n")
-    done = run([sys.executable, "-m", "avcil_dist", "--version"], PYTHONPATH=f"{tmp_path}:{PROJECT}")
+    words = [sys.executable, "-m", "avcil_dist", "--version"]
+    done = run(words, tmp_path.parent, PYTHONPATH=f"{tmp_path}:{PROJECT}")
     line = fault_of(done)
     assert line.startswith(f"avcil: {package} comes before the package '{name}' of avcil-dist on Python's path; remove")
 

@@ -92,8 +92,8 @@ def run_on_cluster(
         echo(scheduler.parts_script(resources, work))
         return None
     is_new = submit_parts(resources, work)
-    echo(f"{work.folder}: {jobs.parts} parts {'submitted' if is_new else 'wait or run already'}", err=True)
     try:
+        echo(f"{work.folder}: {jobs.parts} parts {'submitted' if is_new else 'wait or run already'}", err=True)
         with CountBar(title) as bar:
             wait_for_parts(output, work, bar.show)
     except KeyboardInterrupt:

@@ -68,7 +68,10 @@ class ManifestRecord(BaseModel):
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file. `offsets[member][i]` and `sizes[member][i]` locate the member of clip i."""
+    """One tar file. `offsets[member][i]` and `sizes[member][i]` locate the member of clip i.
+
+    `root` is the folder of `url` where it is not the manifest's; it is never read from a manifest.
+    """
 
     url: str
     class_name: str
@@ -78,6 +81,7 @@ class Shard:
     keys: tuple[str, ...]
     offsets: dict[str, np.ndarray]
     sizes: dict[str, np.ndarray]
+    root: str | None = None
 
     @property
     def count(self) -> int:
@@ -155,7 +159,8 @@ class Manifest:
 
     def url(self, shard: int) -> str:
         """Return the url of shard number `shard`."""
-        return storage.join(self.root, self.shards[shard].url)
+        found = self.shards[shard]
+        return storage.join(found.root or self.root, found.url)
 
     def shard_numbers(self, classes: Iterable[str], split: Split) -> list[int]:
         """Return the shards of these classes and this split, in the order of the manifest."""

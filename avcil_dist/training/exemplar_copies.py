@@ -88,6 +88,8 @@ def copy_clips(manifest: Manifest, clips: np.ndarray, folder: Path, *, seconds: 
     with ThreadPoolExecutor(READS) as pool:
         for number, (name, numbers) in enumerate(of_class.items()):
             copied_clips = [(clip, parts) for clip, parts in pool.map(read, numbers) if parts]
+            if not copied_clips:
+                continue
             path = folder / f"{number:04d}.bin"
             path.write_bytes(b"".join(part for _, parts in copied_clips for part in parts))
             lengths = np.array([[len(part) for part in parts] for _, parts in copied_clips], dtype=np.int64)
@@ -120,7 +122,7 @@ def _read_member(manifest: Manifest, clip: int, member: str, seconds: float) -> 
 
 def with_copies(manifest: Manifest, copied: Manifest) -> tuple[Manifest, dict[int, int]]:
     """Return the manifest with the shards of the copies appended, and the number of each copied clip there."""
-    shards = [replace(shard, url=copied.url(number)) for number, shard in enumerate(copied.shards)]
+    shards = [replace(shard, root=copied.root) for shard in copied.shards]
     joined = replace(manifest, shards=(*manifest.shards, *shards))
     numbers: dict[int, int] = {}
     first = int(manifest.first_clips[-1])

@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 
 from avcil_dist import storage
 from avcil_dist.data.manifest import load_manifest
+from avcil_dist.data.shard_cache import LOCKS, OWN_FOLDER
 from avcil_dist.errors import StorageError
 from data_shards.random_features import make_feature_shards
 from tests.helpers.commands import run_avcil
@@ -75,7 +76,7 @@ def test_clips_are_built_to_s3_and_a_stream_is_trained_from_there(s3: str, tmp_p
     assert trained.returncode == 0, trained.stderr
     assert (tmp_path / "runs/tiny-avcil-seed0/step_001/COMMITTED.json").exists()
     shards = load_manifest(f"{s3}/shards/manifest.json").shards
-    kept = {path.stem for path in (tmp_path / "cache").glob("*.tar")}
+    kept = {path.stem for path in (tmp_path / "cache" / OWN_FOLDER).glob("*.tar")}
     assert kept == {shard.sha256 for shard in shards}
     client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
     runs = client.search_runs([found.experiment_id for found in client.search_experiments()])
@@ -197,8 +198,9 @@ def test_a_cache_of_a_twentieth_reads_each_shard_about_once_an_epoch(s3: str, tm
     held: list[int] = []
     batches = []
     for batch in training_batches(url, epochs=epochs, batch=8, shuffle_window=4, prefetch_shards=1, **settings):
-        with FileLock(tmp_path / "cache" / "locks" / "room.lock"):  # nothing comes or goes while they are counted
-            held.append(len(list((tmp_path / "cache").glob("*.tar"))))
+        folder = tmp_path / "cache" / OWN_FOLDER
+        with FileLock(folder / LOCKS / "room.lock"):  # nothing comes or goes while they are counted
+            held.append(len(list(folder.glob("*.tar"))))
         batches.append(batch)
     counts = total(batches)
     reads = counts["cache_misses"] / epochs / len(manifest.shards)
@@ -206,6 +208,7 @@ def test_a_cache_of_a_twentieth_reads_each_shard_about_once_an_epoch(s3: str, tm
         f"{len(manifest.shards)} shards, cache of 5 %: {counts['cache_misses']:.0f} fetched in {epochs} epochs, "
         f"{reads:.2f} an epoch and shard; no room {counts['cache_full']:.0f} times"
     )
+    assert max(held) > 0
     assert max(held) * min(shard.bytes for shard in manifest.shards) <= 0.05 * stored_bytes
     assert reads <= 1.1
     assert counts["cache_full"] == 0
@@ -230,7 +233,7 @@ def test_eight_machines_fetch_an_eighth_each_the_same_in_every_epoch(stored: str
             "shuffle_window": 2,
         }
         batches = list(training_batches(stored, epochs=3, batch=16, **settings))
-        kept = {path.stem for path in Path(folder).glob("*.tar")}
+        kept = {path.stem for path in Path(folder, OWN_FOLDER).glob("*.tar")}
         return [digest(batch) for batch in batches], total(batches), kept
 
     with ThreadPoolExecutor(4) as threads:

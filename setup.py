@@ -82,6 +82,7 @@ setup(
         "avcil_dist.config",
         "avcil_dist.configs",  # the shipped yaml files, so that an installed wheel has them
         "avcil_dist.data",
+        "avcil_dist.inference",
         "avcil_dist.methods",
         "avcil_dist.models",
         "avcil_dist.models.attention",
@@ -89,6 +90,8 @@ setup(
         "avcil_dist.reporting",
         "avcil_dist.storage",
         "avcil_dist.streams",
+        "avcil_dist.system",
+        "avcil_dist.text",
         "avcil_dist.tracking",
         "avcil_dist.training",
         "data_shards",

@@ -4,7 +4,7 @@ The command line prints such an error as one line and exits with code 2. Any oth
 traceback.
 """
 
-from avcil_dist.redaction import redacted
+from avcil_dist.text.redaction import redacted
 
 
 class AvcilError(Exception):

@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 
 from avcil_dist.data.clip_bounds import limit_process
 from avcil_dist.errors import AvcilError, DataError
-from avcil_dist.process_start import starting_process
-from avcil_dist.signals import STOP_SIGNALS
+from avcil_dist.system.process_start import starting_process
+from avcil_dist.system.signals import STOP_SIGNALS
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

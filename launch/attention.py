@@ -9,8 +9,8 @@ from pydantic import Field
 from rich.console import Console
 
 from avcil_dist import storage
-from avcil_dist.clip_attention import Heat, prepare_clips, step_attention
 from avcil_dist.errors import ConfigError
+from avcil_dist.inference.attention import Heat, prepare_clips, step_attention
 from avcil_dist.models.attention.maps import Box
 from avcil_dist.reporting.attention import AttentionRow, ClipFigure, check_format, write_figure
 from avcil_dist.reporting.tables import WordTable, plain

@@ -19,9 +19,9 @@ from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 from avcil_dist.config.schema import Config
 from avcil_dist.errors import AvcilError, StepStopped, WorldError
 from avcil_dist.exit_codes import INTERRUPTED, STOPPED, USER_ERROR
-from avcil_dist.process_start import starting_process
-from avcil_dist.signals import StopRequest, interrupted_once, listening, shielding
 from avcil_dist.streams.stream import next_step, sole_runner, stream_url
+from avcil_dist.system.process_start import starting_process
+from avcil_dist.system.signals import StopRequest, interrupted_once, listening, shielding
 from avcil_dist.tracking.session import stream_run
 from avcil_dist.training.device import local_device
 from avcil_dist.training.engine import name_accelerator

@@ -15,8 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from avcil_dist import storage
 from avcil_dist.reporting.tables import plain
 from avcil_dist.streams.metrics import Count
+from avcil_dist.text.visible import visible
 from avcil_dist.training.observer import Observer
-from avcil_dist.visible_text import visible
 
 LOG_LINES = 5
 SECONDS_BETWEEN_WRITES = 2.0

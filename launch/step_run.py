@@ -7,7 +7,7 @@ from typing import Literal
 
 from avcil_dist.config.schema import Config
 from avcil_dist.errors import AvcilError
-from avcil_dist.signals import StopRequest, listening
+from avcil_dist.system.signals import StopRequest, listening
 from avcil_dist.tracking.events import StepTracker
 from avcil_dist.tracking.session import publish_step, track_step
 from avcil_dist.training.observer import Observer

@@ -13,8 +13,8 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo, field_validator
 
 from avcil_dist.errors import ConfigError
-from avcil_dist.redaction import has_secret
 from avcil_dist.storage import check_url
+from avcil_dist.text.redaction import has_secret
 
 T = TypeVar("T")
 MAX_CHARACTERS = 4096  # of a text; also the longest path of Linux

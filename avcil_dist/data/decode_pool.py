@@ -24,7 +24,7 @@ from torch import Tensor
 from avcil_dist.data.clip_bounds import MAX_DECODING_SECONDS, limit_process
 from avcil_dist.data.shared_memory import SharedMemory
 from avcil_dist.errors import ConfigError, DataError
-from avcil_dist.signals import shielding
+from avcil_dist.system.signals import shielding
 
 TensorPair = tuple[Tensor, Tensor]
 MAX_ENDS = 2  # processes that a clip may end

@@ -32,7 +32,7 @@ from filelock import FileLock
 
 from avcil_dist import storage
 from avcil_dist.errors import ConfigError, DataError, StorageError
-from avcil_dist.trusted_files import make_private_folder
+from avcil_dist.system.trusted_files import make_private_folder
 
 CHUNK_BYTES = 16 << 20
 CHUNKS_AT_A_TIME = 8

@@ -5,7 +5,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from avcil_dist.visible_text import visible
+from avcil_dist.text.visible import visible
 
 
 def plain(text: str) -> Text:

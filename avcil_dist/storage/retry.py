@@ -14,7 +14,7 @@ from typing import TypeVar
 import tenacity
 
 from avcil_dist.errors import AvcilError, DataError, StorageError
-from avcil_dist.redaction import redacted
+from avcil_dist.text.redaction import redacted
 
 T = TypeVar("T")
 

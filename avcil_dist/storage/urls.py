@@ -8,7 +8,7 @@ import os
 import re
 
 from avcil_dist.errors import ConfigError, DataError, StorageError
-from avcil_dist.redaction import has_secret
+from avcil_dist.text.redaction import has_secret
 
 LOCAL, MEMORY = "file", "memory"
 WITH_BUCKETS = ("s3", "gs", "gcs", "az", "abfs")

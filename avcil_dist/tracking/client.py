@@ -20,7 +20,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from avcil_dist.config.schema import TrackingConfig
 from avcil_dist.errors import TrackingError
-from avcil_dist.redaction import redacted
+from avcil_dist.text.redaction import redacted
 from avcil_dist.tracking import environment
 from avcil_dist.tracking.faults import bounded, bounded_client, reported
 from avcil_dist.tracking.outcomes import RefusedError

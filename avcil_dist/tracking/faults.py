@@ -19,7 +19,7 @@ from requests.exceptions import InvalidSchema, InvalidURL, MissingSchema
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from avcil_dist.errors import TrackingError
-from avcil_dist.redaction import redacted
+from avcil_dist.text.redaction import redacted
 from avcil_dist.tracking import environment
 from avcil_dist.tracking.outcomes import RefusedError, RejectedError, UnavailableError
 

@@ -13,7 +13,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from avcil_dist.config.schema import TrackingConfig
 from avcil_dist.errors import AvcilError, StorageError
-from avcil_dist.redaction import redacted
+from avcil_dist.text.redaction import redacted
 from avcil_dist.tracking.artifacts import upload_step
 from avcil_dist.tracking.batches import BatchWriter
 from avcil_dist.tracking.client import connect, experiment_id, find_by_stream_id, is_active

@@ -35,7 +35,7 @@ import avcil_dist
 from avcil_dist import storage
 from avcil_dist.data.manifest import FeatureShape, Manifest, load_manifest
 from avcil_dist.errors import ArtifactError, ConfigError, DataError
-from avcil_dist.inference import Predictor
+from avcil_dist.inference.predict import Predictor
 from avcil_dist.streams.artifact import load_artifact
 from avcil_dist.streams.commit import COMMITTED, read_verified_commit
 from avcil_dist.streams.identity import StepNumber

@@ -14,7 +14,6 @@ from avcil_dist.config.section import ChangeClass
 from avcil_dist.config.serialization import flatten
 from avcil_dist.data.manifest import load_manifest
 from avcil_dist.errors import ConfigError, DataError, TrackingError
-from avcil_dist.redaction import redacted
 from avcil_dist.streams.commit import COMMITTED, read_commit
 from avcil_dist.streams.identity import Change, StreamIdentity, read_identity, write_identity
 from avcil_dist.streams.stream import stream_url
@@ -26,6 +25,7 @@ from avcil_dist.streams.summary import (
     recorded_changes,
     step_url,
 )
+from avcil_dist.text.redaction import redacted
 from avcil_dist.tracking.artifacts import download_step
 from avcil_dist.tracking.client import TrackedStream, find_stream
 from avcil_dist.tracking.tags import COMMITTED_TAG, STREAM_TAG

@@ -16,10 +16,10 @@ from pydantic import ValidationError
 from avcil_dist.config.schema import Config, TrackingConfig
 from avcil_dist.config.serialization import flatten
 from avcil_dist.errors import ArtifactError, TrackingError
-from avcil_dist.redaction import redacted
 from avcil_dist.streams.identity import StreamIdentity, new_identity, read_identity, write_identity
 from avcil_dist.streams.stream import stream_url
 from avcil_dist.streams.summary import committed_steps
+from avcil_dist.text.redaction import redacted
 from avcil_dist.tracking.event_queue import EventQueue, queue_folder
 from avcil_dist.tracking.events import STREAM, StepTracker, end_status, unfinished_steps
 from avcil_dist.tracking.sender import EventWriter, Sender

@@ -11,7 +11,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 from avcil_dist import storage
 from avcil_dist.config.schema import TrackingConfig
 from avcil_dist.errors import ConfigError
-from avcil_dist.redaction import redacted
+from avcil_dist.text.redaction import redacted
 
 VARIABLE = "MLFLOW_TRACKING_URI"
 SQLITE = "sqlite:///"

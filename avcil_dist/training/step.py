@@ -22,7 +22,6 @@ from avcil_dist.data.sampler import TrainingSampler
 from avcil_dist.data.source_videos import source_disjoint
 from avcil_dist.methods.base import ClosedFormMethod
 from avcil_dist.scenario import Scenario
-from avcil_dist.signals import StopRequest
 from avcil_dist.streams.artifact import StepArtifact, save_artifact
 from avcil_dist.streams.compat import load_previous
 from avcil_dist.streams.metrics import (
@@ -35,6 +34,7 @@ from avcil_dist.streams.metrics import (
 )
 from avcil_dist.streams.snapshots import snapshots_url
 from avcil_dist.streams.stream import scenario_of, shards_of, sole_writer, stream_url
+from avcil_dist.system.signals import StopRequest
 from avcil_dist.training.build import build_networks, network_of_state
 from avcil_dist.training.clip_cache_placement import place_clip_cache
 from avcil_dist.training.closed_form import train_closed_form

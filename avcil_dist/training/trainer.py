@@ -18,7 +18,7 @@ from avcil_dist.data.reader import COUNTS
 from avcil_dist.data.sampler import TrainingSampler
 from avcil_dist.errors import ArtifactError, DataError, StepStopped, TrainingError
 from avcil_dist.models.network import Network, load_whole_state
-from avcil_dist.signals import StopRequest
+from avcil_dist.system.signals import StopRequest
 from avcil_dist.training.collectives import Votes, collect_texts, gather_rows
 from avcil_dist.training.engine import Engine
 from avcil_dist.training.evaluation import evaluate

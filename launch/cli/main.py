@@ -8,7 +8,7 @@ import click
 import avcil_dist
 from avcil_dist.errors import AvcilError, StepStopped
 from avcil_dist.exit_codes import INTERRUPTED, STOPPED, USER_ERROR
-from avcil_dist.signals import interrupted_once
+from avcil_dist.system.signals import interrupted_once
 from launch.cli.attention import attention
 from launch.cli.bench import bench
 from launch.cli.config import config

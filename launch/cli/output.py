@@ -9,7 +9,7 @@ from io import BufferedWriter, FileIO, TextIOWrapper
 import click
 
 from avcil_dist.errors import StorageError
-from avcil_dist.visible_text import visible
+from avcil_dist.text.visible import visible
 from avcil_dist.world import world_from_environment
 
 

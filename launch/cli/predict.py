@@ -29,7 +29,7 @@ def predict(
     """
     from avcil_dist import storage
     from avcil_dist.data.manifest import Split
-    from avcil_dist.inference import Modality, predict_step
+    from avcil_dist.inference.predict import Modality, predict_step
     from avcil_dist.training.device import DeviceSetting
     from launch.local_worlds import current_world
 

@@ -72,7 +72,7 @@ def sync(streams: tuple[str, ...], uri: str | None, again: bool) -> None:
 
     STREAM is a stream's folder, such as runs/demo-avcil-seed0.
     """
-    from avcil_dist.redaction import redacted
+    from avcil_dist.text.redaction import redacted
     from avcil_dist.tracking.session import sync_stream
 
     for stream in streams:

@@ -60,7 +60,7 @@ def evaluate(stream: str, step: int | None, split: str, manifest: str | None, mi
     other modality alone; those with a head from sums over clips can (analytic, ncm, slda).
     """
     from avcil_dist.data.manifest import Split
-    from avcil_dist.inference import Modality, evaluate_step
+    from avcil_dist.inference.predict import Modality, evaluate_step
     from avcil_dist.training.device import DeviceSetting
     from launch.local_worlds import current_world
 

@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 
 from avcil_dist import storage
 from avcil_dist.errors import ConfigError, SchedulerError
-from avcil_dist.trusted_files import make_private_folder
+from avcil_dist.system.trusted_files import make_private_folder
 from data_shards.build_plan import MANIFEST, clips_of_parts
 from launch.cluster.chain import check_jobs_folder
 from launch.cluster.code_snapshot import snapshot_code, snapshot_folder

@@ -14,9 +14,9 @@ from submitit.helpers import DelayedSubmission
 
 from avcil_dist.errors import AvcilError, RankError, StepStopped
 from avcil_dist.exit_codes import REQUEUE, USER_ERROR
-from avcil_dist.signals import STOP_SIGNALS
 from avcil_dist.streams.stream import stream_url
 from avcil_dist.streams.summary import is_committed
+from avcil_dist.system.signals import STOP_SIGNALS
 from avcil_dist.tracking.session import close_run, open_run
 from avcil_dist.training.failure_sync import print_fault
 from avcil_dist.world import World

@@ -16,8 +16,8 @@ from submitit.core.submission import process_job
 
 from avcil_dist.errors import ConfigError
 from avcil_dist.exit_codes import USER_ERROR
-from avcil_dist.signals import STOP_SIGNALS
-from avcil_dist.trusted_files import check_trusted_folder
+from avcil_dist.system.signals import STOP_SIGNALS
+from avcil_dist.system.trusted_files import check_trusted_folder
 from launch.cluster.chain_record import mark_failed
 from launch.socket_folder import set_short_socket_folder
 

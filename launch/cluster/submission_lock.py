@@ -9,7 +9,7 @@ from filelock import Timeout
 
 from avcil_dist import storage
 from avcil_dist.errors import SchedulerError
-from avcil_dist.trusted_files import make_private_folder
+from avcil_dist.system.trusted_files import make_private_folder
 
 LOCK_SECONDS = 60
 

@@ -16,7 +16,7 @@ from avcil_dist.config.schema import Config, MethodConfig
 from avcil_dist.methods import make_method
 from avcil_dist.methods.base import StepContext, Targets
 from avcil_dist.scenario import make_scenario
-from avcil_dist.signals import StopRequest
+from avcil_dist.system.signals import StopRequest
 from avcil_dist.training.loss_graph import method_loss
 from avcil_dist.training.observer import Observer
 from avcil_dist.training.step import run_step

@@ -16,7 +16,7 @@ from avcil_dist.config.encoders import VideoMAEConfig
 from avcil_dist.config.schema import ClipConfig
 from avcil_dist.config.serialization import flatten
 from avcil_dist.data.manifest import load_manifest
-from avcil_dist.inference import restore_step
+from avcil_dist.inference.predict import restore_step
 from avcil_dist.models.encoders.build import build_visual_encoder
 from avcil_dist.models.network import load_whole_state
 from avcil_dist.reporting.report import load_streams

@@ -9,9 +9,9 @@ from click.testing import CliRunner, Result
 
 from avcil_dist import storage
 from avcil_dist.config.schema import Config
-from avcil_dist.signals import StopRequest
 from avcil_dist.streams.artifact import StepArtifact, load_artifact
 from avcil_dist.streams.stream import stream_url
+from avcil_dist.system.signals import StopRequest
 from avcil_dist.tracking.session import publish_step, stream_run, track_step
 from avcil_dist.training.observer import Observer
 from avcil_dist.training.step import step_in_group

@@ -6,7 +6,7 @@ import pytest
 
 from avcil_dist.compose import load_config
 from avcil_dist.config.schema import Config
-from avcil_dist.signals import StopRequest
+from avcil_dist.system.signals import StopRequest
 from avcil_dist.training.observer import Observer
 from avcil_dist.training.step import step_in_group
 from avcil_dist.world import World

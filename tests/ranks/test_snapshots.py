@@ -11,10 +11,10 @@ from avcil_dist import storage
 from avcil_dist.compose import load_config
 from avcil_dist.config.schema import Config
 from avcil_dist.errors import ConfigError, StepStopped
-from avcil_dist.signals import StopRequest
 from avcil_dist.streams.artifact import load_artifact
 from avcil_dist.streams.snapshots import snapshots_url
 from avcil_dist.streams.stream import stream_url
+from avcil_dist.system.signals import StopRequest
 from avcil_dist.training.observer import Observer
 from avcil_dist.training.step import step_in_group
 from avcil_dist.world import World

@@ -13,9 +13,9 @@ from avcil_dist.data.manifest import load_manifest
 from avcil_dist.errors import ArtifactError
 from avcil_dist.methods import make_method
 from avcil_dist.models.network import load_whole_state
-from avcil_dist.signals import StopRequest
 from avcil_dist.streams.artifact import load_artifact
 from avcil_dist.streams.stream import scenario_of, stream_url
+from avcil_dist.system.signals import StopRequest
 from avcil_dist.training.build import network_after
 from avcil_dist.training.engine import whole_state
 from avcil_dist.training.observer import Observer

@@ -18,7 +18,7 @@ from avcil_dist.models.attention.kernels_cpu import cpu_kernels
 from avcil_dist.models.attention.module import AudioGuidedAttention, Choice, TeacherView
 from avcil_dist.models.encoders.base import Precomputed
 from avcil_dist.models.network import AudioVisualNetwork
-from avcil_dist.trusted_files import make_private_folder
+from avcil_dist.system.trusted_files import make_private_folder
 from tests.helpers.attention import defined
 
 CLIPS, FRAMES, POSITIONS, DIM = 5, 3, 4, 6

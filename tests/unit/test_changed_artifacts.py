@@ -17,7 +17,7 @@ from avcil_dist import storage
 from avcil_dist.config.schema import TrackingConfig
 from avcil_dist.data.manifest import load_manifest
 from avcil_dist.errors import AvcilError
-from avcil_dist.inference import evaluate_step, restore_step
+from avcil_dist.inference.predict import evaluate_step, restore_step
 from avcil_dist.reporting.report import load_streams
 from avcil_dist.streams.artifact import load_artifact
 from avcil_dist.streams.commit import COMMITTED, read_commit, write_commit, write_files

@@ -8,12 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from avcil_dist import inference
 from avcil_dist.compose import load_config
 from avcil_dist.data.exemplar_memory import EMPTY_MEMORY
 from avcil_dist.data.manifest import load_manifest
 from avcil_dist.errors import ArtifactError, ConfigError, DataError
-from avcil_dist.inference import CLIPS_PER_BATCH, Modality, Predictor, StepPredictions, evaluate_step, restore_step
+from avcil_dist.inference import predict as inference
+from avcil_dist.inference.predict import (
+    CLIPS_PER_BATCH,
+    Modality,
+    Predictor,
+    StepPredictions,
+    evaluate_step,
+    restore_step,
+)
 from avcil_dist.methods import make_method
 from avcil_dist.methods.base import StepContext
 from avcil_dist.methods.sums_head import SumsHead

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from avcil_dist.errors import AvcilError, DataError, StorageError
-from avcil_dist.redaction import has_secret, redacted
 from avcil_dist.storage.retry import with_retries
+from avcil_dist.text.redaction import has_secret, redacted
 
 SECRET = "hunter2"
 

@@ -18,8 +18,8 @@ import launch
 from avcil_dist.data.manifest import Manifest, Shard
 from avcil_dist.errors import DataError, StorageError
 from avcil_dist.reporting.tables import WordTable, plain
-from avcil_dist.signals import interrupted_once
-from avcil_dist.visible_text import visible
+from avcil_dist.system.signals import interrupted_once
+from avcil_dist.text.visible import visible
 from launch.cli import output
 from launch.cli.main import cli
 

@@ -15,10 +15,10 @@ from avcil_dist.compose import load_config
 from avcil_dist.config.schema import Config
 from avcil_dist.data.manifest import load_manifest
 from avcil_dist.errors import ConfigError, DataError, StepStopped
-from avcil_dist.signals import StopRequest
 from avcil_dist.streams.artifact import StepArtifact, load_artifact
 from avcil_dist.streams.stream import stream_url
 from avcil_dist.streams.summary import step_url
+from avcil_dist.system.signals import StopRequest
 from avcil_dist.training import engine, trainer
 from avcil_dist.training.engine import Engine
 from avcil_dist.training.evaluation import Predictions

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from avcil_dist.errors import ConfigError
-from avcil_dist.trusted_files import check_trusted_file, check_trusted_folder, make_private_folder
+from avcil_dist.system.trusted_files import check_trusted_file, check_trusted_folder, make_private_folder
 
 NOBODY = 65534
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file to another user")

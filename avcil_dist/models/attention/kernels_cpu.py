@@ -21,7 +21,7 @@ from torch import Tensor
 
 from avcil_dist.errors import ConfigError
 from avcil_dist.models.attention.kernels_torch import TeacherTerm
-from avcil_dist.trusted_files import check_trusted_file, make_private_folder
+from avcil_dist.system.trusted_files import check_trusted_file, make_private_folder
 
 SOURCE = Path(__file__).with_name("kernels_cpu.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")

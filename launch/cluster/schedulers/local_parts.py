@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from avcil_dist import storage
-from avcil_dist.trusted_files import check_trusted_folder
+from avcil_dist.system.trusted_files import check_trusted_folder
 from launch.cluster.part_jobs import MERGE, PROGRAM, PartJobs
 from launch.cluster.schedulers.local import LOCK, PID
 

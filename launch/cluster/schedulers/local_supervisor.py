@@ -16,8 +16,8 @@ from submitit import LocalExecutor
 
 from avcil_dist import storage
 from avcil_dist.streams.stream import next_step
+from avcil_dist.system.trusted_files import make_private_folder
 from avcil_dist.training.device import VISIBLE, gpu_facts
-from avcil_dist.trusted_files import make_private_folder
 from launch.cluster.chain_record import read_chain, write_chain
 from launch.cluster.lanes import gpu_assignment, visible_gpus
 from launch.cluster.mark_failed import fail_stream

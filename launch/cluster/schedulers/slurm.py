@@ -11,7 +11,7 @@ from typing import Any
 from avcil_dist.config.schema import Config
 from avcil_dist.errors import SchedulerError
 from avcil_dist.streams.stream import stream_url
-from avcil_dist.trusted_files import make_private_folder
+from avcil_dist.system.trusted_files import make_private_folder
 from avcil_dist.world import World, world_from_environment
 from launch.cluster.chain_record import Chain, write_chain
 from launch.cluster.part_jobs import MERGE, PartJobs

@@ -13,7 +13,7 @@ from avcil_dist.config.schema import ClipConfig
 from avcil_dist.data.decode import decode_clip
 from avcil_dist.data.transforms import ClipTransform
 from avcil_dist.errors import ConfigError
-from avcil_dist.inference import restore_step
+from avcil_dist.inference.predict import restore_step
 from avcil_dist.methods.base import Method
 from avcil_dist.models.attention.maps import TokenMap, attention_map, evidence_map, token_weights
 from avcil_dist.models.network import AudioVisualNetwork

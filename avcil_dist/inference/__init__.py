@@ -1,0 +1,1 @@
+"""Use of committed steps: predictions, evaluations, and the attention on clips."""

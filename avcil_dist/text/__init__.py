@@ -1,0 +1,1 @@
+"""Text of users and servers, as it may be printed, stored and logged."""

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ TESTS = Path(__file__).parent
 MARKERS = {"ranks": "ranks", "services": "services", "slurm": "slurm", "gpu": "gpu", "end_to_end": "slow"}
 COMPILERS = {"c++", "g++", "clang++", Path(os.environ.get("CXX", "c++")).name}
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell; tests interrupt their processes
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a test has several ranks; two cores have no room for their threads
 torch.set_num_threads(1)
 

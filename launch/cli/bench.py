@@ -109,7 +109,7 @@ def video(folder: str | None, path: str | None, processes: int | None, **setting
     with tempfile.TemporaryDirectory(dir=folder) as data_folder:
         figures = measure_video(Path(data_folder), processes=processes or len(os.sched_getaffinity(0)), **setting)
     for name, value in figures["clips_per_second"].items():
-        click.echo(f"{name}: {value:.1f} clips/s ({figures['share_of_plain_decoding'][name]:.2f} of plain decoding)")
+        echo(f"{name}: {value:.1f} clips/s ({figures['share_of_plain_decoding'][name]:.2f} of plain decoding)")
     _write(figures, path)
 
 

@@ -53,7 +53,7 @@ def test_tars_written_by_webdataset_are_imported_and_read(tmp_path: Path) -> Non
         ("cat.tar", "test", ("cat0", "cat1")),
     ]
     assert verify_shards(f"{tmp_path}/manifest.json") == []
-    data = DataConfig(manifest="x", clip=ClipConfig(frames=2, size=32, mel_bins=32, mel_frames=32))
+    data = DataConfig(manifest="x", decode_workers=0, clip=ClipConfig(frames=2, size=32, mel_bins=32, mel_frames=32))
     source = FixedSampler(loaded.clips(["cat"], "test")[None])
     (batch,) = load_batches(source, manifest=loaded, labels={"cat": 1}, data=data)
     assert batch.faults == ()
@@ -167,7 +167,9 @@ def test_tars_of_other_tools_are_imported_by_their_visible_names(tmp_path: Path)
         assert manifest.classes == ("dog",)
         assert manifest.shards[0].keys == ("k1",)
         assert verify_shards(f"{tmp_path}/{name}.json") == []
-        data = DataConfig(manifest="x", clip=ClipConfig(frames=2, size=32, mel_bins=32, mel_frames=32))
+        data = DataConfig(
+            manifest="x", decode_workers=0, clip=ClipConfig(frames=2, size=32, mel_bins=32, mel_frames=32)
+        )
         sampler = FixedSampler(manifest.clips(["dog"], "train")[None])
         (batch,) = load_batches(sampler, manifest=manifest, labels={"dog": 1}, data=data)
         assert batch.faults == ()
@@ -178,7 +180,10 @@ def test_damaged_clip_of_an_imported_tar_is_skipped_and_named(tmp_path: Path) ->
     files = {f"{key}.{ending}": data for key, clip in clips.items() for ending, data in (("mp4", clip), ("cls", b"0"))}
     manifest = import_tars([_tar(tmp_path / "a.tar", files)], f"{tmp_path}/m.json", split="train")
     data = DataConfig(
-        manifest="x", max_bad_fraction=0.9, clip=ClipConfig(frames=2, size=32, mel_bins=32, mel_frames=32)
+        decode_workers=0,
+        manifest="x",
+        max_bad_fraction=0.9,
+        clip=ClipConfig(frames=2, size=32, mel_bins=32, mel_frames=32),
     )
     sampler = FixedSampler(manifest.clips(["class_000"], "train")[None])
     (batch,) = load_batches(sampler, manifest=manifest, labels={"class_000": 0}, data=data)

@@ -4,7 +4,8 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -22,6 +23,16 @@ def wait_for(condition: Callable[[], bool], what: str, seconds: float = SECONDS)
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
         time.sleep(0.3)
+
+
+@contextmanager
+def no_job_starts(sandbox: Sandbox) -> Iterator[None]:
+    """Jobs of the default partition wait while the block runs."""
+    sandbox.run("scontrol", "update", "PartitionName=low", "State=DOWN")
+    try:
+        yield
+    finally:
+        sandbox.run("scontrol", "update", "PartitionName=low", "State=UP")
 
 
 def wait_for_end(stream: str) -> list[StepStatus]:

@@ -15,6 +15,7 @@ from tests.helpers.chains import (
     job_of,
     kill_daemon_of_node,
     limit_time,
+    no_job_starts,
     ranks_of,
     wait_for_end,
     wait_for_restart,
@@ -138,8 +139,7 @@ def test_a_failing_step_cancels_the_rest_and_status_says_why(sandbox: Sandbox, t
 
 def test_a_sweep_runs_no_more_chains_at_a_time_than_max_parallel(sandbox: Sandbox, tmp_path: Path) -> None:
     config = write_config(tmp_path)
-    sandbox.run("scontrol", "update", "PartitionName=low", "State=DOWN")  # no job starts
-    try:
+    with no_job_starts(sandbox):
         words = ("method=finetune,lwf", "seed=1,2", "cluster.max_parallel=2")
         result = avcil("sweep", config, *words, *TWO_NODES)
         assert result.exit_code == 0, result.output
@@ -164,8 +164,6 @@ def test_a_sweep_runs_no_more_chains_at_a_time_than_max_parallel(sandbox: Sandbo
         assert all(Path(stream).name in shown for stream in streams)
         assert avcil("cancel", tmp_path / "runs").output.count(": 3 ended\n") == 4
         assert not sandbox.run("squeue", "--noheader", "--states=PENDING,RUNNING").stdout
-    finally:
-        sandbox.run("scontrol", "update", "PartitionName=low", "State=UP")
 
 
 def test_the_sandbox_is_started_once_and_shows_what_runs(sandbox: Sandbox) -> None:

@@ -11,7 +11,7 @@ from avcil_dist.data.manifest import load_manifest
 from data_shards.build import build_shards
 from data_shards.verify import verify_shards
 from launch.sandbox.cluster import Sandbox
-from tests.helpers.chains import wait_for
+from tests.helpers.chains import no_job_starts, wait_for
 from tests.helpers.commands import PROJECT, run_avcil
 from tests.helpers.rendered import render_tiny
 
@@ -24,21 +24,20 @@ def test_a_build_by_parts_continues_after_an_interruption_and_a_loss(sandbox: Sa
     whole = build_shards(source, f"{tmp_path}/whole", clips_per_shard=2, min_seconds=0.5, keep_muted=False)
     words = ["shards", "build", source, output, "--clips-per-shard", 2, "--cluster", "slurm", "--parts", 2]
 
-    sandbox.run("scontrol", "update", "PartitionName=low", "State=DOWN")  # no job starts
-    command = [sys.executable, "-m", "avcil_dist", *map(str, words)]
-    watching = subprocess.Popen(command, cwd=PROJECT, stderr=subprocess.PIPE, text=True, env=os.environ)
-    assert watching.stderr is not None
-    assert "2 parts submitted" in watching.stderr.readline()
-    watching.send_signal(signal.SIGINT)
-    assert watching.wait(60) == 130
-    told = re.search(r"To end them: (scancel \d+ \d+)$", watching.stderr.read(), re.MULTILINE)
-    assert told
-    refused = run_avcil(*words[:-1], 3)
-    assert refused.returncode == 2
-    assert f"end them first: {told[1]}" in refused.stderr
-    sandbox.run(*told[1].split())
-    wait_for(lambda: not sandbox.run("squeue", "--noheader").stdout.strip(), "the end of the jobs")
-    sandbox.run("scontrol", "update", "PartitionName=low", "State=UP")
+    with no_job_starts(sandbox):
+        command = [sys.executable, "-m", "avcil_dist", *map(str, words)]
+        watching = subprocess.Popen(command, cwd=PROJECT, stderr=subprocess.PIPE, text=True, env=os.environ)
+        assert watching.stderr is not None
+        assert "2 parts submitted" in watching.stderr.readline()
+        watching.send_signal(signal.SIGINT)
+        assert watching.wait(60) == 130
+        told = re.search(r"To end them: (scancel \d+ \d+)$", watching.stderr.read(), re.MULTILINE)
+        assert told
+        refused = run_avcil(*words[:-1], 3)
+        assert refused.returncode == 2
+        assert f"end them first: {told[1]}" in refused.stderr
+        sandbox.run(*told[1].split())
+        wait_for(lambda: not sandbox.run("squeue", "--noheader").stdout.strip(), "the end of the jobs")
 
     built = run_avcil(*words)
     assert built.returncode == 0, built.stderr

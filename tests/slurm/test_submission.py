@@ -11,7 +11,7 @@ import pytest
 
 from avcil_dist.world import world_from_environment
 from launch.sandbox.cluster import Sandbox
-from tests.helpers.chains import SECONDS, job_of, wait_for_end, wait_for_restart
+from tests.helpers.chains import SECONDS, job_of, no_job_starts, wait_for_end, wait_for_restart
 from tests.helpers.documents import PROJECT, blocks, commands
 from tests.helpers.streams import avcil, write_config
 
@@ -88,8 +88,7 @@ def test_a_chain_is_submitted_once_from_inside_a_job_whatever_its_environment_an
         "-n1",
         "--mem-per-cpu=50",
     )
-    sandbox.run("scontrol", "update", "PartitionName=low", "State=DOWN")  # no job starts yet
-    try:
+    with no_job_starts(sandbox):
         submission(config, *salloc, path=str(programs)).communicate(timeout=SECONDS)
         assert not Path(stream, "jobs.json").exists()
         [first] = queued(sandbox)
@@ -99,8 +98,6 @@ def test_a_chain_is_submitted_once_from_inside_a_job_whatever_its_environment_an
         assert sorted(output.count("waits or runs already") for output in outputs) == [1, 3]
         assert queued(sandbox) == [first, *(first.replace("s00-", f"s{step:02d}-") for step in (1, 2))]
         port = socket.create_server(("", port_of(job_of(stream, 0))))  # a foreign program has the port of the job
-    finally:
-        sandbox.run("scontrol", "update", "PartitionName=low", "State=UP")
 
     wait_for_restart(sandbox, job_of(stream, 0), 1)  # it takes another port
     port.close()
@@ -134,8 +131,7 @@ def test_the_submit_lines_of_the_documents_work_as_written(
     for words in (("synth", "clips", *sizes), ("build", "clips/clips.csv", "shards")):
         result = avcil("shards", *words)
         assert result.exit_code == 0, result.output
-    sandbox.run("scontrol", "update", "PartitionName=low", "State=DOWN")  # no job starts
-    try:
+    with no_job_starts(sandbox):
         for words in submit_lines():
             result = avcil(*words[1:], "--dry-run")
             assert result.output.startswith("#!/bin/bash\n"), result.output
@@ -144,5 +140,3 @@ def test_the_submit_lines_of_the_documents_work_as_written(
             assert [name[:8] for name in queued(sandbox)] == ["s00-demo", "s01-demo", "s02-demo", "s03-demo"]
             assert "PENDING" in avcil("status", "runs").output
             assert "4 ended" in avcil("cancel", "runs").output
-    finally:
-        sandbox.run("scontrol", "update", "PartitionName=low", "State=UP")

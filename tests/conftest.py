@@ -44,6 +44,12 @@ def reference() -> Iterator[Any]:
 
 
 @pytest.fixture(autouse=True)
+def no_server_of_another_test() -> None:
+    """Begin without a tracking server: `mlflow.set_tracking_uri` names one for the whole process and its children."""
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+
+@pytest.fixture(autouse=True)
 def no_process_in_a_fast_test(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail a fast test that starts a process. The attention's kernels, compiled once per machine, are the exception."""
     if not request.node.get_closest_marker("fast"):

@@ -11,7 +11,7 @@ import pytest
 
 from avcil_dist.world import world_from_environment
 from launch.sandbox.cluster import Sandbox
-from tests.helpers.chains import SECONDS, job_of, no_job_starts, wait_for_end, wait_for_restart
+from tests.helpers.chains import SECONDS, job_of, no_job_starts, wait_for, wait_for_end, wait_for_restart
 from tests.helpers.documents import PROJECT, blocks, commands
 from tests.helpers.streams import avcil, write_config
 
@@ -133,6 +133,7 @@ def test_the_submit_lines_of_the_documents_work_as_written(
         assert result.exit_code == 0, result.output
     with no_job_starts(sandbox):
         for words in submit_lines():
+            wait_for(lambda: not queued(sandbox), "the end of earlier jobs")  # committed, and still completing
             result = avcil(*words[1:], "--dry-run")
             assert result.output.startswith("#!/bin/bash\n"), result.output
             result = avcil(*words[1:])

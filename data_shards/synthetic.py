@@ -33,6 +33,8 @@ IRRATIONALS = np.array(
 )
 CHUNK_CLIPS = 8
 
+Region = tuple[float, float, float, float]  # top, left, bottom, right as fractions of the picture
+
 
 @dataclass(frozen=True)
 class SyntheticSpec:
@@ -88,12 +90,12 @@ def render_dataset(
     chunks = [clips[i : i + CHUNK_CLIPS] for i in range(0, len(clips), CHUNK_CLIPS)]
     render = partial(_render_chunk, folder, spec)
     if processes == 1:
-        _count(map(render, chunks), progress)
+        regions = _collected(map(render, chunks), progress)
     else:
         context = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(processes, mp_context=context, initializer=exit_with_parent)
         try:
-            _count(pool.map(render, chunks), progress)
+            regions = _collected(pool.map(render, chunks), progress)
         finally:
             pool.shutdown(cancel_futures=True)
     text = io.StringIO()
@@ -101,7 +103,6 @@ def render_dataset(
     rows.writerow(["path", "label", "split"])
     rows.writerows([_clip_path(*clip), class_name(clip[1]), clip[0]] for clip in clips)
     storage.write_bytes(str(folder / "clips.csv"), text.getvalue().encode())
-    regions = {_clip_key(*clip): sounding_region(spec, *clip) for clip in clips}
     storage.write_json(str(folder / "regions.json"), regions)
     return folder / "clips.csv"
 
@@ -119,7 +120,7 @@ def render_clip(spec: SyntheticSpec, split: str, number: int, index: int) -> byt
     return _encode(spec, frames, _render_sound(spec, number, pulse_phase, random))
 
 
-def sounding_region(spec: SyntheticSpec, split: str, number: int, index: int) -> tuple[float, float, float, float]:
+def sounding_region(spec: SyntheticSpec, split: str, number: int, index: int) -> Region:
     """Return top, left, bottom, right of the cell of the sounding shape, as fractions of the picture."""
     random = generator(spec.seed, "synthetic clip", split, number, index)
     random.uniform(0, 2 * np.pi)
@@ -145,19 +146,23 @@ def _check(folder: Path, spec: SyntheticSpec) -> None:
     storage.write_json(spec_file, look)
 
 
-def _count(chunks: Iterable[int], progress: Callable[[], None] | None) -> None:
-    for rendered in chunks:
-        for _ in range(rendered):
+def _collected(chunks: Iterable[dict[str, Region]], progress: Callable[[], None] | None) -> dict[str, Region]:
+    """The regions of all chunks by key, in order; `progress` is called once a clip."""
+    regions: dict[str, Region] = {}
+    for chunk in chunks:
+        regions |= chunk
+        for _ in chunk:
             if progress:
                 progress()
+    return regions
 
 
-def _render_chunk(folder: Path, spec: SyntheticSpec, clips: list[tuple[str, int, int]]) -> int:
+def _render_chunk(folder: Path, spec: SyntheticSpec, clips: list[tuple[str, int, int]]) -> dict[str, Region]:
     for clip in clips:
         path = folder / _clip_path(*clip)
         if not path.exists():
             storage.write_bytes(str(path), render_clip(spec, *clip))
-    return len(clips)
+    return {_clip_key(*clip): sounding_region(spec, *clip) for clip in clips}
 
 
 def _clip_path(split: str, number: int, index: int) -> str:

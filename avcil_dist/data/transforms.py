@@ -30,14 +30,18 @@ class ClipTransform:
 
     def __call__(self, clip: DecodedClip, seed: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Visual float32 (T, 3, size, size), audio float32 (mel_frames, mel_bins); augmented if there is a `seed`."""
-        return self._inputs(DecodedClip(self.reduced(clip.frames, seed), clip.waveform), seed)
+        return self.inputs(DecodedClip(self.reduced(clip.frames, seed), clip.waveform), seed)
 
     def decode(self, data: bytes, *, where: str, seed: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Decode the bytes of a clip and transform it; one frame at a time is in memory in its full size.
+        """Decode the bytes of a clip and transform it, as `decode_reduced` and `inputs` do."""
+        return self.inputs(self.decode_reduced(data, where=where, seed=seed), seed)
+
+    def decode_reduced(self, data: bytes, *, where: str, seed: int | None = None) -> DecodedClip:
+        """Decode the bytes of a clip to frames of the final size; one at a time is in memory in its full size.
 
         Raises DataError, naming `where`, as `decode_clip` does.
         """
-        clip = decode_clip(
+        return decode_clip(
             data,
             num_frames=self.config.frames,
             sample_rate=self.config.sample_rate,
@@ -45,16 +49,16 @@ class ClipTransform:
             where=where,
             reduce=partial(self.reduced, seed=seed),
         )
-        return self._inputs(clip, seed)
 
-    def reduced(self, frames: torch.Tensor, seed: int | None = None) -> torch.Tensor:
+    def reduced(self, frames: torch.Tensor, seed: int | None) -> torch.Tensor:
         """Frames uint8 (…, 3, H, W) as (…, 3, size, size); the same for frames one by one and together."""
         if seed is not None:
             return self.augmentation.augment_frames(frames, seed)
         size = self.config.size
         return video.center_crop(video.resize(frames, [size], antialias=True), [size, size])
 
-    def _inputs(self, clip: DecodedClip, seed: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def inputs(self, clip: DecodedClip, seed: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the encoders' inputs of a clip whose frames are reduced; the sound is augmented if there is a seed."""
         audio = self._filterbank(clip.waveform)
         if seed is not None:
             audio = self.augmentation.augment_sound(audio, seed)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from avcil_dist import storage
 from avcil_dist.config.schema import ClipConfig
-from avcil_dist.data.decode import decode_clip
 from avcil_dist.data.transforms import ClipTransform
 from avcil_dist.errors import ConfigError
 from avcil_dist.inference.predict import restore_step
@@ -53,15 +52,8 @@ def prepare_clips(urls: Sequence[str], settings: ClipConfig) -> list[PreparedCli
     """Decode video files. Raises DataError, naming the file, for one that cannot be read or decoded."""
     transform, prepared = ClipTransform(settings), []
     for url in urls:
-        clip = decode_clip(
-            storage.read_bytes(url),
-            num_frames=settings.frames,
-            sample_rate=settings.sample_rate,
-            silent=settings.silent,
-            where=url,
-            reduce=transform.reduced,
-        )
-        visual, audio = transform(clip)
+        clip = transform.decode_reduced(storage.read_bytes(url), where=url)
+        visual, audio = transform.inputs(clip)
         frames = clip.frames.permute(0, 2, 3, 1).numpy()
         prepared.append(PreparedClip(url, visual, audio, frames, clip.waveform.numpy(), settings.sample_rate))
     return prepared

@@ -75,6 +75,7 @@ def print_report(streams: Sequence[StreamReport], console: Console) -> None:
         "seen accuracy after each step",
         "mean accuracy",
         "average forgetting",
+        "selected epoch of each step",
         "memory, MB",
     ):
         summary.add_column(heading, justify="right")
@@ -88,9 +89,12 @@ def print_report(streams: Sequence[StreamReport], console: Console) -> None:
             "  ".join(percent(value) for value in metrics.seen_accuracy),
             percent(metrics.mean_accuracy),
             percent(metrics.average_forgetting),
+            "  ".join("–" if choice is None else str(choice) for choice in metrics.choices) or "–",
             megabytes(metrics.memory),
         )
     console.print(summary)
+    if any(choice and choice.num_ties for stream in streams for choice in stream.metrics.choices):
+        console.print("* later epochs are as good on the validation clips; the first of them is kept", highlight=False)
     for stream in streams:
         matrix = WordTable(f"{stream.label}: accuracy on each task, %")
         matrix.add_column("after step", justify="right")

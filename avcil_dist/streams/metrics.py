@@ -110,13 +110,33 @@ class MemoryUse:
 
 
 @dataclass(frozen=True)
+class EpochChoice:
+    """Epoch whose weights a step committed, counted from 0; `num_ties` later ones have the same validation accuracy.
+
+    `num_epochs` were trained; 0 in a step without training. `val_accuracy` is None where epochs were not compared.
+    """
+
+    epoch: Count
+    num_epochs: Count
+    val_accuracy: Accuracy | None = None
+    num_ties: Count = 0
+
+    def __str__(self) -> str:
+        """Return the epoch for people, counted from 1, such as 13/100; with * where later ones are as good."""
+        if not self.num_epochs:
+            return "–"
+        return f"{self.epoch + 1}/{self.num_epochs}{'*' if self.num_ties else ''}"
+
+
+@dataclass(frozen=True)
 class StreamMetrics:
     """Metrics of a stream up to and including `step`: the content of `metrics.json`.
 
     `accuracy` holds rows 0 … step of the accuracy matrix, `seen_accuracy` a_0 … a_step. `per_class`, `confusion`,
     `num_test_clips`, `epoch` (the selected one) and `val_accuracy` are those of the last step. `source_disjoint`
-    covers the test clips whose source video no training clip shares, `memory` is that after the last step. Raises
-    ValueError for inconsistent lengths.
+    covers the test clips whose source video no training clip shares, `memory` is that after the last step. `choices`
+    are the selected epochs of steps 0 … step, None for a step that an earlier version trained. Raises ValueError for
+    inconsistent lengths.
     """
 
     step: Annotated[int, Field(ge=0, lt=1 << 20)]
@@ -129,6 +149,7 @@ class StreamMetrics:
     confusion: Mapping[ClassName, Mapping[ClassName, Count]] = field(default_factory=dict, repr=False)
     source_disjoint: SubsetMetrics | None = None
     memory: MemoryUse | None = None
+    choices: tuple[EpochChoice | None, ...] = ()
 
     def __post_init__(self) -> None:
         lengths = [len(row) for row in self.accuracy]
@@ -136,6 +157,8 @@ class StreamMetrics:
             raise ValueError(f"step {self.step}: the accuracy matrix has rows of {lengths[:9]}")
         if len(self.seen_accuracy) != self.step + 1:
             raise ValueError(f"step {self.step}: there are {len(self.seen_accuracy)} seen accuracies")
+        if len(self.choices) not in (0, self.step + 1):
+            raise ValueError(f"step {self.step}: there are {len(self.choices)} selected epochs")
 
     @classmethod
     def after(
@@ -149,6 +172,8 @@ class StreamMetrics:
         num_test_clips: int,
         epoch: int,
         val_accuracy: float | None,
+        num_epochs: int = 0,
+        num_ties: int = 0,
         confusion: Mapping[str, Mapping[str, int]] | None = None,
         source_disjoint: tuple[float, int] | None = None,
         memory: MemoryUse | None = None,
@@ -160,6 +185,7 @@ class StreamMetrics:
         if step != (0 if previous is None else previous.step + 1):
             raise ValueError(f"step {step} does not follow on {'nothing' if previous is None else previous.step}")
         before = previous.source_disjoint.seen_accuracy if previous and previous.source_disjoint else ()
+        choices = (previous.choices or (None,) * step) if previous else ()
         subset = source_disjoint and SubsetMetrics((*before, source_disjoint[0]), source_disjoint[1])
         return cls(
             step=step,
@@ -172,6 +198,7 @@ class StreamMetrics:
             confusion=dict(confusion or {}),
             source_disjoint=subset,
             memory=memory,
+            choices=(*choices, EpochChoice(epoch, num_epochs, val_accuracy, num_ties)),
         )
 
     @property

@@ -88,13 +88,14 @@ class TrainingRecord(BaseModel):
 class BestEpoch:
     """Weights of the epoch that becomes the step's result, its number and its accuracy on the validation clips.
 
-    `num_ties` later epochs have the same accuracy.
+    `num_ties` later epochs have the same accuracy. `num_epochs`: those that were trained, once training is over.
     """
 
     state: dict[str, Tensor]
     epoch: int
     val_accuracy: float | None
     num_ties: int = 0
+    num_epochs: int = 0
 
 
 @dataclass

@@ -213,6 +213,8 @@ def _metrics(
         num_test_clips=len(labels),
         epoch=best.epoch,
         val_accuracy=best.val_accuracy,
+        num_epochs=best.num_epochs,
+        num_ties=best.num_ties,
         confusion=confusion(labels, predictions, step.seen_classes),
         source_disjoint=disjoint,
         memory=memory,

@@ -132,7 +132,7 @@ class Trainer:
                 )
             self.observer.advance()
         assert state.best is not None
-        return state.best
+        return replace(state.best, num_epochs=state.iteration // self.per_epoch)
 
     def _load_teacher_cache(self, teacher: Teacher) -> TeacherCache:
         """Load the cache that was saved before the step was stopped, or build it."""

@@ -8,6 +8,7 @@ import pytest
 from avcil_dist import storage
 from avcil_dist.errors import DataError
 from avcil_dist.streams.metrics import (
+    EpochChoice,
     MemoryUse,
     StreamMetrics,
     SubsetMetrics,
@@ -125,6 +126,26 @@ def test_a_stream_grows_step_by_step() -> None:
     assert (metrics.num_test_clips, metrics.epoch, metrics.val_accuracy) == (30, 7, None)
 
 
+def test_the_selected_epoch_of_every_step_is_recorded_from_the_step_on_that_records_it() -> None:
+    old = replace(make_metrics([[0.9]], [0.9]), choices=())
+    grown = StreamMetrics.after(
+        old,
+        step=1,
+        row=[1, 1],
+        seen=1,
+        per_class={},
+        num_test_clips=1,
+        epoch=3,
+        val_accuracy=0.5,
+        num_epochs=9,
+        num_ties=2,
+    )
+    assert grown.choices == (None, EpochChoice(3, 9, 0.5, 2))
+    assert str(grown.choices[1]) == "4/9*"
+    assert str(EpochChoice(0, 0)) == "–"
+    assert read(json.loads(json.dumps(grown.to_dict()))) == grown
+
+
 def test_a_step_that_is_left_out_is_an_error() -> None:
     first = make_metrics([[0.9]], [0.9])
     with pytest.raises(ValueError, match="does not follow"):
@@ -162,8 +183,8 @@ def test_an_incomplete_record_is_refused() -> None:
 
 def test_a_record_from_before_an_optional_metric_reads_with_its_default() -> None:
     record = make_metrics([[0.9]], [0.9]).to_dict()
-    del record["confusion"], record["source_disjoint"]
-    assert read(record) == make_metrics([[0.9]], [0.9])
+    del record["confusion"], record["source_disjoint"], record["choices"]
+    assert read(record) == replace(make_metrics([[0.9]], [0.9]), choices=())
 
 
 def test_a_metric_of_a_later_version_is_ignored() -> None:

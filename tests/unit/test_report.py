@@ -48,7 +48,9 @@ def write_stream(folder: Path, *, committed: int, started: int = 0, method: str 
             per_class={name: (label + 1) / 10 for label, name in enumerate(seen)},
             num_test_clips=10 * (step + 1),
             epoch=3,
-            val_accuracy=None,
+            val_accuracy=0.5,
+            num_epochs=9,
+            num_ties=step,
             memory=MemoryUse(num_clips=8, clip_bytes=1_000_000, model_bytes=200_000, state_bytes=step * 50_000),
         )
         artifact = str(folder / f"step_{step:03d}")
@@ -160,9 +162,10 @@ def test_the_terminal_shows_summary_and_matrix_in_percent(tmp_path: Path) -> Non
     write_stream(tmp_path / "a", committed=3, seed=7)
     write_stream(tmp_path / "b", committed=1, method="finetune")
     text = printed(load_streams([str(tmp_path)]))
-    assert re.search(r"tiny\W+avcil\W+7\W+3/3\W+90\.0 +60\.0 +45\.6\W+65\.2\W+40\.0\W+1\.3\W", text)
+    assert re.search(r"tiny\W+avcil\W+7\W+3/3\W+90\.0 +60\.0 +45\.6\W+65\.2\W+40\.0\W+4/9 +4/9\* +4/9\*\W+1\.3\W", text)
     assert re.search(r"tiny\W+finetune\W+0\W+1/3\W+90\.0\W+90\.0\W+–", text)
     assert re.search(r"2\W+60\.0\W+30\.0\W+70\.0", text)
+    assert "* later epochs are as good" in text
 
 
 def test_the_page_needs_nothing_but_itself_and_is_well_formed(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from avcil_dist.config.schema import Config
 from avcil_dist.data.manifest import load_manifest
 from avcil_dist.errors import ConfigError, DataError, StepStopped
 from avcil_dist.streams.artifact import StepArtifact, load_artifact
+from avcil_dist.streams.metrics import EpochChoice
 from avcil_dist.streams.stream import stream_url
 from avcil_dist.streams.summary import step_url
 from avcil_dist.system.signals import StopRequest
@@ -161,6 +162,7 @@ def test_the_first_of_equally_good_epochs_is_the_result(config: Config, monkeypa
     line = kept_line(run(config))
     assert line == "step 0: keeps epoch 2/4, val 90.0%; 1 later ones are as good, the first is kept"
     assert (artifact_of(config).metrics.epoch, artifact_of(config).metrics.val_accuracy) == (1, 0.9)
+    assert artifact_of(config).metrics.choices == (EpochChoice(1, 4, 0.9, num_ties=1),)
 
 
 def test_a_step_that_stopped_after_its_best_epoch_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,6 +191,7 @@ def test_a_step_ends_after_as_many_validations_without_a_better_one(
     accuracies(monkeypatch, [0.5, 0.6, 0.6, 0.5])
     found = run(patient)
     assert len(found.epochs) == 4
+    assert artifact_of(patient).metrics.choices == (EpochChoice(1, 4, 0.6, num_ties=1),)
     assert artifact_of(patient).metrics.epoch == 1
 
     broken = resolve(tmp_path, "optim.patience=2", "optim.epochs=9", f"output={tmp_path}/broken")

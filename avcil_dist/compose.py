@@ -3,9 +3,13 @@
 Reading files and overrides is `config/loader.py`. Here the settings under `by_method` are applied for the
 selected method, and its options are validated by the method's own model. Settings under `by_method` have the
 priority of the file that contains them: files that extend it and the command line override them.
+
+Code that these files and overrides name, as `package.module:Class`, is the user's own: it is recorded as trusted. The
+resolved configuration of an artifact or a server, to which `override_config` applies, vouches for nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -22,6 +26,9 @@ from avcil_dist.config.section import Section
 from avcil_dist.config.validation_errors import explain_error
 from avcil_dist.errors import ConfigError
 from avcil_dist.methods import method_class, method_names
+from avcil_dist.system.plugins import trust
+
+NAMES_OF_CODE = ("method", "method.name", "model.visual.kind", "model.audio.kind", "model.fusion")
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
@@ -30,6 +37,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     Raises ConfigError, one line that names file, key, value and what is allowed.
     """
     tree = read_tree(find_config(name))
+    trust(*_code_in(tree.values), *_code_in_overrides(overrides))
     selecting = [override for override in overrides if override.partition("=")[0] in ("method", "method.name")]
     for override in selecting:  # first, as they select the settings under `by_method`, which the others override
         tree.override(override)
@@ -42,6 +50,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
 
 def override_config(config: Config, overrides: Sequence[str]) -> Config:
     """Return a resolved configuration with `section.key=value` overrides. Raises ConfigError as `load_config` does."""
+    trust(*_code_in_overrides(overrides))
     tree = SettingsTree(COMMAND_LINE, config.model_dump(mode="json"))
     for override in overrides:
         tree.override(override)
@@ -51,6 +60,24 @@ def override_config(config: Config, overrides: Sequence[str]) -> Config:
 def method_options() -> dict[str, type[Section]]:
     """Return the model of the options of each method, by its name."""
     return {name: method_class(name).Options for name in method_names()}
+
+
+def _code_in(values: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the texts of settings that may name code."""
+    for key in NAMES_OF_CODE:
+        node: Any = values
+        for part in key.split("."):
+            node = node.get(part) if isinstance(node, Mapping) else None
+        if isinstance(node, str):
+            yield node
+    by_method = values.get(BY_METHOD)
+    yield from (name for name in by_method if isinstance(name, str)) if isinstance(by_method, Mapping) else ()
+
+
+def _code_in_overrides(overrides: Sequence[str]) -> Iterator[str]:
+    for key, _, text in (override.partition("=") for override in overrides):
+        if key in NAMES_OF_CODE:
+            yield text.strip().strip("'\"")
 
 
 def _validate(tree: SettingsTree) -> Config:

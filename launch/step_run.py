@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from avcil_dist.config.schema import Config
 from avcil_dist.errors import AvcilError
+from avcil_dist.system.plugins import trust, trusted
 from avcil_dist.system.signals import StopRequest, listening
 from avcil_dist.tracking.events import StepTracker
 from avcil_dist.tracking.session import publish_step, track_step
@@ -32,6 +33,7 @@ class StepRun:
 
     `run_id` is the stream's id, as `open_run` returns it; None turns tracking and progress off.
     `reset_optimizer` and `shard_check` are as in `run_step`. Rank 0 writes its progress to `progress_file`.
+    `plug_ins`: the references to code that the process which makes the run trusts.
     """
 
     config: Config
@@ -41,6 +43,7 @@ class StepRun:
     reset_optimizer: bool = False
     progress_file: str | None = None
     shard_check: Literal["none", "step", "stream"] = "step"
+    plug_ins: tuple[str, ...] = field(default_factory=trusted)
 
     def run(self, world: World, report: Callable[[AvcilError], None]) -> None:
         """Run the step on the rank that `world` names; rank 0 also shows its progress and tracks it.
@@ -48,6 +51,7 @@ class StepRun:
         On SIGTERM and SIGUSR2 the step commits a snapshot and raises StepStopped. Raises the step's AvcilError.
         An error of another rank that this rank cannot raise is passed to `report`, and the process ends.
         """
+        trust(*self.plug_ins)
         with listening() as stop:
             if not world.is_main or self.run_id is None:
                 self._run_step(world, stop, report, ())

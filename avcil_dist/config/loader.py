@@ -1,12 +1,14 @@
 """Loading of settings: YAML files that extend others, named sections and `key=value` overrides, into one tree.
 
 `extends:` names one file or several; later ones override earlier ones, and the file itself overrides them all.
-A section that is a single word names a shipped file of that section: `method: avcil` is
-`configs/method/avcil.yaml`. `by_method:` holds settings that apply to one method each; `compose.py` selects them.
-Every value keeps its source (file or command line) for error messages.
+A section that is a single word names a file of that section: `method: avcil` is `configs/method/avcil.yaml`. Files are
+looked up in the folder of the file that names them, in the folders of AVCIL_CONFIG_PATH, in those of installed packages
+(entry points `avcil_dist.configs`), and among the shipped ones. `by_method:` holds settings that apply to one method
+each; `compose.py` selects them. Every value keeps its source (file or command line) for error messages.
 """
 
 import errno
+import os
 import os.path
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +23,9 @@ from avcil_dist import storage
 from avcil_dist.config.validation_errors import explain_error
 from avcil_dist.config.yaml_text import MAX_CHARACTERS, parse_yaml
 from avcil_dist.errors import ConfigError
+from avcil_dist.system.plugins import config_folders, is_known
 
+SEARCH_PATH = "AVCIL_CONFIG_PATH"  # folders, separated as in PATH
 MAX_BYTES = 4 * MAX_CHARACTERS + 1  # the bounds of `parse_yaml` in UTF-8
 MAX_NAME = 255  # characters; more are no name of a file
 NAMED_SECTIONS = ("method", "engine")
@@ -58,7 +62,7 @@ class SettingsTree:
         if "#" in word and word[0] not in "'\"" and (value is None or isinstance(value, str)):
             value = word  # a word of a command line has no comment
         if key in NAMED_SECTIONS and isinstance(value, str):
-            self.values[key] = _named_section(key, value, COMMAND_LINE)
+            self.values[key] = _named_section(key, value, COMMAND_LINE, None)
             return
         *sections, leaf = key.split(".")
         node = self.values
@@ -98,18 +102,51 @@ def shipped_configs() -> Path:
     return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
 
 
+def search_path() -> list[Path]:
+    """Return the folders in which names of configurations are looked up, the shipped ones last."""
+    own = [Path(entry).expanduser() for entry in os.environ.get(SEARCH_PATH, "").split(os.pathsep) if entry]
+    return [*own, *config_folders(), shipped_configs()]
+
+
+def find_in_path(section: str, name: str, own_folder: Path | None = None) -> Path | None:
+    """Return the first file `SECTION/NAME.yaml` of `own_folder` and the search path, or None.
+
+    Raises ConfigError where an installed package has a file of a shipped name: the word would change its meaning.
+    """
+    if len(name) > MAX_NAME:
+        return None
+    shipped, packages = shipped_configs(), config_folders()
+    found = None
+    for folder in (*([own_folder] if own_folder else []), *search_path()):
+        path = folder / section / f"{name}.yaml"
+        if found is None and is_file(path):
+            found = path
+        if folder in packages and is_file(path) and is_file(shipped / section / path.name):
+            raise ConfigError(f"{path}: a package has a configuration of the shipped name {name!r}; uninstall it")
+    return found
+
+
 def find_config(name: str) -> Path:
-    """Return the path of a file, or of the shipped benchmark of that name. Raises ConfigError where neither exists."""
-    shipped = shipped_configs()
-    for path in (Path(name), shipped / "benchmark" / f"{name}.yaml", shipped / f"{name}.yaml"):
-        if is_file(path):
-            return path
+    """Return the path of a file, or of the benchmark of that name in the search path.
+
+    Raises ConfigError where neither exists.
+    """
+    if is_file(Path(name)):
+        return Path(name)
+    if found := find_in_path("benchmark", name) or find_in_path("", name):
+        return found
     if len(name) > MAX_NAME:
         raise ConfigError(f"{name[:MAX_NAME]}…: no such file; the name is too long")
     if Path(name).is_dir():
-        raise ConfigError(f"{name}: a folder; give a yaml file, or the name of a shipped benchmark")
-    names = sorted(path.stem for path in (shipped / "benchmark").glob("*.yaml"))
-    raise ConfigError(f"{name}: no such file, and no shipped benchmark of that name (there are: {', '.join(names)})")
+        raise ConfigError(f"{name}: a folder; give a yaml file, or the name of a benchmark")
+    names = ", ".join(names_in_path("benchmark"))
+    raise ConfigError(f"{name}: no such file, and no benchmark of that name (there are: {names})")
+
+
+def names_in_path(section: str, own_folder: Path | None = None) -> list[str]:
+    """Return the names of a section's files in `own_folder` and the search path."""
+    folders = (*([own_folder] if own_folder else []), *search_path())
+    return sorted({path.stem for folder in folders for path in (folder / section).glob("*.yaml")})
 
 
 def is_file(path: Path) -> bool:
@@ -136,7 +173,7 @@ def read_tree(path: Path, extended_by: tuple[Path, ...] = ()) -> SettingsTree:
         _remove_overridden(settings, document)
     for section in NAMED_SECTIONS:
         if isinstance(document.get(section), str):
-            document[section] = _named_section(section, document[section], path.name)
+            document[section] = _named_section(section, document[section], path.name, path.parent)
             tree.values.pop(section, None)
     tree.merge(document, path.name)
     return tree
@@ -193,11 +230,13 @@ def _remove_overridden(settings: Values, document: Values) -> None:
             settings.pop(key, None)
 
 
-def _named_section(section: str, name: str, source: str) -> Values:
-    shipped = {file.stem: file for file in sorted((shipped_configs() / section).glob("*.yaml"))}
-    if name not in shipped:
-        raise ConfigError(f"{source}: {section}: {name!r} is none of {', '.join(shipped)}")
-    return _read_document(shipped[name])
+def _named_section(section: str, name: str, source: str, own_folder: Path | None) -> Values:
+    """Return the settings of a named section: a file's, or the name alone of a method without a file."""
+    if Path(name).name == name and (found := find_in_path(section, name, own_folder)):
+        return _read_document(found)
+    if section == "method" and is_known(name, "methods"):
+        return {"name": name}
+    raise ConfigError(f"{source}: {section}: {name!r} is none of {', '.join(names_in_path(section, own_folder))}")
 
 
 def _dotted_keys(values: Values, prefix: str = "") -> Iterable[str]:

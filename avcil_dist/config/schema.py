@@ -11,6 +11,7 @@ from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, model_valida
 from avcil_dist.config.encoders import ModelConfig, TransformerConfig
 from avcil_dist.config.optim import OptimConfig
 from avcil_dist.config.section import Fork, Incomparable, Operational, PathText, Section
+from avcil_dist.system.plugins import label
 
 Precision = Literal["float32", "bf16", "fp16"]
 
@@ -162,7 +163,14 @@ class MethodConfig(Section):
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    name: Incomparable[str] = Field(description="Name of the method; `avcil methods` lists them.")
+    name: Incomparable[str] = Field(
+        description="Name of the method; `avcil methods` lists them. Or a class of your own, as `package.module:Class`."
+    )
+
+    @property
+    def label(self) -> str:
+        """Name of the method as part of the names of files and models."""
+        return label(self.name)
 
 
 class MemoryConfig(Section):
@@ -311,7 +319,7 @@ class Config(Section):
     @property
     def stream_name(self) -> str:
         """Name of the stream: benchmark, method and seed."""
-        return f"{self.name}-{self.method.name}-seed{self.seed}"
+        return f"{self.name}-{self.method.label}-seed{self.seed}"
 
     @model_validator(mode="after")
     def _check_global_batch(self) -> "Config":

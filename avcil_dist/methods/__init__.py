@@ -1,4 +1,4 @@
-"""Class-incremental methods, one file each. The name of a method is that of its file."""
+"""Class-incremental methods, one file each, and those of plug-ins. The name of a method is that of its file."""
 
 import importlib
 import pkgutil
@@ -8,22 +8,31 @@ from pydantic import ValidationError
 from avcil_dist.config.schema import MethodConfig
 from avcil_dist.errors import ConfigError
 from avcil_dist.methods.base import Method
+from avcil_dist.system.plugins import check_name, load_plug_in
 
 LONGEST_SHOWN = 80
 NOT_METHODS = {"base", "evidence", "feature_sums", "losses", "nearest_mean", "sums_head"}
 
 
 def method_names() -> list[str]:
-    """Return the names of all methods."""
+    """Return the names of the built-in methods."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in NOT_METHODS)
 
 
 def method_class(name: str) -> type[Method]:
-    """Return the class of a method. Raises ConfigError for an unknown name."""
-    if name not in method_names():
-        raise ConfigError(f"method.name: {name!r} is none of {', '.join(method_names())}")
-    method: type[Method] = importlib.import_module(f"{__name__}.{name}").METHOD
-    return method
+    """Return the class of a method: of the name of a built-in one, of a plug-in, or of `package.module:Class`.
+
+    Raises ConfigError as `load_plug_in` does, and for a plug-in that is no method.
+    """
+    built_in = method_names()
+    if name in built_in:
+        check_name("method.name", name, "methods", built_in)
+        method: type[Method] = importlib.import_module(f"{__name__}.{name}").METHOD
+        return method
+    found = load_plug_in("method.name", name, "methods", built_in)
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise ConfigError(f"method.name: the plug-in {name!r} is no class derived from avcil_dist.methods.base.Method")
+    return found
 
 
 def make_method(config: MethodConfig) -> Method:

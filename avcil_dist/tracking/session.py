@@ -107,7 +107,7 @@ def publish_step(config: Config, tracker: StepTracker, num_steps: int) -> None:
     if tracker.step + 1 == num_steps:
         name = config.tracking.register_as
         if name != "none":
-            tracker.register(f"{config.name}-{config.method.name}" if name == "auto" else name)
+            tracker.register(f"{config.name}-{config.method.label}" if name == "auto" else name)
         tracker.queue.append("end", run=STREAM, status="FINISHED")
 
 

@@ -4,31 +4,47 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from launch.cli.options import processes_option, split_words
 from launch.cli.output import echo, is_main_rank
 
+if TYPE_CHECKING:
+    from avcil_dist.methods.base import Method
+
 
 @click.command()
 def methods() -> None:
     """List the methods: the requirements of each, and its options.
 
-    A method is one file in avcil_dist/methods and one yaml in configs/method.
+    Methods of installed packages follow the built-in ones; one that cannot be used is a line with the
+    reason.
     """
+    from avcil_dist.errors import ConfigError
     from avcil_dist.methods import method_class, method_names
+    from avcil_dist.system.plugins import plug_in_names, refused_plug_ins
+
+    built_in = method_names()
+    for name in [*built_in, *plug_in_names("methods", built_in)]:
+        try:
+            _list_method(name, method_class(name))
+        except ConfigError as error:
+            echo(f"{name}: not usable: {error}")
+    for line in refused_plug_ins("methods", built_in):
+        echo(f"refused: {line}")
+
+
+def _list_method(name: str, kind: "type[Method]") -> None:
     from avcil_dist.training.preflight import describe_needs
 
-    for name in method_names():
-        kind = method_class(name)
-        summary = (sys.modules[kind.__module__].__doc__ or "").splitlines()[0]
-        echo(f"{name}: {summary}")
-        echo(f"  needs    {', '.join(describe_needs(kind(kind.Options()).needs)) or 'nothing'}")
-        for option, field in kind.Options.model_fields.items():
-            description = f"  {field.description}" if field.description else ""
-            echo(f"  option   {option}={_shown(field.default)} ({_kind(field.annotation)}){description}")
+    summary = (sys.modules[kind.__module__].__doc__ or kind.__doc__ or "").strip().partition("\n")[0]
+    echo(f"{name}: {summary}")
+    echo(f"  needs    {', '.join(describe_needs(kind(kind.Options()).needs)) or 'nothing'}")
+    for option, field in kind.Options.model_fields.items():
+        description = f"  {field.description}" if field.description else ""
+        echo(f"  option   {option}={_shown(field.default)} ({_kind(field.annotation)}){description}")
 
 
 @click.command()

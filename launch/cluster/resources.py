@@ -10,9 +10,10 @@ from typing import Annotated, Any
 
 from pydantic import Field, PositiveInt, StringConstraints, field_validator, model_validator
 
-from avcil_dist.config.loader import is_file, load_settings, shipped_configs
+from avcil_dist.config.loader import find_in_path, is_file, load_settings, names_in_path
 from avcil_dist.config.section import PathText, Section, ShellLines
 from avcil_dist.errors import ConfigError
+from avcil_dist.system.plugins import trust
 
 START_SECONDS = 30  # a job that is warned before it has started to train continues from nothing, again and again
 # Options of sbatch that a job script sets itself, and the setting of a cluster file for those that have one.
@@ -139,10 +140,11 @@ class ClusterConfig(Section):
 
 
 def load_cluster(name: str, overrides: Sequence[str] = ()) -> ClusterConfig:
-    """Load a cluster from a file or by its shipped name, with `key=value` overrides. Raises ConfigError."""
-    shipped = shipped_configs() / "cluster"
-    for path in (Path(name), shipped / f"{name}.yaml"):
-        if is_file(path):
-            return load_settings(path, ClusterConfig, overrides)
-    names = ", ".join(sorted(path.stem for path in shipped.glob("*.yaml")))
-    raise ConfigError(f"--cluster {name}: no such file, and no shipped cluster of that name (there are: {names})")
+    """Load a cluster from a file or by its name, with `key=value` overrides. Raises ConfigError."""
+    path = Path(name) if is_file(Path(name)) else find_in_path("cluster", name)
+    if path is None:
+        names = ", ".join(names_in_path("cluster"))
+        raise ConfigError(f"--cluster {name}: no such file, and no cluster of that name (there are: {names})")
+    cluster = load_settings(path, ClusterConfig, overrides)
+    trust(cluster.kind)
+    return cluster

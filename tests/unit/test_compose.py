@@ -212,7 +212,7 @@ def test_a_missing_required_key_is_named(tmp_path: Path) -> None:
         ("extends: 3\n", "mine.yaml: extends: 3 is neither a file nor a list of files"),
         ("extends:\n", "mine.yaml: extends: None is neither a file nor a list of files"),
         ("extends: [demo, [x]]\n", "mine.yaml: extends: ['demo', ['x']] is neither a file nor a list of files"),
-        ("extends: gone.yaml\n", "mine.yaml: extends: gone.yaml: no such file, and no shipped benchmark of that name"),
+        ("extends: gone.yaml\n", "mine.yaml: extends: gone.yaml: no such file, and no benchmark of that name"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, text: str, line: str) -> None:
@@ -226,7 +226,7 @@ def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
 
 def test_a_missing_file_lists_the_shipped_benchmarks() -> None:
     line = refusal("vs1000")
-    assert line.startswith("vs1000: no such file, and no shipped benchmark of that name (there are: ")
+    assert line.startswith("vs1000: no such file, and no benchmark of that name (there are: ")
     assert "demo" in line
     assert find_config("demo").name == "demo.yaml"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from avcil_dist.config.schema import Config
-from avcil_dist.errors import ConfigError
+from avcil_dist.system.plugins import check_name, load_plug_in
 from avcil_dist.world import World
 from launch.cluster.chain_record import Chain
 from launch.cluster.part_jobs import PartJobs
@@ -120,14 +120,20 @@ class Scheduler(Protocol):
 
 
 def scheduler_kinds() -> list[str]:
-    """Return the names of all schedulers."""
+    """Return the names of the built-in schedulers."""
     names = (path.stem for path in Path(__file__).parent.glob("*.py"))
     return sorted(name for name in names if "_" not in name and name != "base")
 
 
 def scheduler_of(kind: str) -> Scheduler:
-    """Return the scheduler of this kind. Raises ConfigError for an unknown kind."""
-    if kind not in scheduler_kinds():
-        raise ConfigError(f"cluster file: kind: {kind!r} is none of {', '.join(scheduler_kinds())}")
+    """Return the scheduler of this kind: a built-in one, or an installed plug-in's object.
+
+    Raises ConfigError as `load_plug_in` does.
+    """
+    built_in = scheduler_kinds()
+    if kind not in built_in:
+        found: Scheduler = load_plug_in("cluster file: kind", kind, "schedulers", built_in)
+        return found
+    check_name("cluster file: kind", kind, "schedulers", built_in)
     scheduler: Scheduler = importlib.import_module(f"launch.cluster.schedulers.{kind}").SCHEDULER
     return scheduler

@@ -36,7 +36,8 @@ from avcil_dist.streams.tensors import encode_state, read_committed_tensors, rea
 class StepArtifact:
     """The result of a step. `model` is a complete state dict: it loads on any world size and ZeRO stage.
 
-    `device`: the name of the device that trained it.
+    `device`: the name of the device that trained it, on `ranks` processes, in `seconds`; `source`: the version of
+    the sources.
     """
 
     step: int
@@ -48,6 +49,9 @@ class StepArtifact:
     config: Config
     manifest_hash: str
     device: str = ""
+    ranks: int = 0
+    seconds: float = 0.0
+    source: str = ""
 
 
 def save_artifact(stream: str, artifact: StepArtifact) -> str:
@@ -63,6 +67,9 @@ def save_artifact(stream: str, artifact: StepArtifact) -> str:
         code_version=avcil_dist.__version__,
         changes=[asdict(change) for change in identity.changes] if identity else [],
         device=artifact.device,
+        ranks=artifact.ranks,
+        seconds=round(artifact.seconds, 1),
+        source=artifact.source,
     )
     return folder
 

@@ -129,14 +129,23 @@ class EpochChoice:
 
 
 @dataclass(frozen=True)
+class EpochMetrics:
+    """Mean training loss and last learning rate of an epoch; its validation accuracy, if it was validated."""
+
+    loss: Annotated[float, Field(allow_inf_nan=False)]
+    learning_rate: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    val_accuracy: Accuracy | None = None
+
+
+@dataclass(frozen=True)
 class StreamMetrics:
     """Metrics of a stream up to and including `step`: the content of `metrics.json`.
 
     `accuracy` holds rows 0 … step of the accuracy matrix, `seen_accuracy` a_0 … a_step. `per_class`, `confusion`,
-    `num_test_clips`, `epoch` (the selected one) and `val_accuracy` are those of the last step. `source_disjoint`
-    covers the test clips whose source video no training clip shares, `memory` is that after the last step. `choices`
-    are the selected epochs of steps 0 … step, None for a step that an earlier version trained. Raises ValueError for
-    inconsistent lengths.
+    `num_test_clips`, `epoch` (the selected one), `val_accuracy` and `epochs` are those of the last step.
+    `source_disjoint` covers the test clips whose source video no training clip shares, `memory` is that after the last
+    step. `choices` are the selected epochs of steps 0 … step, None for a step that an earlier version trained. Raises
+    ValueError for inconsistent lengths.
     """
 
     step: Annotated[int, Field(ge=0, lt=1 << 20)]
@@ -150,6 +159,7 @@ class StreamMetrics:
     source_disjoint: SubsetMetrics | None = None
     memory: MemoryUse | None = None
     choices: tuple[EpochChoice | None, ...] = ()
+    epochs: tuple[EpochMetrics, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         lengths = [len(row) for row in self.accuracy]
@@ -177,6 +187,7 @@ class StreamMetrics:
         confusion: Mapping[str, Mapping[str, int]] | None = None,
         source_disjoint: tuple[float, int] | None = None,
         memory: MemoryUse | None = None,
+        epochs: Sequence[EpochMetrics] = (),
     ) -> "StreamMetrics":
         """Return the metrics after `step` from those after the step before it (None at step 0).
 
@@ -199,6 +210,7 @@ class StreamMetrics:
             source_disjoint=subset,
             memory=memory,
             choices=(*choices, EpochChoice(epoch, num_epochs, val_accuracy, num_ties)),
+            epochs=tuple(epochs),
         )
 
     @property

@@ -14,7 +14,7 @@ from avcil_dist.errors import ArtifactError, ConfigError
 from avcil_dist.scenario import Scenario, configured_scenario
 from avcil_dist.streams.commit import Commit, has_commit, read_commit, read_committed_file, read_committed_json
 from avcil_dist.streams.identity import Change, StepNumber
-from avcil_dist.streams.metrics import StreamMetrics
+from avcil_dist.streams.metrics import Count, StreamMetrics
 
 STEP_FOLDER = re.compile(r"step_([0-9]{3,7})")
 
@@ -27,11 +27,18 @@ class StepCommit(Commit):
     code_version: Annotated[str, Field(max_length=100)]
     changes: tuple[Change, ...] = ()
     device: Annotated[str, Field(max_length=200)] = ""
+    ranks: Count = 0
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    source: Annotated[str, Field(max_length=100)] = ""
 
 
 @dataclass(frozen=True)
 class StepSummary:
-    """A step artifact without its weights, method state and memory."""
+    """A step artifact without its weights, method state and memory.
+
+    `device` trained it on `ranks` processes in `seconds`, all interrupted attempts together; `source` is the version
+    of the sources, if they are in a git repository. Artifacts of old versions lack them.
+    """
 
     step: int
     scenario: Scenario
@@ -39,6 +46,9 @@ class StepSummary:
     config: Config
     manifest_hash: str
     device: str = ""
+    ranks: int = 0
+    seconds: float = 0.0
+    source: str = ""
 
 
 def step_url(stream: str, step: int) -> str:
@@ -96,6 +106,9 @@ def read_summary(folder: str, commit: StepCommit) -> StepSummary:
         config=_read_config(folder, commit),
         manifest_hash=commit.manifest_hash,
         device=commit.device,
+        ranks=commit.ranks,
+        seconds=commit.seconds,
+        source=commit.source,
     )
     _check_scenario(folder, summary)
     return summary

@@ -11,7 +11,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Self
 
 import safetensors.torch
@@ -34,7 +34,7 @@ from avcil_dist.streams.commit import (
     write_commit,
     write_files,
 )
-from avcil_dist.streams.metrics import Accuracy, Count
+from avcil_dist.streams.metrics import Accuracy, Count, EpochMetrics
 from avcil_dist.streams.snapshots import (
     SnapshotCommit,
     check_snapshot_fits,
@@ -82,13 +82,16 @@ class TrainingRecord(BaseModel):
     best: BestEpochRecord | None
     totals: TotalsRecord
     counters: list[str]
+    epochs: tuple[EpochMetrics, ...] = ()
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
 
 
 @dataclass(frozen=True)
 class BestEpoch:
     """Weights of the epoch that becomes the step's result, its number and its accuracy on the validation clips.
 
-    `num_ties` later epochs have the same accuracy. `num_epochs`: those that were trained, once training is over.
+    `num_ties` later epochs have the same accuracy. `num_epochs`: those that were trained, once training is over, and
+    `epochs` their metrics.
     """
 
     state: dict[str, Tensor]
@@ -96,6 +99,7 @@ class BestEpoch:
     val_accuracy: float | None
     num_ties: int = 0
     num_epochs: int = 0
+    epochs: tuple[EpochMetrics, ...] = ()
 
 
 @dataclass
@@ -138,13 +142,14 @@ class TrainingState:
     """Progress of a step's training: `iteration` iterations are done, `best` is the best epoch so far.
 
     `counters` are the names of the reading counters that were not zero in some epoch so far: only these are
-    reported.
+    reported. `epochs` are the metrics of the finished epochs.
     """
 
     iteration: int = 0
     best: BestEpoch | None = None
     epoch: EpochTotals = field(default_factory=EpochTotals)
     counters: set[str] = field(default_factory=set)
+    epochs: list[EpochMetrics] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -183,6 +188,12 @@ class SnapshotManager:
         self.step, self.reset_optimizer = step, reset_optimizer
         self.folder = snapshots_url(step.config, step.number)
         self._iteration, self._saved_at = 0, time.monotonic()
+        self._started, self._earlier_seconds = self._saved_at, 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Time of the step up to now, in all processes whose snapshots it continues."""
+        return self._earlier_seconds + time.monotonic() - self._started
 
     def is_due(self, iteration: int) -> bool:
         """Whether a snapshot is due, by this rank's clock or by the number of iterations."""
@@ -203,7 +214,7 @@ class SnapshotManager:
         model = engine.state()
         files = self._optimizer_files(engine)
         if self.step.world.is_main:
-            files |= _encode(model, state, totals, average)
+            files |= _encode(model, state, totals, average, self.seconds)
         decide_together(lambda: storage.remove_tree(folder))  # an earlier one of the same name may be damaged
         digests: list[FileDigests] = gather_json(write_files(folder, files))
         decide_together(lambda: self._commit_snapshot(folder, {name: part[name] for part in digests for name in part}))
@@ -224,14 +235,14 @@ class SnapshotManager:
             weights = read_committed_tensors(folder, "best.safetensors", commit)
             best = BestEpoch(weights, training.best.epoch, training.best.val_accuracy, training.best.num_ties)
         totals = EpochTotals.from_record(training.totals, self.step.device, is_main=self.step.world.is_main)
-        self._iteration = training.iteration
+        self._iteration, self._earlier_seconds = training.iteration, training.seconds
         model = read_committed_tensors(folder, "model.safetensors", commit)
         optimizer = None
         if self._optimizer_fits(commit):
             optimizer = read_state(folder, self._optimizer_name(), commit)
         has_average = AVERAGE in commit.files
         average = read_committed_tensors(folder, AVERAGE, commit) if has_average else None
-        state = TrainingState(training.iteration, best, totals, set(training.counters))
+        state = TrainingState(training.iteration, best, totals, set(training.counters), list(training.epochs))
         return Snapshot(model, optimizer, state, average)
 
     def save_extra(self, name: str, state: dict[str, Any]) -> None:
@@ -328,11 +339,22 @@ class SnapshotManager:
 
 
 def _encode(
-    model: dict[str, Tensor], state: TrainingState, totals: dict[str, Any], average: dict[str, Tensor] | None
+    model: dict[str, Tensor],
+    state: TrainingState,
+    totals: dict[str, Any],
+    average: dict[str, Tensor] | None,
+    seconds: float,
 ) -> dict[str, bytes]:
     best = state.best
     epoch = best and {"epoch": best.epoch, "val_accuracy": best.val_accuracy, "num_ties": best.num_ties}
-    training = {"iteration": state.iteration, "best": epoch, "totals": totals, "counters": sorted(state.counters)}
+    training = {
+        "iteration": state.iteration,
+        "best": epoch,
+        "totals": totals,
+        "counters": sorted(state.counters),
+        "epochs": list(map(asdict, state.epochs)),
+        "seconds": seconds,
+    }
     weights = {"model.safetensors": model, "best.safetensors": best.state if best else None, AVERAGE: average}
     return {"training.json": encode_json(training)} | {
         name: safetensors.torch.save(tensors) for name, tensors in weights.items() if tensors is not None

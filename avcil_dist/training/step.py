@@ -35,6 +35,7 @@ from avcil_dist.streams.metrics import (
 from avcil_dist.streams.snapshots import snapshots_url
 from avcil_dist.streams.stream import scenario_of, shards_of, sole_writer, stream_url
 from avcil_dist.system.signals import StopRequest
+from avcil_dist.system.source_version import source_version
 from avcil_dist.training.build import build_networks, network_of_state
 from avcil_dist.training.clip_cache_placement import place_clip_cache
 from avcil_dist.training.closed_form import train_closed_form
@@ -145,6 +146,9 @@ def step_in_group(
         config=config,
         manifest_hash=manifest.content_hash,
         device=device_name(device),
+        ranks=world.size,
+        seconds=snapshots.seconds,
+        source=source_version() if world.is_main else "",
     )
     decide_together(lambda: save_artifact(stream_url(config), artifact))
     snapshots.discard()
@@ -218,4 +222,5 @@ def _metrics(
         confusion=confusion(labels, predictions, step.seen_classes),
         source_disjoint=disjoint,
         memory=memory,
+        epochs=best.epochs,
     )

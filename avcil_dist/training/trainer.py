@@ -18,6 +18,7 @@ from avcil_dist.data.reader import COUNTS
 from avcil_dist.data.sampler import TrainingSampler
 from avcil_dist.errors import ArtifactError, DataError, StepStopped, TrainingError
 from avcil_dist.models.network import Network, load_whole_state
+from avcil_dist.streams.metrics import EpochMetrics
 from avcil_dist.system.signals import StopRequest
 from avcil_dist.training.collectives import Votes, collect_texts, gather_rows
 from avcil_dist.training.engine import Engine
@@ -132,7 +133,7 @@ class Trainer:
                 )
             self.observer.advance()
         assert state.best is not None
-        return replace(state.best, num_epochs=state.iteration // self.per_epoch)
+        return replace(state.best, num_epochs=state.iteration // self.per_epoch, epochs=tuple(state.epochs))
 
     def _load_teacher_cache(self, teacher: Teacher) -> TeacherCache:
         """Load the cache that was saved before the step was stopped, or build it."""
@@ -207,6 +208,9 @@ class Trainer:
         values["optim/learning_rate"] = optim.lr * lr_factor(optim, state.iteration - 1, self.per_epoch)
         values["speed/clips_per_second"] = self.per_epoch * optim.global_batch / totals.seconds
         state.best = self._better_epoch(engine, epoch, state.best, values)
+        state.epochs.append(
+            EpochMetrics(values["loss/total"], values["optim/learning_rate"], values.get("val/accuracy"))
+        )
         state.epoch = EpochTotals()
         self.observer.epoch(epoch, values)
 

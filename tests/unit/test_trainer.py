@@ -274,6 +274,11 @@ def test_a_step_that_stopped_within_an_epoch_reports_the_whole_of_it(tmp_path: P
         assert found["val/accuracy"] == expected["val/accuracy"]
     read, planned = (sum(values["data/read_bytes"] for values in epochs) for epochs in (broken_epochs, reported))
     assert read >= planned  # batches that were read ahead as the step stopped are read again
+    committed = artifact_of(broken)
+    assert committed.metrics.epochs == artifact_of(whole).metrics.epochs
+    assert [epoch.loss for epoch in committed.metrics.epochs] == [values["loss/total"] for values in reported]
+    assert committed.metrics.epochs[1].val_accuracy == reported[1]["val/accuracy"]
+    assert (committed.ranks, committed.seconds > 0) == (1, True)
 
 
 def test_a_counter_is_reported_from_its_first_value_that_is_not_zero(tmp_path: Path) -> None:

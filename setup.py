@@ -21,6 +21,8 @@ REQUIRED = [
     "av==18.1.0",  # decoding and encoding video and sound
     "transformers==5.23.0",  # VideoMAE
     "timm==1.0.31",  # AudioMAE's vision transformer
+    "huggingface_hub==2.4.0",  # published weights and features
+    "httpx2==2.16.2",  # errors of its connections
     "safetensors==0.8.0",  # weights without pickle
     "numpy==2.4.6",  # plans, metrics, npy members
     "pydantic==2.14.3",  # typed configuration
@@ -95,6 +97,7 @@ setup(
         "avcil_dist.tracking",
         "avcil_dist.training",
         "data_shards",
+        "data_shards.downloads",
         "data_shards.importers",
         "data_shards.listings",
         "launch",

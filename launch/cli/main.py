@@ -12,6 +12,7 @@ from avcil_dist.system.signals import interrupted_once
 from launch.cli.attention import attention
 from launch.cli.bench import bench
 from launch.cli.config import config
+from launch.cli.data import data
 from launch.cli.jobs import cancel, logs, status, submit
 from launch.cli.output import echo_error, prepare_output
 from launch.cli.predict import predict
@@ -56,7 +57,21 @@ def cli() -> None:
     """
 
 
-for _command in (attention, bench, cancel, compare, config, evaluate, logs, methods, report, resume, sandbox, shards):
+for _command in (
+    attention,
+    bench,
+    cancel,
+    compare,
+    config,
+    data,
+    evaluate,
+    logs,
+    methods,
+    report,
+    resume,
+    sandbox,
+    shards,
+):
     cli.add_command(_command)
 for _command in (predict, status, submit, sweep, sync, train):
     cli.add_command(_command)

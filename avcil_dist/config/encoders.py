@@ -24,7 +24,8 @@ class TransformerConfig(Section):
     """Vision transformer. The weights must fit dim, depth and heads."""
 
     weights: Incomparable[PathText] = Field(
-        description="Path or hub name of the pretrained weights, or `random` for random initialisation."
+        description="Path or hub name (owner/name, or owner/name@REVISION) of the pretrained weights, or `random` for "
+        "random initialisation."
     )
     train: Incomparable[Literal["frozen", "partial", "full"]] = Field(
         "frozen",

@@ -6,7 +6,8 @@ without `COMMITTED.json` is no artifact. Every read verifies digests; nothing is
 """
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import safetensors.torch
@@ -37,7 +38,7 @@ class StepArtifact:
     """The result of a step. `model` is a complete state dict: it loads on any world size and ZeRO stage.
 
     `device`: the name of the device that trained it, on `ranks` processes, in `seconds`; `source`: the version of
-    the sources.
+    the sources. `weights`: the sha256 of the encoders' pre-trained weights, by setting.
     """
 
     step: int
@@ -52,6 +53,7 @@ class StepArtifact:
     ranks: int = 0
     seconds: float = 0.0
     source: str = ""
+    weights: Mapping[str, str] = field(default_factory=dict)
 
 
 def save_artifact(stream: str, artifact: StepArtifact) -> str:
@@ -70,6 +72,7 @@ def save_artifact(stream: str, artifact: StepArtifact) -> str:
         ranks=artifact.ranks,
         seconds=round(artifact.seconds, 1),
         source=artifact.source,
+        weights=dict(artifact.weights),
     )
     return folder
 

@@ -1,7 +1,8 @@
 """Small files of step artifacts: which steps are committed, their scenario, metrics and configuration. No weights."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from pydantic import Field
@@ -12,7 +13,7 @@ from avcil_dist.config.schema import Config
 from avcil_dist.config.serialization import config_from_yaml
 from avcil_dist.errors import ArtifactError, ConfigError
 from avcil_dist.scenario import Scenario, configured_scenario
-from avcil_dist.streams.commit import Commit, has_commit, read_commit, read_committed_file, read_committed_json
+from avcil_dist.streams.commit import Commit, Sha256, has_commit, read_commit, read_committed_file, read_committed_json
 from avcil_dist.streams.identity import Change, StepNumber
 from avcil_dist.streams.metrics import Count, StreamMetrics
 
@@ -30,6 +31,7 @@ class StepCommit(Commit):
     ranks: Count = 0
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     source: Annotated[str, Field(max_length=100)] = ""
+    weights: dict[Annotated[str, Field(max_length=100)], Sha256] = Field({}, max_length=10)
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class StepSummary:
     """A step artifact without its weights, method state and memory.
 
     `device` trained it on `ranks` processes in `seconds`, all interrupted attempts together; `source` is the version
-    of the sources, if they are in a git repository. Artifacts of old versions lack them.
+    of the sources, if they are in a git repository; `weights` has the sha256 of the encoders' pre-trained weights by
+    setting. Artifacts of old versions lack them.
     """
 
     step: int
@@ -49,6 +52,7 @@ class StepSummary:
     ranks: int = 0
     seconds: float = 0.0
     source: str = ""
+    weights: Mapping[str, str] = field(default_factory=dict)
 
 
 def step_url(stream: str, step: int) -> str:
@@ -109,6 +113,7 @@ def read_summary(folder: str, commit: StepCommit) -> StepSummary:
         ranks=commit.ranks,
         seconds=commit.seconds,
         source=commit.source,
+        weights=commit.weights,
     )
     _check_scenario(folder, summary)
     return summary

@@ -4,7 +4,7 @@ The same code runs in one process on a laptop, under torchrun and in a SLURM job
 is in `trainer.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Literal
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from avcil_dist import storage
+from avcil_dist.config.encoders import TransformerConfig
 from avcil_dist.config.schema import Config
 from avcil_dist.data.clip_cache import ClipCache
 from avcil_dist.data.exemplar_memory import EMPTY_MEMORY, ExemplarMemory
@@ -121,6 +122,7 @@ def step_in_group(
     sampler = training_sampler(step, memory)
     inference = step.inference(_clip_cache(step, sampler, observer))
     student, teacher = build_networks(step, previous, inference)
+    weights = _pretrained_weights(step, previous)
 
     snapshots = SnapshotManager(step, reset_optimizer)
     if step.has_training:
@@ -149,10 +151,22 @@ def step_in_group(
         ranks=world.size,
         seconds=snapshots.seconds,
         source=source_version() if world.is_main else "",
+        weights=weights,
     )
     decide_together(lambda: save_artifact(stream_url(config), artifact))
     snapshots.discard()
     return artifact
+
+
+def _pretrained_weights(step: Step, previous: StepArtifact | None) -> Mapping[str, str]:
+    """The sha256 of the weights that the encoders began with; a step that continues a network has its predecessor's."""
+    if previous is not None and not step.needs.fresh_network:
+        return previous.weights
+    if not any(isinstance(encoder, TransformerConfig) for encoder in step.config.model.used):
+        return {}
+    from avcil_dist.models.encoders.weights import weights_digests  # imports the hub's client
+
+    return decide_together(lambda: weights_digests(step.config.model))
 
 
 def trace_prefix(config: Config, number: int) -> str:

@@ -22,6 +22,7 @@ from launch.cli.shards import shards
 from launch.cli.sweep import compare, methods, sweep
 from launch.cli.tracking import resume, sync
 from launch.cli.train import evaluate, train
+from launch.cli.weights import weights
 
 
 class _Commands(click.Group):
@@ -73,5 +74,5 @@ for _command in (
     shards,
 ):
     cli.add_command(_command)
-for _command in (predict, status, submit, sweep, sync, train):
+for _command in (predict, status, submit, sweep, sync, train, weights):
     cli.add_command(_command)

@@ -3,13 +3,11 @@
 Nothing is unpickled, and a missing or unexpected parameter is an error.
 """
 
-import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 
-import huggingface_hub
 import safetensors
 import torch
 from pydantic import BaseModel, Field
@@ -17,8 +15,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from avcil_dist import storage
-from avcil_dist.config.encoders import TransformerConfig
-from avcil_dist.errors import ConfigError
+from avcil_dist.config.encoders import ModelConfig, TransformerConfig
+from avcil_dist.errors import AvcilError, ConfigError
+from avcil_dist.models.encoders.published import (
+    DESCRIPTION,
+    WEIGHT_FILES,
+    check_published,
+    download_weights,
+    is_hub_name,
+)
 from avcil_dist.models.state_dict import mismatches
 
 # Errors of torch's restricted unpickler for files that are damaged, or no pickles at all.
@@ -36,15 +41,9 @@ def read_weights(config: TransformerConfig, setting: str) -> dict[str, Tensor] |
     """
     if config.weights == "random":
         return None
-    path = Path(config.weights)
-    if not _exists(path):
-        path = _download(config.weights, setting)
-    if path.is_dir():
-        files = [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).exists()]
-        if not files:
-            raise ConfigError(f"{setting}: {path} has neither model.safetensors nor pytorch_model.bin; name the file")
-        _check_heads(path / "config.json", config.heads, setting)
-        path = files[0]
+    path = find_weights(config, setting)
+    if path != Path(config.weights):  # of a folder, which has a description
+        _check_heads(path.parent / DESCRIPTION, config.heads, setting)
     try:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: not a regular file")
@@ -64,6 +63,39 @@ def read_weights(config: TransformerConfig, setting: str) -> dict[str, Tensor] |
     ):
         raise ConfigError(f"{setting}: {path} is not a state dict; save the names and tensors alone")
     return dict(state)
+
+
+def find_weights(config: TransformerConfig, setting: str) -> Path:
+    """Return the file of `config.weights`: a path, a folder's file, or the local copy of a name on the hub.
+
+    Weights of the hub are downloaded where there is no local copy. Raises ConfigError, naming `setting`.
+    """
+    path = Path(config.weights)
+    if not _exists(path):
+        path = _download(config.weights, setting)
+    if path.is_dir():
+        files = [path / name for name in WEIGHT_FILES if (path / name).exists()]
+        if not files:
+            raise ConfigError(f"{setting}: {path} has neither {' nor '.join(WEIGHT_FILES)}; name the file")
+        path = files[0]
+    return path
+
+
+def weights_digests(model: ModelConfig) -> dict[str, str]:
+    """Return the sha256 of the pre-trained weights by setting, such as `model.visual.weights`.
+
+    Raises ConfigError for weights that cannot be found, DataError for a file that is not the published one.
+    """
+    digests = {}
+    for section, encoder in (("model.visual", model.visual), ("model.audio", model.audio)):
+        if encoder not in model.used or not isinstance(encoder, TransformerConfig) or encoder.weights == "random":
+            continue
+        setting = f"{section}.weights"
+        path = find_weights(encoder, setting)
+        digests[setting] = storage.sha256_file(str(path.resolve()))
+        if not _exists(Path(encoder.weights)):
+            check_published(encoder.weights, path, digests[setting])
+    return digests
 
 
 def load_strictly(body: nn.Module, state: Mapping[str, Tensor], dropped: tuple[str, ...], where: str) -> None:
@@ -106,15 +138,13 @@ def _check_heads(path: Path, heads: int, setting: str) -> None:
 
 
 def _download(name: str, setting: str) -> Path:
-    """Download the files of `owner/name` from the hub; the local folder."""
-    if not re.fullmatch(r"[\w-]+/[\w.-]+", name) or name.endswith((".safetensors", ".pth", ".bin")):
+    """Return the local folder of a name on the hub, downloaded where there is none."""
+    if not is_hub_name(name):
         raise ConfigError(f"{setting}: no such file: {name}; give a path, a hub name owner/name, or random")
-    files = ["config.json", "model.safetensors", "pytorch_model.bin"]
     try:
-        folder = huggingface_hub.snapshot_download(name, allow_patterns=files)
-    except (OSError, ValueError) as error:
+        return download_weights(name)
+    except AvcilError as error:
         raise ConfigError(
-            f"{setting}: {name} is neither a path nor reachable on the hub ({type(error).__name__}); "
-            "give the path of a file or folder of weights"
-        ) from error
-    return Path(folder)
+            f"{setting}: {name} is neither a path nor reachable on the hub ({error}); on a machine with a network: "
+            f"avcil weights get {name}"
+        ) from None

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from avcil_dist.config.encoders import PlugInEncoderConfig
 from avcil_dist.config.loader import (
     BY_METHOD,
     COMMAND_LINE,
@@ -75,13 +76,14 @@ def _code_in(values: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _code_in_overrides(overrides: Sequence[str]) -> Iterator[str]:
-    for key, _, text in (override.partition("=") for override in overrides):
-        if key in NAMES_OF_CODE:
-            yield text.strip().strip("'\"")
+    tree = SettingsTree(COMMAND_LINE)
+    for override in overrides:
+        tree.override(override)
+    yield from _code_in(tree.values)
 
 
 def _validate(tree: SettingsTree) -> Config:
-    config = tree.validate(Config)
+    config = _with_encoder_options(tree.validate(Config), tree)
     try:
         options_model = method_class(config.method.name).Options
     except ConfigError as error:
@@ -92,6 +94,35 @@ def _validate(tree: SettingsTree) -> Config:
         line = explain_error(error, tree.values["method"], options_model, tree.source_of, section="method")
         raise ConfigError(line) from None
     return config.model_copy(update={"method": MethodConfig(name=config.method.name, **options.model_dump())})
+
+
+def _with_encoder_options(config: Config, tree: SettingsTree) -> Config:
+    """Return the configuration with the validated options of encoders that are plug-ins."""
+    resolved = {}
+    for modality, section in (("visual", config.model.visual), ("audio", config.model.audio)):
+        if isinstance(section, PlugInEncoderConfig):
+            key = f"model.{modality}"
+            options = _encoder_options(modality, section.kind, tree.source_of(f"{key}.kind"))
+            try:
+                values = options.model_validate(section.model_extra)
+            except ValidationError as error:
+                given = tree.values["model"][modality]
+                raise ConfigError(explain_error(error, given, options, tree.source_of, section=key)) from None
+            resolved[modality] = PlugInEncoderConfig(kind=section.kind, **values.model_dump())
+    if not resolved:
+        return config
+    # validated again: some checks of the whole concern the options of an encoder
+    tree.values["model"] |= {modality: section.model_dump() for modality, section in resolved.items()}
+    return tree.validate(Config)
+
+
+def _encoder_options(modality: str, kind: str, source: str) -> type[Section]:
+    from avcil_dist.models.encoders.build import audio_class, visual_class  # seconds of imports
+
+    try:
+        return (visual_class if modality == "visual" else audio_class)(kind).Options
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
 
 
 def _apply_by_method(tree: SettingsTree) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from avcil_dist import storage
-from avcil_dist.config.encoders import TransformerConfig
+from avcil_dist.config.encoders import PlugInEncoderConfig, trained_part
 from avcil_dist.config.schema import Config
 from avcil_dist.data.batch import Batch
 from avcil_dist.data.loader import load_batches
@@ -24,7 +24,7 @@ from avcil_dist.data.plan import PADDING
 from avcil_dist.data.sampler import FixedSampler
 from avcil_dist.errors import ConfigError, DataError
 from avcil_dist.models.encoders.base import Encoder
-from avcil_dist.models.encoders.build import build_audio_encoder, build_visual_encoder
+from avcil_dist.models.encoders.build import build_audio_encoder, build_visual_encoder, clip_inputs
 from avcil_dist.seeds import derive_seed
 from data_shards.build_plan import (
     FORMAT,
@@ -110,24 +110,24 @@ def make_features_part(
 
 def _build_encoders(config: Config, manifest: Manifest, device: torch.device) -> _Encoders:
     for name, section in (("visual", config.model.visual), ("audio", config.model.audio)):
-        if not isinstance(section, TransformerConfig):
+        if trained_part(section) is None:
             raise ConfigError(
                 f"model.{name}.kind: {section.kind} has no weights to compute features with; use a transformer"
             )
-        if section.train != "frozen":
+        if trained_part(section) != "frozen":
             raise ConfigError(
-                f"model.{name}.train: {section.train}; features are computed by frozen encoders; set frozen"
+                f"model.{name}.train: {trained_part(section)}; features are computed by frozen encoders; set frozen"
             )
     if manifest.kind != "clip":
         raise ConfigError(f"{config.data.manifest}: holds features; give the manifest of clip shards")
-    clip = config.data.clip
+    clip, inputs = config.data.clip, clip_inputs(config.model, config.data.clip)
     torch.manual_seed(derive_seed(config.seed, "weights", 0))
     visual = build_visual_encoder(config.model.visual, clip, None).to(device).eval()
     audio = build_audio_encoder(config.model.audio, clip, None).to(device).eval()
     if visual.dim != audio.dim:
         raise ConfigError(f"model.visual.dim={visual.dim}, model.audio.dim={audio.dim}: features have one dimension")
     with torch.inference_mode():
-        tokens = visual(torch.zeros(1, clip.frames, 3, clip.size, clip.size, device=device))
+        tokens = visual(torch.zeros(1, *inputs.pictures.shape, device=device))
     shape = {"frames": tokens.shape[1], "positions": tokens.shape[2], "dim": tokens.shape[3]}
     return _Encoders(visual, audio, device, shape)
 
@@ -139,6 +139,7 @@ def _plan(config: Config, manifest: Manifest, encoders: _Encoders) -> Plan:
         config.data.clip.model_dump(mode="json"),
         _weights_digest(encoders.visual),
         _weights_digest(encoders.audio),
+        *_plug_in_settings(config),
     ]
     digests = [storage.sha256(json.dumps([settings, shard.sha256]).encode()) for shard in manifest.shards]
     urls = [f"{shard.split}/{shard.url.rsplit('/', 1)[-1]}" for shard in manifest.shards]
@@ -154,6 +155,14 @@ def _plan(config: Config, manifest: Manifest, encoders: _Encoders) -> Plan:
             for url, digest, shard in zip(urls, digests, manifest.shards, strict=True)
         ),
     )
+
+
+def _plug_in_settings(config: Config) -> list[str]:
+    """Return the preparation by encoders of other packages, which data.clip does not describe."""
+    sections = config.model.visual, config.model.audio
+    if not any(isinstance(section, PlugInEncoderConfig) for section in sections):
+        return []
+    return [section.kind for section in sections] + [repr(clip_inputs(config.model, config.data.clip))]
 
 
 def _weights_digest(encoder: nn.Module) -> str:
@@ -173,7 +182,8 @@ def _load(config: Config, manifest: Manifest, numbers: Sequence[int], batch: int
         rows.append(np.concatenate([clips, padding]).reshape(-1, batch))
     batches = np.concatenate([np.empty((0, batch), dtype=np.int64), *rows])
     labels = {name: number for number, name in enumerate(manifest.classes)}
-    return load_batches(FixedSampler(batches), manifest=manifest, labels=labels, data=config.data)
+    inputs = clip_inputs(config.model, config.data.clip)
+    return load_batches(FixedSampler(batches), manifest=manifest, labels=labels, data=config.data, inputs=inputs)
 
 
 def _encode_shard(

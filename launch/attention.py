@@ -12,6 +12,7 @@ from avcil_dist import storage
 from avcil_dist.errors import ConfigError
 from avcil_dist.inference.attention import Heat, prepare_clips, step_attention
 from avcil_dist.models.attention.maps import Box
+from avcil_dist.models.encoders.build import clip_inputs
 from avcil_dist.reporting.attention import AttentionRow, ClipFigure, check_format, write_figure
 from avcil_dist.reporting.tables import WordTable, plain
 from avcil_dist.streams.summary import committed_steps, load_summary
@@ -35,11 +36,14 @@ def make_figure(
         raise ConfigError(f"{missing} among {', '.join(paths)}; give folders of streams, then video files")
     boxes = _read_regions(regions, clips) if regions else {}
     chosen = {stream: _chosen(steps, committed, stream) for stream, committed in by_stream.items()}
-    settings = {stream: load_summary(stream, numbers[-1]).config.data.clip for stream, numbers in chosen.items()}
+    configs = {stream: load_summary(stream, numbers[-1]).config for stream, numbers in chosen.items()}
+    settings = {stream: clip_inputs(config.model, config.data.clip) for stream, config in configs.items()}
     first, *others = settings
     for other in others:
         if settings[other] != settings[first]:
-            raise ConfigError(f"{other}: its data.clip differs from that of {first}; show them in two figures")
+            raise ConfigError(
+                f"{other}: it prepares clips (data.clip) in another way than {first}; show them in two figures"
+            )
     prepared = prepare_clips(clips, settings[first])
     rows: list[list[AttentionRow]] = [[] for _ in prepared]
     for stream, numbers in chosen.items():

@@ -1,8 +1,9 @@
 """Schema of the section `model`: the visual and the audio encoder."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import ConfigDict, Discriminator, Field, PositiveInt, Tag, model_validator
 
 from avcil_dist.config.section import Incomparable, PathText, Section
 
@@ -60,6 +61,32 @@ class AudioMAEConfig(TransformerConfig):
     kind: Incomparable[Literal["audiomae"]] = Field(description="Kind of encoder.")
 
 
+class PlugInEncoderConfig(Section):
+    """Encoder of another package, by the name of its entry point or as `package.module:Class`, with its own options."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    kind: Incomparable[str] = Field(description="Name or class of the encoder.")
+
+
+PLUG_IN = "plug-in"
+BUILT_IN_KINDS = {"visual": ("precomputed", "small", "videomae"), "audio": ("precomputed", "small", "audiomae")}
+
+
+def _kind_tag(modality: str) -> Discriminator:
+    """Return the discriminator of a modality's encoders: a kind that is not built in is a plug-in's."""
+
+    def tag(value: Any) -> str | None:
+        kind = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
+        return kind if kind is None or kind in BUILT_IN_KINDS[modality] else PLUG_IN
+
+    return Discriminator(tag)
+
+
+VisualConfig = PrecomputedConfig | SmallConfig | VideoMAEConfig | PlugInEncoderConfig
+AudioConfig = PrecomputedConfig | SmallConfig | AudioMAEConfig | PlugInEncoderConfig
+
+
 class ModelConfig(Section):
     """The two encoders. Attention, projections and head follow from their dimension."""
 
@@ -71,8 +98,20 @@ class ModelConfig(Section):
         description="Pooling of the visual tokens over time. `sum`: attention over the frames, as published. `concat`: "
         "the frames side by side, each with a projection of its own, so that their order counts.",
     )
-    visual: Annotated[PrecomputedConfig | SmallConfig | VideoMAEConfig, Field(discriminator="kind")]
-    audio: Annotated[PrecomputedConfig | SmallConfig | AudioMAEConfig, Field(discriminator="kind")]
+    visual: Annotated[
+        Annotated[PrecomputedConfig, Tag("precomputed")]
+        | Annotated[SmallConfig, Tag("small")]
+        | Annotated[VideoMAEConfig, Tag("videomae")]
+        | Annotated[PlugInEncoderConfig, Tag(PLUG_IN)],
+        _kind_tag("visual"),
+    ]
+    audio: Annotated[
+        Annotated[PrecomputedConfig, Tag("precomputed")]
+        | Annotated[SmallConfig, Tag("small")]
+        | Annotated[AudioMAEConfig, Tag("audiomae")]
+        | Annotated[PlugInEncoderConfig, Tag(PLUG_IN)],
+        _kind_tag("audio"),
+    ]
 
     @model_validator(mode="after")
     def _check_fusion(self) -> "ModelConfig":
@@ -81,6 +120,12 @@ class ModelConfig(Section):
         return self
 
     @property
-    def used(self) -> tuple[PrecomputedConfig | SmallConfig | VideoMAEConfig | AudioMAEConfig, ...]:
+    def used(self) -> tuple[VisualConfig | AudioConfig, ...]:
         """The encoders of the modality."""
         return {"both": (self.visual, self.audio), "audio": (self.audio,), "visual": (self.visual,)}[self.modality]
+
+
+def trained_part(encoder: VisualConfig | AudioConfig) -> str | None:
+    """Return the trained part of a transformer: frozen, partial or full; None for an encoder without this setting."""
+    part = getattr(encoder, "train", None)
+    return part if isinstance(part, str) else None

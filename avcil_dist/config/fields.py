@@ -55,8 +55,8 @@ def sections_in(annotation: Any) -> list[type[BaseModel]]:
 
 def kind_of(section: type[BaseModel]) -> str:
     """Return the kind that selects this section among its alternatives."""
-    (kind,) = get_args(section.model_fields["kind"].annotation)
-    return str(kind)
+    kinds = get_args(section.model_fields["kind"].annotation)
+    return str(kinds[0]) if kinds else "plug-in"
 
 
 def type_text(field: FieldInfo) -> str:

@@ -73,6 +73,7 @@ class SettingsTree:
                 raise ConfigError(f"{COMMAND_LINE}: {key}: {section!r} is a value, not a section")
             node = child
         node[leaf] = value
+        self.sources = {name: source for name, source in self.sources.items() if not name.startswith(f"{key}.")}
         self.sources[key] = COMMAND_LINE
 
     def validate(self, model: type[M]) -> M:

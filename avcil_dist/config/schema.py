@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
-from avcil_dist.config.encoders import ModelConfig, TransformerConfig
+from avcil_dist.config.encoders import ModelConfig, trained_part
 from avcil_dist.config.optim import OptimConfig
 from avcil_dist.config.section import Fork, Incomparable, Operational, PathText, Section
 from avcil_dist.system.plugins import label
@@ -350,11 +350,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_transformer_settings(self) -> "Config":
-        trained = [
-            encoder
-            for encoder in self.model.used
-            if isinstance(encoder, TransformerConfig) and encoder.train != "frozen"
-        ]
+        trained = [encoder for encoder in self.model.used if trained_part(encoder) in ("partial", "full")]
         if self.optim.layer_decay < 1 and not trained:
             raise ValueError(
                 f"optim.layer_decay={self.optim.layer_decay} needs a trained transformer, and none is trained; "

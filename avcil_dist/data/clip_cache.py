@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from avcil_dist.config.schema import ClipConfig
 from avcil_dist.data.batch import Batch, PartialBatch
 from avcil_dist.data.decode_pool import TensorPair
+from avcil_dist.data.inputs import ClipInputs
 from avcil_dist.data.manifest import Manifest
 from avcil_dist.data.sampler import Request
 from avcil_dist.data.shared_memory import SharedMemory
@@ -37,13 +37,12 @@ class EntrySpec:
         return visual, audio
 
     @classmethod
-    def of(cls, manifest: Manifest, clip: ClipConfig) -> "EntrySpec":
+    def of(cls, manifest: Manifest, inputs: ClipInputs) -> "EntrySpec":
         """Return the shapes and the type of a manifest's clips after decoding."""
         if manifest.kind == "feature":
             shape = manifest.shape
             return cls(((shape["frames"], shape["positions"], shape["dim"]), (shape["dim"],)), torch.float16)
-        frames = clip.frames, 3, clip.size, clip.size
-        return cls((frames, (clip.mel_frames, clip.mel_bins)), torch.float32)
+        return cls(inputs.shapes, torch.float32)
 
 
 class ClipCache:

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from avcil_dist.config.schema import AugmentConfig, ClipConfig
+from avcil_dist.config.schema import AugmentConfig
 from avcil_dist.data.decode_pool import ClipDecoder, DecodePool, EncodedClip, HereDecoder, TensorPair
+from avcil_dist.data.inputs import ClipInputs
 from avcil_dist.data.manifest import TAR_BLOCK, Manifest
 from avcil_dist.data.npy import parse_npy
 from avcil_dist.data.plan import PADDING
@@ -143,10 +144,10 @@ class ClipLayout:
     member = "mp4"
 
     def __init__(
-        self, manifest: Manifest, clip: ClipConfig, augment: AugmentConfig, *, num_processes: int, pin: bool
+        self, manifest: Manifest, clip: ClipInputs, augment: AugmentConfig, *, num_processes: int, pin: bool
     ) -> None:
         self.manifest, self.num_processes = manifest, num_processes
-        self.shapes = (clip.frames, 3, clip.size, clip.size), (clip.mel_frames, clip.mel_bins)
+        self.shapes = clip.shapes
         self._buffers = _Buffers(pin, torch.float32)
         transform = ClipTransform(clip, augment)
         self._decoder: ClipDecoder = HereDecoder(transform)

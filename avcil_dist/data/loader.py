@@ -19,6 +19,7 @@ from avcil_dist.config.schema import DataConfig
 from avcil_dist.data.batch import Batch, PartialBatch
 from avcil_dist.data.clip_cache import ClipCache
 from avcil_dist.data.decode_pool import TensorPair
+from avcil_dist.data.inputs import ClipInputs
 from avcil_dist.data.layout import BatchBuffers, ClipLayout, Faults, FeatureLayout, Layout
 from avcil_dist.data.manifest import Manifest
 from avcil_dist.data.plan import PADDING
@@ -35,14 +36,16 @@ def load_batches(
     data: DataConfig,
     pin: bool = False,
     clip_cache: ClipCache | None = None,
+    inputs: ClipInputs | None = None,
 ) -> Iterator[Batch]:
     """Yield the batches of `sampler` in its order, which is independent of the number of decoding processes.
 
     `labels` maps a class name to its label. `pin` puts the batches in page-locked memory. Rows in `clip_cache` are
     not read, and rows that are read are added to it; a batch with rows of a cache on a device is on that device.
+    `inputs` is the preparation of clips for the encoders, by default that of the settings.
     Raises DataError and StorageError as the reader does.
     """
-    return _timed(_load(sampler, manifest, labels, data, pin, clip_cache))
+    return _timed(_load(sampler, manifest, labels, data, pin, clip_cache, inputs))
 
 
 def load_on_device(
@@ -53,9 +56,10 @@ def load_on_device(
     data: DataConfig,
     device: torch.device,
     clip_cache: ClipCache | None = None,
+    inputs: ClipInputs | None = None,
 ) -> Iterator[Batch]:
     """Yield the batches of `load_batches` on a device; the next batch is read and copied while one is used."""
-    batches = _load(sampler, manifest, labels, data, device.type == "cuda", clip_cache)
+    batches = _load(sampler, manifest, labels, data, device.type == "cuda", clip_cache, inputs)
     return _timed(_prefetched(batches, device))
 
 
@@ -66,10 +70,12 @@ def _load(
     data: DataConfig,
     pin: bool,
     clip_cache: ClipCache | None,
+    inputs: ClipInputs | None,
 ) -> Iterator[Batch]:
     layout: Layout
     if manifest.kind == "clip":
-        layout = ClipLayout(manifest, data.clip, data.augment, num_processes=data.decode_workers, pin=pin)
+        prepare = inputs or ClipInputs.of(data.clip)
+        layout = ClipLayout(manifest, prepare, data.augment, num_processes=data.decode_workers, pin=pin)
     else:
         layout = FeatureLayout(manifest, pin=pin)
     pipeline = webdataset.DataPipeline(

@@ -1,35 +1,26 @@
-"""Preparation of a decoded clip for the encoders: normalised frames and a log-mel filterbank.
-
-The inputs of a clip are the same in every epoch and on every rank, unless it is augmented (`augment.py`).
-"""
+"""Transform of a clip: decoded, prepared for the encoders (`inputs.py`), augmented in training (`augment.py`)."""
 
 from functools import partial
 
 import torch
-from torch.nn import functional as F
-from torchaudio.compliance import kaldi
-from torchvision.transforms.v2 import functional as video
 
 from avcil_dist.config.schema import AugmentConfig, ClipConfig
 from avcil_dist.data.augment import Augmentation
 from avcil_dist.data.decode import DecodedClip, decode_clip
+from avcil_dist.data.inputs import ClipInputs
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-FRAME_SHIFT_MS = 10
-WINDOW_MS = 25
 NO_AUGMENTATION = AugmentConfig()
 
 
 class ClipTransform:
-    """Visual inputs of VideoMAE and audio inputs of AudioMAE (Huang et al. 2022, section 4)."""
+    """Visual and audio inputs of a clip: those of the encoders, or by default those that the settings describe."""
 
-    def __init__(self, config: ClipConfig, augment: AugmentConfig = NO_AUGMENTATION) -> None:
-        self.config = config
-        self.augmentation = Augmentation(augment, config.size)
+    def __init__(self, config: ClipConfig | ClipInputs, augment: AugmentConfig = NO_AUGMENTATION) -> None:
+        self.prepare = config if isinstance(config, ClipInputs) else ClipInputs.of(config)
+        self.augmentation = Augmentation(augment, self.prepare.pictures.size)
 
     def __call__(self, clip: DecodedClip, seed: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Visual float32 (T, 3, size, size), audio float32 (mel_frames, mel_bins); augmented if there is a `seed`."""
+        """Return visual and audio, float32 of `ClipInputs.shapes`; augmented if there is a `seed`."""
         return self.inputs(DecodedClip(self.reduced(clip.frames, seed), clip.waveform), seed)
 
     def decode(self, data: bytes, *, where: str, seed: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,9 +34,9 @@ class ClipTransform:
         """
         return decode_clip(
             data,
-            num_frames=self.config.frames,
-            sample_rate=self.config.sample_rate,
-            silent=self.config.silent,
+            num_frames=self.prepare.pictures.frames,
+            sample_rate=self.prepare.sound.sample_rate,
+            silent=self.prepare.silent,
             where=where,
             reduce=partial(self.reduced, seed=seed),
         )
@@ -54,42 +45,11 @@ class ClipTransform:
         """Frames uint8 (…, 3, H, W) as (…, 3, size, size); the same for frames one by one and together."""
         if seed is not None:
             return self.augmentation.augment_frames(frames, seed)
-        size = self.config.size
-        return video.center_crop(video.resize(frames, [size], antialias=True), [size, size])
+        return self.prepare.pictures.reduced(frames)
 
     def inputs(self, clip: DecodedClip, seed: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the encoders' inputs of a clip whose frames are reduced; the sound is augmented if there is a seed."""
-        audio = self._filterbank(clip.waveform)
+        audio = self.prepare.sound.inputs(clip.waveform)
         if seed is not None:
             audio = self.augmentation.augment_sound(audio, seed)
-        return self._normalised(clip.frames), audio
-
-    def _normalised(self, frames: torch.Tensor) -> torch.Tensor:
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-        normalised = torch.empty(frames.shape)
-        for frame, target in zip(frames, normalised, strict=True):  # one by one, and in place: in the processor's cache
-            target.copy_(frame).div_(255).sub_(mean).div_(std)
-        return normalised
-
-    def _filterbank(self, waveform: torch.Tensor) -> torch.Tensor:
-        config = self.config
-        window = -(-config.sample_rate * WINDOW_MS // 1000)
-        shift = config.sample_rate * FRAME_SHIFT_MS // 1000
-        if waveform.numel():
-            # torch splits a sum to one number among threads, so its bits depend on their count; not a sum to two
-            waveform = waveform - waveform.expand(2, -1).mean(dim=1)[0]
-        waveform = waveform[: window + shift * config.mel_frames]  # the frames behind are cut off below
-        waveform = F.pad(waveform, (0, max(0, window - waveform.numel())))
-        mel = kaldi.fbank(
-            waveform[None],
-            htk_compat=True,
-            sample_frequency=config.sample_rate,
-            use_energy=False,
-            window_type="hanning",
-            num_mel_bins=config.mel_bins,
-            dither=0.0,
-            frame_length=WINDOW_MS,
-            frame_shift=FRAME_SHIFT_MS,
-        )[: config.mel_frames]
-        padded = F.pad(mel, (0, 0, 0, config.mel_frames - len(mel)))
-        return (padded - config.mel_mean) / (2 * config.mel_std)
+        return self.prepare.pictures.inputs(clip.frames), audio

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from avcil_dist import storage
-from avcil_dist.config.schema import ClipConfig
+from avcil_dist.data.inputs import ClipInputs
 from avcil_dist.data.transforms import ClipTransform
 from avcil_dist.errors import ConfigError
 from avcil_dist.inference.predict import restore_step
@@ -48,14 +48,14 @@ class StepAttention:
     predicted: str
 
 
-def prepare_clips(urls: Sequence[str], settings: ClipConfig) -> list[PreparedClip]:
-    """Decode video files. Raises DataError, naming the file, for one that cannot be read or decoded."""
-    transform, prepared = ClipTransform(settings), []
+def prepare_clips(urls: Sequence[str], inputs: ClipInputs) -> list[PreparedClip]:
+    """Decode video files for encoders. Raises DataError, naming the file, for one that cannot be read or decoded."""
+    transform, prepared = ClipTransform(inputs), []
     for url in urls:
         clip = transform.decode_reduced(storage.read_bytes(url), where=url)
         visual, audio = transform.inputs(clip)
         frames = clip.frames.permute(0, 2, 3, 1).numpy()
-        prepared.append(PreparedClip(url, visual, audio, frames, clip.waveform.numpy(), settings.sample_rate))
+        prepared.append(PreparedClip(url, visual, audio, frames, clip.waveform.numpy(), inputs.sound.sample_rate))
     return prepared
 
 

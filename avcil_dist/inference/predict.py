@@ -13,6 +13,7 @@ from avcil_dist.data.transforms import ClipTransform
 from avcil_dist.errors import ArtifactError, ConfigError, DataError
 from avcil_dist.methods import make_method
 from avcil_dist.methods.base import Method, StepContext
+from avcil_dist.models.encoders.build import clip_inputs
 from avcil_dist.models.network import Network, load_whole_state
 from avcil_dist.streams.artifact import StepArtifact, load_artifact
 from avcil_dist.streams.compat import check_manifest_scenario
@@ -81,7 +82,7 @@ class Predictor:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         network, self.method = restore_step(artifact, feature_shape, source, missing)
         self.network = network.to(self.device).eval()
-        self.clip = artifact.config.data.clip
+        self.inputs = clip_inputs(artifact.config.model, artifact.config.data.clip)
         self.takes_features = artifact.config.model.visual.kind == "precomputed"
         self.classes = list(artifact.scenario.seen(artifact.step))
 
@@ -106,7 +107,7 @@ class Predictor:
         return torch.cat(rows) if rows else torch.zeros(0, len(self.classes))
 
     def _decoded(self, clips: list[tuple[str, bytes]]) -> tuple[Tensor, Tensor]:
-        transform = ClipTransform(self.clip)
+        transform = ClipTransform(self.inputs)
         pairs = [transform.decode(data, where=name) for name, data in clips]
         return torch.stack([visual for visual, _ in pairs]), torch.stack([audio for _, audio in pairs])
 

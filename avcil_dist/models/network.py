@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from avcil_dist.config.encoders import ModelConfig, VideoMAEConfig
+from avcil_dist.config.encoders import ModelConfig
 from avcil_dist.config.schema import ClipConfig, Precision
 from avcil_dist.errors import ArtifactError, ConfigError
 from avcil_dist.models.attention.module import AudioGuidedAttention, TeacherView
-from avcil_dist.models.encoders.base import TUBELET, Encoder
+from avcil_dist.models.encoders.base import Encoder, VisualEncoder
 from avcil_dist.models.encoders.build import build_audio_encoder, build_visual_encoder
 from avcil_dist.models.heads import Head, LinearHead, ProxyHead, grow_linear, grow_proxies
 from avcil_dist.models.network_spec import DEFAULT_SPEC, NetworkSpec
@@ -266,17 +266,18 @@ def build_network(
     if visual is None:
         assert audio is not None
         return AudioNetwork(audio, num_classes, head(audio.dim))
-    num_projected = _num_frames(model, clip, feature_shape) if model.fusion == "concat" else 1
+    num_projected = _num_frames(visual, feature_shape) if model.fusion == "concat" else 1
     if audio is None:
         return VisualNetwork(visual, num_classes, head(visual.dim), num_projected)
     return AudioVisualNetwork(visual, audio, num_classes, head(visual.dim), num_projected)
 
 
-def _num_frames(model: ModelConfig, clip: ClipConfig, feature_shape: Mapping[str, int]) -> int:
+def _num_frames(visual: Encoder, feature_shape: Mapping[str, int]) -> int:
     """Number of frames (or tubelets of 2 frames) that the visual encoder returns."""
     if "frames" in feature_shape:
         return feature_shape["frames"]
-    return clip.frames // TUBELET if isinstance(model.visual, VideoMAEConfig) else clip.frames
+    assert isinstance(visual, VisualEncoder)
+    return visual.num_frames
 
 
 def load_whole_state(network: Network, weights: Mapping[str, Tensor], source: str) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from avcil_dist.config.schema import DataConfig
 from avcil_dist.data.clip_cache import ClipCache, EntrySpec
+from avcil_dist.data.inputs import ClipInputs
 from avcil_dist.data.manifest import Manifest
 from avcil_dist.training.collectives import gather_json
 from avcil_dist.world import World
@@ -23,15 +24,20 @@ LIMITS = {
 
 
 def place_clip_cache(
-    manifest: Manifest, data: DataConfig, clips: np.ndarray, world: World, device: torch.device
+    manifest: Manifest,
+    data: DataConfig,
+    clips: np.ndarray,
+    world: World,
+    device: torch.device,
+    inputs: ClipInputs | None = None,
 ) -> tuple[ClipCache | None, str]:
     """Create a cache for as many of these clips (ascending) as fit; None for none. Also returns a line for the log.
 
-    All ranks call it. The ranks of a node share one cache in host memory.
+    All ranks call it. The ranks of a node share one cache in host memory. `inputs` is as in `load_batches`.
     """
     if data.clip_cache == "none" or not len(clips):
         return None, "clip cache: none"
-    entry = EntrySpec.of(manifest, data.clip)
+    entry = EntrySpec.of(manifest, inputs or ClipInputs.of(data.clip))
     counts = _counts(len(clips), sum(entry.sizes), world, device)
     tier = data.clip_cache if data.clip_cache != "auto" else _fastest(counts, len(clips), device)
     cached = clips[: counts[tier]]

@@ -6,9 +6,11 @@ import torch
 
 from avcil_dist.config.schema import Config
 from avcil_dist.data.clip_cache import ClipCache
+from avcil_dist.data.inputs import ClipInputs
 from avcil_dist.data.manifest import Manifest
 from avcil_dist.methods import make_method
 from avcil_dist.methods.base import Method, Needs, StepContext
+from avcil_dist.models.encoders.build import clip_inputs
 from avcil_dist.scenario import Scenario
 from avcil_dist.streams.artifact import StepArtifact
 from avcil_dist.streams.stream import stream_url
@@ -57,9 +59,16 @@ class Step:
         """The classes of this and all earlier steps, in label order."""
         return self.scenario.seen(self.number)
 
+    @property
+    def inputs(self) -> ClipInputs:
+        """Preparation of clips for the encoders."""
+        return clip_inputs(self.config.model, self.config.data.clip)
+
     def inference(self, clip_cache: ClipCache | None = None) -> InferencePass:
         """Inference passes over the step's data, which read from `clip_cache` where they can."""
-        return InferencePass(self.manifest, self.scenario, self.config.data, self.world, self.device, clip_cache)
+        return InferencePass(
+            self.manifest, self.scenario, self.config.data, self.world, self.device, clip_cache, self.inputs
+        )
 
 
 def make_step(

@@ -15,6 +15,7 @@ from torch import Tensor
 from avcil_dist.config.schema import DataConfig
 from avcil_dist.data.batch import Batch
 from avcil_dist.data.clip_cache import ClipCache
+from avcil_dist.data.inputs import ClipInputs
 from avcil_dist.data.loader import load_on_device
 from avcil_dist.data.manifest import Manifest
 from avcil_dist.data.plan import NO_CLIPS, plan_evaluation, rank_share
@@ -47,6 +48,7 @@ class InferencePass:
     world: World
     device: torch.device
     clip_cache: ClipCache | None = None
+    inputs: ClipInputs | None = None  # as in `load_batches`
 
     def batches(self, clips: np.ndarray, global_batch: int | None = None) -> Iterator[Batch]:
         """Read the rank's part of the clips onto its device. All ranks have equally many batches; padding is not valid.
@@ -65,6 +67,7 @@ class InferencePass:
             data=self.data,
             device=self.device,
             clip_cache=self.clip_cache,
+            inputs=self.inputs,
         ):
             num_good += batch.valid.sum()
             faults.extend(batch.faults)

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 
-from avcil_dist.config.encoders import TransformerConfig
+from avcil_dist.config.encoders import trained_part
 from avcil_dist.config.schema import Config
 from avcil_dist.data.manifest import Manifest, Split, check_shards, load_manifest
 from avcil_dist.data.plan import check_batch_fits, rows_at_a_time
@@ -134,7 +134,7 @@ def _check_sources(config: Config, manifest: Manifest, scenario: Scenario) -> No
 
 def _check_fixed_encoders(config: Config) -> None:
     for encoder in config.model.used:
-        if not isinstance(encoder, TransformerConfig) or encoder.train != "frozen":
+        if trained_part(encoder) != "frozen":
             raise ConfigError(
                 f"model: method {config.method.name} needs fixed features, and an encoder of kind "
                 f"{encoder.kind} is trained; use features of frozen encoders, or method.features=network, which trains "

@@ -209,7 +209,7 @@ def _clip_cache(step: Step, sampler: TrainingSampler, observer: Observer) -> Cli
     clips = NO_CLIPS if step.config.data.augment.is_on else sampler.clips
     if step.config.optim.keep_epoch == "best_val" or step.needs.validation:
         clips = np.union1d(clips, step.manifest.clips(step.seen_classes, "val"))
-    cache, description = place_clip_cache(step.manifest, step.config.data, clips, step.world, step.device)
+    cache, description = place_clip_cache(step.manifest, step.config.data, clips, step.world, step.device, step.inputs)
     observer.message(description)
     return cache
 

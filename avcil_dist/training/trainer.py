@@ -98,6 +98,7 @@ class Trainer:
                 data=self.step.config.data,
                 device=self.step.device,
                 clip_cache=self.inference.clip_cache,
+                inputs=self.step.inputs,
             )
             best = self._train(engine, batches, state, manifest)
         self._report_best(best)

@@ -8,6 +8,7 @@ import torch
 
 from avcil_dist.data.batch import Batch
 from avcil_dist.data.clip_cache import ClipCache, EntrySpec
+from avcil_dist.data.inputs import ClipInputs
 from avcil_dist.data.loader import load_on_device
 from avcil_dist.data.manifest import load_manifest
 from data_shards.random_features import make_feature_shards
@@ -39,7 +40,7 @@ def test_batches_on_the_device_are_those_on_a_cpu(tmp_path: Path, tier: str) -> 
         return [digest(in_host_memory(batch)) for batch in loaded]
 
     device = torch.device("cuda", 0)
-    kind = EntrySpec.of(manifest, source.data.clip)
+    kind = EntrySpec.of(manifest, ClipInputs.of(source.data.clip))
     store = None if tier == "none" else ClipCache(source.clips, kind, device if tier == "device" else None)
     assert batches(device, store) == batches(torch.device("cpu"), None)
 

@@ -1,7 +1,7 @@
 """Packages with plug-ins, installed as files on Python's path: their metadata, and modules that note their import."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -36,6 +36,7 @@ def install(
 
 
 @pytest.fixture(autouse=True)
-def fresh_plug_ins() -> None:
-    """Forget the packages of other tests."""
+def fresh_plug_ins() -> Iterator[None]:
+    """Forget the packages of a test at its end."""
+    yield
     plugins.plug_ins.cache_clear()

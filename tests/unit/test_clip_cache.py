@@ -10,6 +10,7 @@ import torch
 
 from avcil_dist.data.batch import Batch
 from avcil_dist.data.clip_cache import ClipCache, EntrySpec
+from avcil_dist.data.inputs import ClipInputs
 from avcil_dist.data.loader import load_on_device
 from avcil_dist.data.manifest import Manifest, load_manifest
 from avcil_dist.data.sampler import TrainingSampler
@@ -40,7 +41,7 @@ def sampler_of(manifest: Manifest, **settings: object) -> TrainingSampler:
 
 
 def cache_of(manifest: Manifest, clips: np.ndarray, tier: str) -> ClipCache:
-    spec = EntrySpec.of(manifest, sampler_of(manifest).data.clip)
+    spec = EntrySpec.of(manifest, ClipInputs.of(sampler_of(manifest).data.clip))
     return ClipCache(clips, spec, CPU if tier == "device" else None)
 
 
@@ -80,7 +81,9 @@ def test_decoded_clips_are_cached_from_their_first_epoch_on(tmp_path: Path, tier
     clip = {"frames": 2, "size": 16, "mel_frames": 16, "mel_bins": 8}
     sampler = training_source(videos, epochs=3, batch=4, clip=clip, decode_workers=1)
     plain = [digest(batch) for batch in batches_of(sampler, None)]
-    cache = ClipCache(sampler.clips, EntrySpec.of(videos, sampler.data.clip), CPU if tier == "device" else None)
+    cache = ClipCache(
+        sampler.clips, EntrySpec.of(videos, ClipInputs.of(sampler.data.clip)), CPU if tier == "device" else None
+    )
     assert [digest(batch) for batch in batches_of(sampler, cache)] == plain
     again = batches_of(sampler, cache)
     assert [digest(batch) for batch in again] == plain

@@ -13,10 +13,11 @@ from hypothesis import strategies
 
 from avcil_dist.config.schema import ClipConfig, DataConfig
 from avcil_dist.data.decode import decode_clip, probe_clip
+from avcil_dist.data.inputs import FRAME_SHIFT_MS, IMAGENET_MEAN, IMAGENET_STD
 from avcil_dist.data.loader import load_batches
 from avcil_dist.data.manifest import Manifest, load_manifest
 from avcil_dist.data.sampler import FixedSampler
-from avcil_dist.data.transforms import FRAME_SHIFT_MS, IMAGENET_MEAN, IMAGENET_STD, ClipTransform
+from avcil_dist.data.transforms import ClipTransform
 from data_shards.build import build_shards
 from data_shards.cut import cut_clip
 from data_shards.importers.webdataset_tars import import_tars

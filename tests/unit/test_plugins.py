@@ -5,14 +5,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from avcil_dist.compose import load_config, override_config
 from avcil_dist.config.loader import find_config
-from avcil_dist.config.schema import MethodConfig
+from avcil_dist.config.schema import ClipConfig, MethodConfig
 from avcil_dist.config.serialization import config_from_yaml, config_to_yaml
+from avcil_dist.data.decode import DecodedClip
+from avcil_dist.data.transforms import ClipTransform
 from avcil_dist.errors import ConfigError
 from avcil_dist.methods import make_method, method_class, method_names
+from avcil_dist.models.encoders.build import clip_inputs
+from avcil_dist.models.network import build_network
 from avcil_dist.system.plugins import VARIABLE, plug_in_names, trusted
 from launch.cluster.schedulers.base import scheduler_of
 from tests.helpers.plugins import fresh_plug_ins, install
@@ -29,6 +34,65 @@ class Mine(Finetune):
         weight: float = 0.5
 
 NOT_A_METHOD = 3
+"""
+
+
+ENCODERS = """
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from avcil_dist.config.section import Section
+from avcil_dist.data.inputs import Pictures, Sound
+from avcil_dist.models.encoders.base import AudioEncoder, VisualEncoder
+
+class Colour(VisualEncoder):
+    "Mean colour of each frame, of pictures of a size of its own."
+    class Options(Section):
+        dim: int = 8
+
+    @classmethod
+    def preparation(cls, options, clip):
+        return Pictures(frames=3, size=8, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+
+    def __init__(self, options):
+        super().__init__(options.dim)
+        self.project = nn.Linear(3, options.dim)
+
+    def forward(self, pictures):
+        return self.project(pictures.mean(dim=(3, 4)))[:, :, None]
+
+@dataclass(frozen=True)
+class Wave(Sound):
+    sample_rate: int = 8000
+    samples: int = 400
+
+    @property
+    def shape(self):
+        return (self.samples,)
+
+    def inputs(self, waveform):
+        wave = torch.zeros(self.samples)
+        wave[: len(waveform)] = waveform[: self.samples]
+        return wave
+
+class Raw(AudioEncoder):
+    "A linear map of the waveform."
+    class Options(Section):
+        dim: int = 8
+        samples: int = 400
+
+    @classmethod
+    def preparation(cls, options, clip):
+        return Wave(samples=options.samples)
+
+    def __init__(self, options):
+        super().__init__(options.dim)
+        self.project = nn.Linear(options.samples, options.dim)
+
+    def forward(self, wave):
+        return self.project(wave)
 """
 
 
@@ -142,3 +206,41 @@ def test_a_file_finds_named_sections_beside_itself(tmp_path: Path) -> None:
     (tmp_path / "method" / "soft.yaml").write_text("name: lwf\n")
     path = write_config(tmp_path, method="soft")
     assert load_config(str(path)).method.name == "lwf"
+
+
+def test_an_encoder_brings_the_preparation_of_its_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, tmp_path, "own_h", {"encoders": {"colour": "own_h:Colour"}}, ENCODERS)
+    words = ["model.visual={kind: colour}", "model.audio={kind: 'own_h:Raw', samples: 200}"]
+    config = load_config(str(write_config(tmp_path)), words)
+    assert config.model.audio.model_dump() == {"kind": "own_h:Raw", "dim": 8, "samples": 200}
+    assert config_from_yaml(config_to_yaml(config)) == config
+    inputs = clip_inputs(config.model, config.data.clip)
+    assert inputs.shapes == ((3, 3, 8, 8), (200,))
+    clip = DecodedClip(torch.full((3, 3, 16, 24), 255, dtype=torch.uint8), torch.ones(50))
+    visual, audio = ClipTransform(inputs)(clip)
+    torch.testing.assert_close(visual, torch.full((3, 3, 8, 8), 2.0))
+    assert (audio.shape, float(audio.sum())) == ((200,), 50.0)
+    network = build_network(config.model, config.data.clip, {}, 2)
+    assert network(visual[None], audio[None]).logits.shape == (1, 2)
+    concat = config.model.model_copy(update={"fusion": "concat"})
+    assert build_network(concat, config.data.clip, {}, 2)(visual[None], audio[None]).pooled.shape == (1, 3 * 8)
+
+
+def test_faults_of_an_encoders_name_and_options_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    points = {"encoders": {"colour": "own_i:Colour", "raw": "own_i:Raw", "small": "own_i:Raw"}}
+    install(monkeypatch, tmp_path, "own_i", points, ENCODERS)
+    path = str(write_config(tmp_path))
+    audio = "model.audio={kind: raw}"
+    for word, line in (
+        ("{kind: colour, dmi: 3}", "command line: model.visual.dmi: unknown key; did you mean 'dim'?"),
+        ("{kind: colour, dim: x}", "command line: model.visual.dim: 'x': Input should be a valid integer"),
+        ("{kind: raw}", "command line: model.visual.kind: the plug-in 'raw' is no class derived from"),
+        (
+            "{kind: gone}",
+            "command line: model.visual.kind: 'gone' is none of precomputed, small, videomae, colour, raw",
+        ),
+        ("{kind: small}", "the package own_i has a plug-in with the built-in name 'small'"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            build_network(load_config(path, [f"model.visual={word}", audio]).model, ClipConfig(), {}, 2)
+        assert line in str(caught.value)

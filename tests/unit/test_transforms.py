@@ -4,7 +4,8 @@ import torch
 
 from avcil_dist.config.schema import ClipConfig
 from avcil_dist.data.decode import DecodedClip
-from avcil_dist.data.transforms import IMAGENET_MEAN, IMAGENET_STD, ClipTransform
+from avcil_dist.data.inputs import IMAGENET_MEAN, IMAGENET_STD
+from avcil_dist.data.transforms import ClipTransform
 
 torch.set_num_threads(1)
 SMALL = ClipConfig(frames=2, size=32, mel_bins=32, mel_frames=50)

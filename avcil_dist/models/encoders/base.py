@@ -1,17 +1,21 @@
 """Encoder interface, features that are already encoded, and transformers with frozen or trained blocks.
 
-A visual encoder returns tokens (B, T, S, D): T frames (or tubelets), S positions, dimension D. An audio encoder
-returns one vector per clip (B, D). No encoder mixes the clips of a batch. `build.py` makes them from the configuration.
+An encoder and the preparation of its inputs are one object. A visual encoder returns tokens (B, T, S, D): T frames (or
+tubelets), S positions, dimension D. An audio encoder returns one vector per clip (B, D). No encoder mixes the clips of
+a batch. `build.py` makes them from the configuration.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from avcil_dist.config.encoders import TransformerConfig
+from avcil_dist.config.schema import ClipConfig
+from avcil_dist.config.section import Section
+from avcil_dist.data.inputs import Pictures, Sound
 from avcil_dist.errors import ConfigError
 
 TUBELET = 2  # frames per token of VideoMAE
@@ -21,9 +25,21 @@ PATCH = 16  # side of a patch of the transformers, in pixels or filterbank cells
 class Encoder(nn.Module):
     """Module with outputs of dimension `dim`."""
 
+    class Options(Section):
+        """Settings of the encoder beside its kind; an encoder with settings overrides this class."""
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.dim = dim
+
+    @classmethod
+    def build(cls, options: Any, inputs: Any, state_keys: Collection[str] | None = None) -> Self:
+        """Make the encoder for inputs of this preparation, with the weights that its options name.
+
+        With `state_keys`, the keys of a state that the caller loads, no weights are read, and they need not exist.
+        By default the constructor is called with the options.
+        """
+        return cls(options)
 
     def checkpoint_activations(self) -> None:
         """Recompute the activations of each block in the backward pass; for transformers, a no-op for others."""
@@ -34,6 +50,33 @@ class Encoder(nn.Module):
         `forward` passes an output of a frozen encoder through.
         """
         return inputs
+
+
+class VisualEncoder(Encoder):
+    """Encoder of frames: (B, frames, 3, H, W) -> (B, T, S, D)."""
+
+    pictures: Pictures  # the preparation of its inputs
+
+    @classmethod
+    def preparation(cls, options: Any, clip: ClipConfig) -> Pictures:
+        """Return the preparation of the inputs, before an encoder is made: by default that of `data.clip`."""
+        return Pictures.of(clip)
+
+    @property
+    def num_frames(self) -> int:
+        """Number T of frames of its tokens."""
+        return self.pictures.frames
+
+
+class AudioEncoder(Encoder):
+    """Encoder of sound: (B, mel_frames, mel_bins), or what its preparation makes of it, -> (B, D)."""
+
+    sound: Sound  # the preparation of its inputs
+
+    @classmethod
+    def preparation(cls, options: Any, clip: ClipConfig) -> Sound:
+        """Return the preparation of the inputs, before an encoder is made: by default that of `data.clip`."""
+        return Sound.of(clip)
 
 
 class Precomputed(Encoder):

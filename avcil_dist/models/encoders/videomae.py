@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from typing import Self
 
 import transformers
 from torch import Tensor, nn
 
 from avcil_dist.config.encoders import VideoMAEConfig
-from avcil_dist.config.schema import ClipConfig
-from avcil_dist.models.encoders.base import PATCH, TUBELET, Transformer, check_multiple
+from avcil_dist.data.inputs import Pictures
+from avcil_dist.models.encoders.base import PATCH, TUBELET, Transformer, VisualEncoder, check_multiple
 from avcil_dist.models.encoders.weights import load_strictly, read_weights
 
 # Parameters of pre-training or of a classifier: dropped from a checkpoint. All others must fit.
@@ -30,10 +31,46 @@ AUTHORS_NAMES = (
 )
 
 
-class VideoMAE(Transformer):
+class VideoMAE(Transformer, VisualEncoder):
     """Last hidden state of VideoMAE."""
 
     input_dims = 5
+
+    @classmethod
+    def build(cls, options: VideoMAEConfig, inputs: Pictures, state_keys: Collection[str] | None = None) -> Self:
+        """Build the encoder, as for every `Encoder`.
+
+        Raises ConfigError for clips that the patches do not divide, and as `read_weights` and `load_strictly` do.
+        """
+        check_multiple("data.clip.size", inputs.size, PATCH)
+        check_multiple("data.clip.frames", inputs.frames, TUBELET)
+        check_multiple("model.visual.dim", options.dim, options.heads)
+        state = read_weights(options, "model.visual.weights") if state_keys is None else None
+        if state is not None:
+            state = library_names(state)
+        names = state if state_keys is None else {key.removeprefix("body.") for key in state_keys}
+        body = transformers.VideoMAEModel(
+            transformers.VideoMAEConfig(
+                image_size=inputs.size,
+                patch_size=PATCH,
+                num_frames=inputs.frames,
+                tubelet_size=TUBELET,
+                hidden_size=options.dim,
+                num_hidden_layers=options.depth,
+                num_attention_heads=options.heads,
+                intermediate_size=4 * options.dim,
+                # The library's name for "no final norm": true of classifiers, false of the pre-trained model.
+                use_mean_pooling=names is not None and "layernorm.weight" not in names,
+            )
+        )
+        if state is not None:
+            load_strictly(body, state, DROPPED, f"model.visual.weights: {options.weights}")
+        return cls(options.dim, body, options)
+
+    @property
+    def num_frames(self) -> int:
+        """Number of tubelets."""
+        return self.pictures.frames // TUBELET
 
     def checkpoint_activations(self) -> None:
         """Recompute activations in backward, by the library's own implementation."""
@@ -54,38 +91,6 @@ class VideoMAE(Transformer):
         """(B, frames, 3, H, W) -> (B, frames/2, H/16 · W/16, D)."""
         tokens = self.body(inputs).last_hidden_state
         return tokens.unflatten(1, (inputs.shape[1] // TUBELET, -1))
-
-
-def build_videomae(config: VideoMAEConfig, clip: ClipConfig, state_keys: Collection[str] | None) -> VideoMAE:
-    """Build the encoder with the weights that the config names.
-
-    With `state_keys`, the keys of a state that the caller loads, no weights are read. Raises ConfigError for
-    clips that the patches do not divide, and as `read_weights` and `load_strictly` do.
-    """
-    check_multiple("data.clip.size", clip.size, PATCH)
-    check_multiple("data.clip.frames", clip.frames, TUBELET)
-    check_multiple("model.visual.dim", config.dim, config.heads)
-    state = read_weights(config, "model.visual.weights") if state_keys is None else None
-    if state is not None:
-        state = library_names(state)
-    names = state if state_keys is None else {key.removeprefix("body.") for key in state_keys}
-    body = transformers.VideoMAEModel(
-        transformers.VideoMAEConfig(
-            image_size=clip.size,
-            patch_size=PATCH,
-            num_frames=clip.frames,
-            tubelet_size=TUBELET,
-            hidden_size=config.dim,
-            num_hidden_layers=config.depth,
-            num_attention_heads=config.heads,
-            intermediate_size=4 * config.dim,
-            # The library's name for "no final norm": true of classifiers, false of the pre-trained model.
-            use_mean_pooling=names is not None and "layernorm.weight" not in names,
-        )
-    )
-    if state is not None:
-        load_strictly(body, state, DROPPED, f"model.visual.weights: {config.weights}")
-    return VideoMAE(config.dim, body, config)
 
 
 def library_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -34,6 +34,7 @@ REQUIRED = [
     "matplotlib==3.11.2",  # its plots
     "filelock==4.2.11",  # one process makes the tracking database, or fetches a shard
     "scikit-learn==1.9.1",  # k-means, from which new proxies start
+    "scipy==1.17.1",  # tests of differences between streams
     "tenacity==9.2.1",  # retries of remote storage
 ]
 S3 = ["s3fs==2026.9.0"]  # s3:// urls

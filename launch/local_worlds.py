@@ -1,8 +1,9 @@
 """Worlds of processes on this machine, which meet at a free port."""
 
+import itertools
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from avcil_dist.errors import WorldError
@@ -40,6 +41,16 @@ def num_ranks(environment: Mapping[str, str], processes: int | None) -> int:
     """Return the number of ranks of a stream: those of the launcher, else `processes`, else 1."""
     outer = launcher_world(environment, processes)
     return outer.size if outer.launcher != "none" else processes or 1
+
+
+def meetings() -> Iterator[World]:
+    """Yield the world of each process group that this process joins, one after the other: none meets at another's port.
+
+    Under a launcher the number of ranks is that of the launcher, else it is 1.
+    """
+    for number in itertools.count():
+        world = current_world()
+        yield world.at_meeting(number) if number and world.launcher != "none" else world
 
 
 def current_world() -> World:

@@ -20,6 +20,7 @@ from avcil_dist.config.schema import AugmentConfig
 from avcil_dist.data.decode_pool import ClipDecoder, DecodePool, EncodedClip, HereDecoder, TensorPair
 from avcil_dist.data.inputs import ClipInputs
 from avcil_dist.data.manifest import TAR_BLOCK, Manifest
+from avcil_dist.data.noise import InputNoise
 from avcil_dist.data.npy import parse_npy
 from avcil_dist.data.plan import PADDING
 from avcil_dist.data.reader import Segment
@@ -68,12 +69,12 @@ class Layout(Protocol):
 
 
 class FeatureLayout:
-    """Layout of features, float16, read into the batch's tensors (page-locked memory if `pin`)."""
+    """Layout of features, float16, read into the batch's tensors (page-locked memory if `pin`), with any `noise`."""
 
     members = ("visual.npy", "audio.npy")
 
-    def __init__(self, manifest: Manifest, *, pin: bool) -> None:
-        self.manifest = manifest
+    def __init__(self, manifest: Manifest, *, pin: bool, noise: InputNoise | None = None) -> None:
+        self.manifest, self.noise = manifest, noise
         shape = manifest.shape
         self.shapes = (shape["frames"], shape["positions"], shape["dim"]), (shape["dim"],)
         self.headers = [_npy_header((shape["frames"] * shape["positions"], shape["dim"])), _npy_header(self.shapes[1])]
@@ -127,6 +128,11 @@ class FeatureLayout:
                         rows.tensors[number][row] = self._parse(data, key, number)
             except DataError as error:
                 faults[row] = error
+            else:
+                if self.noise:
+                    visual, audio = (tensor[row] for tensor in rows.tensors)
+                    visual.copy_(self.noise.on_visual(visual, key))
+                    audio.copy_(self.noise.on_audio(audio, key))
         _clear(rows, faults)
         return rows.tensors
 
@@ -144,12 +150,19 @@ class ClipLayout:
     member = "mp4"
 
     def __init__(
-        self, manifest: Manifest, clip: ClipInputs, augment: AugmentConfig, *, num_processes: int, pin: bool
+        self,
+        manifest: Manifest,
+        clip: ClipInputs,
+        augment: AugmentConfig,
+        *,
+        num_processes: int,
+        pin: bool,
+        noise: InputNoise | None = None,
     ) -> None:
         self.manifest, self.num_processes = manifest, num_processes
         self.shapes = clip.shapes
         self._buffers = _Buffers(pin, torch.float32)
-        transform = ClipTransform(clip, augment)
+        transform = ClipTransform(clip, augment, noise)
         self._decoder: ClipDecoder = HereDecoder(transform)
         if num_processes:
             self._decoder = DecodePool(transform, self.shapes, num_processes)

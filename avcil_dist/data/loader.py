@@ -22,6 +22,7 @@ from avcil_dist.data.decode_pool import TensorPair
 from avcil_dist.data.inputs import ClipInputs
 from avcil_dist.data.layout import BatchBuffers, ClipLayout, Faults, FeatureLayout, Layout
 from avcil_dist.data.manifest import Manifest
+from avcil_dist.data.noise import InputNoise
 from avcil_dist.data.plan import PADDING
 from avcil_dist.data.reader import BATCHES_AHEAD, OpenReader, ShardReader
 from avcil_dist.data.sampler import Request
@@ -57,9 +58,13 @@ def load_on_device(
     device: torch.device,
     clip_cache: ClipCache | None = None,
     inputs: ClipInputs | None = None,
+    noise: InputNoise | None = None,
 ) -> Iterator[Batch]:
-    """Yield the batches of `load_batches` on a device; the next batch is read and copied while one is used."""
-    batches = _load(sampler, manifest, labels, data, device.type == "cuda", clip_cache, inputs)
+    """Yield the batches of `load_batches` on a device; the next batch is read and copied while one is used.
+
+    Clips that are read get `noise`, if any.
+    """
+    batches = _load(sampler, manifest, labels, data, device.type == "cuda", clip_cache, inputs, noise)
     return _timed(_prefetched(batches, device))
 
 
@@ -71,13 +76,15 @@ def _load(
     pin: bool,
     clip_cache: ClipCache | None,
     inputs: ClipInputs | None,
+    noise: InputNoise | None = None,
 ) -> Iterator[Batch]:
     layout: Layout
     if manifest.kind == "clip":
         prepare = inputs or ClipInputs.of(data.clip)
-        layout = ClipLayout(manifest, prepare, data.augment, num_processes=data.decode_workers, pin=pin)
+        workers = data.decode_workers
+        layout = ClipLayout(manifest, prepare, data.augment, num_processes=workers, pin=pin, noise=noise)
     else:
-        layout = FeatureLayout(manifest, pin=pin)
+        layout = FeatureLayout(manifest, pin=pin, noise=noise)
     pipeline = webdataset.DataPipeline(
         lambda: iter(sampler),
         _Fetch(ShardReader(manifest, data), layout, clip_cache),

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
 from avcil_dist.scenario import ClassName
+from avcil_dist.streams.score_metrics import ScoreMetrics
 
 Accuracy = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0, lt=1 << 53)]
@@ -81,6 +82,15 @@ def forgetting(matrix: Sequence[Sequence[float]]) -> list[float]:
     return losses
 
 
+def backward_transfer(matrix: Sequence[Sequence[float]]) -> float | None:
+    """Return BWT = mean over j < k of (A[k][j] - A[j][j]), k the last step; None after step 0.
+
+    The accuracy on earlier tasks now, less that when each was learnt (Lopez-Paz and Ranzato 2017, eq. 3).
+    """
+    last = len(matrix) - 1
+    return _mean([matrix[last][j] - matrix[j][j] for j in range(last)]) if last > 0 else None
+
+
 @dataclass(frozen=True)
 class SubsetMetrics:
     """a_0 … a_step on a subset of the test clips, and the size of the subset at the last step."""
@@ -142,10 +152,10 @@ class StreamMetrics:
     """Metrics of a stream up to and including `step`: the content of `metrics.json`.
 
     `accuracy` holds rows 0 … step of the accuracy matrix, `seen_accuracy` a_0 … a_step. `per_class`, `confusion`,
-    `num_test_clips`, `epoch` (the selected one), `val_accuracy` and `epochs` are those of the last step.
-    `source_disjoint` covers the test clips whose source video no training clip shares, `memory` is that after the last
-    step. `choices` are the selected epochs of steps 0 … step, None for a step that an earlier version trained. Raises
-    ValueError for inconsistent lengths.
+    `num_test_clips`, `epoch` (the selected one), `val_accuracy`, `epochs` and `scores` (metrics of all class scores)
+    are those of the last step. `source_disjoint` covers the test clips whose source video no training clip shares,
+    `memory` is that after the last step. `choices` are the selected epochs of steps 0 … step, None for a step that an
+    earlier version trained. Raises ValueError for inconsistent lengths.
     """
 
     step: Annotated[int, Field(ge=0, lt=1 << 20)]
@@ -160,6 +170,7 @@ class StreamMetrics:
     memory: MemoryUse | None = None
     choices: tuple[EpochChoice | None, ...] = ()
     epochs: tuple[EpochMetrics, ...] = field(default=(), repr=False)
+    scores: ScoreMetrics | None = None
 
     def __post_init__(self) -> None:
         lengths = [len(row) for row in self.accuracy]
@@ -188,6 +199,7 @@ class StreamMetrics:
         source_disjoint: tuple[float, int] | None = None,
         memory: MemoryUse | None = None,
         epochs: Sequence[EpochMetrics] = (),
+        scores: ScoreMetrics | None = None,
     ) -> "StreamMetrics":
         """Return the metrics after `step` from those after the step before it (None at step 0).
 
@@ -211,6 +223,7 @@ class StreamMetrics:
             memory=memory,
             choices=(*choices, EpochChoice(epoch, num_epochs, val_accuracy, num_ties)),
             epochs=tuple(epochs),
+            scores=scores,
         )
 
     @property
@@ -229,6 +242,11 @@ class StreamMetrics:
         losses = self.forgetting
         return _mean(losses) if losses else None
 
+    @property
+    def backward_transfer(self) -> float | None:
+        """BWT after the last step; None after step 0."""
+        return backward_transfer(self.accuracy)
+
     def scalars(self) -> dict[str, float]:
         """The metrics of the last step that are one number, by name; those without a value are left out."""
         values = {
@@ -238,6 +256,8 @@ class StreamMetrics:
             "average_forgetting": self.average_forgetting,
             "source_disjoint_accuracy": self.source_disjoint.seen_accuracy[-1] if self.source_disjoint else None,
             "memory_bytes": self.memory.bytes if self.memory else None,
+            "backward_transfer": self.backward_transfer,
+            **(asdict(self.scores) if self.scores else {}),
         }
         return {name: value for name, value in values.items() if value is not None}
 
@@ -248,6 +268,7 @@ class StreamMetrics:
             "mean_accuracy": self.mean_accuracy,
             "forgetting": self.forgetting,
             "average_forgetting": self.average_forgetting,
+            "backward_transfer": self.backward_transfer,
         }
         if self.source_disjoint is not None:
             record["source_disjoint"]["mean_accuracy"] = self.source_disjoint.mean_accuracy

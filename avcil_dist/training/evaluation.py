@@ -1,6 +1,6 @@
 """Distributed evaluation: each clip is predicted exactly once, whatever the number of ranks and batches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +33,13 @@ class Predictions:
         return float((self.labels == self.predictions).mean())
 
 
+@dataclass(frozen=True)
+class ScoredPredictions(Predictions):
+    """Predictions with the class scores (clips, seen classes), float32; NaN in the rows of damaged clips."""
+
+    scores: np.ndarray
+
+
 def evaluate(
     step: Step, network: Network, split: Split, inference: InferencePass, *, on_batch: Callable[[], None] = lambda: None
 ) -> Predictions:
@@ -44,20 +51,42 @@ def evaluate(
     clips = step.manifest.clips(step.seen_classes, split)
     predicted: list[Tensor] = []
     for batch, output in inference.run(network, clips, step.config.optim.global_eval_batch):
-        predicted.append(_predict(step.method, output, batch.valid))
+        predicted.append(_predict(_scores(step.method, output), batch.valid))
         on_batch()
-    predictions = _in_order(torch.stack(predicted))[: len(clips)]
-    labels = step.manifest.shard_labels(step.scenario.labels)[step.manifest.shards_of(clips)]
-    return Predictions(clips, labels, predictions)
+    return Predictions(clips, _labels(step, clips), _in_order(predicted)[: len(clips)])
+
+
+def evaluate_scores(
+    step: Step, network: Network, split: Split, inference: InferencePass, *, on_batch: Callable[[], None] = lambda: None
+) -> ScoredPredictions:
+    """`evaluate`, with the class scores of every clip, on all ranks."""
+    clips = step.manifest.clips(step.seen_classes, split)
+    predicted: list[Tensor] = []
+    scored: list[Tensor] = []
+    for batch, output in inference.run(network, clips, step.config.optim.global_eval_batch):
+        scores = _scores(step.method, output)
+        predicted.append(_predict(scores, batch.valid))
+        scored.append(scores.float().masked_fill(~batch.valid[:, None], torch.nan))
+        on_batch()
+    rows = slice(len(clips))
+    return ScoredPredictions(clips, _labels(step, clips), _in_order(predicted)[rows], _in_order(scored)[rows])
 
 
 @torch.no_grad()
-def _predict(method: Method, output: Output, valid: Tensor) -> Tensor:
-    return method.scores(output).argmax(dim=1).masked_fill(~valid, DAMAGED)
+def _scores(method: Method, output: Output) -> Tensor:
+    return method.scores(output)
 
 
-def _in_order(predicted: Tensor) -> np.ndarray:
-    """Gather each rank's predictions (batches, rows) into those of all clips, in plan order."""
-    num_batches = len(predicted)
-    by_rank = gather_rows(predicted.flatten(), predicted.numel()).view(dist.get_world_size(), num_batches, -1)
-    return by_rank.transpose(0, 1).flatten().cpu().numpy()
+def _predict(scores: Tensor, valid: Tensor) -> Tensor:
+    return scores.argmax(dim=1).masked_fill(~valid, DAMAGED)
+
+
+def _labels(step: Step, clips: np.ndarray) -> np.ndarray:
+    return step.manifest.shard_labels(step.scenario.labels)[step.manifest.shards_of(clips)]
+
+
+def _in_order(batches: Sequence[Tensor]) -> np.ndarray:
+    """Gather each rank's batches of (rows, …) into the rows of all clips, in plan order."""
+    own = torch.cat(list(batches))
+    by_rank = gather_rows(own, len(own)).unflatten(0, (dist.get_world_size(), len(batches), -1))
+    return by_rank.transpose(0, 1).flatten(0, 2).cpu().numpy()

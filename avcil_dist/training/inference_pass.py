@@ -18,6 +18,7 @@ from avcil_dist.data.clip_cache import ClipCache
 from avcil_dist.data.inputs import ClipInputs
 from avcil_dist.data.loader import load_on_device
 from avcil_dist.data.manifest import Manifest
+from avcil_dist.data.noise import InputNoise
 from avcil_dist.data.plan import NO_CLIPS, plan_evaluation, rank_share
 from avcil_dist.data.sampler import FixedSampler
 from avcil_dist.errors import DataError
@@ -49,6 +50,7 @@ class InferencePass:
     device: torch.device
     clip_cache: ClipCache | None = None
     inputs: ClipInputs | None = None  # as in `load_batches`
+    noise: InputNoise | None = None
 
     def batches(self, clips: np.ndarray, global_batch: int | None = None) -> Iterator[Batch]:
         """Read the rank's part of the clips onto its device. All ranks have equally many batches; padding is not valid.
@@ -68,6 +70,7 @@ class InferencePass:
             device=self.device,
             clip_cache=self.clip_cache,
             inputs=self.inputs,
+            noise=self.noise,
         ):
             num_good += batch.valid.sum()
             faults.extend(batch.faults)

@@ -33,6 +33,7 @@ from avcil_dist.streams.metrics import (
     per_class_accuracy,
     seen_accuracy,
 )
+from avcil_dist.streams.score_metrics import score_metrics
 from avcil_dist.streams.snapshots import snapshots_url
 from avcil_dist.streams.stream import scenario_of, shards_of, sole_writer, stream_url
 from avcil_dist.system.signals import StopRequest
@@ -43,7 +44,7 @@ from avcil_dist.training.closed_form import train_closed_form
 from avcil_dist.training.collectives import decide_together, process_group
 from avcil_dist.training.device import device_name, local_device, out_of_memory_as_line
 from avcil_dist.training.engine import name_accelerator, set_threads, whole_state
-from avcil_dist.training.evaluation import Predictions, evaluate
+from avcil_dist.training.evaluation import ScoredPredictions, evaluate_scores
 from avcil_dist.training.exemplars import exemplar_clips, exemplar_features, update_memory
 from avcil_dist.training.failure_sync import Report, print_fault, propagate_failures
 from avcil_dist.training.incremental_step import Step, make_step
@@ -137,7 +138,7 @@ def step_in_group(
     memory = update_memory(step, memory, student, inference)
     step.method.end_step(exemplar_features(step, memory, student, inference) if step.needs.means else None)
 
-    tested = evaluate(step, student, "test", inference, on_batch=observer.advance)
+    tested = evaluate_scores(step, student, "test", inference, on_batch=observer.advance)
     artifact = StepArtifact(
         step=number,
         model=best.state,
@@ -215,7 +216,7 @@ def _clip_cache(step: Step, sampler: TrainingSampler, observer: Observer) -> Cli
 
 
 def _metrics(
-    step: Step, previous: StepArtifact | None, tested: Predictions, best: BestEpoch, memory: MemoryUse
+    step: Step, previous: StepArtifact | None, tested: ScoredPredictions, best: BestEpoch, memory: MemoryUse
 ) -> StreamMetrics:
     labels, predictions = tested.labels, tested.predictions
     disjoint = None
@@ -237,4 +238,5 @@ def _metrics(
         source_disjoint=disjoint,
         memory=memory,
         epochs=best.epochs,
+        scores=score_metrics(labels, tested.scores, step.scenario.head_slices(step.number)),
     )

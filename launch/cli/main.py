@@ -13,6 +13,7 @@ from launch.cli.attention import attention
 from launch.cli.bench import bench
 from launch.cli.config import config
 from launch.cli.data import data
+from launch.cli.evaluate import evaluate
 from launch.cli.jobs import cancel, logs, status, submit
 from launch.cli.output import echo_error, prepare_output
 from launch.cli.predict import predict
@@ -21,7 +22,7 @@ from launch.cli.sandbox import sandbox
 from launch.cli.shards import shards
 from launch.cli.sweep import compare, methods, sweep
 from launch.cli.tracking import resume, sync
-from launch.cli.train import evaluate, train
+from launch.cli.train import train
 from launch.cli.weights import weights
 
 

@@ -25,6 +25,28 @@ def resume_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def predicted_clips_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of a step and of the clips that it predicts: step, split, manifest, modality, device."""
+    options = (
+        click.option("--step", type=int, help="The step whose weights predict; default: the last committed."),
+        click.option("--split", type=click.Choice(["train", "val", "test"]), default="test", show_default=True),
+        click.option("--manifest", help="Manifest of other shards than those that the step was trained on."),
+        click.option(
+            "--modality", type=click.Choice(["audio", "visual"]), help="Predict from sound, or from pictures, alone."
+        ),
+        click.option(
+            "--device",
+            type=click.Choice(["auto", "cuda", "cpu"]),
+            default="auto",
+            show_default=True,
+            help="As engine.device.",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def processes_option(description: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add `--processes`; its value is None where it was not given, which a launcher around the command permits."""
     return click.option("--processes", "-n", type=click.IntRange(1), help=f"{description}  [default: 1]")

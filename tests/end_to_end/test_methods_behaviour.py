@@ -114,9 +114,9 @@ def test_eval_of_a_method_with_means_gives_the_committed_accuracy(results: dict[
 
 def test_eval_without_a_modality_predicts_from_the_other_one(results: dict[str, StepArtifact]) -> None:
     config = results["analytic"].config
-    for missing in ("audio", "visual"):
-        found = json.loads(avcil("eval", f"{config.output}/{config.stream_name}", "--missing", missing).output)
-        assert found["missing"] == missing
+    for kept in ("audio", "visual"):
+        found = json.loads(avcil("eval", f"{config.output}/{config.stream_name}", "--modality", kept).output)
+        assert found["modality"] == kept
         assert 0.5 < found["seen_accuracy"] <= results["analytic"].metrics.seen_accuracy[-1]
 
 

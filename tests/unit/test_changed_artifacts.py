@@ -17,7 +17,9 @@ from avcil_dist import storage
 from avcil_dist.config.schema import TrackingConfig
 from avcil_dist.data.manifest import load_manifest
 from avcil_dist.errors import AvcilError
-from avcil_dist.inference.predict import evaluate_step, restore_step
+from avcil_dist.inference.evaluation import evaluation
+from avcil_dist.inference.predict import restore_step
+from avcil_dist.inference.step_predictions import StepRequest, predict_step
 from avcil_dist.reporting.report import load_streams
 from avcil_dist.streams.artifact import load_artifact
 from avcil_dist.streams.commit import COMMITTED, read_commit, write_commit, write_files
@@ -60,7 +62,7 @@ def change_weights(stream: str, change: Callable[[torch.Tensor], torch.Tensor]) 
 
 
 def evaluate(stream: str) -> None:
-    evaluate_step(stream, None, "test", None, world=current_world())
+    predict_step(StepRequest(stream), current_world())
 
 
 def refusal(call: Callable[[], object]) -> str:
@@ -203,8 +205,8 @@ def test_another_manifest_may_list_the_classes_in_another_order(stream: str) -> 
     url = load_summary(stream, 0).config.data.manifest
     manifest, other = load_manifest(url), url.replace("manifest.json", "other.json")
     replace(manifest, classes=manifest.classes[::-1]).save(other)
-    own = evaluate_step(stream, None, "test", None, world=current_world())
-    assert evaluate_step(stream, None, "test", other, world=current_world()) == own
+    own = evaluation(predict_step(StepRequest(stream), current_world()))
+    assert evaluation(predict_step(StepRequest(stream, manifest=other), current_world())) == own
 
 
 @pytest.mark.parametrize("name", ["/etc/hostname", "../../secret", "model.safetensors"])

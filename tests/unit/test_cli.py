@@ -69,7 +69,7 @@ def returning(value: object) -> Callable[..., object]:
 
 
 def test_only_the_main_rank_prints_the_results_of_eval(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("avcil_dist.inference.predict.evaluate_step", returning({"seen_accuracy": 0.5}))
+    monkeypatch.setattr("launch.evaluation.evaluate_stream", returning({"seen_accuracy": 0.5}))
     result = avcil("eval", "runs/stream")
     assert result.exit_code == 0, result.output
     assert result.output == ("" if rank else json.dumps({"seen_accuracy": 0.5}, indent=1) + "\n")

@@ -1,8 +1,10 @@
 """Inference from a committed step: restored networks, scores of new clips, accuracies on a split."""
 
 import csv
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,16 +13,13 @@ import torch
 from avcil_dist.compose import load_config
 from avcil_dist.data.exemplar_memory import EMPTY_MEMORY
 from avcil_dist.data.manifest import load_manifest
+from avcil_dist.data.noise import InputNoise
 from avcil_dist.errors import ArtifactError, ConfigError, DataError
-from avcil_dist.inference import predict as inference
-from avcil_dist.inference.predict import (
-    CLIPS_PER_BATCH,
-    Modality,
-    Predictor,
-    StepPredictions,
-    evaluate_step,
-    restore_step,
-)
+from avcil_dist.inference import step_predictions
+from avcil_dist.inference.evaluation import evaluation
+from avcil_dist.inference.predict import CLIPS_PER_BATCH, Modality, Predictor, restore_step
+from avcil_dist.inference.predictions_file import PredictionTable
+from avcil_dist.inference.step_predictions import Condition, StepRequest, predict_step
 from avcil_dist.methods import make_method
 from avcil_dist.methods.base import StepContext
 from avcil_dist.methods.sums_head import SumsHead
@@ -28,7 +27,6 @@ from avcil_dist.streams.artifact import StepArtifact, save_artifact
 from avcil_dist.streams.metrics import StreamMetrics
 from avcil_dist.streams.stream import scenario_of, stream_url
 from avcil_dist.training.build import network_after
-from avcil_dist.training.evaluation import Predictions
 from data_shards.random_features import make_feature_shards
 from launch.local_worlds import current_world
 from tests.helpers.streams import avcil, write_config
@@ -39,7 +37,7 @@ CLASSES_PER_STEP = 3
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the number of threads of the test process as it is."""
-    monkeypatch.setattr(inference, "set_threads", lambda world: None)
+    monkeypatch.setattr(step_predictions, "set_threads", lambda world: None)
 
 
 def commit_first_step(folder: Path) -> tuple[str, StepArtifact]:
@@ -66,55 +64,78 @@ def commit_first_step(folder: Path) -> tuple[str, StepArtifact]:
     return stream_url(config), artifact
 
 
+def evaluate(stream: str, **request: Any) -> dict[str, Any]:
+    return evaluation(predict_step(StepRequest(stream, **request), current_world()))
+
+
 def test_each_clip_of_the_split_is_evaluated_once(tmp_path: Path) -> None:
     stream, _ = commit_first_step(tmp_path)
-    found = evaluate_step(stream, None, "test", None, world=current_world())
+    found = evaluate(stream)
     assert (found["step"], found["split"], found["num_clips"]) == (0, "test", 30)
     assert found["task_accuracy"] == [found["seen_accuracy"]]
+    assert found["task_il_accuracy"] == found["seen_accuracy"]  # there is one task
     assert found["seen_accuracy"] == pytest.approx(sum(found["per_class"].values()) / CLASSES_PER_STEP)
 
 
 def test_predictions_are_written_clip_by_clip_and_agree_with_the_accuracy(tmp_path: Path) -> None:
     stream, artifact = commit_first_step(tmp_path)
     path = tmp_path / "predictions.csv"
-    result = avcil("predict", stream, path, "--device", "cpu")
+    result = avcil("eval", stream, "--predictions", path, "--device", "cpu")
     assert result.exit_code == 0, result.output
     header, *rows = csv.reader(path.open())
-    assert header == ["clip", "class", "predicted"]
+    seen = artifact.scenario.seen(0)
+    assert header == ["key", "label", "prediction", *(f"p:{name}" for name in seen)]
     manifest = load_manifest(artifact.config.data.manifest)
-    clips = manifest.clips(artifact.scenario.seen(0), "test")
+    clips = manifest.clips(seen, "test")
     assert [row[0] for row in rows] == [manifest.key(clip) for clip in clips]
     assert [row[1] for row in rows] == [manifest.class_of(clip) for clip in clips]
-    assert {row[2] for row in rows} <= set(artifact.scenario.seen(0))
-    accuracy = sum(own == predicted for _, own, predicted in rows) / len(rows)
-    assert accuracy == evaluate_step(stream, None, "test", None, world=current_world())["seen_accuracy"]
-    assert f"30 clips, accuracy {accuracy:.4f}" in result.output
-    refused = avcil("predict", stream, path, "--modality", "audio")
+    chances = np.array([row[3:] for row in rows], dtype=float)
+    assert [row[2] for row in rows] == [seen[best] for best in chances.argmax(axis=1)]
+    np.testing.assert_allclose(chances.sum(axis=1), 1, rtol=1e-5)
+    accuracy = sum(row[1] == row[2] for row in rows) / len(rows)
+    assert json.loads(result.output)["seen_accuracy"] == accuracy
+
+    other = tmp_path / "predictions.npz"
+    assert avcil("eval", stream, "--predictions", other, "--device", "cpu").exit_code == 0
+    with np.load(other, allow_pickle=False) as arrays:
+        np.testing.assert_allclose(arrays["probabilities"], chances, rtol=1e-4)
+        assert arrays["prediction"].tolist() == [row[2] for row in rows]
+    refused = avcil("eval", stream, "--predictions", tmp_path / "predictions.txt")
     assert refused.exit_code == 2
-    assert "has no head for one modality" in refused.output
+    assert "written as .csv or .npz" in refused.output
 
 
-def test_a_damaged_clip_has_no_prediction(tmp_path: Path) -> None:
-    _, artifact = commit_first_step(tmp_path)
-    manifest = load_manifest(artifact.config.data.manifest)
-    clips = manifest.clips(artifact.scenario.seen(0), "test")[:2]
-    predicted = Predictions(clips, np.array([0, 0]), np.array([1, -1]))
-    rows = list(StepPredictions(artifact, manifest, predicted).rows())
-    assert [row[1:] for row in rows] == [("class_000", "class_001"), ("class_000", "")]
+def test_a_damaged_clip_has_no_prediction_and_is_wrong() -> None:
+    scores = np.array([[0.0, 1.0], [np.nan, np.nan]])
+    table = PredictionTable(["a", "b"], ["cat", "cat"], ["cat", "dog"], scores)
+    assert table.predictions == ["dog", ""]
 
 
 def test_a_split_without_clips_is_an_error_of_one_line(tmp_path: Path) -> None:
     stream, _ = commit_first_step(tmp_path)
     url = make_feature_shards(tmp_path / "other", classes=6, clips={"train": 24, "test": 10})
     with pytest.raises(DataError) as raised:
-        evaluate_step(stream, None, "val", str(url), world=current_world())
+        evaluate(stream, split="val", manifest=str(url))
     assert f"{url}: no val clips of the 3 classes of step 0" in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
 def test_a_step_that_is_not_committed_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="no committed step artifact"):
-        evaluate_step(str(tmp_path / "nothing"), None, "test", None, world=current_world())
+        evaluate(str(tmp_path / "nothing"))
+
+
+def test_noise_is_of_the_clip_and_the_seed_and_grows_with_its_level(tmp_path: Path) -> None:
+    stream, _ = commit_first_step(tmp_path)
+
+    def scores(noise: InputNoise | None) -> np.ndarray:
+        return predict_step(StepRequest(stream, condition=Condition(noise=noise)), current_world()).predicted.scores
+
+    plain, noisy = scores(None), scores(InputNoise(audio_db=10, visual_db=10))
+    np.testing.assert_array_equal(noisy, scores(InputNoise(audio_db=10, visual_db=10)))
+    assert not np.array_equal(noisy, scores(InputNoise(audio_db=10, visual_db=10, seed=1)))
+    strong = scores(InputNoise(audio_db=0, visual_db=0))
+    assert 0 < np.abs(noisy - plain).mean() < np.abs(strong - plain).mean()
 
 
 @pytest.mark.parametrize("count", [1, CLIPS_PER_BATCH, 2 * CLIPS_PER_BATCH + 3])
@@ -141,15 +162,19 @@ def test_no_clips_have_no_scores(tmp_path: Path) -> None:
     assert predictor.score_clips([]).shape == (0, CLASSES_PER_STEP)
 
 
-def test_a_method_without_a_head_for_one_modality_is_refused_without_one(tmp_path: Path) -> None:
-    stream, _ = commit_first_step(tmp_path)
-    with pytest.raises(ConfigError) as raised:
-        evaluate_step(stream, None, "test", None, world=current_world(), missing="visual")
-    assert str(raised.value).startswith("method avcil, with these options, has no head for one modality")
+@pytest.mark.parametrize("modality", ["audio", "visual"])
+def test_a_method_without_a_head_for_one_modality_gets_zeros_as_the_other(tmp_path: Path, modality: Modality) -> None:
+    stream, artifact = commit_first_step(tmp_path)
+    shape = load_manifest(artifact.config.data.manifest).shape
+    visual, audio = torch.randn(5, shape["frames"], shape["positions"], shape["dim"]), torch.randn(5, shape["dim"])
+    zeroed = (torch.zeros_like(visual), audio) if modality == "audio" else (visual, torch.zeros_like(audio))
+    found = Predictor(artifact, shape, stream, modality).score_features(visual, audio)
+    torch.testing.assert_close(found, Predictor(artifact, shape, stream).score_features(*zeroed))
+    assert evaluate(stream, condition=Condition(modality=modality))["modality"] == modality
 
 
-@pytest.mark.parametrize("missing", ["audio", "visual"])
-def test_without_a_modality_its_features_change_no_score(tmp_path: Path, missing: Modality) -> None:
+@pytest.mark.parametrize(("missing", "kept"), [("audio", "visual"), ("visual", "audio")])
+def test_without_a_modality_its_features_change_no_score(tmp_path: Path, missing: str, kept: Modality) -> None:
     """The head of the other modality is solved from the state in the artifact; the predictor ignores the input."""
     config = load_config(str(write_config(tmp_path)), ["scenario.classes_per_step=3", "method=analytic"])
     manifest = load_manifest(config.data.manifest)
@@ -176,7 +201,7 @@ def test_without_a_modality_its_features_change_no_score(tmp_path: Path, missing
         config=config,
         manifest_hash=manifest.content_hash,
     )
-    predictor = Predictor(artifact, shape, "here", missing)
+    predictor = Predictor(artifact, shape, "here", kept)
     whole = Predictor(artifact, shape, "here").score_features(visual, audio)
     gone = torch.full_like(audio if missing == "audio" else visual, torch.nan)
     given = (visual, gone) if missing == "audio" else (gone, audio)
@@ -187,4 +212,4 @@ def test_without_a_modality_its_features_change_no_score(tmp_path: Path, missing
     torch.testing.assert_close(scores, method.scores(kept))
     one = config.model_copy(update={"model": config.model.model_copy(update={"modality": "audio"})})
     with pytest.raises(ConfigError, match="the step was trained on audio alone"):
-        restore_step(replace(artifact, config=one), shape, "here", "visual")
+        restore_step(replace(artifact, config=one), shape, "here", "audio")

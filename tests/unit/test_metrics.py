@@ -13,11 +13,13 @@ from avcil_dist.streams.metrics import (
     StreamMetrics,
     SubsetMetrics,
     accuracy_row,
+    backward_transfer,
     confusion,
     forgetting,
     per_class_accuracy,
     seen_accuracy,
 )
+from avcil_dist.streams.score_metrics import ScoreMetrics
 
 # Tasks of 3, 1 and 2 classes: nothing here divides evenly.
 LABELS = [0, 0, 1, 2, 3, 3, 3, 4, 5, 5]
@@ -200,7 +202,13 @@ def test_every_metric_added_after_the_first_version_has_a_default() -> None:
 def test_scalars_are_the_numbers_of_the_last_step() -> None:
     metrics = make_metrics([[0.9], [0.5, 0.8], [0.6, 0.3, 0.7]], [0.9, 0.6, 0.45])
     assert metrics.scalars() == pytest.approx(
-        {"seen_accuracy": 0.45, "mean_accuracy": 0.65, "forgetting": 0.4, "average_forgetting": 0.4}
+        {
+            "seen_accuracy": 0.45,
+            "mean_accuracy": 0.65,
+            "forgetting": 0.4,
+            "average_forgetting": 0.4,
+            "backward_transfer": -0.4,
+        }
     )
     assert set(make_metrics([[0.5]], [0.5]).scalars()) == {"seen_accuracy", "mean_accuracy"}
     subset = replace(metrics, source_disjoint=SubsetMetrics((0.1, 0.2, 0.3), 4))
@@ -232,3 +240,21 @@ def test_the_number_of_rows_must_fit_the_step() -> None:
 def test_the_number_of_seen_accuracies_must_fit_the_step() -> None:
     with pytest.raises(ValueError, match="seen accuracies"):
         StreamMetrics(1, ((0.9,), (0.5, 0.8)), (0.9,), {}, 1, 0, None)
+
+
+def test_backward_transfer_is_the_gain_of_earlier_tasks_since_they_were_learnt() -> None:
+    matrix = [[0.9], [0.5, 0.8], [0.6, 0.9, 0.7]]
+    assert backward_transfer(matrix) == pytest.approx(((0.6 - 0.9) + (0.9 - 0.8)) / 2)
+    assert backward_transfer(matrix[:1]) is None
+
+
+def test_metrics_of_scores_are_numbers_of_the_last_step_and_optional() -> None:
+    metrics = make_metrics([[0.9], [0.5, 0.8]], [0.9, 0.6])
+    assert "task_il_accuracy" not in metrics.scalars()
+    scored = replace(metrics, scores=ScoreMetrics(0.95, 0.7))
+    assert scored.scalars()["task_il_accuracy"] == 0.95
+    assert "top5_accuracy" not in scored.scalars()
+    assert read(scored.to_dict()) == scored
+    record = metrics.to_dict()
+    del record["scores"]  # as written by earlier versions
+    assert read(record) == metrics

@@ -27,6 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark each test by its folder; a unit test is fast unless it is marked as slow."""
     for item in items:
         folder = item.path.relative_to(TESTS).parts[0]
+        item.add_marker(pytest.mark.xdist_group("slurm" if folder == "slurm" else str(item.path)))
         if folder != "unit":
             item.add_marker(MARKERS[folder])
         elif item.get_closest_marker("slow") is None:

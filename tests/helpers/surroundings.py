@@ -15,6 +15,16 @@ ONE_STEP = ("scenario.classes_per_step=[6]", "optim.epochs=2")
 CLEARED = ("OMP_NUM_THREADS", "PYTHONPATH", "PYTHONWARNINGS", "TMPDIR")
 
 
+# $1: a folder that others may not enter; $2: an empty folder that takes its place; then the folders in it to keep.
+SHOWN = """
+hidden=$1 view=$2; shift 2
+while [ "$1" != -- ]; do
+    mkdir -p "$view/${1#"$hidden"}" && mount --bind "$1" "$view/${1#"$hidden"}" || exit; shift
+done
+mount --rbind "$view" "$hidden" && shift && exec "$@"
+"""
+
+
 @dataclass(frozen=True)
 class ReferenceRun:
     """A folder that every user can read and write, the configuration in it, and the digest of the weights."""
@@ -30,6 +40,23 @@ def reference_run(folder: Path) -> ReferenceRun:
     config = write_config(folder)
     digest = trained_digest(config, folder / "plain")
     return ReferenceRun(folder, config, digest)
+
+
+def as_user(user: int, view: Path) -> list[str]:
+    """The words before a command that is run as another user (as root), who can read the interpreter and the project.
+
+    Where they lie below a folder of root's alone, as `/root` often is, the command has a view of the file system of
+    its own (a mount namespace), in which `view`, with these folders and nothing else, stands in that folder's place.
+    """
+    words = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"]
+    needed = sorted({sys.base_prefix, sys.prefix, str(PROJECT)})
+    above = {parent for folder in needed for parent in Path(folder).parents}
+    hidden = sorted(str(parent) for parent in above if not parent.stat().st_mode & 0o001)
+    if not hidden:
+        return words
+    view.mkdir(mode=0o755)
+    kept = [folder for folder in needed if folder.startswith(f"{hidden[0]}/")]
+    return ["unshare", "--mount", "sh", "-c", SHOWN, "-", hidden[0], str(view), *kept, "--", *words]
 
 
 def command(config: Path, output: Path, *words: str, options: Sequence[str] = ()) -> list[str]:

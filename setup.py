@@ -53,6 +53,7 @@ TEST = [
     "boto3==1.43.117",  # a tracking server's own way to S3
     "psutil==7.2.2",  # the processes of a killed build
     "pytest==9.2.0",
+    "pytest-xdist==3.8.0",  # tests side by side: most of them wait for processes
     "hypothesis==6.170.15",  # properties of the plan
     "ruff==0.17.6",  # lint and format
     "mypy==2.4.1",  # types

@@ -24,7 +24,11 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test by its folder; a unit test is fast unless it is marked as slow."""
+    """Mark each test by its folder; a unit test is fast unless it is marked as slow.
+
+    Tests that run side by side (pytest -n) share a process if they share a file, and thus its data and servers. The
+    tests of SLURM all share one process: a machine has one SLURM.
+    """
     for item in items:
         folder = item.path.relative_to(TESTS).parts[0]
         item.add_marker(pytest.mark.xdist_group("slurm" if folder == "slurm" else str(item.path)))

@@ -167,9 +167,17 @@ def training(config: Path, output: Path, *words: str) -> "subprocess.Popen[str]"
     return process
 
 
+def session_of(process: psutil.Process) -> int | None:
+    """The session of a process of this machine, None if it has ended since."""
+    try:
+        return os.getsid(process.pid)
+    except ProcessLookupError:
+        return None
+
+
 def test_two_interrupts_end_with_130_and_leave_no_process(reference: ReferenceRun, tmp_path: Path) -> None:
     process = training(reference.config, tmp_path / "out", "-n", "2")
-    session = [other for other in psutil.process_iter() if os.getsid(other.pid) == process.pid]
+    session = [other for other in psutil.process_iter() if session_of(other) == process.pid]
     assert len(session) >= 3
     os.killpg(process.pid, signal.SIGINT)
     time.sleep(0.3)  # a second key press, while the first is being handled

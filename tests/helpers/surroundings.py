@@ -45,7 +45,7 @@ def reference_run(folder: Path) -> ReferenceRun:
 def as_user(user: int, view: Path) -> list[str]:
     """The words before a command that is run as another user (as root), who can read the interpreter and the project.
 
-    Where they lie below a folder of root's alone, as `/root` often is, the command has a view of the file system of
+    Where they lie below a folder of root's alone, as root's home often is, the command has a view of the file system of
     its own (a mount namespace), in which `view`, with these folders and nothing else, stands in that folder's place.
     """
     words = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"]

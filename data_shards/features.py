@@ -19,9 +19,10 @@ from avcil_dist.config.encoders import PlugInEncoderConfig, trained_part
 from avcil_dist.config.schema import Config
 from avcil_dist.data.batch import Batch
 from avcil_dist.data.loader import load_batches
-from avcil_dist.data.manifest import Manifest, Shard, load_manifest
+from avcil_dist.data.manifest import Manifest, Shard
 from avcil_dist.data.plan import PADDING
 from avcil_dist.data.sampler import FixedSampler
+from avcil_dist.data.subset import load_data
 from avcil_dist.errors import ConfigError, DataError
 from avcil_dist.models.encoders.base import Encoder
 from avcil_dist.models.encoders.build import build_audio_encoder, build_visual_encoder, clip_inputs
@@ -85,7 +86,7 @@ def make_features_part(
 
     Returns None, or the report of a data set that exists already.
     """
-    manifest = load_manifest(config.data.manifest)
+    manifest = load_data(config.data)
     encoders = _build_encoders(config, manifest, device)
     plan = _plan(config, manifest, encoders)
     unchanged = load_finished(output, plan.digest)

@@ -10,6 +10,7 @@ from avcil_dist.compose import load_config
 from avcil_dist.config.schema import Config
 from avcil_dist.errors import ConfigError
 from avcil_dist.training.preflight import preflight
+from launch.smoke import smoke_config
 
 ABLATION = ("method.instance", "method.class_aware", "method.attention")
 ORDER = "scenario.shuffle_seed"
@@ -32,13 +33,19 @@ def num_points(words: Sequence[str], *, ablation: bool, class_orders: int = 1) -
 
 
 def make_grid(
-    config: str, words: Sequence[str], *, ablation: bool, processes: int, class_orders: int = 1
+    config: str,
+    words: Sequence[str],
+    *,
+    ablation: bool,
+    processes: int,
+    class_orders: int = 1,
+    smoke: bool = False,
 ) -> list[GridPoint]:
     """Return the streams of all combinations of `key=a,b,c`, each checked against the data and the processes.
 
     Settings other than method and seed become part of a stream's name. `ablation` adds every combination of avcil's
-    three parts, `class_orders` > 1 so many random orders of the classes, of the seeds 0, 1, …. Raises ConfigError
-    before anything has run.
+    three parts, `class_orders` > 1 so many random orders of the classes, of the seeds 0, 1, …. `smoke` makes them smoke
+    runs. Raises ConfigError before anything has run.
     """
     axes = [split_values(word) for word in words]
     if class_orders > 1:
@@ -55,8 +62,9 @@ def make_grid(
     for overrides in itertools.product(*axes):
         resolved = load_config(config, overrides)
         suffix = "".join(f"-{_slug(word)}" for word in overrides if word.partition("=")[0] in varied and _slug(word))
-        point = GridPoint(resolved.model_copy(update={"name": resolved.name + suffix}), overrides)
-        preflight(point.config, [processes], restart=False)
+        named = resolved.model_copy(update={"name": resolved.name + suffix})
+        point = GridPoint(smoke_config(named) if smoke else named, overrides)
+        preflight(point.config, [processes], restart=smoke)
         points.append(point)
     return points
 

@@ -75,11 +75,22 @@ class AugmentConfig(Section):
         return self != AugmentConfig()
 
 
+class LimitConfig(Section):
+    """Subset of the data set: the first clips of each class. The defaults take all of them."""
+
+    train: Incomparable[PositiveInt | None] = Field(None, description="Maximum number of training clips of a class.")
+    val: Incomparable[PositiveInt | None] = Field(None, description="Maximum number of validation clips of a class.")
+    test: Incomparable[PositiveInt | None] = Field(None, description="Maximum number of test clips of a class.")
+
+
 class DataConfig(Section):
     """Clips and how they are read."""
 
     manifest: Operational[PathText] = Field(
         description="Path or url of manifest.json. Its content hash identifies the data set; its location may change."
+    )
+    made_by: Operational[str | None] = Field(
+        None, description="Command that makes the data, for the error of a missing manifest."
     )
     shuffle_window: Fork[PositiveInt] = Field(
         16,
@@ -134,6 +145,7 @@ class DataConfig(Section):
     )
     clip: ClipConfig = ClipConfig()
     augment: AugmentConfig = AugmentConfig()
+    limit: LimitConfig = LimitConfig()
 
     @model_validator(mode="after")
     def _check_masks(self) -> "DataConfig":

@@ -11,6 +11,7 @@ from avcil_dist import storage
 from avcil_dist.data.manifest import Manifest, Split, check_shards, load_manifest
 from avcil_dist.data.noise import InputNoise
 from avcil_dist.data.source_videos import source_of
+from avcil_dist.data.subset import load_data
 from avcil_dist.errors import ArtifactError, DataError
 from avcil_dist.inference.predict import Modality, restore_step
 from avcil_dist.models.network import Network
@@ -129,7 +130,7 @@ def loaded(request: StepRequest) -> tuple[StepArtifact, Manifest]:
     artifact = load_artifact(stream, last_step(stream) if request.step is None else request.step)
     scenario = artifact.scenario
     url = request.manifest or artifact.config.data.manifest
-    manifest = load_manifest(url)
+    manifest = load_data(artifact.config.data) if request.manifest is None else load_manifest(url)
     check_manifest_scenario(stream, artifact, manifest)
     for task in range(artifact.step + 1):
         if not len(manifest.clips(scenario.new(task), split)):

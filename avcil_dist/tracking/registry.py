@@ -33,7 +33,8 @@ from torch import Tensor
 
 import avcil_dist
 from avcil_dist import storage
-from avcil_dist.data.manifest import FeatureShape, Manifest, load_manifest
+from avcil_dist.data.manifest import FeatureShape, Manifest
+from avcil_dist.data.subset import load_data
 from avcil_dist.errors import ArtifactError, ConfigError, DataError
 from avcil_dist.inference.predict import Predictor
 from avcil_dist.streams.artifact import load_artifact
@@ -77,7 +78,7 @@ def register_model(client: MlflowClient, run_id: str, stream: str, step: int, *,
 
 def _save_model(folder: Path, local: Path, stream: str, step: int, run_id: str, uri: str | None) -> None:
     summary = load_summary(stream, step)
-    manifest = load_manifest(summary.config.data.manifest)
+    manifest = load_data(summary.config.data)
     committed = storage.sha256_file(str(local / COMMITTED))
     about = {"step": step, "shape": manifest.shape, "uri": uri, "committed": committed}
     with tempfile.TemporaryDirectory() as temporary:

@@ -12,7 +12,7 @@ from avcil_dist.config.compat import MANIFEST_HASH, result_changes, setting_chan
 from avcil_dist.config.schema import Config
 from avcil_dist.config.section import ChangeClass
 from avcil_dist.config.serialization import flatten
-from avcil_dist.data.manifest import load_manifest
+from avcil_dist.data.subset import load_data
 from avcil_dist.errors import ConfigError, DataError, TrackingError
 from avcil_dist.streams.commit import COMMITTED, read_commit
 from avcil_dist.streams.identity import Change, StreamIdentity, read_identity, write_identity
@@ -71,7 +71,7 @@ def prepare_resume(
         summary = load_summary(temporary, step)
         config = _resumed_config(summary.config, uri, request, show)
         try:
-            manifest_hash = load_manifest(config.data.manifest).content_hash
+            manifest_hash = load_data(config.data).content_hash
         except DataError as error:
             raise DataError(f"{error}; give the manifest of the shards on this machine: data.manifest=…") from None
         before = flatten(summary.config) | {MANIFEST_HASH: summary.manifest_hash}

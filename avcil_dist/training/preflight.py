@@ -4,9 +4,10 @@ from collections.abc import Collection
 
 from avcil_dist.config.encoders import trained_part
 from avcil_dist.config.schema import Config
-from avcil_dist.data.manifest import Manifest, Split, check_shards, load_manifest
+from avcil_dist.data.manifest import Manifest, Split, check_shards
 from avcil_dist.data.plan import check_batch_fits, rows_at_a_time
 from avcil_dist.data.source_videos import source_disjoint
+from avcil_dist.data.subset import load_data
 from avcil_dist.errors import ConfigError
 from avcil_dist.methods import make_method, method_class, method_names
 from avcil_dist.methods.base import Needs
@@ -21,7 +22,7 @@ def preflight(config: Config, world_sizes: Collection[int], *, restart: bool, wi
     `with_shards` is false for ranks under a launcher: their first step checks the shards, once for all ranks. Raises
     ConfigError or DataError for faults that would otherwise stop the stream later.
     """
-    manifest = load_manifest(config.data.manifest)
+    manifest = load_data(config.data)
     scenario = scenario_of(config, manifest)
     needs = make_method(config.method).needs
     if (manifest.kind == "feature") != (config.model.visual.kind == "precomputed"):

@@ -17,10 +17,11 @@ from avcil_dist.config.encoders import TransformerConfig
 from avcil_dist.config.schema import Config
 from avcil_dist.data.clip_cache import ClipCache
 from avcil_dist.data.exemplar_memory import EMPTY_MEMORY, ExemplarMemory
-from avcil_dist.data.manifest import Manifest, check_shards, load_manifest
+from avcil_dist.data.manifest import Manifest, check_shards
 from avcil_dist.data.plan import NO_CLIPS
 from avcil_dist.data.sampler import TrainingSampler
 from avcil_dist.data.source_videos import source_disjoint
+from avcil_dist.data.subset import load_data
 from avcil_dist.methods.base import ClosedFormMethod
 from avcil_dist.scenario import Scenario
 from avcil_dist.streams.artifact import StepArtifact, save_artifact
@@ -113,7 +114,7 @@ def step_in_group(
     """`run_step` in an existing process group."""
     observer = ObserverList(observers)
     observer.message(f"device: {device_name(device)}; ranks: {world.size}; threads: {torch.get_num_threads()}")
-    manifest = load_manifest(config.data.manifest)
+    manifest = load_data(config.data)
     scenario = scenario_of(config, manifest)
     previous = load_previous(config, manifest, number)
     _check_shards(manifest, scenario, number, shard_check)

@@ -4,7 +4,7 @@ A file has the same path in every mirror: that of the authors' repository, or of
 known from the published files; the digest of any other file is recorded by the first download (`lock.py`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from avcil_dist.errors import ConfigError
@@ -48,6 +48,16 @@ class DataSet:
     def files(self) -> tuple[SourceFile, ...]:
         """All files, the small ones first."""
         return (*self.lists, *self.archive)
+
+    @property
+    def listing(self) -> str:
+        """Path of what `avcil shards build` reads: the csv, or the folder of the split lists."""
+        path = self.lists[0].path
+        return path if len(self.lists) == 1 else path.rpartition("/")[0]
+
+    def without_features(self) -> "DataSet":
+        """Return the data set with its lists alone."""
+        return replace(self, archive=(), needs_hdf5=False)
 
 
 def _lists(folder: str, digests: tuple[str, str, str]) -> tuple[SourceFile, ...]:

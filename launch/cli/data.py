@@ -43,8 +43,11 @@ def data() -> None:
     show_default=True,
     help="What stays after the import: the archives, the unpacked features too, or the lists and shards alone.",
 )
+@click.option("--lists", is_flag=True, help="The split lists alone, for videos that you have.")
 @click.option("--dry-run", is_flag=True, help="List the files with their sizes, and download nothing.")
-def get(name: str, folder: Path | None, mirror: str | None, output: str | None, keep: str, dry_run: bool) -> None:
+def get(
+    name: str, folder: Path | None, mirror: str | None, output: str | None, keep: str, lists: bool, dry_run: bool
+) -> None:
     """Download a published data set into FOLDER and import its features as shards.
 
     \b
@@ -63,11 +66,12 @@ def get(name: str, folder: Path | None, mirror: str | None, output: str | None, 
       avcil data get ave
       avcil data get vs100 /scratch/vs100 --output s3://bucket/vs100 --keep nothing
       avcil data get ks --from /datasets/avcil-mirror
+      avcil data get ave --lists
     """
     from data_shards.downloads.get import SHARDS, Meters, describe_files, get_data_set, is_imported, list_files
     from data_shards.downloads.sources import data_set_of
 
-    data_set = data_set_of(name)
+    data_set = data_set_of(name).without_features() if lists else data_set_of(name)
     place = folder or Path(data_set.folder)
     shards = output or f"{place}/{SHARDS}"
     if is_imported(data_set, place, shards):
@@ -96,9 +100,9 @@ def get(name: str, folder: Path | None, mirror: str | None, output: str | None, 
 
 def _next(data_set: "DataSet", place: Path, shards: str) -> str:
     """Return the line with the command that comes after the download."""
-    if data_set.benchmark is None:
-        csv = shlex.quote(f"{place}/downloads/{data_set.lists[0].path}")
-        return f"next: avcil shards build {csv} {shlex.quote(f'{place}/clips')} --videos FOLDER-OF-VIDEOS"
+    if not data_set.archive:
+        listing = shlex.quote(f"{place}/downloads/{data_set.listing}")
+        return f"next: avcil shards build {listing} {shlex.quote(f'{place}/clips')} --videos FOLDER-OF-VIDEOS"
     is_default = shards == f"{data_set.folder}/shards"
     setting = "" if is_default else f" data.manifest={shlex.quote(f'{shards}/manifest.json')}"
     return f"next: avcil train {data_set.benchmark}{setting}"

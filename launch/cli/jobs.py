@@ -4,7 +4,7 @@ import shlex
 
 import click
 
-from launch.cli.options import resume_options, split_words
+from launch.cli.options import resume_options, smoke_option, split_words
 from launch.cli.output import echo
 
 
@@ -13,12 +13,14 @@ from launch.cli.output import echo
 @click.argument("words", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--cluster", required=True, help="A cluster file, or a shipped one: slurm, local.")
 @click.option("--dry-run", is_flag=True, help="Print a job script and the differences of the others; submit nothing.")
+@smoke_option
 @resume_options
 def submit(
     config: str,
     words: tuple[str, ...],
     cluster: str,
     dry_run: bool,
+    smoke: bool,
     restart: bool,
     restart_step: bool,
     reset_optimizer: bool,
@@ -35,19 +37,24 @@ def submit(
     Examples:
       avcil submit vs100_ci --cluster my-cluster.yaml
       avcil submit my.yaml seed=1 --cluster slurm cluster.nodes=2 cluster.gpus_per_node=8 cluster.partition=gpu
-      avcil submit demo --cluster local
+      avcil submit demo --cluster local --smoke
     """
     from avcil_dist.compose import load_config
     from launch.cluster.chain import dry_run_text, submit_stream
     from launch.cluster.resources import load_cluster
     from launch.resume_policy import ResumePolicy
+    from launch.smoke import smoke_config
 
     settings, of_cluster = split_words(words, cluster)
     resolved, resources = load_config(config, settings), load_cluster(cluster, of_cluster)
+    if smoke:
+        resolved = smoke_config(resolved)
     if dry_run:
         echo(dry_run_text(resolved, resources))
         return
-    submission = submit_stream(resolved, resources, policy=ResumePolicy(restart, restart_step, reset_optimizer))
+    submission = submit_stream(
+        resolved, resources, policy=ResumePolicy(restart or smoke, restart_step, reset_optimizer)
+    )
     chain, stream = submission.chain, submission.stream
     if submission.new and not chain.code:
         echo("avcil-dist is installed here; jobs run the installed package, no code is copied", err=True)

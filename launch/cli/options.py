@@ -52,6 +52,16 @@ def processes_option(description: str) -> Callable[[Callable[..., None]], Callab
     return click.option("--processes", "-n", type=click.IntRange(1), help=f"{description}  [default: 1]")
 
 
+def smoke_option(command: Callable[..., None]) -> Callable[..., None]:
+    """Add `--smoke`."""
+    return click.option(
+        "--smoke",
+        is_flag=True,
+        help="Run two iterations of each step through the whole chain, on a few clips of each class, into the folder "
+        "`smoke` of the output folder: to see that all of it works. An earlier smoke run is replaced.",
+    )(command)
+
+
 def split_words(words: Sequence[str], cluster: str | None) -> tuple[list[str], list[str]]:
     """Separate the settings of the stream from those of the cluster file, which are returned without their prefix.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from launch.cli.options import processes_option, split_words
+from launch.cli.options import processes_option, smoke_option, split_words
 from launch.cli.output import echo, is_main_rank
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ def compare(folders: tuple[str, ...]) -> None:
 @click.option(
     "--cluster", help="Submit each stream as a chain of jobs; a cluster file, or a shipped one: slurm, local."
 )
+@smoke_option
 def sweep(
     config: str,
     words: tuple[str, ...],
@@ -84,6 +85,7 @@ def sweep(
     class_orders: int,
     processes: int | None,
     cluster: str | None,
+    smoke: bool,
 ) -> None:
     """Train a stream for every combination of settings, one after the other on this machine, and compare them.
 
@@ -104,11 +106,12 @@ def sweep(
     from avcil_dist.reporting.report import load_streams
     from launch.local import run_stream
     from launch.local_worlds import num_ranks
+    from launch.resume_policy import ResumePolicy
     from launch.sweep import make_grid
 
     settings, of_cluster = split_words(words, cluster)
     if cluster is not None:
-        _submit_grid(config, settings, cluster, of_cluster, ablation=ablation, class_orders=class_orders)
+        _submit_grid(config, settings, cluster, of_cluster, ablation=ablation, class_orders=class_orders, smoke=smoke)
         return
     points = make_grid(
         config,
@@ -116,12 +119,14 @@ def sweep(
         ablation=ablation,
         processes=num_ranks(os.environ, processes),
         class_orders=class_orders,
+        smoke=smoke,
     )
+    policy = ResumePolicy(restart=smoke)
     folders = []
     for number, point in enumerate(points, start=1):
         if is_main_rank():
             echo(f"{number}/{len(points)}  {point.config.stream_name}  {' '.join(point.overrides)}", err=True)
-        folders.append(run_stream(point.config, processes=processes))
+        folders.append(run_stream(point.config, processes=processes, policy=policy))
     if is_main_rank():
         print_comparison(group_by_config(load_streams(folders)), Console())
 
@@ -134,22 +139,25 @@ def _submit_grid(
     *,
     ablation: bool,
     class_orders: int,
+    smoke: bool,
 ) -> None:
     """Submit the streams of all combinations as chains, in lanes of chains that follow one another."""
     from launch.cluster.chain import submit_stream
     from launch.cluster.resources import load_cluster
     from launch.cluster.schedulers.base import scheduler_of
+    from launch.resume_policy import ResumePolicy
     from launch.sweep import make_grid, num_points
 
     resources = load_cluster(cluster, of_cluster)
     num_streams = num_points(settings, ablation=ablation, class_orders=class_orders)
     lanes = scheduler_of(resources.kind).lanes(resources, num_streams)
     ranks = lanes[0].cluster.world_size
-    points = make_grid(config, settings, ablation=ablation, processes=ranks, class_orders=class_orders)
+    points = make_grid(config, settings, ablation=ablation, processes=ranks, class_orders=class_orders, smoke=smoke)
+    policy = ResumePolicy(restart=smoke)
     last_jobs: list[str | None] = [None] * len(lanes)
     for number, point in enumerate(points):
         queue = number % len(lanes)
-        submission = submit_stream(point.config, resources, after=last_jobs[queue], lane=lanes[queue])
+        submission = submit_stream(point.config, resources, policy=policy, after=last_jobs[queue], lane=lanes[queue])
         last_jobs[queue] = submission.last or last_jobs[queue]
         new, kept = len(submission.new), len(submission.kept)
         echo(f"{submission.stream}: {new} submitted, {kept} wait or run already")

@@ -2,7 +2,7 @@
 
 import click
 
-from launch.cli.options import processes_option, resume_options
+from launch.cli.options import processes_option, resume_options, smoke_option
 from launch.cli.output import echo_once
 
 
@@ -10,11 +10,13 @@ from launch.cli.output import echo_once
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @processes_option("Processes (ranks) on this machine.")
+@smoke_option
 @resume_options
 def train(
     config: str,
     overrides: tuple[str, ...],
     processes: int | None,
+    smoke: bool,
     restart: bool,
     restart_step: bool,
     reset_optimizer: bool,
@@ -29,13 +31,21 @@ def train(
     \b
     Examples:
       avcil train demo --processes 2
+      avcil train demo --smoke
       avcil train demo method=finetune optim.lr=3e-4 seed=1
       torchrun --nproc-per-node 8 --no-python avcil train my.yaml engine=zero2
     """
     from avcil_dist.compose import load_config
     from launch.local import run_stream
     from launch.resume_policy import ResumePolicy
+    from launch.smoke import smoke_config
 
     resolved = load_config(config, overrides)
-    stream = run_stream(resolved, processes=processes, policy=ResumePolicy(restart, restart_step, reset_optimizer))
-    echo_once(f"{stream}: all steps are committed; see them with: avcil report {stream}")
+    if smoke:
+        resolved = smoke_config(resolved)
+    policy = ResumePolicy(restart or smoke, restart_step, reset_optimizer)
+    stream = run_stream(resolved, processes=processes, policy=policy)
+    if smoke:
+        echo_once(f"{stream}: the smoke run is done, all steps work; its accuracies mean nothing")
+    else:
+        echo_once(f"{stream}: all steps are committed; see them with: avcil report {stream}")

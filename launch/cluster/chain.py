@@ -13,7 +13,7 @@ from avcil_dist import storage
 from avcil_dist.config.compat import setting_changes
 from avcil_dist.config.schema import Config
 from avcil_dist.config.serialization import flatten
-from avcil_dist.data.manifest import load_manifest
+from avcil_dist.data.subset import load_data
 from avcil_dist.errors import ConfigError
 from avcil_dist.streams.snapshots import check_snapshot_fits, is_of_step, newest_snapshot, snapshot_identity
 from avcil_dist.streams.stream import next_step, stream_url
@@ -192,7 +192,7 @@ def _check_snapshot(config: Config, step: int, world_size: int, policy: ResumePo
     found = newest_snapshot(config, step)
     if found is None:
         return
-    identity = snapshot_identity(config, step, load_manifest(config.data.manifest).content_hash)
+    identity = snapshot_identity(config, step, load_data(config.data).content_hash)
     if is_of_step(found.commit, identity):
         reset = policy.reset_optimizer
         check_snapshot_fits(found.folder, found.commit, config, step, world_size, reset_optimizer=reset)

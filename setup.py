@@ -111,7 +111,7 @@ setup(
     ],
     package_dir={"avcil_dist.configs": "configs"},
     package_data={
-        "avcil_dist": ["py.typed"],
+        "avcil_dist": ["*.pyi", "py.typed"],
         "data_shards": ["py.typed"],
         "launch": ["*.sh", "py.typed"],
         "avcil_dist.models.attention": ["*.cpp"],

@@ -5,27 +5,20 @@ path. So this module, whose package has a name of its own, looks before it impor
 """
 
 import contextlib
-import importlib.util
 import os
 import sys
 from pathlib import Path
 
 from avcil_dist.exit_codes import USER_ERROR
-
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("launch", "data_shards")
+from avcil_dist.system.own_packages import ROOT, fault
 
 
 def main() -> None:
     """Run the command line. Ends with exit code 2 when a foreign package has the name of one of this project's."""
     _leave_working_folder()
-    for name in PACKAGES:
-        if found := foreign_package(name):
-            sys.stderr.write(
-                f"avcil: {found} comes before the package {name!r} of avcil-dist on Python's path; remove its folder "
-                "from PYTHONPATH for this command, or use an environment without it\n"
-            )
-            sys.exit(USER_ERROR)
+    if found := fault():
+        sys.stderr.write(f"avcil: {found}\n")
+        sys.exit(USER_ERROR)
     from launch.cli.entry import run_command
 
     run_command(ROOT)
@@ -38,18 +31,6 @@ def _leave_working_folder() -> None:
         here = Path.cwd()
         if here != ROOT and ("" in entries or "." in entries):
             sys.path[:] = [entry for entry in sys.path if entry and Path(entry).absolute() != here]
-
-
-def foreign_package(name: str) -> str | None:
-    """Return the place of a module that hides the package `name` beside this one; None where nothing does."""
-    try:
-        spec = importlib.util.find_spec(name)
-    except (ImportError, ValueError):
-        spec = None
-    if spec is None:
-        return "nothing"
-    places = [str(place) for place in spec.submodule_search_locations or ()] or [str(spec.origin)]
-    return None if any(Path(place).resolve() == ROOT / name for place in places) else places[0]
 
 
 if __name__ == "__main__":

@@ -25,9 +25,11 @@ from avcil_dist.system.signals import StopRequest, interrupted_once, listening, 
 from avcil_dist.tracking.session import stream_run
 from avcil_dist.training.device import local_device
 from avcil_dist.training.engine import name_accelerator
+from avcil_dist.training.observer import Observer
 from avcil_dist.training.preflight import preflight
 from avcil_dist.training.rendezvous import check_interfaces, interfaces
 from avcil_dist.world import World
+from launch.call_queue import CallQueue, replay_calls
 from launch.local_worlds import launcher_world, local_worlds
 from launch.progress import print_warning
 from launch.resume_policy import KEEP_ALL, ResumePolicy, discard_state
@@ -41,13 +43,15 @@ PRELOADED = ["torch", "deepspeed", "avcil_dist.training.step", "avcil_dist.track
 _meetings = itertools.count()  # of the ranks of a launcher, which all count alike
 
 
-def run_stream(config: Config, *, processes: int | None = None, policy: ResumePolicy = KEEP_ALL) -> str:
+def run_stream(
+    config: Config, *, processes: int | None = None, policy: ResumePolicy = KEEP_ALL, observer: Observer | None = None
+) -> str:
     """Run all steps that are not committed yet. Returns the stream's folder.
 
-    Each step has `processes` ranks on this machine, by default one; under a launcher one rank for each of its
-    processes, and another number is an error. Raises the step's AvcilError, WorldError when a rank's process died,
-    ConfigError when another process trains the stream, and StepStopped when this process received a stop signal and
-    the step has stopped.
+    `observer` sees the progress of rank 0, in this process. Each step has `processes` ranks on this machine, by default
+    one; under a launcher one rank for each of its processes, and another number is an error. Raises the step's
+    AvcilError, WorldError when a rank's process died, ConfigError when another process trains the stream, and
+    StepStopped when this process received a stop signal and the step has stopped.
     """
     outer = launcher_world(os.environ, processes)
     has_launcher = outer.launcher != "none"
@@ -76,13 +80,15 @@ def run_stream(config: Config, *, processes: int | None = None, policy: ResumePo
                     reset_optimizer=policy.reset_optimizer and is_first,
                     shard_check=("stream" if has_launcher else "none") if is_first else "step",
                 )
-                _run_step(run, worlds, stop, device.type)
+                _run_step(run, worlds, stop, device.type, observer)
                 if stop.is_set() and step + 1 < num_steps:
                     raise StepStopped(f"stopped after step {step}; run the same command again to continue")
     return stream
 
 
-def _run_step(run: StepRun, worlds: tuple[World, ...], stop: StopRequest, device_type: str) -> None:
+def _run_step(
+    run: StepRun, worlds: tuple[World, ...], stop: StopRequest, device_type: str, observer: Observer | None
+) -> None:
     """Run the step's ranks to their end, each in its own process; the first to fail ends the others.
 
     A stop signal of this process is forwarded to the ranks.
@@ -94,10 +100,12 @@ def _run_step(run: StepRun, worlds: tuple[World, ...], stop: StopRequest, device
     name_accelerator(device_type)
     with starting_process(f"step {run.step}"):
         errors = context.SimpleQueue()
-    ranks = _start(run, worlds, errors, method)
+        calls = context.SimpleQueue() if observer else None
+    ranks = _start(run, worlds, errors, calls, method)
     try:
         is_stopping = False
         while not ranks.join(POLL_SECONDS, GRACE_SECONDS):
+            replay_calls(calls, observer)
             if stop.is_set() and not is_stopping:
                 for process in ranks.processes:
                     process.terminate()
@@ -114,13 +122,14 @@ def _run_step(run: StepRun, worlds: tuple[World, ...], stop: StopRequest, device
         ) from None
     finally:
         _end(ranks.processes)
+    replay_calls(calls, observer)
 
 
-def _start(run: StepRun, worlds: tuple[World, ...], errors: Any, method: str) -> Any:
+def _start(run: StepRun, worlds: tuple[World, ...], errors: Any, calls: Any, method: str) -> Any:
     """Start the ranks' processes. Raises WorldError when the system, or another process, prevents it."""
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # names each rank that it terminates
     with starting_process(f"step {run.step}"), shielding():
-        return start_processes(_run_rank, (run, worlds, errors), len(worlds), join=False, start_method=method)
+        return start_processes(_run_rank, (run, worlds, errors, calls), len(worlds), join=False, start_method=method)
 
 
 def _end(processes: list[Any]) -> None:
@@ -138,11 +147,11 @@ def _end(processes: list[Any]) -> None:
             process.join()
 
 
-def _run_rank(index: int, run: StepRun, worlds: tuple[World, ...], errors: Any) -> None:
+def _run_rank(index: int, run: StepRun, worlds: tuple[World, ...], errors: Any, calls: Any) -> None:
     """Process of one rank: run the step, and pass an error to the supervisor."""
     try:
         with interrupted_once():
-            run.run(worlds[index], errors.put)
+            run.run(worlds[index], errors.put, () if calls is None else (CallQueue(calls),))
     except AvcilError as error:
         errors.put(error)
         sys.exit(USER_ERROR)

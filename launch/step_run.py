@@ -1,6 +1,6 @@
 """The run of one step on one rank: the same object on a laptop, under torchrun and on a cluster."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Literal
@@ -45,8 +45,8 @@ class StepRun:
     shard_check: Literal["none", "step", "stream"] = "step"
     plug_ins: tuple[str, ...] = field(default_factory=trusted)
 
-    def run(self, world: World, report: Callable[[AvcilError], None]) -> None:
-        """Run the step on the rank that `world` names; rank 0 also shows its progress and tracks it.
+    def run(self, world: World, report: Callable[[AvcilError], None], observers: Sequence[Observer] = ()) -> None:
+        """Run the step on the rank that `world` names; rank 0 also shows its progress to `observers`, and tracks it.
 
         On SIGTERM and SIGUSR2 the step commits a snapshot and raises StepStopped. Raises the step's AvcilError.
         An error of another rank that this rank cannot raise is passed to `report`, and the process ends.
@@ -60,7 +60,7 @@ class StepRun:
                 tracker = stack.enter_context(track_step(self.config, self.step, warn=print_warning))
                 bar = stack.enter_context(ProgressBar(self.config.stream_name, self.num_steps))
                 files = (ProgressFile(self.progress_file),) if self.progress_file else ()
-                self._run_step(world, stop, report, (bar, *files, MetricsObserver(tracker)))
+                self._run_step(world, stop, report, (bar, *files, MetricsObserver(tracker), *observers))
                 publish_step(self.config, tracker, self.num_steps)
 
     def _run_step(

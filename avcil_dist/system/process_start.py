@@ -1,5 +1,7 @@
-"""Faults of the system as this program starts a process."""
+"""Start of processes: faults of the system, and what a new process imports of the one that starts it."""
 
+import sys
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,3 +19,18 @@ def starting_process(purpose: str) -> Iterator[None]:
             f"{purpose}: no process can be started ({reason}); is memory short, or the number of processes limited "
             "(ulimit -u)? Run the same command again"
         ) from None
+
+
+@contextmanager
+def without_main_module() -> Iterator[None]:
+    """Start processes in the block without the module `__main__`.
+
+    multiprocessing imports the script of a program again in each process that it starts, so a script without
+    `if __name__ == "__main__"` would start itself again and again. No process of this project needs it.
+    """
+    before = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = before

@@ -1,0 +1,1 @@
+"""A method and an encoder for avcil-dist."""

@@ -168,6 +168,21 @@ class ScenarioConfig(Section):
     shuffle_seed: Incomparable[int | None] = Field(
         None, description="Seed of a random class order. Default: the order is not shuffled."
     )
+    imbalance: Incomparable[float | None] = Field(
+        None,
+        ge=1,
+        le=1_000_000,
+        description="Long-tailed stream: ratio of the largest to the smallest share of its training clips that a class "
+        "keeps, with an exponential profile over a random order of the classes. Default: all clips.",
+    )
+    blur: Incomparable[float] = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of the training clips of each class that arrive in the step after the others, among the "
+        "clips of its new classes. Those of the last step arrive in time. 0: none.",
+    )
+    stream_seed: Incomparable[int] = Field(0, ge=0, description="Seed of imbalance and blur.")
 
 
 class MethodConfig(Section):

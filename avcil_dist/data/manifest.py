@@ -135,7 +135,8 @@ class Manifest:
     """A set of shards. Clips are numbered consecutively over the shards, from 0.
 
     `shape` is empty for clips; for features it has frames T, positions S and dim D. `root` is the folder that shard
-    urls are relative to; it is not part of the content hash.
+    urls are relative to; it is not part of the content hash. `whole_hash` is the content hash of the data set of which
+    this is a part.
     """
 
     kind: Literal["clip", "feature"]
@@ -143,6 +144,7 @@ class Manifest:
     shards: tuple[Shard, ...]
     shape: dict[str, int]
     root: str = "."
+    whole_hash: str | None = None
 
     @cached_property
     def first_clips(self) -> np.ndarray:
@@ -151,7 +153,9 @@ class Manifest:
 
     @cached_property
     def content_hash(self) -> str:
-        """sha256 of everything but `root`: equal for equal data in any location."""
+        """sha256 of everything but `root`: equal for equal data in any location, and for a part of it."""
+        if self.whole_hash is not None:
+            return self.whole_hash
         digest = hashlib.sha256()
         for part in self._json_parts():
             digest.update(part)

@@ -1,6 +1,6 @@
 """Samplers: the sequence of batches that a rank reads, each a request for clips by number."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -83,6 +83,21 @@ class TrainingSampler:
         """All clips that may occur in a batch, ascending."""
         current = self.manifest.clips(self.classes, "train")
         return np.unique(np.concatenate([current, self.exemplars, self.joined]))
+
+    def expected_counts(self, labels: Mapping[str, int], num_classes: int) -> np.ndarray:
+        """Return the clips of each class in a global batch, on average, (num_classes,) float64.
+
+        `labels` are positions by class name.
+        """
+        of_shard = self.manifest.shard_labels(labels)
+        current = np.concatenate([self.manifest.clips(self.classes, "train"), self.joined])
+        total = np.zeros(num_classes)
+        for clips, rows in ((current, self.optim.global_batch), (self.exemplars, self.optim.global_replay_batch)):
+            if len(clips):
+                total += (
+                    rows / len(clips) * np.bincount(of_shard[self.manifest.shards_of(clips)], minlength=num_classes)
+                )
+        return total
 
     def epoch_batches(self, epoch: int) -> np.ndarray:
         """Return the global batches of an epoch, (batches, optim.global_batch)."""

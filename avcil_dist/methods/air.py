@@ -5,11 +5,13 @@ class, so frequent classes do not dominate the regression.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor
 
+from avcil_dist.methods.base import Needs
 from avcil_dist.methods.sums_head import RidgeHead
 from avcil_dist.models.outputs import Output
 
@@ -28,6 +30,11 @@ class Air(RidgeHead):
         expansion: int = Field(
             8192, ge=0, le=1_000_000, description="length of a fixed random ReLU expansion of φ; 0 for none"
         )
+
+    @property
+    def needs(self) -> Needs:
+        """Fixed features, and the number of clips of a class when its first ones are summed."""
+        return replace(super().needs, whole_classes=True)
 
     def begin_sums(self, counts: Mapping[int, int]) -> None:
         """Set the weights of the step's classes."""

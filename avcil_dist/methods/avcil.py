@@ -49,6 +49,7 @@ class Avcil(Method):
         return Needs(
             teacher=True,
             memory="replay",
+            whole_classes=True,
             divergence=options.attention,
             both_modalities=options.instance or options.class_aware or options.attention,
         )

@@ -34,8 +34,11 @@ class Needs:
     both_modalities: bool = False  # sound and pictures
     all_data: bool = False  # training clips of all seen classes, not only of the new ones
     fresh_network: bool = False  # a new network in every step, not the previous step's weights
+    whole_classes: bool = False  # all training clips of a class in its own step
     max_clips: int | None = None  # limit of the training clips of all classes
     validation: bool = False  # validation clips of every class, also where the epoch is not selected by them
+    calibration: bool = False  # logits of the validation clips of all seen classes, passed to `calibrate`
+    untrained: bool = False  # the network before training is a candidate of the best epoch, as epoch 0
     training: Literal["every step", "first step", "never"] = "every step"  # steps that train by gradients
     network_spec: NetworkSpec = DEFAULT_SPEC  # network after the encoders
 
@@ -97,6 +100,15 @@ class Method(ABC):
         return Needs()
 
     @property
+    def anchor(self) -> "ClosedFormMethod | None":
+        """Head in closed form, solved before training, whose scores the network adds to its logits."""
+        return None
+
+    def anchor_weights(self) -> Tensor:
+        """Return the weights (F, C) of the network's anchor, once the head in closed form is solved."""
+        raise AssertionError(f"{type(self).__name__} has an anchor and does not define anchor_weights")
+
+    @property
     def takes_one_modality(self) -> bool:
         """Whether `scores` takes outputs without sound or without pictures, after training on both."""
         return False
@@ -112,6 +124,9 @@ class Method(ABC):
         """
         raise AssertionError(f"{type(self).__name__} needs a head of proxies and does not define imprint")
 
+    def begin_training(self, expected_counts: Tensor) -> None:  # noqa: B027 - most methods do not weight classes
+        """Begin the training by gradients. `expected_counts` (C,) are the clips of each class in a mean batch."""
+
     @abstractmethod
     def loss(self, targets: Targets, output: Output, teacher: Output | None) -> dict[str, Tensor]:
         """Return the total as "loss", a scalar to minimise, and its terms by name."""
@@ -123,8 +138,18 @@ class Method(ABC):
         """
         raise AssertionError(f"{type(self).__name__} needs importance and does not define importance_loss")
 
-    def committed_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the weights that the step commits, from those of the selected epoch, by name."""
+    def calibrate(self, logits: Tensor, labels: Tensor) -> list[float]:
+        """Return numbers for `committed_weights`, from logits (N, C) and labels (N,) of validation clips.
+
+        Called after training, from step 1 on, if `needs.calibration`; by one rank, for all.
+        """
+        raise AssertionError(f"{type(self).__name__} needs calibration and does not define calibrate")
+
+    def committed_weights(self, weights: Mapping[str, Tensor], calibration: Sequence[float]) -> dict[str, Tensor]:
+        """Return the weights that the step commits, from those of the selected epoch, by name.
+
+        `calibration` are the numbers of `calibrate`, none where it is not called.
+        """
         return dict(weights)
 
     def end_step(self, exemplars: Sequence[Tensor] | None) -> None:  # noqa: B027 - most methods do nothing then

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from avcil_dist.errors import ConfigError
 from avcil_dist.methods.feature_sums import RidgeSolver
+from avcil_dist.methods.single_precision import SingleSolver
 
 ROUNDS = 8
 CONVERGED = 0.05  # change of log α
@@ -22,14 +23,16 @@ SMALLEST_RIDGE = 1e-11  # relative to the mean of G's diagonal; below it, G + D 
 def evidence_ridge(solver: RidgeSolver, blocks: Sequence[slice]) -> Tensor:
     """Return the ridge of each feature (F,), α/β, of maximum evidence. The factor of `solver` is overwritten.
 
-    `blocks` are disjoint ranges of features. The last feature is the constant 1. Raises ConfigError if the sums cannot
+    Many features are factorised in float32 as long as that is enough (see `SingleSolver.round`). `blocks` are disjoint
+    ranges of features. The last feature is the constant 1. Raises ConfigError if the sums cannot
     be factorised in float64.
     """
     num_clips, num_classes = float(solver.targets[-1].sum()), solver.targets.shape[1]
     sizes = torch.tensor([float(block.stop - block.start) for block in blocks], dtype=torch.float64)
     alphas, beta = torch.ones(len(blocks), dtype=torch.float64), float(num_classes)
-    solver.fill()
-    smallest = SMALLEST_RIDGE * float(solver.matrix.diagonal().mean())
+    smallest = SMALLEST_RIDGE * solver.mean_diagonal
+    sums = solver.single()
+    single = None if sums is None else SingleSolver(sums)
 
     def ridge() -> Tensor:
         values = solver.targets.new_full((len(solver.targets),), CONSTANT_PRECISION)
@@ -42,11 +45,15 @@ def evidence_ridge(solver: RidgeSolver, blocks: Sequence[slice]) -> Tensor:
 
     for _ in range(ROUNDS):
         current = ridge()
-        factorize(solver, current)
-        weights = solver.solution()
+        found = single.round(current) if single else None
+        if found is None:
+            single = None  # of no further round either
+            factorize(solver, current)
+            found = solver.solution(), solver.inverse_diagonal()
+        weights, inverse_diagonal = found
         squares = weights.square().sum(dim=1)
         # Of Σ = (βG + diag α)⁻¹: α_b tr Σ_bb is the ridge's share of the inverse of G + diag(α/β).
-        determined = (sizes - sums_of_blocks(current * solver.inverse_diagonal())).clamp_min(1e-6)
+        determined = (sizes - sums_of_blocks(current * inverse_diagonal)).clamp_min(1e-6)
         # tr(WᵀGW) = tr(WᵀH) − Σ (α/β)‖W‖², by the normal equations.
         residual = num_clips - float((weights * solver.targets).sum()) - float((current * squares).sum())
         previous = alphas

@@ -20,6 +20,7 @@ from avcil_dist.models.state_dict import is_finite
 
 PANEL = 1024  # rows of a panel of G
 INVERSE_BLOCK = 512  # columns that are inverted together: twice as many need a sixth more operations
+SINGLE_FROM = 4096  # features from which on float32 saves time
 ROWS = 1024  # clips per matrix product: a product of fewer is limited by memory bandwidth
 TARGETS = "targets"  # name of H
 
@@ -110,14 +111,16 @@ class FeatureSums:
 class RidgeSolver:
     """Solution W = (G + D)⁻¹H of the normal equations, D diagonal, for all features or for some of them."""
 
-    def __init__(self, sums: Mapping[str, Tensor], rows: Tensor | None = None) -> None:
-        """Prepare to solve for the features `rows` (ascending indices), by default all.
+    def __init__(
+        self, sums: Mapping[str, Tensor], rows: Tensor | None = None, *, dtype: torch.dtype = torch.float64
+    ) -> None:
+        """Prepare to solve for the features `rows` (ascending indices), by default all, by a factor of type `dtype`.
 
         `sums` are those of `FeatureSums.total`.
         """
         self._sums, self._rows = sums, rows
         self.targets = sums[TARGETS] if rows is None else sums[TARGETS][rows]
-        self.matrix = self.targets.new_zeros(len(self.targets), len(self.targets))
+        self.matrix = self.targets.new_zeros(len(self.targets), len(self.targets), dtype=dtype)
         self._info = torch.zeros((), dtype=torch.int32, device=self.targets.device)
 
     def factorize(self, ridge: Tensor | float) -> bool:
@@ -140,6 +143,17 @@ class RidgeSolver:
             right = self._rows >= first
             values = panel[self._rows[inside] - first][:, self._rows[right] - first]
             self.matrix[inside.nonzero(), right.nonzero().T] = values
+
+    @property
+    def mean_diagonal(self) -> float:
+        """Mean of G's diagonal."""
+        parts = [self._sums[name].diagonal() for name, _ in panels(len(self._sums[TARGETS]))]
+        diagonal = torch.cat(parts)
+        return float((diagonal if self._rows is None else diagonal[self._rows]).mean())
+
+    def single(self) -> Mapping[str, Tensor] | None:
+        """Return the sums if they are of so many features that float32 saves time, and of all of them; else None."""
+        return self._sums if self._rows is None and len(self.targets) >= SINGLE_FROM else None
 
     def solution(self) -> Tensor:
         """Return W (features, C) by the factor."""

@@ -37,6 +37,15 @@ def separated_softmax(logits: Tensor, labels: Tensor, num_current: int, num_old:
     return sum(parts, start=_zero(logits)) / max(1, len(labels))
 
 
+def balanced_softmax(logits: Tensor, labels: Tensor, log_counts: Tensor) -> Tensor:
+    """Cross-entropy of logits + log π, mean over rows (Ren et al. 2020).
+
+    `logits` (B, C), `labels` (B,). `log_counts` (C,) is log π, with π the expected number of clips of each class in a
+    batch; -inf for a class without clips.
+    """
+    return cross_entropy(logits + log_counts, labels)
+
+
 def task_distillation(logits: Tensor, teacher_logits: Tensor, slices: Sequence[slice], temperature: float) -> Tensor:
     """Task-wise distillation: sum over old tasks of T²·KL(teacher ‖ student), each within its own classes.
 

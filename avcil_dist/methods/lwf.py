@@ -23,7 +23,7 @@ class Lwf(Method):
     @property
     def needs(self) -> Needs:
         """A teacher."""
-        return Needs(teacher=True)
+        return Needs(teacher=True, whole_classes=True)
 
     def loss(self, targets: Targets, output: Output, teacher: Output | None) -> dict[str, Tensor]:
         """Return CE_all at step 0, afterwards CE over new logits + task-wise KD."""

@@ -20,7 +20,7 @@ class Ssil(Method):
     @property
     def needs(self) -> Needs:
         """A teacher and replay."""
-        return Needs(teacher=True, memory="replay")
+        return Needs(teacher=True, memory="replay", whole_classes=True)
 
     def loss(self, targets: Targets, output: Output, teacher: Output | None) -> dict[str, Tensor]:
         """Return CE_all at step 0, afterwards separated softmax + task-wise KD."""

@@ -19,12 +19,11 @@ from avcil_dist.errors import ConfigError
 from avcil_dist.methods.base import ClosedFormMethod, Needs, StepContext, Targets, check_matrix
 from avcil_dist.methods.feature_sums import FeatureSums, RidgeSolver, check_length
 from avcil_dist.methods.losses import cross_entropy
+from avcil_dist.models.anchor import token_features, with_constant
 from avcil_dist.models.network_spec import NetworkSpec
 from avcil_dist.models.outputs import Output
 from avcil_dist.models.state_dict import is_finite
 from avcil_dist.seeds import generator
-
-SHORTEST = 1e-6  # length of a token that is scaled to length 1; shorter ones, such as zeros, stay shorter
 
 
 class SumsHead(ClosedFormMethod):
@@ -76,17 +75,11 @@ class SumsHead(ClosedFormMethod):
 
     def phi(self, output: Output) -> Tensor:
         """Return φ (B, F), float32: sound, pictures, and a constant 1."""
-        return F.pad(torch.cat(self.features(output), dim=1), (0, 1), value=1.0)
+        return with_constant(self.features(output))
 
     def features(self, output: Output) -> list[Tensor]:
         """Return the features (B, width) of sound and of pictures, those that are present."""
-        found = []
-        for part in (output.audio, output.visual):
-            if part is not None:
-                tokens = part.float()
-                tokens = F.normalize(tokens, dim=-1, eps=SHORTEST) if self.options.unit_length else tokens
-                found.append(tokens.flatten(1))
-        return found
+        return token_features(output.audio, output.visual, unit_length=self.options.unit_length)
 
     def accumulate(self, output: Output, labels: Tensor) -> None:
         """Add these clips to the sums."""

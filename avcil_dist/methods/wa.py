@@ -3,7 +3,7 @@
 Source: Zhao et al. 2020 (arXiv 1911.07053).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pydantic import PositiveFloat
 from torch import Tensor
@@ -39,7 +39,7 @@ class Wa(Method):
         total = (1 - share) * cross + share * distillation
         return {"loss": total, "cross_entropy": cross, "distillation": distillation}
 
-    def committed_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def committed_weights(self, weights: Mapping[str, Tensor], calibration: Sequence[float]) -> dict[str, Tensor]:
         """Scale the head's rows of new classes to the mean length of the old classes' rows. Biases stay."""
         if self.context.num_old == 0:
             return dict(weights)

@@ -72,6 +72,13 @@ def grow_linear(head: LinearHead, num_classes: int) -> LinearHead:
     return grown
 
 
+@torch.no_grad()
+def zero_rows(head: LinearHead, first: int) -> None:
+    """Set the rows and biases of a head from class `first` on to zero."""
+    head.weight[first:] = 0
+    head.bias[first:] = 0
+
+
 def grow_proxies(head: ProxyHead, num_classes: int, new: Tensor) -> ProxyHead:
     """Return a head for `num_classes` classes: all old proxies frozen, and `new` (new classes · proxies, D) trained.
 

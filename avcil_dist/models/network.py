@@ -9,15 +9,15 @@ from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from avcil_dist.config.encoders import ModelConfig
 from avcil_dist.config.schema import ClipConfig, Precision
 from avcil_dist.errors import ArtifactError, ConfigError
+from avcil_dist.models.anchor import Anchor, pool_tokens
 from avcil_dist.models.attention.module import AudioGuidedAttention, TeacherView
 from avcil_dist.models.encoders.base import Encoder, VisualEncoder
 from avcil_dist.models.encoders.build import build_audio_encoder, build_visual_encoder
-from avcil_dist.models.heads import Head, LinearHead, ProxyHead, grow_linear, grow_proxies
+from avcil_dist.models.heads import Head, LinearHead, ProxyHead, grow_linear, grow_proxies, zero_rows
 from avcil_dist.models.network_spec import DEFAULT_SPEC, NetworkSpec
 from avcil_dist.models.outputs import Divergence, Output, sum_present
 from avcil_dist.models.precision import precision_context
@@ -66,6 +66,10 @@ class HeadedNetwork(Network):
     visual_proj: nn.Linear
     classifier: Head
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.anchor: Anchor | None = None
+
     @property
     def num_classes(self) -> int:
         """Number of classes of the head."""
@@ -77,10 +81,27 @@ class HeadedNetwork(Network):
         A head of proxies needs `new_proxies`, those of the new classes.
         """
         if isinstance(self.classifier, LinearHead):
+            num_old = self.num_classes
             self.classifier = grow_linear(self.classifier, num_classes)
+            if self.anchor is not None:
+                zero_rows(self.classifier, num_old)
         else:
             assert new_proxies is not None
             self.classifier = grow_proxies(self.classifier, num_classes, new_proxies)
+
+    def tokens_of_anchor(self) -> "PooledTokens":
+        """Return the network of the anchor's features, as they are before a constant is added."""
+        assert self.anchor is not None
+        visual, audio = self.anchor.visual_encoder, self.anchor.audio_encoder
+        return PooledTokens(visual or self.visual_encoder, audio or self.audio_encoder, (self.anchor.num_cells, 1))
+
+    def add_anchor(
+        self, output: Output, visual: Tensor, audio: Tensor, *, tokens: Tensor | None, sound: Tensor | None
+    ) -> Output:
+        """Add the scores of the anchor, if there is one, to the logits. The tensors are as in `Anchor.forward`."""
+        if self.anchor is None:
+            return output
+        return output._replace(logits=output.logits + self.anchor(visual, audio, tokens, sound))
 
     def project_and_classify(
         self, sound: Tensor | None, pooled: Tensor | None, divergence: Divergence | None = None
@@ -129,14 +150,15 @@ class AudioVisualNetwork(HeadedNetwork):
 
     def classify(self, visual: Tensor, audio: Tensor, teacher: TeacherView | None) -> Output:
         """Pool the visual tokens by audio-guided attention, project both modalities, classify their sum."""
-        sound = self.audio_encoder(audio)
-        pooled, divergence = self.attention(*self._attended(sound, self.visual_encoder(visual)), teacher)
+        sound, tokens = self.audio_encoder(audio), self.visual_encoder(visual)
+        pooled, divergence = self.attention(*self._attended(sound, tokens), teacher)
         if self.num_projected > 1:
             pooled = pooled.view(len(sound), -1)
             divergence = divergence and Divergence(
                 *(part.view(len(part) // self.num_projected, -1).sum(dim=1) for part in divergence)
             )
-        return self.project_and_classify(sound, pooled, divergence)
+        output = self.project_and_classify(sound, pooled, divergence)
+        return self.add_anchor(output, visual, audio, tokens=tokens, sound=sound)
 
     @torch.no_grad()
     def attention_view(self, visual: Tensor, audio: Tensor, rows: slice) -> TeacherView:
@@ -170,7 +192,8 @@ class AudioNetwork(HeadedNetwork):
 
     def classify(self, visual: Tensor, audio: Tensor, teacher: TeacherView | None) -> Output:
         """Project and classify the sound; `visual` is ignored."""
-        return self.project_and_classify(self.audio_encoder(audio), None)
+        sound = self.audio_encoder(audio)
+        return self.add_anchor(self.project_and_classify(sound, None), visual, audio, tokens=None, sound=sound)
 
 
 class VisualNetwork(HeadedNetwork):
@@ -195,8 +218,10 @@ class VisualNetwork(HeadedNetwork):
         """Pool, project and classify the pictures; `audio` is ignored."""
         tokens = self.visual_encoder(visual)
         if self.num_projected > 1:
-            return self.project_and_classify(None, tokens.mean(dim=2, dtype=torch.float32).flatten(1))
-        return self.project_and_classify(None, tokens.mean(dim=(1, 2), dtype=torch.float32))
+            pooled = tokens.mean(dim=2, dtype=torch.float32).flatten(1)
+        else:
+            pooled = tokens.mean(dim=(1, 2), dtype=torch.float32)
+        return self.add_anchor(self.project_and_classify(None, pooled), visual, audio, tokens=tokens, sound=None)
 
 
 class PooledTokens(Network):
@@ -209,17 +234,12 @@ class PooledTokens(Network):
         self.grid = grid
 
     def classify(self, visual: Tensor, audio: Tensor, teacher: TeacherView | None) -> Output:
-        """Return encoded `audio` (B, D) and pooled `visual` (B, cells, D); `logits` are empty, (B, 0).
-
-        A grid finer than the tokens is reduced to theirs, because repeated tokens would add no information.
-        """
+        """Return encoded `audio` (B, D) and pooled `visual` (B, cells, D); `logits` are empty, (B, 0)."""
         sound = None if self.audio_encoder is None else self.audio_encoder(audio)
         if self.visual_encoder is None:
             return Output(audio.new_zeros(len(audio), 0), sound, None)
-        tokens = self.visual_encoder(visual)
-        grid = (min(self.grid[0], tokens.shape[1]), min(self.grid[1], tokens.shape[2]))
-        cells = F.adaptive_avg_pool2d(tokens.permute(0, 3, 1, 2).float(), grid).permute(0, 2, 3, 1)
-        return Output(cells.new_zeros(len(tokens), 0), sound, cells.flatten(1, 2))
+        cells = pool_tokens(self.visual_encoder(visual), self.grid)
+        return Output(cells.new_zeros(len(cells), 0), sound, cells)
 
 
 def build_network(
@@ -263,13 +283,34 @@ def build_network(
             return None
         return ProxyHead(dim, num_classes, num_frozen, network_spec.num_proxies)
 
+    num_frames = 1 if visual is None else _num_frames(visual, feature_shape)
+    num_projected = num_frames if model.fusion == "concat" else 1
+    network: HeadedNetwork
     if visual is None:
         assert audio is not None
-        return AudioNetwork(audio, num_classes, head(audio.dim))
-    num_projected = _num_frames(visual, feature_shape) if model.fusion == "concat" else 1
-    if audio is None:
-        return VisualNetwork(visual, num_classes, head(visual.dim), num_projected)
-    return AudioVisualNetwork(visual, audio, num_classes, head(visual.dim), num_projected)
+        network = AudioNetwork(audio, num_classes, head(audio.dim))
+    elif audio is None:
+        network = VisualNetwork(visual, num_classes, head(visual.dim), num_projected)
+    else:
+        network = AudioVisualNetwork(visual, audio, num_classes, head(visual.dim), num_projected)
+    if network_spec.anchor is not None:
+        _add_anchor(network, min(network_spec.anchor, num_frames))
+    return network
+
+
+def _add_anchor(network: HeadedNetwork, num_cells: int) -> None:
+    """Add an anchor of zeros, and make the head's rows zero: before training the logits are the anchor's scores."""
+    visual, audio, head = network.visual_encoder, network.audio_encoder, network.classifier
+    assert isinstance(head, LinearHead)
+    num_tokens = (num_cells if visual else 0) + (1 if audio else 0)
+    network.anchor = Anchor(
+        num_cells,
+        num_tokens * head.in_features + 1,
+        network.num_classes,
+        visual_encoder=visual.fixed_copy() if visual else None,
+        audio_encoder=audio.fixed_copy() if audio else None,
+    )
+    zero_rows(head, 0)
 
 
 def _num_frames(visual: Encoder, feature_shape: Mapping[str, int]) -> int:

@@ -10,12 +10,14 @@ class NetworkSpec:
 
     With `pool`, a grid of (frames, positions), that is only a mean over each cell of the grid of visual tokens: no
     attention, no projection, no head. Otherwise it is attention, projections and a head: `linear`, or `proxies`
-    with `num_proxies` per class.
+    with `num_proxies` per class. With `anchor`, a number of parts of time, the logits have the fixed scores of sound
+    and of visual tokens, pooled over these parts, added to them, and rows of the linear head begin as zeros.
     """
 
     head: Literal["linear", "proxies"] = "linear"
     num_proxies: int = 10
     pool: tuple[int, int] | None = None
+    anchor: int | None = None
 
 
 DEFAULT_SPEC = NetworkSpec()

@@ -21,6 +21,7 @@ from avcil_dist.streams.score_metrics import ScoreMetrics
 
 Accuracy = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0, lt=1 << 53)]
+Epoch = Annotated[int, Field(ge=-1, lt=1 << 53)]  # from 0; -1 is before training
 
 
 def accuracy_row(labels: ArrayLike, predictions: ArrayLike, tasks: Sequence[slice]) -> list[float]:
@@ -121,12 +122,12 @@ class MemoryUse:
 
 @dataclass(frozen=True)
 class EpochChoice:
-    """Epoch whose weights a step committed, counted from 0; `num_ties` later ones have the same validation accuracy.
+    """Epoch whose weights a step committed, from 0 (-1: before training); `num_ties` later ones are equally accurate.
 
     `num_epochs` were trained; 0 in a step without training. `val_accuracy` is None where epochs were not compared.
     """
 
-    epoch: Count
+    epoch: Epoch
     num_epochs: Count
     val_accuracy: Accuracy | None = None
     num_ties: Count = 0
@@ -163,7 +164,7 @@ class StreamMetrics:
     seen_accuracy: tuple[Accuracy, ...]
     per_class: Mapping[ClassName, Accuracy] = field(repr=False)
     num_test_clips: Count
-    epoch: Count
+    epoch: Epoch
     val_accuracy: Accuracy | None
     confusion: Mapping[ClassName, Mapping[ClassName, Count]] = field(default_factory=dict, repr=False)
     source_disjoint: SubsetMetrics | None = None

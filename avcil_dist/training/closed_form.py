@@ -7,21 +7,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from avcil_dist.methods.base import ClosedFormMethod
-from avcil_dist.models.network import Network
+from avcil_dist.models.network import HeadedNetwork, Network
 from avcil_dist.training.collectives import gather_rows, make_together
 from avcil_dist.training.incremental_step import Step
 from avcil_dist.training.inference_pass import InferencePass
 
 
-def train_closed_form(step: Step, network: Network, inference: InferencePass) -> float | None:
-    """Accumulate the training clips of the new classes, solve, and choose the solution on validation clips.
-
-    The step's method is a ClosedFormMethod. Returns the accuracy on the validation clips of all seen classes;
-    None where there are none.
-    """
-    method = cast(ClosedFormMethod, step.method)
+def solve_from_sums(step: Step, method: ClosedFormMethod, network: Network, inference: InferencePass) -> Tensor:
+    """Accumulate the training clips of the step, and return the method's candidates. Equal on all ranks."""
     method.begin_sums({label: len(step.manifest.clips([name], "train")) for label, name in _new_labels(step)})
-    for batch, output in inference.run(network, step.manifest.clips(step.new_classes, "train")):
+    for batch, output in inference.run(network, step.current_clips):
         labels, valid = batch.labels, batch.valid
         if method.gathers:
             output = output.map(_of_all_ranks)
@@ -30,7 +25,29 @@ def train_closed_form(step: Step, network: Network, inference: InferencePass) ->
     for total in method.statistics():
         dist.all_reduce(total)
     # Rank 0 solves and broadcasts, so that all ranks have the same last digit.
-    candidates = make_together(method.solve, step.device)
+    return make_together(method.solve, step.device)
+
+
+def solve_anchor(step: Step, student: Network, inference: InferencePass) -> None:
+    """Solve the anchor of the step's method from the training clips so far, and set it in the student."""
+    assert isinstance(student, HeadedNetwork)
+    method, anchor = step.method.anchor, student.anchor
+    assert method is not None
+    assert anchor is not None
+    network = student.tokens_of_anchor()
+    network.precision = student.precision
+    method.choose(solve_from_sums(step, method, network, inference), [])
+    anchor.set_weights(step.method.anchor_weights())
+
+
+def train_closed_form(step: Step, network: Network, inference: InferencePass) -> float | None:
+    """Accumulate the training clips of the step, solve, and choose the solution on validation clips.
+
+    The step's method is a ClosedFormMethod. Returns the accuracy on the validation clips of all seen classes;
+    None where there are none.
+    """
+    method = cast(ClosedFormMethod, step.method)
+    candidates = solve_from_sums(step, method, network, inference)
     validation = step.manifest.clips(step.seen_classes, "val")
     if not len(validation):
         method.choose(candidates, [])

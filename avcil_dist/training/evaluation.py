@@ -72,6 +72,16 @@ def evaluate_scores(
     return ScoredPredictions(clips, _labels(step, clips), _in_order(predicted)[rows], _in_order(scored)[rows])
 
 
+def validation_logits(step: Step, network: Network, inference: InferencePass) -> tuple[Tensor, Tensor]:
+    """Return logits (N, C) and labels (N,) of the readable validation clips of all seen classes, on all ranks."""
+    logits, labels = [], []
+    for batch, output in inference.run(network, step.manifest.clips(step.seen_classes, "val")):
+        valid = gather_rows(batch.valid, len(batch.valid))
+        logits.append(gather_rows(output.logits, len(output.logits))[valid].cpu())
+        labels.append(gather_rows(batch.labels, len(batch.labels))[valid].cpu())
+    return torch.cat(logits), torch.cat(labels)
+
+
 @torch.no_grad()
 def _scores(method: Method, output: Output) -> Tensor:
     return method.scores(output)

@@ -1,10 +1,13 @@
 """An incremental step on one rank, as a value: everything that is fixed before the step begins."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 
 from avcil_dist.config.schema import Config
+from avcil_dist.data.arrival import late_clips
 from avcil_dist.data.clip_cache import ClipCache
 from avcil_dist.data.inputs import ClipInputs
 from avcil_dist.data.manifest import Manifest
@@ -23,7 +26,8 @@ from avcil_dist.world import World
 class Step:
     """Settings, data, method, rank and device of an incremental step. `number` counts from 0.
 
-    `method` is the only member with a state that changes during the step.
+    `manifest` has the training clips that have arrived by this step. `method` is the only member with a state that
+    changes during the step.
     """
 
     config: Config
@@ -53,6 +57,16 @@ class Step:
     def new_classes(self) -> tuple[str, ...]:
         """The classes that arrive at this step."""
         return self.scenario.new(self.number)
+
+    @cached_property
+    def late_clips(self) -> np.ndarray:
+        """Training clips of old classes that arrive at this step."""
+        return late_clips(self.manifest, self.scenario, self.config.scenario, self.number)
+
+    @property
+    def current_clips(self) -> np.ndarray:
+        """All training clips that arrive at this step."""
+        return np.concatenate([self.manifest.clips(self.new_classes, "train"), self.late_clips])
 
     @property
     def seen_classes(self) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from collections.abc import Collection
 
 from avcil_dist.config.encoders import trained_part
 from avcil_dist.config.schema import Config
+from avcil_dist.data.arrival import arrived
 from avcil_dist.data.manifest import Manifest, Split, check_shards
 from avcil_dist.data.plan import check_batch_fits, rows_at_a_time
 from avcil_dist.data.source_videos import source_disjoint
@@ -34,7 +35,7 @@ def preflight(config: Config, world_sizes: Collection[int], *, restart: bool, wi
     for size in world_sizes:
         _check_batches(config, needs, size)
     for step in range(scenario.num_steps):
-        _check_step(config, needs, manifest, scenario, step)
+        _check_step(config, needs, arrived(manifest, scenario, config.scenario, step), scenario, step)
     if with_shards:
         check_shards(manifest, shards_of(manifest, scenario, scenario.num_steps - 1))
     num_done = 0 if restart else next_step(stream_url(config), scenario.num_steps)
@@ -53,17 +54,24 @@ def check_method_fits(config: Config, needs: Needs, manifest: Manifest, scenario
             "use model.fusion=sum"
         )
     _check_memory(config, needs, scenario)
+    if needs.whole_classes and config.scenario.blur:
+        others = [name for name in method_names() if not _default_needs(name).whole_classes]
+        raise ConfigError(
+            f"scenario.blur={config.scenario.blur}: method {name} needs all training clips of a class in one step; set "
+            f"it to 0, or use one of {', '.join(others)}"
+        )
     if not needs.trains_at(1) and config.engine.zero_stage:
         raise ConfigError(
             f"engine.zero_stage={config.engine.zero_stage}: method {name} has no optimizer state to "
             "shard; use engine=zero0"
         )
     if needs.max_clips is not None:
-        _check_clips(name, needs.max_clips, len(manifest.clips(scenario.classes, "train")))
+        last = arrived(manifest, scenario, config.scenario, scenario.num_steps - 1)
+        _check_clips(name, needs.max_clips, len(last.clips(scenario.classes, "train")))
     if config.data.source_disjoint:
         _check_sources(config, manifest, scenario)
-    if needs.network_spec.pool is not None and manifest.kind == "clip":
-        _check_fixed_encoders(config)
+    if manifest.kind == "clip":
+        _check_encoders(config, needs)
 
 
 def describe_needs(needs: Needs) -> list[str]:
@@ -78,8 +86,12 @@ def describe_needs(needs: Needs) -> list[str]:
         "gradients of the teacher": needs.importance,
         "a head of proxies": needs.network_spec.head == "proxies",
         "all data of seen classes": needs.all_data,
+        "whole classes": needs.whole_classes,
         "a fresh network each step": needs.fresh_network,
+        "fixed scores of the analytic head": needs.network_spec.anchor is not None,
         "validation clips": needs.validation,
+        "a correction by logits of validation clips": needs.calibration,
+        "the network before training": needs.untrained,
         "features of all clips": needs.max_clips is not None,
         "gradients at step 0 alone": needs.training == "first step",
         "no gradients": needs.training == "never",
@@ -133,13 +145,19 @@ def _check_sources(config: Config, manifest: Manifest, scenario: Scenario) -> No
         )
 
 
-def _check_fixed_encoders(config: Config) -> None:
+def _check_encoders(config: Config, needs: Needs) -> None:
+    """Check that encoders are fixed for a method on their tokens, and pretrained for one that is anchored in them."""
     for encoder in config.model.used:
-        if trained_part(encoder) != "frozen":
+        if needs.network_spec.pool and trained_part(encoder) != "frozen":
             raise ConfigError(
                 f"model: method {config.method.name} needs fixed features, and an encoder of kind "
                 f"{encoder.kind} is trained; use features of frozen encoders, or method.features=network, which trains "
                 "a network at step 0"
+            )
+        if needs.network_spec.anchor and trained_part(encoder) is None:
+            raise ConfigError(
+                f"model: method {config.method.name} is anchored in the tokens of pretrained encoders, and one of kind "
+                f"{encoder.kind} has no weights; use features, or transformers"
             )
 
 

@@ -34,7 +34,7 @@ from avcil_dist.streams.commit import (
     write_commit,
     write_files,
 )
-from avcil_dist.streams.metrics import Accuracy, Count, EpochMetrics
+from avcil_dist.streams.metrics import Accuracy, Count, Epoch, EpochMetrics
 from avcil_dist.streams.snapshots import (
     SnapshotCommit,
     check_snapshot_fits,
@@ -58,7 +58,7 @@ _logger = logging.getLogger(__name__)
 class BestEpochRecord(BaseModel):
     """Number and validation accuracy of the best epoch, as `training.json` has them."""
 
-    epoch: Count
+    epoch: Epoch
     val_accuracy: Accuracy | None
     num_ties: Count
 

@@ -11,10 +11,12 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from avcil_dist import storage
 from avcil_dist.config.encoders import TransformerConfig
 from avcil_dist.config.schema import Config
+from avcil_dist.data.arrival import arrived
 from avcil_dist.data.clip_cache import ClipCache
 from avcil_dist.data.exemplar_memory import EMPTY_MEMORY, ExemplarMemory
 from avcil_dist.data.manifest import Manifest, check_shards
@@ -23,6 +25,7 @@ from avcil_dist.data.sampler import TrainingSampler
 from avcil_dist.data.source_videos import source_disjoint
 from avcil_dist.data.subset import load_data
 from avcil_dist.methods.base import ClosedFormMethod
+from avcil_dist.models.network import Network
 from avcil_dist.scenario import Scenario
 from avcil_dist.streams.artifact import StepArtifact, save_artifact
 from avcil_dist.streams.compat import load_previous
@@ -41,14 +44,15 @@ from avcil_dist.system.signals import StopRequest
 from avcil_dist.system.source_version import source_version
 from avcil_dist.training.build import build_networks, network_of_state
 from avcil_dist.training.clip_cache_placement import place_clip_cache
-from avcil_dist.training.closed_form import train_closed_form
+from avcil_dist.training.closed_form import solve_anchor, train_closed_form
 from avcil_dist.training.collectives import decide_together, process_group
 from avcil_dist.training.device import device_name, local_device, out_of_memory_as_line
 from avcil_dist.training.engine import name_accelerator, set_threads, whole_state
-from avcil_dist.training.evaluation import ScoredPredictions, evaluate_scores
+from avcil_dist.training.evaluation import ScoredPredictions, evaluate_scores, validation_logits
 from avcil_dist.training.exemplars import exemplar_clips, exemplar_features, update_memory
 from avcil_dist.training.failure_sync import Report, print_fault, propagate_failures
 from avcil_dist.training.incremental_step import Step, make_step
+from avcil_dist.training.inference_pass import InferencePass
 from avcil_dist.training.memory_use import memory_use
 from avcil_dist.training.observer import Observer, ObserverList
 from avcil_dist.training.snapshot import BestEpoch, SnapshotManager
@@ -118,6 +122,7 @@ def step_in_group(
     scenario = scenario_of(config, manifest)
     previous = load_previous(config, manifest, number)
     _check_shards(manifest, scenario, number, shard_check)
+    manifest = arrived(manifest, scenario, config.scenario, number)
 
     step = make_step(config, manifest, scenario, number, previous, world=world, device=device)
     memory = previous.memory if previous else EMPTY_MEMORY
@@ -127,9 +132,10 @@ def step_in_group(
     weights = _pretrained_weights(step, previous)
 
     snapshots = SnapshotManager(step, reset_optimizer)
+    _begin_training(step, student, sampler, inference)
     if step.has_training:
         best = Trainer(step, teacher, inference, sampler, snapshots, observer, stop).train(student)
-        best = replace(best, state=step.method.committed_weights(best.state))
+        best = replace(best, state=_committed_weights(step, best, inference))
         student = network_of_state(step, best.state)
     else:
         observer.begin(number, 0, 0, 0)
@@ -171,6 +177,25 @@ def _pretrained_weights(step: Step, previous: StepArtifact | None) -> Mapping[st
     return decide_together(lambda: weights_digests(step.config.model))
 
 
+def _begin_training(step: Step, student: Network, sampler: TrainingSampler, inference: InferencePass) -> None:
+    """Solve the anchor if the method has one, and give the method the classes of a mean batch."""
+    if step.method.anchor is not None:
+        solve_anchor(step, student, inference)
+    if step.has_training:
+        counts = sampler.expected_counts(step.scenario.labels, step.context.num_seen)
+        step.method.begin_training(torch.from_numpy(counts))
+
+
+def _committed_weights(step: Step, best: BestEpoch, inference: InferencePass) -> dict[str, Tensor]:
+    """The weights that the step commits: those of the best epoch, as the method changes them."""
+    calibration: list[float] = []
+    if step.needs.calibration and step.context.num_old:
+        logits, labels = validation_logits(step, network_of_state(step, best.state), inference)
+        # Rank 0 decides: the last digits of a sum may differ between types of machine.
+        calibration = decide_together(lambda: step.method.calibrate(logits, labels))
+    return step.method.committed_weights(best.state, calibration)
+
+
 def trace_prefix(config: Config, number: int) -> str:
     """The path of NCCL's traces of a step, without the rank: beside the folder of the stream's snapshots."""
     return storage.join(
@@ -179,13 +204,14 @@ def trace_prefix(config: Config, number: int) -> str:
 
 
 def training_sampler(step: Step, memory: ExemplarMemory) -> TrainingSampler:
-    """The training batches of a step: clips of its classes, and the exemplars as the method needs them."""
+    """The training batches of a step: clips of its classes, late ones, and exemplars as the method needs them."""
     exemplars = exemplar_clips(step.manifest, memory)
+    late = NO_CLIPS if step.needs.all_data else step.late_clips
     return TrainingSampler(
         manifest=step.manifest,
         classes=step.seen_classes if step.needs.all_data else step.new_classes,
         exemplars=exemplars if step.needs.memory == "replay" else NO_CLIPS,
-        joined=exemplars if step.needs.memory == "join" else NO_CLIPS,
+        joined=np.concatenate([exemplars, late]) if step.needs.memory == "join" else late,
         data=step.config.data,
         optim=step.config.optim,
         seed=step.config.seed,

@@ -116,6 +116,9 @@ class Trainer:
     def _train(self, engine: Engine, batches: Iterator[Batch], state: TrainingState, manifest: Manifest) -> BestEpoch:
         self.observer.begin(self.step.number, self.step.config.optim.epochs, self.num_iterations, state.iteration)
         engine.network.train()
+        if self.step.needs.untrained and state.iteration == 0 and self.step.config.optim.keep_epoch == "best_val":
+            accuracy = evaluate(self.step, engine.network, "val", self.inference).accuracy
+            state.best = BestEpoch(engine.state(), epoch=-1, val_accuracy=accuracy)
         while state.iteration < self.num_iterations and not self._is_out_of_patience(state):
             self._iterate(engine, batches, state)
             if len(self._unchecked) == ITERATIONS_PER_CHECK:

@@ -8,7 +8,10 @@ import torch
 
 from avcil_dist.compose import load_config
 from avcil_dist.config.schema import Config
+from avcil_dist.data.arrival import arrived
+from avcil_dist.data.manifest import load_manifest
 from avcil_dist.methods import method_names
+from avcil_dist.scenario import configured_scenario
 from avcil_dist.streams.artifact import StepArtifact, load_artifact
 from tests.helpers.ranks import run_ranks
 from tests.helpers.streams import run_streams, write_config
@@ -26,6 +29,13 @@ VARIANTS = {
     "er": [],
     "derpp": [],
     "wa": [],
+    "bic": [],
+    "anchored": ["method.parts=1"],
+    "anchored audio": ["model.modality=audio", "optim.keep_epoch=last"],
+    "er blurred": ["scenario.blur=0.3", "scenario.imbalance=2"],
+    "wa blurred": ["scenario.blur=0.3"],
+    "joint blurred": ["scenario.blur=0.3"],
+    "kernel blurred": ["scenario.blur=0.3", "scenario.imbalance=2"],
     "kernel": [],
     "kernel factor": ["method.keep_factor=true"],
     "ncm": [],
@@ -49,7 +59,7 @@ VARIANTS = {
 # Adam divides by the size of the gradient: where that is near zero, rounding errors become steps of the order of the
 # learning rate, and a small one keeps them below the tolerance. A step of one class comes first: later, a softmax over
 # new classes alone would have nothing to choose from, and all of its gradient would be rounding errors.
-WITH_MEMORY = ("avcil", "ssil", "icarl", "afc", "er", "derpp", "wa")
+WITH_MEMORY = ("avcil", "ssil", "icarl", "afc", "er", "derpp", "wa", "bic", "anchored")
 SIZES = (1, 2, 3)
 FIRST_PART = 2
 
@@ -123,6 +133,17 @@ def test_memory_holds_an_equal_part_of_each_class(streams: dict[str, Three], nam
 @pytest.mark.parametrize("name", ["finetune", "joint", "lwf", "analytic"])
 def test_methods_without_memory_keep_no_exemplars(streams: dict[str, Three], name: str) -> None:
     assert last(streams[name].one).memory.count == 0
+
+
+def test_the_sums_of_a_blurred_stream_have_the_clips_that_have_arrived(streams: dict[str, Three]) -> None:
+    counts = [len(load_artifact(streams["kernel blurred"].one, step).method["labels"]) for step in range(3)]
+    manifest = load_manifest(load_artifact(streams["kernel blurred"].one, 2).config.data.manifest)
+    config = load_artifact(streams["kernel blurred"].one, 2).config
+    scenario = configured_scenario(config.scenario, manifest.classes)
+    views = [arrived(manifest, scenario, config.scenario, step) for step in range(3)]
+    expected = [len(view.clips(scenario.seen(step), "train")) for step, view in enumerate(views)]
+    assert counts == expected
+    assert counts[-1] < 6 * 24
 
 
 def test_old_proxies_stay_as_they_were(streams: dict[str, Three]) -> None:

@@ -122,6 +122,7 @@ def make_step(method: object, number: int = 1, *, size: int = 4, selection: str 
         device=torch.device("cpu"),
         context=StepContext(SCENARIO, number),
         new_classes=SCENARIO.new(number),
+        current_clips=Manifest().clips(SCENARIO.new(number), "train"),
         seen_classes=SCENARIO.seen(number),
         **more,
     )

@@ -9,11 +9,12 @@ import torch
 
 from avcil_dist.config.schema import MethodConfig
 from avcil_dist.errors import ArtifactError, ConfigError
-from avcil_dist.methods import make_method
+from avcil_dist.methods import feature_sums, make_method
 from avcil_dist.methods.analytic import Analytic
 from avcil_dist.methods.base import StepContext
 from avcil_dist.methods.evidence import evidence_ridge
 from avcil_dist.methods.feature_sums import FeatureSums, RidgeSolver
+from avcil_dist.methods.single_precision import SingleSolver
 from avcil_dist.models.outputs import Output
 from avcil_dist.scenario import Scenario
 
@@ -203,6 +204,69 @@ def test_the_inverse_of_a_factor_of_several_blocks_has_the_right_diagonal() -> N
     part = RidgeSolver(sums.total(), rows)
     part.fill()
     np.testing.assert_array_equal(part.matrix.triu().numpy(), gram[rows][:, rows].triu().numpy())
+
+
+def sums_of(rows: torch.Tensor, num_classes: int = 4) -> FeatureSums:
+    """Sums of features with a constant, of clips whose class is a function of the first two."""
+    labels = 2 * (rows[:, 0] > rows[0, 0]).long() + (rows[:, 1] > rows[0, 1]).long()
+    sums = FeatureSums()
+    sums.add(torch.cat([rows, torch.ones(len(rows), 1)], dim=1), labels, num_classes)
+    sums.flush(num_classes)
+    return sums
+
+
+def test_a_round_in_float32_has_the_solution_and_the_trace_of_float64() -> None:
+    size = 1200  # two panels
+    random = torch.Generator().manual_seed(0)
+    rows = torch.randn(3000, size, generator=random) * torch.linspace(0.3, 2, size) + 5  # a large mean
+    solver = RidgeSolver(sums_of(rows).total())
+    ridge = torch.linspace(0.05, 20, size + 1, dtype=torch.float64)
+    ridge[-1] = 1e-4
+    solver.fill()
+    gram = (solver.matrix.triu() + solver.matrix.triu(1).T).numpy()
+    inverse = np.linalg.inv(gram + np.diag(ridge.numpy()))
+    sums = sums_of(rows).total()
+    found = SingleSolver(sums).round(ridge)
+    assert found is not None
+    expected = inverse @ solver.targets.numpy()
+    np.testing.assert_allclose(found[0].numpy(), expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+    np.testing.assert_allclose(found[1].numpy()[:-1], np.diag(inverse)[:-1], rtol=2e-3)
+    np.testing.assert_allclose(found[1].numpy()[:-1].sum(), np.diag(inverse)[:-1].sum(), rtol=1e-5)
+
+
+def test_float32_is_not_used_where_it_is_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = torch.Generator().manual_seed(0)
+    directions = torch.randn(40, 40, generator=random)
+    rows = torch.randn(300, 40, generator=random) * 10.0 ** torch.linspace(-4, 1, 40) @ directions
+    ridge = torch.full((41,), 1e-7, dtype=torch.float64)
+    assert SingleSolver(sums_of(rows).total()).round(ridge) is None
+    exact = evidence_ridge(RidgeSolver(sums_of(rows).total()), [slice(0, 40)])
+    monkeypatch.setattr(feature_sums, "SINGLE_FROM", 1)
+    single = evidence_ridge(RidgeSolver(sums_of(rows).total()), [slice(0, 40)])
+    torch.testing.assert_close(single, exact, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("informative", [1, CELLS])
+def test_the_evidence_by_rounds_in_float32_is_that_of_float64(
+    informative: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = learn(SCENARIOS[0], informative)
+    rounds: list[bool] = []
+    by_float32 = SingleSolver.round
+
+    def counted(solver: SingleSolver, ridge: torch.Tensor) -> Any:
+        found = by_float32(solver, ridge)
+        rounds.append(found is not None)
+        return found
+
+    monkeypatch.setattr(SingleSolver, "round", counted)
+    monkeypatch.setattr(feature_sums, "SINGLE_FROM", 1)
+    single = learn(SCENARIOS[0], informative)
+    assert rounds == [True] * (8 if informative == 1 else 3)
+    assert single.ridge is not None
+    assert exact.ridge is not None
+    torch.testing.assert_close(single.ridge, exact.ridge, rtol=1e-4, atol=0)
+    torch.testing.assert_close(single.weights, exact.weights, rtol=1e-4, atol=1e-6)
 
 
 def test_clips_are_not_kept_until_the_end_of_the_step() -> None:

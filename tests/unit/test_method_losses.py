@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from avcil_dist.config.schema import MethodConfig
-from avcil_dist.errors import ConfigError
-from avcil_dist.methods import make_method, method_class, method_names
-from avcil_dist.methods.base import Method, Needs, StepContext, Targets
+from avcil_dist.methods import make_method, method_names
+from avcil_dist.methods.base import Method, StepContext, Targets
 from avcil_dist.methods.nearest_mean import NearestMean
 from avcil_dist.models.network_spec import NetworkSpec
 from avcil_dist.models.outputs import Divergence, Output
@@ -26,14 +25,15 @@ SEPARATED = (LOG4 + math.log(4 / 3) + LOG2) / 3
 TEACHER = Output(torch.tensor([[4 * LOG3, 0.0]] * 3))
 DISTILLATION = 16 * (0.75 * math.log(1.5) + 0.25 * math.log(0.5))
 METHODS = [
-    *("acil", "afc", "air", "analytic", "avcil", "derpp", "er", "finetune", "icarl", "joint", "kernel", "lwf"),
-    *("ncm", "ranpac", "slda", "ssil", "wa"),
+    *("acil", "afc", "air", "analytic", "anchored", "avcil", "bic", "derpp", "er", "finetune", "icarl", "joint"),
+    *("kernel", "lwf", "ncm", "ranpac", "slda", "ssil", "wa"),
 ]
 
 
 def method_of(name: str, step: int = 1, **options: Any) -> Method:
     method = make_method(MethodConfig.model_validate({"name": name} | options))
     method.begin_step(StepContext(SCENARIO, step))
+    method.begin_training(torch.ones(4, dtype=torch.float64))
     return method
 
 
@@ -51,6 +51,16 @@ def test_step_0_trains_by_cross_entropy_over_all_classes(name: str) -> None:
 def test_methods_without_distillation_are_cross_entropy_in_every_step(name: str) -> None:
     losses = method_of(name).loss(TARGETS, Output(LOGITS), TEACHER)
     assert values(losses) == pytest.approx({"loss": CROSS_ENTROPY}, rel=1e-6)
+
+
+def test_anchored_is_balanced_softmax_and_task_distillation() -> None:
+    method = method_of("anchored", distillation_temperature=4)
+    method.begin_training(torch.tensor([1.0, 2.0, 3.0, 2.0]))
+    losses = method.loss(TARGETS, Output(LOGITS), TEACHER)
+    # Exponentials of the logits times the counts are (1, 2, 3, 6) twice, and (1, 2, 6, 8).
+    balanced = (math.log(12 / 3) + math.log(12 / 6) + math.log(17 / 1)) / 3
+    expected = {"balanced_softmax": balanced, "task_distillation": DISTILLATION, "loss": balanced + DISTILLATION}
+    assert values(losses) == pytest.approx(expected, rel=1e-6)
 
 
 def test_ssil_is_separated_softmax_and_task_distillation() -> None:
@@ -94,9 +104,10 @@ def test_derpp_of_a_batch_without_exemplars_is_cross_entropy() -> None:
     )
 
 
-def test_wa_weighs_distillation_by_the_share_of_old_classes() -> None:
+@pytest.mark.parametrize("name", ["wa", "bic"])
+def test_distillation_is_weighed_by_the_share_of_old_classes(name: str) -> None:
     scenario = Scenario((("a", "b"), ("c", "d"), ("e",)))
-    method = make_method(MethodConfig.model_validate({"name": "wa", "distillation_temperature": 4}))
+    method = make_method(MethodConfig.model_validate({"name": name, "distillation_temperature": 4}))
     for step, share in ((1, 1 / 2), (2, 4 / 5)):
         method.begin_step(StepContext(scenario, step))
         old = scenario.num_old(step)
@@ -114,12 +125,12 @@ def test_wa_weighs_distillation_by_the_share_of_old_classes() -> None:
 def test_wa_commits_rows_of_new_classes_of_the_mean_length_of_old_ones() -> None:
     head = torch.tensor([[3.0, 4.0], [0.0, 1.0], [0.0, 12.0], [0.0, 24.0]])  # lengths 5, 1; 12, 24
     weights = {"classifier.weight": head.clone(), "classifier.bias": torch.ones(4), "audio_proj.weight": torch.eye(2)}
-    committed = method_of("wa").committed_weights(weights)
+    committed = method_of("wa").committed_weights(weights, [])
     torch.testing.assert_close(committed["classifier.weight"], torch.cat([head[:2], head[2:] / 6]))
     assert all(committed[name] is weights[name] for name in ("classifier.bias", "audio_proj.weight"))
     assert torch.equal(weights["classifier.weight"], head)
-    assert method_of("wa", step=0).committed_weights(weights) == weights
-    assert method_of("ssil").committed_weights(weights) == weights
+    assert method_of("wa", step=0).committed_weights(weights, []) == weights
+    assert method_of("ssil").committed_weights(weights, []) == weights
 
 
 # Axes as features: at temperature 1 / log 3 a sound's own pictures weigh 3, both others 1.
@@ -212,145 +223,8 @@ def test_the_head_of_afc_has_as_many_proxies_as_the_method() -> None:
     assert method_of("afc", num_proxies=3).needs.network_spec == NetworkSpec(head="proxies", num_proxies=3)
 
 
-PROXIES = NetworkSpec(head="proxies", num_proxies=10)
-GRID = NetworkSpec(pool=(8, 1))
-NEEDS: list[tuple[dict[str, Any], Needs]] = [
-    ({"name": "finetune"}, Needs()),
-    ({"name": "joint"}, Needs(all_data=True, fresh_network=True)),
-    ({"name": "lwf"}, Needs(teacher=True)),
-    ({"name": "ssil"}, Needs(teacher=True, memory="replay")),
-    ({"name": "avcil"}, Needs(teacher=True, memory="replay", divergence=True, both_modalities=True)),
-    (
-        {"name": "avcil", "instance": False, "class_aware": False, "attention": False},
-        Needs(teacher=True, memory="replay"),
-    ),
-    ({"name": "icarl"}, Needs(teacher=True, memory="join", selection="herding", means=True)),
-    ({"name": "icarl", "predict": "fc"}, Needs(teacher=True, memory="join", selection="herding")),
-    (
-        {"name": "afc"},
-        Needs(teacher=True, memory="join", selection="herding", means=True, importance=True, network_spec=PROXIES),
-    ),
-    (
-        {"name": "afc", "predict": "lsc"},
-        Needs(teacher=True, memory="join", selection="herding", importance=True, network_spec=PROXIES),
-    ),
-    ({"name": "analytic"}, Needs(training="never", validation=True, network_spec=GRID)),
-    ({"name": "analytic", "gammas": [1.0]}, Needs(training="never", network_spec=GRID)),
-    ({"name": "analytic", "features": "network"}, Needs(training="first step", validation=True)),
-    ({"name": "analytic", "gamma": "evidence"}, Needs(training="never", network_spec=GRID)),
-    ({"name": "er"}, Needs(memory="replay")),
-    ({"name": "derpp"}, Needs(teacher=True, memory="replay")),
-    ({"name": "wa"}, Needs(teacher=True, memory="join", selection="herding")),
-    ({"name": "acil"}, Needs(training="never", validation=True, network_spec=GRID)),
-    ({"name": "air"}, Needs(training="never", validation=True, network_spec=GRID)),
-    ({"name": "ranpac"}, Needs(training="never", validation=True, network_spec=GRID)),
-    ({"name": "kernel"}, Needs(training="never", network_spec=GRID, max_clips=20_000)),
-    ({"name": "ncm"}, Needs(training="never", network_spec=GRID)),
-    ({"name": "slda"}, Needs(training="never", network_spec=GRID)),
-]
-
-
-@pytest.mark.parametrize(("options", "needs"), NEEDS, ids=[str(options) for options, _ in NEEDS])
-def test_each_method_needs_what_it_is_published_with(options: dict[str, Any], needs: Needs) -> None:
-    assert make_method(MethodConfig.model_validate(options)).needs == needs
-
-
-def test_every_method_has_its_needs_and_its_losses_tested() -> None:
+def test_every_method_has_its_losses_tested() -> None:
     assert method_names() == METHODS
-    assert {options["name"] for options, _ in NEEDS} == set(METHODS)
-    for name in METHODS:
-        assert method_class(name).__module__ == f"avcil_dist.methods.{name}"
-    with pytest.raises(ConfigError, match=r"method\.name: 'losses' is none of acil, afc"):
-        method_class("losses")
-
-
-def test_defaults_are_those_of_the_papers() -> None:
-    avcil = make_method(MethodConfig(name="avcil")).options
-    assert (avcil.variant, avcil.instance, avcil.class_aware, avcil.attention) == ("released", True, True, True)
-    assert (avcil.lambda_instance, avcil.lambda_class, avcil.lambda_attention) == (0.1, 1.0, 0.5)
-    assert (avcil.contrast_temperature, avcil.distillation_temperature) == (0.05, 2.0)
-    for name in ("lwf", "ssil", "wa"):
-        assert make_method(MethodConfig(name=name)).options.distillation_temperature == 2.0
-    icarl, afc = make_method(MethodConfig(name="icarl")).options, make_method(MethodConfig(name="afc")).options
-    assert (icarl.variant, icarl.predict) == ("released", "nme")
-    assert (afc.predict, afc.num_proxies, afc.lambda_discrepancy) == ("nme", 10, 0.5)
-    analytic = make_method(MethodConfig(name="analytic")).options
-    assert (analytic.features, analytic.pool, analytic.expansion, analytic.expansion_seed) == ("tokens", (8, 1), 0, 0)
-    assert analytic.gammas == [10.0**power for power in range(-2, 7)]
-    assert (analytic.gamma, analytic.unit_length) == ("validation", False)  # as artifacts without these settings
-    ranpac = make_method(MethodConfig(name="ranpac")).options
-    assert (ranpac.expansion, min(ranpac.gammas), max(ranpac.gammas)) == (10_000, 1e-8, 1e8)
-    for name in ("acil", "air"):
-        assert make_method(MethodConfig(name=name)).options.expansion == 8192
-    assert make_method(MethodConfig(name="slda")).options.shrinkage == 1e-4
-    derpp = make_method(MethodConfig(name="derpp")).options
-    assert (derpp.lambda_logits, derpp.lambda_labels) == (0.1, 0.5)
-    kernel = make_method(MethodConfig(name="kernel")).options
-    assert (kernel.gamma, kernel.visual_weight, kernel.pool, kernel.keep_factor) == (0.01, 0.7, (8, 1), False)
-
-
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("avcil", {"lambda_instance": -0.1}),
-        ("avcil", {"lambda_class": -0.1}),
-        ("avcil", {"lambda_attention": 1.1}),
-        ("avcil", {"lambda_attention": -0.1}),
-        ("avcil", {"contrast_temperature": 0}),
-        ("afc", {"num_proxies": 0}),
-        ("afc", {"lambda_discrepancy": -0.1}),
-        ("analytic", {"gammas": []}),
-        ("analytic", {"gammas": [0.0]}),
-        ("analytic", {"expansion": -1}),
-        ("analytic", {"pool": [0, 1]}),
-        ("derpp", {"lambda_logits": -0.1}),
-        ("derpp", {"lambda_labels": -0.1}),
-        ("kernel", {"gamma": 0}),
-        ("kernel", {"visual_weight": 1.0}),
-        ("kernel", {"visual_weight": 0.0}),
-        ("slda", {"shrinkage": 0}),
-        ("ranpac", {"expansion": 0}),
-        ("finetune", {"unknown": 1}),
-    ],
-)
-def test_settings_without_meaning_are_refused(name: str, options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"^method\."):
-        make_method(MethodConfig.model_validate({"name": name} | options))
-
-
-def test_a_weight_of_zero_is_allowed() -> None:
-    make_method(MethodConfig.model_validate({"name": "avcil", "lambda_instance": 0, "lambda_class": 0}))
-    make_method(MethodConfig.model_validate({"name": "avcil", "lambda_attention": 0}))
-    make_method(MethodConfig.model_validate({"name": "avcil", "lambda_attention": 1}))
-    make_method(MethodConfig.model_validate({"name": "afc", "lambda_discrepancy": 0}))
-
-
-def test_steps_that_train_by_gradients() -> None:
-    for training, trains in (("every step", [True, True]), ("first step", [True, False]), ("never", [False, False])):
-        needs = Needs(training=training)  # type: ignore[arg-type]
-        assert [needs.trains_at(step) for step in (0, 1)] == trains
-
-
-def test_a_method_needs_nothing_unless_it_lists_it() -> None:
-    assert Needs() == Needs(
-        teacher=False,
-        memory="none",
-        selection="random",
-        means=False,
-        divergence=False,
-        importance=False,
-        both_modalities=False,
-        all_data=False,
-        fresh_network=False,
-        max_clips=None,
-        validation=False,
-        training="every step",
-        network_spec=NetworkSpec(head="linear", pool=None),
-    )
-
-
-def test_of_all_methods_only_avcil_has_a_static_loss() -> None:
-    assert [name for name in METHODS if method_class(name).has_static_loss] == ["avcil"]
 
 
 def test_a_context_counts_old_and_seen_classes() -> None:

@@ -141,6 +141,16 @@ def test_pooled_tokens_of_clips_need_encoders_that_are_not_trained() -> None:
         check_method_fits(config, pooled, manifests["clip"], scenario)
 
 
+def test_an_anchor_in_the_tokens_of_clips_needs_pretrained_encoders() -> None:
+    needs = Needs(network_spec=NetworkSpec(anchor=8))
+    manifests: dict[str, Any] = {kind: SimpleNamespace(kind=kind) for kind in ("clip", "feature")}
+    scenario = Scenario((("a",),))
+    check_method_fits(load_config("demo"), needs, manifests["feature"], scenario)
+    check_method_fits(load_config("ave_ci_video"), needs, manifests["clip"], scenario)
+    with pytest.raises(ConfigError, match="is anchored in the tokens of pretrained encoders, and one of kind small"):
+        check_method_fits(load_config("demo"), needs, manifests["clip"], scenario)
+
+
 def test_methods_are_listed_with_needs_and_options() -> None:
     listed = CliRunner().invoke(cli, ["methods"])
     assert listed.exit_code == 0
@@ -164,8 +174,12 @@ def test_every_need_of_a_method_is_described() -> None:
         "gradients of the teacher": Needs(importance=True),
         "a head of proxies": Needs(network_spec=NetworkSpec(head="proxies")),
         "all data of seen classes": Needs(all_data=True),
+        "whole classes": Needs(whole_classes=True),
         "a fresh network each step": Needs(fresh_network=True),
+        "fixed scores of the analytic head": Needs(network_spec=NetworkSpec(anchor=8)),
         "validation clips": Needs(validation=True),
+        "a correction by logits of validation clips": Needs(calibration=True),
+        "the network before training": Needs(untrained=True),
         "gradients at step 0 alone": Needs(training="first step"),
         "no gradients": Needs(training="never"),
     }

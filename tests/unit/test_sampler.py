@@ -1,8 +1,15 @@
 """Samplers and requests: the rows of a batch that are read."""
 
+from pathlib import Path
+
 import numpy as np
 
-from avcil_dist.data.sampler import AugmentSeeds, Request
+from avcil_dist.config.optim import OptimConfig
+from avcil_dist.config.schema import DataConfig
+from avcil_dist.data.manifest import load_manifest
+from avcil_dist.data.sampler import AugmentSeeds, Request, TrainingSampler
+from avcil_dist.world import World
+from data_shards.random_features import make_feature_shards
 
 CLIPS = np.array([3, 8, 1, 7, 5])
 
@@ -37,3 +44,23 @@ def test_a_seed_of_augmentation_depends_on_seed_epoch_and_clip() -> None:
         AugmentSeeds(8, seeds.epochs).seed_of(0, "a"),
     }
     assert len(others) == 4
+
+
+def test_the_clips_of_each_class_in_a_mean_batch_are_those_of_the_plan(tmp_path: Path) -> None:
+    manifest = load_manifest(make_feature_shards(tmp_path, classes=4, clips={"train": 24}))
+    labels = {name: number for number, name in enumerate(manifest.classes)}
+    old = [manifest.clips([name], "train") for name in manifest.classes[:2]]
+    sampler = TrainingSampler(
+        manifest=manifest,
+        classes=manifest.classes[2:],
+        exemplars=np.concatenate([old[0][:6], old[1][:2]]),
+        data=DataConfig(manifest="unused"),
+        optim=OptimConfig(global_batch=12, global_replay_batch=8, epochs=2),
+        seed=0,
+        step=1,
+        world=World(rank=0, size=1, local_rank=0, local_size=1),
+    )
+    batches = [request.clips for request in sampler]
+    found = np.bincount(manifest.shard_labels(labels)[manifest.shards_of(np.concatenate(batches))]) / len(batches)
+    np.testing.assert_allclose(sampler.expected_counts(labels, 4), found)
+    assert found.tolist() == [6, 2, 6, 6]

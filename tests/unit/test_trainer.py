@@ -177,6 +177,20 @@ def test_a_step_that_stopped_after_its_best_epoch_keeps_it(tmp_path: Path, monke
     assert weights_digest(stream_url(broken), 0) == weights_digest(stream_url(whole), 0)
 
 
+def test_the_network_before_training_is_a_candidate_where_a_method_needs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = resolve(tmp_path, "method=anchored")
+    accuracies(monkeypatch, [0.5, 0.4, 0.5, 0.4, 0.3])
+    stop_after(config, 2 * PER_EPOCH + 3)
+    recorder = run(config)
+    assert kept_line(recorder) == "step 0: keeps epoch 0/4, val 50.0%; 1 later ones are as good, the first is kept"
+    artifact = artifact_of(config)
+    assert artifact.metrics.epoch == -1
+    assert not artifact.model["classifier.weight"].any()
+    torch.testing.assert_close(artifact.model["anchor.weights"], (10 * artifact.method["weights"]).float())
+
+
 def test_ties_are_counted_over_a_stop(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     accuracies(monkeypatch, [0.9, 0.9])
     stop_after(config, 2 * PER_EPOCH + 2)

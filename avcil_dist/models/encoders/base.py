@@ -5,6 +5,7 @@ tubelets), S positions, dimension D. An audio encoder returns one vector per cli
 a batch. `build.py` makes them from the configuration.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from typing import Any, Self
@@ -50,6 +51,12 @@ class Encoder(nn.Module):
         `forward` passes an output of a frozen encoder through.
         """
         return inputs
+
+    def fixed_copy(self) -> "Encoder | None":
+        """Return a frozen copy of an encoder that is trained; None for one that is not."""
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            return None
+        return copy.deepcopy(self).requires_grad_(False)
 
 
 class VisualEncoder(Encoder):
@@ -155,6 +162,14 @@ class Transformer(Encoder, ABC):
     def encode_if_frozen(self, inputs: Tensor) -> Tensor:
         """Encode if frozen, as for every `Encoder`."""
         return self(inputs) if self.frozen else inputs
+
+    def fixed_copy(self) -> "Encoder | None":
+        """Return a frozen copy, as for every `Encoder`."""
+        fixed = super().fixed_copy()
+        if isinstance(fixed, Transformer):
+            fixed.frozen, fixed._is_whole = True, False
+            fixed.train()
+        return fixed
 
     @abstractmethod
     def encode(self, inputs: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from avcil_dist.config.encoders import PlugInEncoderConfig
+from avcil_dist.config.encoders import FUSIONS, PlugInEncoderConfig
 from avcil_dist.config.loader import (
     BY_METHOD,
     COMMAND_LINE,
@@ -84,6 +84,8 @@ def _code_in_overrides(overrides: Sequence[str]) -> Iterator[str]:
 
 def _validate(tree: SettingsTree) -> Config:
     config = _with_encoder_options(tree.validate(Config), tree)
+    if config.model.fusion not in FUSIONS:
+        _check_plug_in_fusion(config.model.fusion, tree.source_of("model.fusion"))
     try:
         options_model = method_class(config.method.name).Options
     except ConfigError as error:
@@ -121,6 +123,15 @@ def _encoder_options(modality: str, kind: str, source: str) -> type[Section]:
 
     try:
         return (visual_class if modality == "visual" else audio_class)(kind).Options
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def _check_plug_in_fusion(name: str, source: str) -> None:
+    from avcil_dist.models.fusion import fusion_class
+
+    try:
+        fusion_class(name)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
 

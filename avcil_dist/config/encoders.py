@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Discriminator, Field, PositiveInt, Tag, model_validator
+from pydantic import ConfigDict, Discriminator, Field, PositiveInt, Tag, field_validator, model_validator
 
 from avcil_dist.config.section import Incomparable, PathText, Section
 
@@ -69,6 +69,7 @@ class PlugInEncoderConfig(Section):
     kind: Incomparable[str] = Field(description="Name or class of the encoder.")
 
 
+FUSIONS = ("attention", "transformer", "concat")
 PLUG_IN = "plug-in"
 BUILT_IN_KINDS = {"visual": ("precomputed", "small", "videomae"), "audio": ("precomputed", "small", "audiomae")}
 
@@ -93,10 +94,12 @@ class ModelConfig(Section):
     modality: Incomparable[Literal["both", "audio", "visual"]] = Field(
         "both", description="Modalities that the model is trained on."
     )
-    fusion: Incomparable[Literal["sum", "concat"]] = Field(
-        "sum",
-        description="Pooling of the visual tokens over time. `sum`: attention over the frames, as published. `concat`: "
-        "the frames side by side, each with a projection of its own, so that their order counts.",
+    fusion: Incomparable[str] = Field(
+        "attention",
+        description="Pooling of the visual tokens over time. `attention`: attention over the frames, as published. "
+        "`concat`: the frames side by side, each with a projection of its own, so that their order counts. "
+        "`transformer`: two transformer blocks over a token of the sound and one of each frame. Or a plug-in's name, "
+        "or class as `package.module:Class`.",
     )
     visual: Annotated[
         Annotated[PrecomputedConfig, Tag("precomputed")]
@@ -113,10 +116,15 @@ class ModelConfig(Section):
         _kind_tag("audio"),
     ]
 
+    @field_validator("fusion", mode="before")
+    @classmethod
+    def _rename_fusion(cls, value: Any) -> Any:
+        return "attention" if value == "sum" else value  # its name in streams of earlier versions
+
     @model_validator(mode="after")
     def _check_fusion(self) -> "ModelConfig":
-        if self.fusion == "concat" and self.modality == "audio":
-            raise ValueError("fusion=concat is about frames, and modality=audio has none; remove one of them")
+        if self.fusion != "attention" and self.modality == "audio":
+            raise ValueError(f"fusion={self.fusion} is about frames, and modality=audio has none; remove one of them")
         return self
 
     @property

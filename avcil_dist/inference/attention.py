@@ -94,11 +94,13 @@ def _attention(
     encoded = network.attention_view(clip.visual[None], clip.audio[None], slice(None))
     audio, visual = encoded.audio.float(), encoded.visual.float()
     weights = token_weights(encoded.attention, audio, visual)
+    # (T, S, D), whether the attention pooled the frames together or, for a fusion, each alone
+    by_frame, tokens = weights.flatten(0, 1), visual.flatten(0, 1)
     with torch.enable_grad():
         pooled = (weights * visual).sum(dim=(1, 2)).requires_grad_()
-        scores = method.scores(network.project_and_classify(audio, pooled, None))[0]
+        scores = method.scores(network.fuse_and_classify(audio[:1], pooled))[0]
         predicted = seen[int(scores.argmax())]
         if heat == "attention":
-            return StepAttention(step, attention_map(weights[0]), predicted)
+            return StepAttention(step, attention_map(by_frame / len(weights)), predicted)
         [gradient] = torch.autograd.grad(scores[seen.index(class_name or predicted)], pooled)
-    return StepAttention(step, evidence_map(weights[0], visual[0], gradient[0]), predicted)
+    return StepAttention(step, evidence_map(by_frame, tokens, gradient[:, None]), predicted)

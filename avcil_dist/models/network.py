@@ -6,6 +6,7 @@ Source: Pian et al. 2023, eq. 1-6.
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from avcil_dist.models.anchor import Anchor, pool_tokens
 from avcil_dist.models.attention.module import AudioGuidedAttention, TeacherView
 from avcil_dist.models.encoders.base import Encoder, VisualEncoder
 from avcil_dist.models.encoders.build import build_audio_encoder, build_visual_encoder
+from avcil_dist.models.extension import Extension
+from avcil_dist.models.fusion import Fusion, fusion_class
 from avcil_dist.models.heads import Head, LinearHead, ProxyHead, grow_linear, grow_proxies, zero_rows
 from avcil_dist.models.network_spec import DEFAULT_SPEC, NetworkSpec
 from avcil_dist.models.outputs import Divergence, Output, sum_present
@@ -69,6 +72,7 @@ class HeadedNetwork(Network):
     def __init__(self) -> None:
         super().__init__()
         self.anchor: Anchor | None = None
+        self.extension: Extension | None = None
 
     @property
     def num_classes(self) -> int:
@@ -88,6 +92,12 @@ class HeadedNetwork(Network):
         else:
             assert new_proxies is not None
             self.classifier = grow_proxies(self.classifier, num_classes, new_proxies)
+        if self.extension is not None:
+            self.extension.grow(num_classes)
+
+    def adapted(self, sound: Tensor | None, tokens: Tensor | None) -> tuple[Any, Any]:
+        """Return encoded sound and tokens as the method's extension adapts them, if there is one."""
+        return (sound, tokens) if self.extension is None else self.extension.adapt(sound, tokens)
 
     def tokens_of_anchor(self) -> "PooledTokens":
         """Return the network of the anchor's features, as they are before a constant is added."""
@@ -99,14 +109,14 @@ class HeadedNetwork(Network):
         self, output: Output, visual: Tensor, audio: Tensor, *, tokens: Tensor | None, sound: Tensor | None
     ) -> Output:
         """Add the scores of the anchor, if there is one, to the logits. The tensors are as in `Anchor.forward`."""
-        if self.anchor is None:
-            return output
-        return output._replace(logits=output.logits + self.anchor(visual, audio, tokens, sound))
+        if self.anchor is not None:
+            output = output._replace(logits=output.logits + self.anchor(visual, audio, tokens, sound))
+        return output if self.extension is None else self.extension.refine(output)
 
     def project_and_classify(
         self, sound: Tensor | None, pooled: Tensor | None, divergence: Divergence | None = None
     ) -> Output:
-        """Project encoded sound (B, D) and pooled tokens (B, D), and classify their sum."""
+        """Project encoded sound (B, D) and pooled tokens (B, D; or the width of the fusion), and classify their sum."""
         audio = None if sound is None else torch.relu(self.audio_proj(sound))
         visual = None if pooled is None else torch.relu(self.visual_proj(pooled))
         return Output(self.classifier(sum_present(audio, visual)), audio, visual, pooled, divergence)
@@ -123,8 +133,8 @@ class HeadedNetwork(Network):
 class AudioVisualNetwork(HeadedNetwork):
     """Network of sound and pictures. Both encoders have the same dimension D.
 
-    `num_projected` is 1, or the number of frames T: then the projection is of all frames' pooled tokens side by side,
-    (B, T · D), and the divergence of the temporal attention is 0.
+    Without a `fusion` the attention pools positions and frames, as published. With one it pools the positions of each
+    frame, the fusion makes the inputs of the projections, and the divergence of the temporal attention is 0.
     """
 
     visual_encoder: Encoder
@@ -136,44 +146,49 @@ class AudioVisualNetwork(HeadedNetwork):
         audio_encoder: Encoder,
         num_classes: int,
         head: ProxyHead | None = None,
-        num_projected: int = 1,
+        fusion: Fusion | None = None,
     ) -> None:
         super().__init__()
         dim = visual_encoder.dim
-        self.num_projected = num_projected
         self.visual_encoder = visual_encoder
         self.audio_encoder = audio_encoder
         self.attention = AudioGuidedAttention(dim)
+        self.fusion = fusion
         self.audio_proj = nn.Linear(dim, dim)
-        self.visual_proj = nn.Linear(num_projected * dim, dim)
+        self.visual_proj = nn.Linear(fusion.width if fusion else dim, dim)
         self.classifier = head or LinearHead(dim, num_classes)
 
     def classify(self, visual: Tensor, audio: Tensor, teacher: TeacherView | None) -> Output:
         """Pool the visual tokens by audio-guided attention, project both modalities, classify their sum."""
-        sound, tokens = self.audio_encoder(audio), self.visual_encoder(visual)
+        encoded_sound, encoded_tokens = self.audio_encoder(audio), self.visual_encoder(visual)
+        sound, tokens = self.adapted(encoded_sound, encoded_tokens)
         pooled, divergence = self.attention(*self._attended(sound, tokens), teacher)
-        if self.num_projected > 1:
-            pooled = pooled.view(len(sound), -1)
-            divergence = divergence and Divergence(
-                *(part.view(len(part) // self.num_projected, -1).sum(dim=1) for part in divergence)
-            )
-        output = self.project_and_classify(sound, pooled, divergence)
-        return self.add_anchor(output, visual, audio, tokens=tokens, sound=sound)
+        output = self.fuse_and_classify(sound, pooled, divergence)
+        return self.add_anchor(output, visual, audio, tokens=encoded_tokens, sound=encoded_sound)
+
+    def fuse_and_classify(self, sound: Tensor, pooled: Tensor, divergence: Divergence | None = None) -> Output:
+        """Classify encoded sound (B, D) and the attention's pooled tokens: (B, D), or (B · T, D) for a fusion."""
+        if self.fusion is None:
+            return self.project_and_classify(sound, pooled, divergence)
+        num_frames = self.fusion.num_frames
+        if divergence is not None:
+            divergence = Divergence(*(part.view(len(part) // num_frames, -1).sum(dim=1) for part in divergence))
+        mixed, frames = self.fusion(sound, pooled.view(len(sound), num_frames, -1))
+        return self.project_and_classify(mixed, frames, divergence)
 
     @torch.no_grad()
     def attention_view(self, visual: Tensor, audio: Tensor, rows: slice) -> TeacherView:
         """Return the attention and the encoded `rows`: a teacher's side of the attention distillation."""
         with precision_context(self.precision, audio.device):
-            sound, tokens = self.audio_encoder(audio[rows]), self.visual_encoder(visual[rows])
+            sound, tokens = self.adapted(self.audio_encoder(audio[rows]), self.visual_encoder(visual[rows]))
             return TeacherView(self.attention, *self._attended(sound, tokens))
 
     def _attended(self, sound: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs of the attention, sound (B, D) and tokens (B, T, S, D).
 
-        If each frame has a projection of its own, every frame is a clip of one frame to the attention,
-        (B · T, 1, S, D): its softmax over time is 1.
+        For a fusion, every frame is a clip of one frame to the attention, (B · T, 1, S, D): its softmax over time is 1.
         """
-        if self.num_projected == 1:
+        if self.fusion is None:
             return sound, tokens
         return sound.repeat_interleave(tokens.shape[1], dim=0), tokens.flatten(0, 1).unsqueeze(1)
 
@@ -192,36 +207,35 @@ class AudioNetwork(HeadedNetwork):
 
     def classify(self, visual: Tensor, audio: Tensor, teacher: TeacherView | None) -> Output:
         """Project and classify the sound; `visual` is ignored."""
-        sound = self.audio_encoder(audio)
-        return self.add_anchor(self.project_and_classify(sound, None), visual, audio, tokens=None, sound=sound)
+        encoded = self.audio_encoder(audio)
+        sound, _ = self.adapted(encoded, None)
+        return self.add_anchor(self.project_and_classify(sound, None), visual, audio, tokens=None, sound=encoded)
 
 
 class VisualNetwork(HeadedNetwork):
-    """Network of pictures alone, pooled by the mean over their tokens.
-
-    With `num_projected` frames T > 1, the means over each frame's tokens are side by side, (B, T · D).
-    """
+    """Network of pictures alone, pooled by the mean over their tokens; for a `fusion`, by that over each frame's."""
 
     visual_encoder: Encoder
     audio_encoder: None = None
 
     def __init__(
-        self, encoder: Encoder, num_classes: int, head: ProxyHead | None = None, num_projected: int = 1
+        self, encoder: Encoder, num_classes: int, head: ProxyHead | None = None, fusion: Fusion | None = None
     ) -> None:
         super().__init__()
-        self.num_projected = num_projected
         self.visual_encoder = encoder
-        self.visual_proj = nn.Linear(num_projected * encoder.dim, encoder.dim)
+        self.fusion = fusion
+        self.visual_proj = nn.Linear(fusion.width if fusion else encoder.dim, encoder.dim)
         self.classifier = head or LinearHead(encoder.dim, num_classes)
 
     def classify(self, visual: Tensor, audio: Tensor, teacher: TeacherView | None) -> Output:
         """Pool, project and classify the pictures; `audio` is ignored."""
-        tokens = self.visual_encoder(visual)
-        if self.num_projected > 1:
-            pooled = tokens.mean(dim=2, dtype=torch.float32).flatten(1)
+        encoded = self.visual_encoder(visual)
+        _, tokens = self.adapted(None, encoded)
+        if self.fusion is not None:
+            _, pooled = self.fusion(None, tokens.mean(dim=2, dtype=torch.float32))
         else:
             pooled = tokens.mean(dim=(1, 2), dtype=torch.float32)
-        return self.add_anchor(self.project_and_classify(None, pooled), visual, audio, tokens=tokens, sound=None)
+        return self.add_anchor(self.project_and_classify(None, pooled), visual, audio, tokens=encoded, sound=None)
 
 
 class PooledTokens(Network):
@@ -284,17 +298,20 @@ def build_network(
         return ProxyHead(dim, num_classes, num_frozen, network_spec.num_proxies)
 
     num_frames = 1 if visual is None else _num_frames(visual, feature_shape)
-    num_projected = num_frames if model.fusion == "concat" else 1
+    fusion_kind = None if visual is None else fusion_class(model.fusion)
+    fusion = fusion_kind(visual.dim, num_frames) if visual is not None and fusion_kind is not None else None
     network: HeadedNetwork
     if visual is None:
         assert audio is not None
         network = AudioNetwork(audio, num_classes, head(audio.dim))
     elif audio is None:
-        network = VisualNetwork(visual, num_classes, head(visual.dim), num_projected)
+        network = VisualNetwork(visual, num_classes, head(visual.dim), fusion)
     else:
-        network = AudioVisualNetwork(visual, audio, num_classes, head(visual.dim), num_projected)
+        network = AudioVisualNetwork(visual, audio, num_classes, head(visual.dim), fusion)
     if network_spec.anchor is not None:
         _add_anchor(network, min(network_spec.anchor, num_frames))
+    if network_spec.extension is not None:
+        network.extension = network_spec.extension((visual or audio).dim, num_classes)  # type: ignore[union-attr]
     return network
 
 

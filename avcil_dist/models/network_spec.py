@@ -1,7 +1,10 @@
 """Kind of network that a method needs. The encoders come from the configuration."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
+
+from avcil_dist.models.extension import Extension
 
 
 @dataclass(frozen=True)
@@ -12,12 +15,14 @@ class NetworkSpec:
     attention, no projection, no head. Otherwise it is attention, projections and a head: `linear`, or `proxies`
     with `num_proxies` per class. With `anchor`, a number of parts of time, the logits have the fixed scores of sound
     and of visual tokens, pooled over these parts, added to them, and rows of the linear head begin as zeros.
+    `extension` makes the method's own parameters, from the dimension D and the number of classes.
     """
 
     head: Literal["linear", "proxies"] = "linear"
     num_proxies: int = 10
     pool: tuple[int, int] | None = None
     anchor: int | None = None
+    extension: Callable[[int, int], Extension] | None = None
 
 
 DEFAULT_SPEC = NetworkSpec()

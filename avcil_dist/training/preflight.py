@@ -48,10 +48,10 @@ def check_method_fits(config: Config, needs: Needs, manifest: Manifest, scenario
     """Check that configuration and data provide the method's needs. Raises ConfigError with an alternative."""
     name = config.method.name
     _check_modality(config, needs)
-    if needs.network_spec.pool is not None and config.model.fusion != "sum":
+    if needs.network_spec.pool is not None and config.model.fusion != "attention":
         raise ConfigError(
             f"model.fusion={config.model.fusion}: method {name} has no projection, its features are method.pool; "
-            "use model.fusion=sum"
+            "use model.fusion=attention"
         )
     _check_memory(config, needs, scenario)
     if needs.whole_classes and config.scenario.blur:

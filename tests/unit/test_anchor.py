@@ -32,7 +32,7 @@ def random(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-@pytest.mark.parametrize("fusion", ["sum", "concat"])
+@pytest.mark.parametrize("fusion", ["attention", "concat"])
 @pytest.mark.parametrize("modality", ["both", "audio", "visual"])
 def test_before_training_the_logits_are_the_scores_of_pooled_unit_tokens(modality: str, fusion: str) -> None:
     if (modality, fusion) == ("audio", "concat"):

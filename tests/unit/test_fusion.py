@@ -1,17 +1,30 @@
-"""Fusion of frames: each with a projection of its own, against attention written out in plain torch."""
+"""Fusion of frames, and the modules of methods in the network, against attention written out in plain torch."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
+from torch import nn
 from torch.nn import functional as F
 
 from avcil_dist.compose import load_config
 from avcil_dist.config.encoders import ModelConfig
 from avcil_dist.config.schema import ClipConfig
 from avcil_dist.errors import ConfigError
-from avcil_dist.models.network import AudioVisualNetwork, Network, VisualNetwork, build_network
+from avcil_dist.models.extension import Extension
+from avcil_dist.models.fusion import TransformerFusion
+from avcil_dist.models.network import (
+    AudioVisualNetwork,
+    HeadedNetwork,
+    Network,
+    VisualNetwork,
+    build_network,
+    load_whole_state,
+)
+from avcil_dist.models.network_spec import NetworkSpec
+from avcil_dist.models.outputs import Output
 from avcil_dist.training.preflight import preflight
 from tests.helpers.streams import write_config
 
@@ -57,7 +70,7 @@ def test_each_frame_is_pooled_and_projected_by_its_own_weights() -> None:
 def test_the_order_of_the_frames_counts_only_if_they_are_side_by_side() -> None:
     visual, audio = inputs()
     backwards = visual.flip(1)
-    for fusion, counts in (("concat", True), ("sum", False)):
+    for fusion, counts in (("concat", True), ("transformer", True), ("attention", False)):
         made = network(fusion=fusion)
         same = torch.allclose(made(visual, audio).logits, made(backwards, audio).logits, atol=1e-5)
         assert same is not counts
@@ -103,8 +116,80 @@ def test_clips_have_as_many_projections_as_the_encoder_has_frames() -> None:
 
 
 def test_fusion_without_frames_or_without_a_projection_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValidationError, match="modality=audio has none"):
-        ModelConfig.model_validate(FEATURES | {"fusion": "concat", "modality": "audio"})
+    for fusion in ("concat", "transformer"):
+        with pytest.raises(ValidationError, match=f"fusion={fusion} is about frames, and modality=audio has none"):
+            ModelConfig.model_validate(FEATURES | {"fusion": fusion, "modality": "audio"})
+    assert ModelConfig.model_validate(FEATURES | {"fusion": "sum"}).fusion == "attention"
     path = str(write_config(tmp_path))
     with pytest.raises(ConfigError, match=r"^model.fusion=concat: method analytic has no projection"):
         preflight(load_config(path, ["model.fusion=concat", "method=analytic"]), [1], restart=True)
+    with pytest.raises(ConfigError, match=r"^command line: model.fusion: 'concta' is none of attention, concat, trans"):
+        load_config(path, ["model.fusion=concta"])
+
+
+def test_the_transformer_mixes_sound_and_frames_by_two_pre_norm_blocks() -> None:
+    made, (visual, audio) = network(fusion="transformer"), inputs()
+    assert isinstance(made, AudioVisualNetwork)
+    assert isinstance(made.fusion, TransformerFusion)
+    frames = (spatial_attention(made, visual, audio) * visual).sum(dim=2)
+    tokens = torch.cat([audio[:, None], frames], dim=1) + made.fusion.positions
+    for block in made.fusion.blocks:
+        weights = dict(block.named_parameters())
+        heads = block.num_heads
+        attention = torch.nn.MultiheadAttention(DIM, heads, batch_first=True)
+        names = {"in_proj_weight": "qkv.weight", "in_proj_bias": "qkv.bias"}
+        names |= {"out_proj.weight": "out.weight", "out_proj.bias": "out.bias"}
+        attention.load_state_dict({theirs: weights[ours] for theirs, ours in names.items()})
+        normal = F.layer_norm(tokens, (DIM,))
+        tokens = tokens + attention(normal, normal, normal)[0]
+        tokens = tokens + block.mlp(F.layer_norm(tokens, (DIM,)))
+    mixed = F.layer_norm(tokens, (DIM,))
+    output = made(visual, audio)
+    torch.testing.assert_close(output.pooled, mixed[:, 1:].mean(dim=1))
+    torch.testing.assert_close(output.audio, torch.relu(made.audio_proj(mixed[:, 0])))
+    first, second = (block.qkv.weight for block in made.fusion.blocks)
+    assert not torch.equal(first, second)
+    alone = network(fusion="transformer", modality="visual")
+    assert alone(visual, audio).pooled.shape == (BATCH, DIM)
+
+
+class Prompts(Extension):
+    """Prompts beside the positions of each frame, and a bias of the logits that grows with the head."""
+
+    def __init__(self, dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.prompts = nn.Parameter(torch.ones(2, dim))
+        self.bias = nn.Parameter(torch.full((num_classes,), 3.0))
+
+    def adapt(self, sound: Any, tokens: Any) -> tuple[Any, Any]:
+        shape = (*tokens.shape[:2], *self.prompts.shape)
+        return 2 * sound, torch.cat([tokens, self.prompts.expand(shape)], dim=2)
+
+    def refine(self, output: Output) -> Output:
+        return output._replace(logits=output.logits + self.bias)
+
+    def grow(self, num_classes: int) -> None:
+        self.bias = nn.Parameter(F.pad(self.bias.data, (0, num_classes - len(self.bias))))
+
+
+@pytest.mark.parametrize("fusion", ["attention", "concat"])
+def test_a_methods_own_parameters_are_part_of_the_network(fusion: str) -> None:
+    made, (visual, audio) = network(fusion=fusion), inputs()
+    torch.manual_seed(0)
+    model = ModelConfig.model_validate(FEATURES | {"fusion": fusion})
+    extended = build_network(model, ClipConfig(), SHAPE, CLASSES, network_spec=NetworkSpec(extension=Prompts))
+    assert isinstance(extended, HeadedNetwork)
+    prompted = torch.cat([visual, torch.ones(BATCH, FRAMES, 2, DIM)], dim=2)
+    torch.testing.assert_close(extended(visual, audio).logits, made(prompted, 2 * audio).logits + 3.0)
+    assert {"extension.prompts", "extension.bias"} <= set(extended.state_dict())
+    assert isinstance(extended, AudioVisualNetwork)
+    assert extended.attention_view(visual, audio, slice(1, None)).visual.shape[2] == POSITIONS + 2
+    extended(visual, audio).logits.sum().backward()
+    assert extended.extension.prompts.grad.abs().sum() > 0
+    extended.grow(CLASSES + 2)
+    assert extended(visual, audio).logits.shape == (BATCH, CLASSES + 2)
+    load_whole_state(
+        build_network(model, ClipConfig(), SHAPE, CLASSES + 2, network_spec=NetworkSpec(extension=Prompts)),
+        extended.state_dict(),
+        "here",
+    )

@@ -226,6 +226,22 @@ def test_an_encoder_brings_the_preparation_of_its_inputs(tmp_path: Path, monkeyp
     assert build_network(concat, config.data.clip, {}, 2)(visual[None], audio[None]).pooled.shape == (1, 3 * 8)
 
 
+def test_a_fusion_of_another_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = """
+from avcil_dist.models.fusion import Fusion
+
+class Newest(Fusion):
+    def forward(self, sound, frames):
+        return sound, frames[:, -1]
+"""
+    install(monkeypatch, tmp_path, "own_j", {"fusions": {"newest": "own_j:Newest"}}, code)
+    config = load_config(str(write_config(tmp_path)), ["model.fusion=newest"])
+    network = build_network(config.model, config.data.clip, {"frames": 2, "positions": 3, "dim": 4}, 2)
+    visual, audio = torch.randn(1, 2, 3, 4), torch.randn(1, 4)
+    changed = torch.cat([visual[:, :1] + 1, visual[:, 1:]], dim=1)
+    assert torch.equal(network(visual, audio).logits, network(changed, audio).logits)
+
+
 def test_faults_of_an_encoders_name_and_options_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     points = {"encoders": {"colour": "own_i:Colour", "raw": "own_i:Raw", "small": "own_i:Raw"}}
     install(monkeypatch, tmp_path, "own_i", points, ENCODERS)

@@ -49,9 +49,10 @@ def attention_map(weights: Tensor) -> TokenMap:
 def evidence_map(weights: Tensor, tokens: Tensor, gradient: Tensor) -> TokenMap:
     """Return the share of each token in the evidence for a class.
 
-    `weights` and `tokens` are (T, S, D), `gradient` (D,) is that of the class's score with respect to the pooled
-    vector. Σ weights · tokens · gradient over all tokens and channels is the linear effect of the picture on the score;
-    the evidence of a token is its positive part, after Zhou et al. 2016 (class activation mapping).
+    `weights` and `tokens` are (T, S, D), `gradient` (D,), or (T, 1, D) for frames that are pooled one by one, is that
+    of the class's score with respect to the pooled vector. Σ weights · tokens · gradient over tokens and channels is
+    the linear effect of the picture on the score; the evidence of a token is its positive part, after Zhou et al. 2016
+    (class activation mapping).
     """
     evidence = (weights * tokens * gradient).double().sum(dim=2).clamp(min=0)
     total = evidence.sum()

@@ -107,6 +107,7 @@ setup(
         "launch.cli",
         "launch.cluster",
         "launch.cluster.schedulers",
+        "launch.doctor",
         "launch.sandbox",
     ],
     package_dir={"avcil_dist.configs": "configs"},

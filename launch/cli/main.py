@@ -13,6 +13,7 @@ from launch.cli.attention import attention
 from launch.cli.bench import bench
 from launch.cli.config import config
 from launch.cli.data import data
+from launch.cli.doctor import doctor, doctor_ranks
 from launch.cli.evaluate import evaluate
 from launch.cli.jobs import cancel, logs, status, submit
 from launch.cli.output import echo_error, prepare_output
@@ -75,5 +76,5 @@ for _command in (
     shards,
 ):
     cli.add_command(_command)
-for _command in (predict, status, submit, sweep, sync, train, weights):
+for _command in (doctor, doctor_ranks, predict, status, submit, sweep, sync, train, weights):
     cli.add_command(_command)

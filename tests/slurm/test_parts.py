@@ -64,3 +64,11 @@ def test_the_error_of_a_part_is_that_of_the_command(sandbox: Sandbox, tmp_path: 
     assert "merge: " in line
     assert "1 clips rejected" in line
     assert "missing file" in line
+
+
+def test_doctor_measures_the_nodes_of_a_cluster_file_in_a_job(sandbox: Sandbox, tmp_path: Path) -> None:
+    words = ["doctor", f"output={tmp_path}/runs", "--cluster", "slurm", "cluster.nodes=2", "cluster.tasks_per_node=1"]
+    ran = run_avcil(*words)
+    [line] = [line for line in ran.stdout.splitlines() if "all-reduce" in line]
+    assert line.startswith("✓"), ran.stdout + ran.stderr
+    assert "2 ranks on 2 nodes, gloo; 1.0 kB: " in line

@@ -43,7 +43,7 @@ def _options(cluster: ClusterConfig, work: PartJobs) -> dict[str, str]:
         "qos": cluster.qos,
         "constraint": cluster.constraint,
         "time": math.ceil(cluster.hours * 60),
-        "nodes": 1,
+        "nodes": cluster.nodes,
         "ntasks-per-node": tasks,
         "cpus-per-task": cluster.cpus_per_task * (cluster.tasks // tasks),
         "gpus-per-node": cluster.gpus_per_node or None,
@@ -59,7 +59,7 @@ def _options(cluster: ClusterConfig, work: PartJobs) -> dict[str, str]:
 
 def _python(cluster: ClusterConfig, work: PartJobs) -> list[str]:
     program = [sys.executable, "-m", PROGRAM]
-    if work.ranks == 1:
+    if work.ranks == cluster.nodes == 1:
         return program
     return ["srun", "--export=ALL", f"--cpus-per-task={cluster.cpus_per_task}", "--kill-on-bad-exit=1", *program]
 

@@ -1,0 +1,1 @@
+"""Diagnosis of a machine and of a cluster before they are used."""

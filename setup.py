@@ -55,6 +55,8 @@ TEST = [
     "pytest==9.2.0",
     "pytest-xdist==3.8.0",  # tests side by side: most of them wait for processes
     "hypothesis==6.170.15",  # properties of the plan
+    "nbclient==0.11.0",  # runs the notebook of the documents
+    "ipykernel==7.4.0",  # its kernel
     "ruff==0.17.6",  # lint and format
     "mypy==2.4.1",  # types
     "types-PyYAML==6.0.12.20261113",

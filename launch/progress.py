@@ -1,6 +1,7 @@
 """Progress of a running step: a bar on a terminal or lines in a log, and a file that `avcil status` reads."""
 
 import math
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -32,7 +33,8 @@ class ProgressBar(Observer):
 
     def __init__(self, stream_name: str, num_steps: int) -> None:
         self.stream_name, self.num_steps = stream_name, num_steps
-        self.console = Console(stderr=True)
+        # FORCE_COLOR, as notebooks set it, makes no terminal of a pipe: a bar would fill the output
+        self.console = Console(stderr=True, force_terminal=None if sys.stderr.isatty() else False)
         self.bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),

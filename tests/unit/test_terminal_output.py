@@ -22,6 +22,7 @@ from avcil_dist.system.signals import interrupted_once
 from avcil_dist.text.visible import visible
 from launch.cli import output
 from launch.cli.main import cli
+from launch.progress import ProgressBar
 
 WORDS = ["Speech [/m/09x0r]", "[red]x[/]", ":smile:", "a\\[b]", "狗", "[link=http://h]x"]
 LAUNCH = Path(launch.__file__).parent
@@ -219,3 +220,9 @@ def test_a_group_of_commands_leaves_bugs_their_traceback(monkeypatch: pytest.Mon
     result = CliRunner().invoke(cli, ["config", "show", "demo"])
     assert isinstance(result.exception, OSError)
     assert isinstance(cli, click.Group)
+
+
+def test_a_pipe_is_no_terminal_whatever_the_colours_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A notebook sets FORCE_COLOR; a bar would fill its output with every redraw."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert not ProgressBar("demo", 1).console.is_terminal

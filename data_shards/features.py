@@ -39,6 +39,7 @@ from data_shards.build_plan import (
     run_shard_job,
     start_part,
 )
+from data_shards.listings.tar_labels import read_json
 from data_shards.output_lock import sole_build
 from data_shards.rejections import Rejection
 from data_shards.shard_writer import feature_members
@@ -256,8 +257,5 @@ def _read_metadata(manifest: Manifest, number: int) -> list[bytes | None]:
 
 def _metadata(shard: Shard, data: bytes | None) -> dict[str, Any]:
     """The metadata of a clip, with class and split as in the manifest."""
-    try:
-        metadata = dict(json.loads(data)) if data is not None else {}
-    except (ValueError, TypeError, RecursionError) as error:
-        raise DataError(f"its json cannot be read ({error})") from None
+    metadata = read_json(data, "its json") if data is not None else {}
     return metadata | {"label": shard.class_name, "split": shard.split}

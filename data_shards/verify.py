@@ -1,15 +1,14 @@
 """Verification of shards against their manifest, repair of a manifest, and the table of its contents."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 from avcil_dist import storage
 from avcil_dist.data.manifest import SPLITS, Manifest, Shard, load_manifest
 from avcil_dist.errors import DataError
 from data_shards.listings.listing import clean_label
+from data_shards.listings.tar_labels import read_json
 from data_shards.tar_stream import READ_BYTES, DigestingReader, tar_members
 from data_shards.workers import MarkStart, Progress, map_in_workers
 
@@ -126,10 +125,10 @@ def _tar_faults(url: str, shard: Shard, reader: DigestingReader) -> list[str]:
 def _label_faults(url: str, shard: Shard, name: str, content: bytes) -> Sequence[str]:
     """Contradictions between metadata and manifest. Metadata of imported shards may lack class and split."""
     try:
-        metadata: dict[str, Any] = dict(json.loads(content))
-        label = clean_label(str(metadata.get("label", shard.class_name)), name)
-    except (ValueError, TypeError, RecursionError, DataError) as error:
-        return [f"{url}: {name}: not json metadata ({' '.join(str(error).split())[:200]})"]
+        metadata = read_json(content, f"{url}: {name}")
+        label = clean_label(str(metadata.get("label", shard.class_name)), f"{url}: {name}")
+    except DataError as error:
+        return [str(error)]
     expected = shard.class_name, shard.split
     actual = label, str(metadata.get("split", shard.split))
     return [] if actual == expected else [f"{url}: {name}: class and split {actual}, in the manifest {expected}"]

@@ -22,7 +22,8 @@ from avcil_dist.exit_codes import INTERRUPTED, STOPPED, USER_ERROR
 from avcil_dist.streams.stream import next_step, sole_runner, stream_url
 from avcil_dist.system.process_start import starting_process
 from avcil_dist.system.signals import StopRequest, interrupted_once, listening, shielding
-from avcil_dist.tracking.session import stream_run
+from avcil_dist.system.standard_error import keep_standard_error
+from avcil_dist.tracking.session import check_tracking, stream_run
 from avcil_dist.training.device import local_device
 from avcil_dist.training.engine import name_accelerator
 from avcil_dist.training.observer import Observer
@@ -63,6 +64,7 @@ def run_stream(
     sizes = [outer.size if has_launcher else processes or 1]
     # Under a launcher the ranks check the shards together, in the first step, instead of each for itself.
     num_steps = preflight(config, sizes, restart=policy.restart, with_shards=not has_launcher).num_steps
+    check_tracking(config)
     stream = stream_url(config)
     first = 0 if policy.restart else next_step(stream, num_steps)  # before any waiting: all ranks must agree
     with sole_runner(stream) if outer.is_main else nullcontext():
@@ -149,6 +151,7 @@ def _end(processes: list[Any]) -> None:
 
 def _run_rank(index: int, run: StepRun, worlds: tuple[World, ...], errors: Any, calls: Any) -> None:
     """Process of one rank: run the step, and pass an error to the supervisor."""
+    keep_standard_error()
     try:
         with interrupted_once():
             run.run(worlds[index], errors.put, () if calls is None else (CallQueue(calls),))

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.util import Finalize
 from typing import Any, Protocol
 
 import numpy as np
@@ -154,6 +155,8 @@ class _Process:
         self._process = context.Process(target=_decode_clips, args=arguments, daemon=True)
         with shielding():  # it ignores stop signals: without it there would be no snapshot
             self._process.start()
+        # Python ends its daemons by SIGTERM at the end of a process, which these ignore, and then waits for them
+        Finalize(self, self._process.kill, exitpriority=0)
         theirs.close()  # so that the end of the process is the end of the pipe
         try:
             self._connection.recv()

@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import FrameType
 
 from avcil_dist.exit_codes import INTERRUPTED
@@ -50,6 +51,7 @@ def listening() -> Iterator[StopRequest]:
 @contextmanager
 def shielding() -> Iterator[None]:
     """Block stop signals in processes that are started in the block, unless they call `listening`."""
+    resource_tracker.ensure_running()  # its start, which may be that of the first process, unblocks SIGTERM
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield

@@ -51,6 +51,14 @@ def check_trusted_file(path: Path) -> None:
         raise ConfigError(f"{path}: others can write it, so it is not trusted; remove it")
 
 
+def check_trusted_record(path: Path) -> None:
+    """Check that a file, in whatever folder, was written by this user. Raises ConfigError, and OSError if missing."""
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ConfigError(f"{path}: not a regular file, so it is not trusted; remove it")
+    _check_owner(path, status)
+
+
 def _check_owner(path: Path, status: os.stat_result) -> None:
     if status.st_uid != os.getuid():
         raise ConfigError(f"{path}: belongs to another user, so it is not trusted; name a folder of your own")

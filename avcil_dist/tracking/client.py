@@ -22,6 +22,7 @@ from avcil_dist.config.schema import TrackingConfig
 from avcil_dist.errors import TrackingError
 from avcil_dist.text.redaction import redacted
 from avcil_dist.tracking import environment
+from avcil_dist.tracking.answers import bound_answers
 from avcil_dist.tracking.faults import bounded, bounded_client, reported
 from avcil_dist.tracking.outcomes import RefusedError
 from avcil_dist.tracking.tags import STEP_TAG, STREAM_TAG, received_tags
@@ -35,6 +36,7 @@ logging.getLogger("alembic").setLevel(logging.WARNING)
 def connect(uri: str) -> MlflowClient:
     """Return a client whose requests are bounded. A missing sqlite database is created by one process, others wait."""
     environment.isolate()
+    bound_answers()
     with _creation_lock(uri):
         _create_database(uri)
         client = bounded(lambda: MlflowClient(tracking_uri=uri, registry_uri=uri), environment.REQUEST_SECONDS)

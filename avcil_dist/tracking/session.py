@@ -63,6 +63,12 @@ def open_run(config: Config) -> str:
     return identity.id
 
 
+def check_tracking(config: Config) -> None:
+    """Check what `open_run` needs, before anything is made. Raises ConfigError and TrackingError as it does."""
+    opened = _last_open(stream_url(config))
+    tracking_uri(config.tracking, config.output, earlier=opened.server if opened else None)
+
+
 @contextmanager
 def stream_run(config: Config, *, is_main: bool, warn: Warn = _logger.warning) -> Iterator[str | None]:
     """The run of a stream as a context: yields the stream's id on the main process, None on others.

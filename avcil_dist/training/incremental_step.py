@@ -18,7 +18,7 @@ from avcil_dist.scenario import Scenario
 from avcil_dist.streams.artifact import StepArtifact
 from avcil_dist.streams.stream import stream_url
 from avcil_dist.streams.summary import step_url
-from avcil_dist.training.inference_pass import InferencePass
+from avcil_dist.training.inference_pass import InferencePass, OnFaults
 from avcil_dist.world import World
 
 
@@ -78,10 +78,19 @@ class Step:
         """Preparation of clips for the encoders."""
         return clip_inputs(self.config.model, self.config.data.clip)
 
-    def inference(self, clip_cache: ClipCache | None = None) -> InferencePass:
+    def inference(
+        self, clip_cache: ClipCache | None = None, on_faults: OnFaults = lambda faults: None
+    ) -> InferencePass:
         """Inference passes over the step's data, which read from `clip_cache` where they can."""
         return InferencePass(
-            self.manifest, self.scenario, self.config.data, self.world, self.device, clip_cache, self.inputs
+            self.manifest,
+            self.scenario,
+            self.config.data,
+            self.world,
+            self.device,
+            clip_cache,
+            self.inputs,
+            on_faults=on_faults,
         )
 
 

@@ -5,7 +5,7 @@ closed-form training. A clip is always in the same batch of the same size, whate
 its output does not depend on that number.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +29,7 @@ from avcil_dist.training.collectives import collect_texts, gather_rows
 from avcil_dist.world import World
 
 ROWS = 64  # clips per rank and batch
+OnFaults = Callable[[Sequence[str]], None]  # receives the error lines of damaged clips, those of all ranks
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class ClassFeatures:
 
 @dataclass(frozen=True)
 class InferencePass:
-    """Inference by all ranks together over clips of any split."""
+    """Inference by all ranks together over clips of any split. `on_faults` is called after a pass with faults."""
 
     manifest: Manifest
     scenario: Scenario
@@ -51,6 +52,7 @@ class InferencePass:
     clip_cache: ClipCache | None = None
     inputs: ClipInputs | None = None  # as in `load_batches`
     noise: InputNoise | None = None
+    on_faults: OnFaults = lambda faults: None
 
     def batches(self, clips: np.ndarray, global_batch: int | None = None) -> Iterator[Batch]:
         """Read the rank's part of the clips onto its device. All ranks have equally many batches; padding is not valid.
@@ -76,9 +78,16 @@ class InferencePass:
             faults.extend(batch.faults)
             yield batch
         num_bad = len(clips) - int(gather_rows(num_good, 1).sum())
-        if num_bad > self.data.max_bad_fraction * len(clips):
-            first_fault = collect_texts(tuple(faults))[0]
-            raise DataError(f"{num_bad} of {len(clips)} clips are damaged, the first: {first_fault}")
+        if not num_bad:
+            return
+        all_faults = collect_texts(tuple(faults))
+        self.on_faults(all_faults)
+        allowed = self.data.max_bad_fraction * len(clips)
+        if num_bad > allowed:
+            raise DataError(
+                f"{num_bad} of {len(clips)} clips are damaged, data.max_bad_fraction allows {allowed:.0f}; "
+                f"the first: {all_faults[0]}"
+            )
 
     def run(
         self, network: Network, clips: np.ndarray, global_batch: int | None = None

@@ -170,14 +170,20 @@ def _check_batches(config: Config, needs: Needs, world_size: int) -> None:
     rows_at_a_time(optim.global_batch // world_size, replayed // world_size, config.engine.micro_batch)
 
 
+def check_enough_clips(config: Config, step: int, num_batches: int, num_clips: int) -> None:
+    """Check that an epoch of a step has a batch. Raises ConfigError."""
+    if not num_batches:
+        raise ConfigError(
+            f"optim.global_batch={config.optim.global_batch}: step {step} has only {num_clips} training clips"
+        )
+
+
 def _check_step(config: Config, needs: Needs, manifest: Manifest, scenario: Scenario, step: int) -> None:
     """Check that a step has enough training clips, and each of its classes clips of every split that is read."""
     trains = needs.trains_at(step)
     num_clips = len(manifest.clips(scenario.new(step), "train"))
-    if trains and num_clips < config.optim.global_batch:
-        raise ConfigError(
-            f"optim.global_batch={config.optim.global_batch}: step {step} has only {num_clips} training clips"
-        )
+    if trains:
+        check_enough_clips(config, step, num_clips // config.optim.global_batch, num_clips)
     selects = needs.validation or (trains and config.optim.keep_epoch == "best_val")
     splits: tuple[Split, ...] = ("train", "test", "val") if selects else ("train", "test")
     for split in splits:

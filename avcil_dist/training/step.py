@@ -51,10 +51,12 @@ from avcil_dist.training.engine import name_accelerator, set_threads, whole_stat
 from avcil_dist.training.evaluation import ScoredPredictions, evaluate_scores, validation_logits
 from avcil_dist.training.exemplars import exemplar_clips, exemplar_features, update_memory
 from avcil_dist.training.failure_sync import Report, print_fault, propagate_failures
+from avcil_dist.training.fault_log import FaultLog
 from avcil_dist.training.incremental_step import Step, make_step
 from avcil_dist.training.inference_pass import InferencePass
 from avcil_dist.training.memory_use import memory_use
 from avcil_dist.training.observer import Observer, ObserverList
+from avcil_dist.training.preflight import check_enough_clips
 from avcil_dist.training.snapshot import BestEpoch, SnapshotManager
 from avcil_dist.training.trainer import Trainer
 from avcil_dist.world import World
@@ -127,7 +129,7 @@ def step_in_group(
     step = make_step(config, manifest, scenario, number, previous, world=world, device=device)
     memory = previous.memory if previous else EMPTY_MEMORY
     sampler = training_sampler(step, memory)
-    inference = step.inference(_clip_cache(step, sampler, observer))
+    inference = step.inference(_clip_cache(step, sampler, observer), FaultLog(observer, number).add)
     student, teacher = build_networks(step, previous, inference)
     weights = _pretrained_weights(step, previous)
 
@@ -204,10 +206,13 @@ def trace_prefix(config: Config, number: int) -> str:
 
 
 def training_sampler(step: Step, memory: ExemplarMemory) -> TrainingSampler:
-    """The training batches of a step: clips of its classes, late ones, and exemplars as the method needs them."""
+    """The training batches of a step: clips of its classes, late ones, and exemplars as the method needs them.
+
+    Raises ConfigError for a step that trains without a whole batch.
+    """
     exemplars = exemplar_clips(step.manifest, memory)
     late = NO_CLIPS if step.needs.all_data else step.late_clips
-    return TrainingSampler(
+    sampler = TrainingSampler(
         manifest=step.manifest,
         classes=step.seen_classes if step.needs.all_data else step.new_classes,
         exemplars=exemplars if step.needs.memory == "replay" else NO_CLIPS,
@@ -218,6 +223,9 @@ def training_sampler(step: Step, memory: ExemplarMemory) -> TrainingSampler:
         step=step.number,
         world=step.world,
     )
+    if step.has_training:
+        check_enough_clips(step.config, step.number, len(sampler.epoch_batches(0)), len(sampler.clips))
+    return sampler
 
 
 def _check_shards(manifest: Manifest, scenario: Scenario, number: int, check: ShardCheck) -> None:

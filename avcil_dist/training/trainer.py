@@ -211,6 +211,8 @@ class Trainer:
         optim = self.step.config.optim
         values["optim/learning_rate"] = optim.lr * lr_factor(optim, state.iteration - 1, self.per_epoch)
         values["speed/clips_per_second"] = self.per_epoch * optim.global_batch / totals.seconds
+        if totals.num_bad:
+            self.inference.on_faults(collect_texts(tuple(totals.faults)))
         state.best = self._better_epoch(engine, epoch, state.best, values)
         state.epochs.append(
             EpochMetrics(values["loss/total"], values["optim/learning_rate"], values.get("val/accuracy"))
@@ -269,7 +271,8 @@ class Trainer:
     def _report_best(self, best: BestEpoch) -> None:
         if best.val_accuracy is None:
             return
-        ties = f"; {best.num_ties} later ones are as good, the first is kept" if best.num_ties else ""
+        later = "1 later one is" if best.num_ties == 1 else f"{best.num_ties} later ones are"
+        ties = f"; {later} as good, the first is kept" if best.num_ties else ""
         self.observer.message(
             f"step {self.step.number}: keeps epoch {best.epoch + 1}/{self.step.config.optim.epochs}, "
             f"val {best.val_accuracy:.1%}{ties}"

@@ -1,24 +1,24 @@
 """Class and split of a sample in a tar of others: from its `json`, `cls` or `txt`."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
+from pydantic import JsonValue
+
+from avcil_dist import storage
 from avcil_dist.data.manifest import Split
 from avcil_dist.errors import DataError
 from data_shards.listings.listing import clean_label
 
+MAX_BYTES = 4 << 20  # of the metadata of one clip
 SPLIT_WORDS: dict[str, Split] = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
 def read_json(content: bytes, where: str) -> dict[str, Any]:
     """The object of a `json` member. Raises DataError for anything else."""
-    try:
-        values = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: cannot be read ({error})") from None
-    if not isinstance(values, dict):
-        raise DataError(f"{where}: cannot be read (not an object with fields)")
+    if len(content) > MAX_BYTES:
+        raise DataError(f"{where}: cannot be read (larger than {MAX_BYTES} bytes)")
+    values: dict[str, Any] = storage.parse_json(content, dict[str, JsonValue], "an object with fields", where)
     return values
 
 

@@ -7,12 +7,14 @@ from pathlib import Path
 
 from avcil_dist.errors import AvcilError, WorldError
 from avcil_dist.exit_codes import USER_ERROR
+from avcil_dist.system.standard_error import keep_standard_error
 from launch.environments import own_environment
 from launch.socket_folder import set_short_socket_folder
 
 
 def run_command(root: Path) -> None:
     """Prepare this process and run the command line. `root` is the folder of this project's packages."""
+    keep_standard_error()
     try:
         _check_working_folder()
         set_short_socket_folder()

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from avcil_dist.errors import ConfigError
+from avcil_dist.world import world_from_environment
 from launch.cli.options import processes_option, smoke_option, split_words
 from launch.cli.output import echo, is_main_rank
 
 if TYPE_CHECKING:
     from avcil_dist.methods.base import Method
+    from launch.sweep import GridPoint
 
 
 @click.command()
@@ -22,7 +25,6 @@ def methods() -> None:
     Methods of installed packages follow the built-in ones; one that cannot be used is a line with the
     reason.
     """
-    from avcil_dist.errors import ConfigError
     from avcil_dist.methods import method_class, method_names
     from avcil_dist.system.plugins import plug_in_names, refused_plug_ins
 
@@ -75,6 +77,13 @@ def compare(folders: tuple[str, ...]) -> None:
 )
 @processes_option("Processes (ranks) of each stream.")
 @click.option(
+    "--parallel",
+    type=click.IntRange(min=1),
+    default=1,
+    metavar="N",
+    help="N streams at a time on this machine, which share its cores and GPUs.",
+)
+@click.option(
     "--cluster", help="Submit each stream as a chain of jobs; a cluster file, or a shipped one: slurm, local."
 )
 @smoke_option
@@ -84,6 +93,7 @@ def sweep(
     ablation: bool,
     class_orders: int,
     processes: int | None,
+    parallel: int,
     cluster: str | None,
     smoke: bool,
 ) -> None:
@@ -97,19 +107,19 @@ def sweep(
     Examples:
       avcil sweep demo method=finetune,avcil,joint seed=1,2,3
       avcil sweep configs/benchmark/demo.yaml --ablation
-      avcil sweep ave_ci method=avcil,analytic --class-orders 5
+      avcil sweep ave_ci method=avcil,analytic --class-orders 5 --parallel 4
       avcil sweep vs100_ci method=avcil,ssil seed=1,2,3 --cluster my-cluster.yaml cluster.max_parallel=2
     """
     from rich.console import Console
 
     from avcil_dist.reporting.compare import group_by_config, print_comparison
     from avcil_dist.reporting.report import load_streams
-    from launch.local import run_stream
     from launch.local_worlds import num_ranks
-    from launch.resume_policy import ResumePolicy
     from launch.sweep import make_grid
 
     settings, of_cluster = split_words(words, cluster)
+    if parallel > 1:
+        _check_parallel(cluster)
     if cluster is not None:
         _submit_grid(config, settings, cluster, of_cluster, ablation=ablation, class_orders=class_orders, smoke=smoke)
         return
@@ -121,14 +131,40 @@ def sweep(
         class_orders=class_orders,
         smoke=smoke,
     )
-    policy = ResumePolicy(restart=smoke)
-    folders = []
-    for number, point in enumerate(points, start=1):
-        if is_main_rank():
-            echo(f"{number}/{len(points)}  {point.config.stream_name}  {' '.join(point.overrides)}", err=True)
-        folders.append(run_stream(point.config, processes=processes, policy=policy))
+    folders = _run_grid(config, points, processes, parallel, smoke=smoke)
     if is_main_rank():
         print_comparison(group_by_config(load_streams(folders)), Console())
+
+
+def _run_grid(
+    config: str, points: "Sequence[GridPoint]", processes: int | None, parallel: int, *, smoke: bool
+) -> list[str]:
+    """Train the streams, `parallel` at a time. Returns their folders."""
+    from launch.local import run_stream
+    from launch.parallel_streams import make_lanes, run_streams
+    from launch.resume_policy import ResumePolicy
+
+    def announce(position: int) -> None:
+        point = points[position]
+        if is_main_rank():
+            echo(f"{position + 1}/{len(points)}  {point.config.stream_name}  {' '.join(point.overrides)}", err=True)
+
+    if parallel > 1 and not smoke:  # a few seconds each
+        ranks = processes or 1
+        return run_streams(config, points, make_lanes(parallel, len(points), ranks), ranks, announce)
+    folders = []
+    for position, point in enumerate(points):
+        announce(position)
+        folders.append(run_stream(point.config, processes=processes, policy=ResumePolicy(restart=smoke)))
+    return folders
+
+
+def _check_parallel(cluster: str | None) -> None:
+    """Raise ConfigError for --parallel where a scheduler, or a launcher around this process, shares out the machine."""
+    if cluster is not None:
+        raise ConfigError("--parallel: with --cluster, set cluster.max_parallel")
+    if (launcher := world_from_environment(os.environ).launcher) != "none":
+        raise ConfigError(f"--parallel: {launcher} started this process; start the sweep without it")
 
 
 def _submit_grid(

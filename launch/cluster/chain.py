@@ -17,7 +17,7 @@ from avcil_dist.data.subset import load_data
 from avcil_dist.errors import ConfigError
 from avcil_dist.streams.snapshots import check_snapshot_fits, is_of_step, newest_snapshot, snapshot_identity
 from avcil_dist.streams.stream import next_step, stream_url
-from avcil_dist.tracking.session import open_run
+from avcil_dist.tracking.session import check_tracking, open_run
 from avcil_dist.training.preflight import preflight
 from launch.cluster.chain_record import Chain, has_chain, read_chain
 from launch.cluster.code_snapshot import snapshot_code, snapshot_folder
@@ -99,6 +99,7 @@ def plan_chain(config: Config, cluster: ClusterConfig, *, restart: bool = False)
     stream = stream_url(config)
     sizes = sorted({cluster.at(step).world_size for step in (0, *cluster.steps)})
     num_steps = preflight(config, sizes, restart=restart).num_steps
+    check_tracking(config)
     path = storage.local_path(stream)
     if cluster.folder is not None:
         folder = Path(cluster.folder) / config.stream_name

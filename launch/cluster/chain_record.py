@@ -17,6 +17,7 @@ from avcil_dist.config.schema import Config
 from avcil_dist.config.serialization import config_from_yaml, config_to_yaml
 from avcil_dist.errors import ConfigError
 from avcil_dist.streams.identity import StepNumber
+from avcil_dist.system.trusted_files import check_trusted_folder, check_trusted_record
 from launch.cluster.resources import ClusterConfig
 
 RECORD, CONFIG, CLUSTER = "jobs.json", "config.yaml", "cluster.json"
@@ -138,6 +139,19 @@ def read_chain(stream: str) -> Chain:
             f"{stream}: no jobs were submitted for a stream in this folder; give the folder that `avcil submit` printed"
         )
     return storage.read_json(storage.join(stream, RECORD), Chain, "a record of a chain of jobs", fault=ConfigError)
+
+
+def read_own_chain(stream: str) -> Chain:
+    """Read the record of a stream whose jobs this process may end or run.
+
+    Raises ConfigError where the record, or the folder that it names, belongs to another user or can be written by one.
+    """
+    chain = read_chain(stream)
+    if (path := storage.local_path(storage.join(stream, RECORD))) is not None:
+        check_trusted_record(Path(path))
+    if Path(chain.folder).exists():
+        check_trusted_folder(Path(chain.folder))
+    return chain
 
 
 def write_chain(stream: str, chain: Chain) -> None:

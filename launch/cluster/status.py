@@ -11,7 +11,7 @@ from avcil_dist.streams.snapshots import newest_snapshot
 from avcil_dist.streams.stream import next_step
 from avcil_dist.streams.summary import committed_steps, is_committed, load_metrics
 from avcil_dist.tracking.session import close_run
-from launch.cluster.chain_record import Chain, has_chain, read_chain
+from launch.cluster.chain_record import Chain, has_chain, read_chain, read_own_chain
 from launch.cluster.schedulers.base import JobState, scheduler_of
 from launch.progress import ProgressRecord
 
@@ -99,9 +99,9 @@ def chain_statuses(chains: Mapping[str, Chain]) -> dict[str, ChainStatus]:
 def cancel_chains(streams: Sequence[str]) -> dict[str, int]:
     """End all jobs of streams that wait or run. Returns their number by stream. Steps and snapshots stay.
 
-    Raises ConfigError where no jobs were submitted.
+    Raises ConfigError where no jobs were submitted, and for a record of another user.
     """
-    chains = {stream: read_chain(stream) for stream in streams}
+    chains = {stream: read_own_chain(stream) for stream in streams}
     ended: dict[str, int] = {}
     for kind in sorted({chain.kind for chain in chains.values()}):
         of_kind = {stream: chain for stream, chain in chains.items() if chain.kind == kind}

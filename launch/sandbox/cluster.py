@@ -15,13 +15,16 @@ import subprocess
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from filelock import FileLock
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from pydantic import Field
+from typing_extensions import TypedDict
 
+from avcil_dist import storage
 from launch.environments import slurm_client_environment
-from launch.sandbox.daemons import Daemons, SandboxError, command_of, processes_with, wait_until
+from launch.sandbox.daemons import REMEDY, Daemons, SandboxError, command_of, processes_with, wait_until
 
 PACKAGES = {
     "slurmctld": "slurm-wlm",
@@ -39,6 +42,11 @@ MARK = "# avcil sandbox"
 MAX_SOCKET_PATH = 100
 START_SECONDS, STOP_SECONDS = 60.0, 15.0
 SYSTEM_PATHS = "/usr/local/sbin:/usr/sbin:/sbin"  # folders of daemons, which not every user has on the path
+
+
+class _Settings(TypedDict):
+    ports: dict[Annotated[str, Field(max_length=100)], Annotated[int, Field(gt=0, lt=1 << 16)]]
+    password: Annotated[str, Field(pattern=r"^[0-9a-f]{1,200}$")]
 
 
 def default_folder() -> Path:
@@ -131,7 +139,7 @@ class Sandbox:
                     {"ports": dict(zip(names, _free_ports(len(names)), strict=True)), "password": secrets.token_hex()}
                 )
             )
-        settings = json.loads(settings_file.read_text()) | {
+        settings = _read_settings(settings_file) | {
             "folder": str(self.folder),
             "host": socket.gethostname().split(".")[0],
             "nodes": NODES,
@@ -182,7 +190,7 @@ class Sandbox:
                 "--skip-test-db",
                 "--auth-root-authentication-method=socket",
             )
-        port = json.loads((folder / "settings.json").read_text())["ports"]
+        port = _read_settings(folder / "settings.json")["ports"]
         mariadbd = ["mariadbd", "--no-defaults", "--user=root", f"--datadir={data}", "--bind-address=127.0.0.1"]
         mariadbd += [f"--port={port['mariadb']}", f"--socket={folder / 'mariadb.socket'}"]
         mariadbd += [f"--pid-file={folder / 'mariadb.pid'}", f"--init-file={folder / 'users.sql'}"]
@@ -226,6 +234,11 @@ def _check_machine(folder: Path) -> None:
 
 def _which(command: str) -> str | None:
     return shutil.which(command, path=f"{os.environ.get('PATH', '')}:{SYSTEM_PATHS}")
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """Return the ports and the password that were chosen when the sandbox was made."""
+    return dict(storage.read_json(str(path), _Settings, "settings of a sandbox", remedy=REMEDY, fault=SandboxError))
 
 
 def _render(template: str, settings: dict[str, Any]) -> str:

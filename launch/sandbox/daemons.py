@@ -11,10 +11,12 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from avcil_dist import storage
 from avcil_dist.errors import AvcilError
 
 RECORD = "daemons.json"
 POLL_SECONDS = 0.1
+REMEDY = "end its processes by hand, and remove the folder of the sandbox"
 
 
 class SandboxError(AvcilError):
@@ -75,7 +77,10 @@ class Daemons:
             raise SandboxError(f"{name} did not start: {' / '.join(lines) or 'its log is empty'}; see {logs[0].parent}")
 
     def _read(self) -> dict[str, dict[str, int | None]]:
-        return dict(json.loads(self.record.read_text())) if self.record.exists() else {}
+        if not self.record.exists():
+            return {}
+        kind = dict[str, dict[str, int | None]]
+        return storage.read_json(str(self.record), kind, "a record of daemons", remedy=REMEDY, fault=SandboxError)
 
     def _write(self, record: dict[str, dict[str, int | None]]) -> None:
         self.record.write_text(json.dumps(record, indent=1))

@@ -32,17 +32,21 @@ class LethalTransform(ClipTransform):
 
 
 END = b"lethal"
-# Text of a sitecustomize.py: in every process of a command, PyAV crashes on files that end with END.
-DECODER_HOOK = f"""
+CRASH, DAMAGE = "os.kill(os.getpid(), signal.SIGSEGV)", "raise ValueError('damaged')"
+
+
+def decoder_hook(fault: str) -> str:
+    """Text of a sitecustomize.py: in every process of a command, PyAV has a fault on files that end with END."""
+    return f"""
 import os, signal
 import av
 
 open_container = av.open
 
-def open_or_crash(file, *arguments, **settings):
+def open_or_fail(file, *arguments, **settings):
     if hasattr(file, "getvalue") and file.getvalue().endswith({END!r}):
-        os.kill(os.getpid(), signal.SIGSEGV)
+        {fault}
     return open_container(file, *arguments, **settings)
 
-av.open = open_or_crash
+av.open = open_or_fail
 """

@@ -132,7 +132,7 @@ def test_too_many_damaged_clips_are_an_error_on_all_ranks(config: Config) -> Non
         damage(Path(config.data.manifest).parent, f"train-004-{row:05d}")
     first, second = run_ranks(fails_on_damage, 2, config)
     assert first == second
-    assert first.startswith("5 of 300 clips are damaged, the first: train-004-0000")
+    assert first.startswith("5 of 300 clips are damaged, data.max_bad_fraction allows 3; the first: train-004-0000")
 
 
 def summed(world: World, config: Config) -> tuple[float, np.ndarray, np.ndarray]:

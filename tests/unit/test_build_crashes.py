@@ -14,7 +14,7 @@ from data_shards.build import BuildReport, BuildSettings, build_shards, plan_bui
 from data_shards.build_plan import load_crashes, save_crashes
 from data_shards.listings.read import read_listing
 from data_shards.rejections import read_rejections
-from tests.helpers.lethal import DECODER_HOOK, END
+from tests.helpers.lethal import CRASH, END, decoder_hook
 from tests.helpers.rendered import render_tiny
 
 torch.set_num_threads(1)
@@ -49,7 +49,7 @@ def test_decoder_that_crashes_four_times_in_a_shard_gives_four_rejections(tmp_pa
     for path in clips[1:5]:
         path.write_bytes(path.read_bytes() + END)
     (tmp_path / "hook").mkdir()
-    (tmp_path / "hook/sitecustomize.py").write_text(DECODER_HOOK)
+    (tmp_path / "hook/sitecustomize.py").write_text(decoder_hook(CRASH))
     project = str(Path(__file__).parents[2])
     words = ["-m", "avcil_dist", "shards", "build", str(source), str(tmp_path / "out"), "--processes", "1"]
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}/hook:{project}"}

@@ -233,6 +233,15 @@ def test_a_folder_that_is_taken_for_something_else_is_refused(
     assert submit_stream(elsewhere, cluster, run_id="id").chain.folder == f"{tmp_path}/jobs/{config.stream_name}"
 
 
+def test_an_output_that_no_database_can_be_in_is_refused_before_anything_is_made(
+    config: Config, scheduler: RecordingScheduler
+) -> None:
+    elsewhere = config.model_copy(update={"output": f"{config.output}/what?"})
+    with pytest.raises(ConfigError, match="cannot be in the path of a tracking database"):
+        submit_stream(elsewhere, CLUSTER)
+    assert not Path(elsewhere.output).exists()
+
+
 def test_the_files_of_jobs_are_for_the_user_alone(config: Config, scheduler: RecordingScheduler) -> None:
     folder = Path(submit(config).chain.folder)
     assert folder.stat().st_mode & 0o777 == 0o700

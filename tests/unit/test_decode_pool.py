@@ -1,7 +1,11 @@
 """Decoding in processes: a clip that crashes its decoder is skipped, counted and named; all others keep their bits."""
 
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +134,30 @@ def test_end_of_loading_leaves_no_process(tmp_path: Path) -> None:
     del batches
     decoders = [child for child in started if "forkserver" not in " ".join(_words(child))]
     assert decoders == [] or psutil.wait_procs(decoders, timeout=5)[1] == []
+
+
+ENDS_WITH_AN_ERROR = """
+import sys
+from avcil_dist.config.schema import ClipConfig
+from avcil_dist.data.decode_pool import DecodePool, EncodedClip
+from tests.unit.test_decode_pool import CLIP, DAMAGED, SHAPES, LethalTransform, _target
+
+if __name__ == "__main__":
+    pool = DecodePool(LethalTransform(CLIP), SHAPES, 1)
+    pool.submit(EncodedClip("dog", memoryview(DAMAGED), None), _target())()
+    sys.exit(3)
+"""
+
+
+def test_a_rank_that_ends_with_an_error_does_not_wait_for_its_decoders(tmp_path: Path) -> None:
+    (tmp_path / "rank.py").write_text(ENDS_WITH_AN_ERROR)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    rank = subprocess.Popen([sys.executable, "rank.py"], cwd=tmp_path, env=environment, start_new_session=True)
+    try:
+        assert rank.wait(timeout=240) == 3
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(rank.pid, signal.SIGKILL)
 
 
 def _words(process: psutil.Process) -> list[str]:

@@ -104,7 +104,7 @@ def test_metadata_without_split_is_verified_by_its_label(tmp_path: Path) -> None
         ({"x.mp4": b"", "x.json": _json("dog"), "y.mp4": b"", "y.json": _json("dog", "val")}, "more than one split"),
         ({"x.mp4": b"", "x.json": b'{"other": 1}'}, "no json or cls with its class"),
         ({"x.avi": b"", "x.json": _json("dog")}, "has no mp4"),
-        ({"x.mp4": b"", "x.json": b"{"}, "x.json: cannot be read"),
+        ({"x.mp4": b"", "x.json": b"{"}, "x.json: not valid JSON"),
         ({"a b.mp4": b"", "a b.json": _json("dog")}, "keys are letters"),
         ({"d/x.mp4": b"", "d/x.json": _json("dog")}, "keys are letters"),
         ({"x.mp4": b"", "x.json": _json("dog"), "x.txt": b"", "y.mp4": b"", "y.json": _json("dog")}, "other members"),

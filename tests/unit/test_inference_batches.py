@@ -76,5 +76,7 @@ def test_more_damaged_clips_are_an_error_after_the_last_batch(loads: list[dict[s
     batches = make_pass(0.29).batches(CLIPS, global_batch=4)
     for _ in range(3):
         next(batches)
-    with pytest.raises(DataError, match=r"^3 of 10 clips are damaged, the first: clip 103: damaged$"):
+    with pytest.raises(
+        DataError, match=r"^3 of 10 clips are damaged, data.max_bad_fraction allows 3; the first: clip 103: damaged$"
+    ):
         next(batches)

@@ -40,3 +40,10 @@ def test_ranks_of_one_machine_share_a_port() -> None:
     ]
     assert len({world.master_port for world in worlds}) == 1
     assert worlds[0].master_port > 0
+
+
+def test_an_output_that_no_database_can_be_in_is_refused_before_anything_is_made(config: Config) -> None:
+    output = f"{config.output}/what?"
+    with pytest.raises(ConfigError, match=r"cannot be in the path of a tracking database"):
+        run_stream(config.model_copy(update={"output": output}), processes=1)
+    assert not Path(output).exists()

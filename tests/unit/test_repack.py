@@ -233,8 +233,8 @@ def test_the_class_is_found_in_each_form(
     [
         ({"k.mp4": b"", "k.json": _json(a=1, b=2)}, "no field 'label' in its json (fields: a, b); give --label"),
         ({"k.mp4": b"", "k.txt": b"dog", "k.json": _json(a=1)}, "no field 'label'"),
-        ({"k.mp4": b"", "k.json": b"{"}, "cannot be read"),
-        ({"k.mp4": b"", "k.json": b"[" * 100_000}, "cannot be read"),
+        ({"k.mp4": b"", "k.json": b"{"}, "not valid JSON"),
+        ({"k.mp4": b"", "k.json": b"[" * 100_000}, "not valid JSON"),
         ({"k.mp4": b"", "k.json": b"[1]"}, "not an object"),
         ({"k.mp4": b"", "k.json": _json(label=["a", "b"])}, "a clip has one class"),
         ({"k.mp4": b"", "k.json": _json(label="a", split="dev")}, "split 'dev' is none of"),

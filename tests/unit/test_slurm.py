@@ -14,13 +14,14 @@ import pytest
 from filelock import FileLock, Timeout
 
 from avcil_dist.compose import load_config
-from avcil_dist.errors import SchedulerError
+from avcil_dist.errors import ConfigError, SchedulerError
 from avcil_dist.streams.stream import stream_url
-from launch.cluster.chain_record import Chain, mark_failed, read_chain
+from launch.cluster.chain_record import Chain, mark_failed, read_chain, write_chain
 from launch.cluster.rank_entry import RankEntry
 from launch.cluster.resources import ClusterConfig
 from launch.cluster.schedulers import slurm_commands
 from launch.cluster.schedulers.base import JobStart, scheduler_of
+from launch.cluster.status import cancel_chains
 from launch.step_run import StepRun
 from tests.helpers.fake_slurm import FakeSlurm
 
@@ -53,6 +54,12 @@ def chain(folder: Path, **jobs: tuple[str, ...]) -> Chain:
     return Chain("slurm", "vs100-0a1b2c", str(folder), num_steps=4, jobs=recorded)
 
 
+def write_script(folder: Path, step: int, name: str) -> None:
+    """Write a script of a step that was submitted under another path of the same folder."""
+    (folder / f"step_{step:03d}").mkdir()
+    (folder / f"step_{step:03d}" / name).touch()
+
+
 def live(record: Chain) -> dict[int, Any]:
     return scheduler_of("slurm").live_jobs({"runs/vs100": record})["runs/vs100"]
 
@@ -61,6 +68,7 @@ def test_live_jobs_are_those_that_were_recorded_or_whose_script_is_in_the_folder
     slurm: FakeSlurm, tmp_path: Path
 ) -> None:
     slurm.answer("squeue", SQUEUE.format(jobs=tmp_path))
+    write_script(tmp_path, 1, "0b.sh")
     found = live(chain(tmp_path, step_1=("101",), step_3=("40",)))  # 40 is by now a job of something else
     assert {step: (job.id, job.state, job.nodes, job.reason, job.restarts) for step, job in found.items()} == {
         0: ("90", "COMPLETING", "node1", "", 1),
@@ -73,6 +81,24 @@ def test_live_jobs_are_those_that_were_recorded_or_whose_script_is_in_the_folder
         ("", "4:00:00"),
     ]
     assert all(job.is_live for job in found.values())
+
+
+def test_a_record_that_names_jobs_of_another_chain_does_not_reach_them(slurm: FakeSlurm, tmp_path: Path) -> None:
+    slurm.answer("squeue", SQUEUE.format(jobs=tmp_path))
+    strange = chain(tmp_path / "strange", step_0=("90",), step_1=("101",))
+    assert live(strange) == {}
+    assert scheduler_of("slurm").cancel({"runs/vs100": strange}) == {"runs/vs100": 0}
+    assert not slurm.calls("scancel")
+
+
+def test_a_chain_whose_record_another_user_wrote_is_not_cancelled(tmp_path: Path) -> None:
+    if os.getuid():
+        pytest.skip("only root can give a file to another user")
+    stream = str(tmp_path / "vs100")
+    write_chain(stream, chain(tmp_path / "vs100/jobs"))
+    os.chown(f"{stream}/jobs.json", 65534, 65534)
+    with pytest.raises(ConfigError, match=r"jobs.json: belongs to another user, so it is not trusted"):
+        cancel_chains([stream])
 
 
 def test_one_call_finds_the_jobs_of_many_streams(slurm: FakeSlurm, tmp_path: Path) -> None:
@@ -106,6 +132,7 @@ def test_past_jobs_are_the_newest_of_each_step(slurm: FakeSlurm, tmp_path: Path)
 
 def test_later_jobs_are_cancelled_first_and_no_others(slurm: FakeSlurm, tmp_path: Path) -> None:
     slurm.answer("squeue", SQUEUE.format(jobs=tmp_path))
+    write_script(tmp_path, 1, "0b.sh")
     streams = {"a": chain(tmp_path, step_1=("101",)), "b": chain(Path(f"{tmp_path}-more"))}
     assert scheduler_of("slurm").cancel(streams) == {"a": 3, "b": 1}
     assert scheduler_of("slurm").cancel(streams, first_step=2) == {"a": 1, "b": 0}

@@ -1,5 +1,6 @@
 """Faults of tracking servers, as the client meets them: what may pass, what costs one value, what ends the delivery."""
 
+import contextlib
 import http.server
 import socket
 import threading
@@ -17,7 +18,7 @@ from mlflow.protos.databricks_pb2 import (
 )
 
 from avcil_dist.errors import TrackingError
-from avcil_dist.tracking import environment
+from avcil_dist.tracking import answers, environment
 from avcil_dist.tracking.batches import BatchWriter
 from avcil_dist.tracking.client import find_stream
 from avcil_dist.tracking.faults import bounded, delivery_error, transfer_seconds
@@ -178,3 +179,31 @@ def test_the_refusal_of_a_deleted_run_is_not_taken_for_that_of_values() -> None:
     with pytest.raises(RunDeletedError):
         BatchWriter(server, "http://server", deleted).params("run", [Param("bad", "x")] * 50)  # type: ignore[arg-type]
     assert server.calls == 1
+
+
+class _Endless(http.server.BaseHTTPRequestHandler):
+    """Answers without end; the first request is redirected to it, with a body that is as long."""
+
+    def do_GET(self) -> None:
+        is_first = "endless" not in self.path
+        self.send_response(302 if is_first else 200)
+        if is_first:
+            self.send_header("Location", "/endless")
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            while True:
+                self.wfile.write(b" " * (1 << 16))
+
+    do_POST = do_GET  # noqa: N815
+
+    def log_message(self, *_: object) -> None: ...
+
+
+def test_an_answer_without_end_is_not_kept_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "MAX_ANSWER_BYTES", 4 << 20)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Endless) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(TrackingError, match=r"an answer of more than 4 MiB; is this an MLflow server\?"):
+            find_stream(f"http://127.0.0.1:{server.server_address[1]}", "anything")
+        server.shutdown()

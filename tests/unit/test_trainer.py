@@ -160,7 +160,7 @@ def test_losses_are_checked_in_groups_and_at_the_end_of_an_epoch(
 def test_the_first_of_equally_good_epochs_is_the_result(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     accuracies(monkeypatch, [0.5, 0.9, 0.9, 0.7])
     line = kept_line(run(config))
-    assert line == "step 0: keeps epoch 2/4, val 90.0%; 1 later ones are as good, the first is kept"
+    assert line == "step 0: keeps epoch 2/4, val 90.0%; 1 later one is as good, the first is kept"
     assert (artifact_of(config).metrics.epoch, artifact_of(config).metrics.val_accuracy) == (1, 0.9)
     assert artifact_of(config).metrics.choices == (EpochChoice(1, 4, 0.9, num_ties=1),)
 
@@ -277,9 +277,9 @@ def test_a_step_that_stopped_within_an_epoch_reports_the_whole_of_it(tmp_path: P
     whole, broken = (resolve(tmp_path, f"output={tmp_path}/{name}", *words) for name in ("whole", "broken"))
     for row in range(3):
         damage(tmp_path / "shards", f"train-001-{row:05d}")
-    reported = run(whole).epochs
-    first = stop_after(broken, PER_EPOCH + 2)
-    rest = run(broken).epochs
+    reported = (recorder := run(whole)).epochs
+    assert sum("3 damaged clips are skipped" in text for text in recorder.messages) == 1  # they are in every epoch
+    first, rest = stop_after(broken, PER_EPOCH + 2), run(broken).epochs
     assert (len(first.epochs), len(rest)) == (1, EPOCHS - 1)
     broken_epochs = [*first.epochs, *rest]
     for found, expected in zip(broken_epochs, reported, strict=True):

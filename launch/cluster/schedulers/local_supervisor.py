@@ -16,9 +16,10 @@ from submitit import LocalExecutor
 
 from avcil_dist import storage
 from avcil_dist.streams.stream import next_step
+from avcil_dist.system.standard_error import keep_standard_error
 from avcil_dist.system.trusted_files import make_private_folder
 from avcil_dist.training.device import VISIBLE, gpu_facts
-from launch.cluster.chain_record import read_chain, write_chain
+from launch.cluster.chain_record import read_own_chain, write_chain
 from launch.cluster.lanes import gpu_assignment, visible_gpus
 from launch.cluster.mark_failed import fail_stream
 from launch.cluster.rank_entry import RankEntry
@@ -48,7 +49,7 @@ class Supervisor:
 
     def __init__(self, stream: str, run_id: str, reset_optimizer: bool) -> None:
         self.stream, self.run_id, self.reset_optimizer = stream, run_id, reset_optimizer
-        self.chain = read_chain(stream)
+        self.chain = read_own_chain(stream)
         self.config, self.cluster = self.chain.config(), self.chain.cluster()
         self.first_step = next_step(stream, self.chain.num_steps)
         self.stop_requested = False
@@ -71,7 +72,7 @@ class Supervisor:
             code = self._run_job(step)
             if done.exists() or failed.exists():
                 return done.exists()
-            print(f"step {step} is not done (exit code {code}, start {start + 1})")
+            sys.stderr.write(f"step {step} is not done (exit code {code}, start {start + 1})\n")
         text = f"step {step} is not done after {self.cluster.max_requeues + 1} starts; see its log"
         fail_stream(self.config, self.chain.folder, step, text)
         return False
@@ -109,7 +110,8 @@ class Supervisor:
 
 def main(stream: str, run_id: str, after: str, reset_optimizer: str) -> None:
     """Run the chain of a stream; the arguments are those of the command line."""
-    folder = Path(read_chain(stream).folder)
+    keep_standard_error()
+    folder = Path(read_own_chain(stream).folder)
     with FileLock(folder / LOCK, timeout=0):
         storage.write_bytes(str(folder / PID), str(os.getpid()).encode())  # whole at once
         Supervisor(stream, run_id, bool(int(reset_optimizer))).run(after)

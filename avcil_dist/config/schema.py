@@ -313,6 +313,10 @@ class TrackingConfig(Section):
         description="Name of the final model in the model registry. `auto`: NAME-METHOD, of `name` and `method.name`. "
         "`none`: the model is not registered.",
     )
+    every: Operational[PositiveInt] = Field(20, description="Iterations between two values of loss, speed and memory.")
+    system_seconds: Operational[PositiveFloat | None] = Field(
+        10.0, le=1_000_000, description="Seconds between two measurements of each machine's load; null: none."
+    )
     wait_seconds: Operational[PositiveFloat] = Field(
         60.0,
         le=1_000_000,

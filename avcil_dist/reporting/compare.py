@@ -51,7 +51,7 @@ def group_by_config(streams: Sequence[StreamReport]) -> list[Row]:
 
 def print_comparison(rows: Sequence[Row], console: Console) -> None:
     """Print the rows as a table. Numbers are %: `mean ± standard deviation` for several seeds or class orders."""
-    table = WordTable("Streams (accuracy on test clips, %)")
+    table = WordTable("Streams (accuracy on test clips, %)", num_keys=3)
     for heading in ("benchmark", "method", "variant"):
         table.add_column(heading, overflow="fold")
     shown = [name for name in COLUMNS if any(COLUMNS[name](s.metrics) is not None for row in rows for s in row.streams)]

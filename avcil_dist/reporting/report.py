@@ -66,7 +66,7 @@ def load_streams(folders: Sequence[str]) -> list[StreamReport]:
 
 def print_report(streams: Sequence[StreamReport], console: Console) -> None:
     """Print a summary with a row per stream, then each stream's accuracy matrix. Numbers are %."""
-    summary = WordTable("Streams (accuracy on test clips, %)")
+    summary = WordTable("Streams (accuracy on test clips, %)", num_keys=3)
     for heading in ("benchmark", "method"):
         summary.add_column(heading)
     for heading in (

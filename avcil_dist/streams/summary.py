@@ -85,6 +85,13 @@ def load_metrics(stream: str, step: int) -> StreamMetrics:
     return _read_metrics(*committed_folder(stream, step))
 
 
+def task_sizes(stream: str, step: int) -> list[int]:
+    """Return the number of classes of each task up to a committed step. Raises ArtifactError as `load_summary` does."""
+    folder, commit = committed_folder(stream, step)
+    scenario = read_committed_json(folder, "scenario.json", commit, Scenario, "a scenario")
+    return [len(scenario.new(task)) for task in range(step + 1)]
+
+
 def recorded_changes(stream: str, step: int) -> tuple[Change, ...]:
     """The settings that were changed up to a committed step. Raises ArtifactError as `load_summary` does."""
     return committed_folder(stream, step)[1].changes

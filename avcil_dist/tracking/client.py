@@ -7,7 +7,7 @@ process do not interfere.
 import glob
 import logging
 import re
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from avcil_dist.tracking.tags import STEP_TAG, STREAM_TAG, received_tags
 from avcil_dist.tracking.uris import SQLITE, database_path, is_server, local_folder
 
 LOCK_SECONDS = 300
+# The view in which MLflow's pages open the experiment, "Model training"; MLflow's package has no name for it.
+KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
 
 logging.getLogger("alembic").setLevel(logging.WARNING)
 
@@ -58,7 +60,7 @@ def experiment_id(client: MlflowClient, uri: str, tracking: TrackingConfig, outp
             folder.mkdir(parents=True, exist_ok=True)
             location = folder.as_uri()
         try:
-            return str(client.create_experiment(tracking.experiment, artifact_location=location))
+            return str(client.create_experiment(tracking.experiment, artifact_location=location, tags={KIND_TAG: KIND}))
         except MlflowException:
             experiment = client.get_experiment_by_name(tracking.experiment)
             if experiment is None:  # another process did not create it in the meantime
@@ -68,6 +70,9 @@ def experiment_id(client: MlflowClient, uri: str, tracking: TrackingConfig, outp
             f"the experiment {tracking.experiment} was deleted there; restore it with mlflow experiments restore -x "
             f"{experiment.experiment_id} (MLFLOW_TRACKING_URI={redacted(uri)}), or name another: tracking.experiment="
         )
+    if KIND_TAG not in experiment.tags:
+        with suppress(MlflowException):  # an experiment of somebody else
+            client.set_experiment_tag(experiment.experiment_id, KIND_TAG, KIND)
     return str(experiment.experiment_id)
 
 

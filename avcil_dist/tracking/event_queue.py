@@ -67,6 +67,10 @@ class _Open(_Line):
 class _Begin(_Line):
     kind: Literal["begin"]
     step: StepNumber
+    name: NotRequired[str]
+    parameters: NotRequired[dict[str, Any]]
+    tags: NotRequired[dict[str, str]]
+    shared_tags: NotRequired[dict[str, str]]
 
 
 class _Metrics(_Line):
@@ -80,6 +84,25 @@ class _Artifact(_Line):
     kind: Literal["artifact"]
     step: StepNumber
     committed: str
+
+
+class _Tags(_Line):
+    kind: Literal["tags"]
+    run: str
+    tags: dict[str, str]
+
+
+class _Dataset(_Line):
+    kind: Literal["dataset"]
+    run: str
+    name: str
+    digest: str
+    url: str
+
+
+class _File(_Line):
+    kind: Literal["file"]
+    file: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+(\.[A-Za-z0-9]+)?$", max_length=100)]
 
 
 class _Register(_Line):
@@ -96,7 +119,10 @@ class _End(_Line):
 
 _CURSOR = TypeAdapter(DeliveryCursor)
 _EVENT: TypeAdapter[Any] = TypeAdapter(
-    Annotated[_Open | _Begin | _Metrics | _Artifact | _Register | _End, Field(discriminator="kind")]
+    Annotated[
+        _Open | _Begin | _Metrics | _Artifact | _Tags | _Dataset | _File | _Register | _End,
+        Field(discriminator="kind"),
+    ]
 )
 
 
@@ -141,14 +167,20 @@ class EventQueue:
             if was_full:
                 _logger.warning("%s: written again, with the events of the meantime", self.path)
 
-    def read(self, offset: int, *, limit: int) -> Iterator[tuple[Event, int]]:
-        """Yield at most `limit` events from `offset` on, each with the offset behind it. Damaged lines are skipped."""
+    def read(self, offset: int, *, limit: int, kind: str | None = None) -> Iterator[tuple[Event, int]]:
+        """Yield at most `limit` events from `offset` on, each with the offset behind it. Damaged lines are skipped.
+
+        With `kind` only events of that kind are parsed and yielded.
+        """
+        mark = b"" if kind is None else f'{{"kind": "{kind}"'.encode()
         if not self.path.exists():
             return
         with self.path.open("rb") as file:
             file.seek(offset)
             while limit and (line := file.readline()).endswith(b"\n"):  # else the end, or a line still being written
                 offset += len(line)
+                if not line.startswith(mark):
+                    continue
                 event = _parse(line)
                 if event is not None:
                     limit -= 1
@@ -159,7 +191,7 @@ class EventQueue:
 
     def events(self, kind: str) -> list[Event]:
         """All events of a kind, from the first."""
-        return [event for event, _ in self.read(0, limit=self.size()) if event["kind"] == kind]
+        return [event for event, _ in self.read(0, limit=self.size(), kind=kind)]
 
     def size(self) -> int:
         """Bytes written so far."""

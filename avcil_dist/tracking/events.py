@@ -1,26 +1,47 @@
 """Tracking events of one step. They are appended to the event queue and nowhere else: a call costs one line on disk.
 
-Names of metrics. Stream run: `test/…`, one value per step. Step run: `task_accuracy/task_K` and
-`class_accuracy/NAME` after the step; the values of an epoch come from the trainer.
+Names of metrics, each with one axis. By incremental step, in the stream's run: `test/…`, `test_task/task_K`,
+`time/…`; in the step's own run `test/…` and `time/…`. By iteration, in a step's run: `loss/…`, `optim/…`, `speed/…`,
+`memory/…`; of whole epochs, at their last iteration: `epoch_loss/…`, `epoch_data/…`, `val/…`. By second since the
+step first began: `system/…`.
 """
 
 import hashlib
 import re
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import PurePosixPath
 from types import TracebackType
 from typing import Literal, Self
+from urllib.parse import urlsplit
 
 from avcil_dist import storage
 from avcil_dist.errors import StepStopped
 from avcil_dist.streams.commit import COMMITTED
 from avcil_dist.streams.metrics import StreamMetrics
-from avcil_dist.streams.summary import load_metrics, step_url
+from avcil_dist.streams.summary import StepCommit, committed_folder, load_metrics
+from avcil_dist.text.redaction import redacted
 from avcil_dist.tracking.event_queue import EventQueue
+from avcil_dist.tracking.results_note import results_note
+from avcil_dist.tracking.tags import NOTE_TAG
 
 STREAM = "stream"
 READABLE = 200  # characters of a name that are kept; MLflow takes 250 in all
+DIGEST = 36  # characters of a data set's digest that MLflow takes
+SECONDS_PER_HOUR = 3600
 _DIGEST = re.compile(r"-[0-9a-f]{8}$")
 Status = Literal["FINISHED", "FAILED", "KILLED", "RUNNING"]
+
+
+@dataclass(frozen=True)
+class StepDescription:
+    """Name, parameters and tags of a step's run; `shared_tags` are tags of the stream's run too."""
+
+    name: str
+    parameters: Mapping[str, object]
+    tags: Mapping[str, str] = field(default_factory=dict)
+    shared_tags: Mapping[str, str] = field(default_factory=dict)
 
 
 class StepTracker:
@@ -30,11 +51,16 @@ class StepTracker:
     that was stopped and will be continued stays RUNNING.
     """
 
-    def __init__(self, queue: EventQueue, step: int) -> None:
+    def __init__(self, queue: EventQueue, step: int, described: "StepDescription | None" = None) -> None:
         self.queue, self.step, self.run = queue, step, str(step)
+        self._described = described
+        self._began = time.time()
 
     def __enter__(self) -> Self:
-        self.queue.append("begin", step=self.step)
+        begins = [event for event in self.queue.events("begin") if event["step"] == self.step]
+        if begins and "time" in begins[0]:
+            self._began = begins[0]["time"] / 1000
+        self.queue.append("begin", step=self.step, **(asdict(self._described) if self._described else {}))
         return self
 
     def __exit__(
@@ -50,12 +76,24 @@ class StepTracker:
         """Log metrics of the step run at MLflow's step `position`. A position that has a value keeps it."""
         self.queue.append("metrics", run=self.run, position=position, values=_floats(values))
 
-    def publish(self, stream: str) -> None:
-        """Log the committed step: its metrics, and its files by reference."""
-        metrics = load_metrics(stream, self.step)
-        self.queue.append("metrics", run=STREAM, position=self.step, values=_stream_metrics(metrics))
-        self.queue.append("metrics", run=self.run, position=self.step, values=_step_metrics(metrics))
-        digest = storage.sha256_file(storage.join(step_url(stream, self.step), COMMITTED))
+    def system(self, values: Mapping[str, float]) -> None:
+        """Log the load of the machines, at the number of seconds since the step first began."""
+        named = {f"system/{name}": value for name, value in values.items()}
+        self.metrics(named, position=max(0, round(time.time() - self._began)))
+
+    def publish(self, stream: str, url: str | None = None) -> None:
+        """Log the committed step: its metrics, its data set if its `url` is given, and its files by reference."""
+        metrics, (folder, commit) = load_metrics(stream, self.step), committed_folder(stream, self.step)
+        own = {f"test/{name}": value for name, value in metrics.scalars().items()} | _times(commit)
+        self.queue.append("metrics", run=STREAM, position=self.step, values=own | _task_metrics(metrics))
+        self.queue.append("metrics", run=self.run, position=self.step, values=own)
+        if url is not None:
+            source = redacted(url)
+            name = PurePosixPath(urlsplit(source).path).parent.name or "shards"
+            for run in (self.run, STREAM):
+                self.queue.append("dataset", run=run, name=name, digest=commit.manifest_hash[:DIGEST], url=source)
+            self.queue.append("tags", run=STREAM, tags={NOTE_TAG: results_note(metrics)})
+        digest = storage.sha256_file(storage.join(folder, COMMITTED))
         self.queue.append("artifact", step=self.step, committed=digest)
 
     def register(self, name: str) -> None:
@@ -83,14 +121,16 @@ def end_status(kind: type[BaseException] | None) -> Status:
     return "KILLED" if issubclass(kind, KeyboardInterrupt | SystemExit) else "FAILED"
 
 
-def _stream_metrics(metrics: StreamMetrics) -> dict[str, float]:
-    return {f"test/{name}": value for name, value in metrics.scalars().items()}
+def _times(commit: StepCommit) -> dict[str, float]:
+    """The time of the step, and its product with the number of GPUs, in hours."""
+    hours = commit.seconds / SECONDS_PER_HOUR
+    used = {"time/gpu_hours": hours * commit.ranks} if commit.device not in ("", "cpu") else {}
+    return used | ({"time/hours": hours} if commit.seconds else {})
 
 
-def _step_metrics(metrics: StreamMetrics) -> dict[str, float]:
-    """Accuracy by task and by class. The confusion matrix stays in the artifact's metrics.json."""
-    tasks = {f"task_accuracy/task_{task}": accuracy for task, accuracy in enumerate(metrics.accuracy[-1])}
-    return tasks | {f"class_accuracy/{_as_last_part(name)}": value for name, value in metrics.per_class.items()}
+def _task_metrics(metrics: StreamMetrics) -> dict[str, float]:
+    """Accuracy by task. Those by class and the confusion matrix are tables of the step's run."""
+    return {f"test_task/task_{task}": accuracy for task, accuracy in enumerate(metrics.accuracy[-1])}
 
 
 def as_metric_name(name: str) -> str:
@@ -102,11 +142,6 @@ def as_metric_name(name: str) -> str:
     parts = name.split("/")
     is_plain = re.fullmatch(r"[\w \-./]+", name) and all(part.strip(". ") for part in parts) and name[:2] != ".."
     return name if is_plain and len(name) <= READABLE and not _DIGEST.search(name) else _with_digest(parts, name)
-
-
-def _as_last_part(name: str) -> str:
-    """Return a class name as the last part of a metric's name; a slash in it begins no further part."""
-    return _with_digest([name], name) if "/" in name else as_metric_name(name)
 
 
 def _with_digest(parts: Sequence[str], name: str) -> str:

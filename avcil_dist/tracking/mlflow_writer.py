@@ -4,23 +4,28 @@ Any event may come twice, after a crash between the call and the update of the c
 tags, a metric that has a value at a position keeps it, files that were uploaded are not uploaded again.
 """
 
+import json
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
-from mlflow.entities import Metric, Param, RunTag
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_LOGGED_ARTIFACTS, MLFLOW_PARENT_RUN_ID
 
+from avcil_dist import storage
 from avcil_dist.config.schema import TrackingConfig
 from avcil_dist.errors import AvcilError, StorageError
+from avcil_dist.streams.summary import load_metrics, task_sizes
 from avcil_dist.text.redaction import redacted
-from avcil_dist.tracking.artifacts import upload_step
+from avcil_dist.tracking.artifacts import transfer, upload_step
 from avcil_dist.tracking.batches import BatchWriter
 from avcil_dist.tracking.client import connect, experiment_id, find_by_stream_id, is_active
 from avcil_dist.tracking.event_queue import Event
 from avcil_dist.tracking.events import STREAM, as_metric_name
 from avcil_dist.tracking.faults import FAULTS, delivery_error
 from avcil_dist.tracking.outcomes import RefusedError, RejectedError, RunDeletedError, UnavailableError
+from avcil_dist.tracking.step_tables import write_step_tables
 from avcil_dist.tracking.tags import COMMITTED_TAG, REFERENCE_TAG, STEP_TAG, STREAM_TAG
 
 T = TypeVar("T")
@@ -56,6 +61,9 @@ class MlflowWriter:
         handle: Callable[[Event], None] = {
             "begin": self._begin,
             "artifact": self._artifact,
+            "tags": lambda event: self._tag(self._run(event["run"]), event["tags"]),
+            "dataset": self._dataset,
+            "file": self._file,
             "register": self._register,
             "end": self._end,
         }[kind]
@@ -65,15 +73,37 @@ class MlflowWriter:
     def _open(self, event: Event) -> None:
         run_id = self._stream_run(event["name"], event["time"])
         self._client.update_run(run_id, status="RUNNING")
-        logged = self._client.get_run(run_id).data.params  # a start that was cut off may have logged some, or none
-        named = {as_metric_name(key): value for key, value in event["parameters"].items()}
-        missing = [Param(key, str(value)) for key, value in named.items() if key not in logged]
-        self._batches.params(run_id, missing)
+        self._parameters(run_id, event["parameters"])
         self._tag(run_id, event["tags"])
 
     def _begin(self, event: Event) -> None:
-        self._client.update_run(self._run(STREAM), status="RUNNING")
-        self._client.update_run(self._run(str(event["step"])), status="RUNNING")
+        stream = self._run(STREAM)
+        run_id = self._run(str(event["step"]), event.get("name"), event.get("time"))
+        for run in (stream, run_id):
+            self._client.update_run(run, status="RUNNING")
+        self._parameters(run_id, event.get("parameters", {}))
+        self._tag(run_id, event.get("tags", {}))
+        for run in (run_id, stream):
+            self._tag(run, event.get("shared_tags", {}))
+
+    def _parameters(self, run_id: str, parameters: Mapping[str, object]) -> None:
+        logged = self._client.get_run(run_id).data.params  # a start that was cut off may have logged some, or none
+        named = {as_metric_name(key): value for key, value in parameters.items()}
+        self._batches.params(run_id, [Param(key, str(value)) for key, value in named.items() if key not in logged])
+
+    def _dataset(self, event: Event) -> None:
+        source = json.dumps({"url": event["url"]})
+        dataset = Dataset(event["name"], event["digest"], "avcil-dist manifest", source)
+        tags = [InputTag(MLFLOW_DATASET_CONTEXT, "training")]
+        self._client.log_inputs(self._run(event["run"]), [DatasetInput(dataset, tags)])
+
+    def _file(self, event: Event) -> None:
+        """Upload a file of the stream's folder to the stream's run."""
+        with storage.local_copy(self.stream) as folder:
+            path = Path(folder, event["file"])
+            if not path.is_file():
+                raise RejectedError(f"{path}: missing")
+            transfer(lambda: self._client.log_artifact(self._run(STREAM), str(path)), path.stat().st_size)
 
     def _end(self, event: Event) -> None:
         self._client.set_terminated(self._run(event["run"]), event["status"], end_time=event["time"])
@@ -88,9 +118,19 @@ class MlflowWriter:
             tags = upload_step(
                 self._client, run_id, self.tracking, self.stream, step, stream_id=self.stream_id, uploaded=uploaded
             )
+            tables = self._upload_tables(run_id, step)
         finally:
             self.is_uploading = False
-        self._tag(run_id, tags)
+        self._tag(run_id, tags | tables)
+
+    def _upload_tables(self, run_id: str, step: int) -> dict[str, str]:
+        """Upload tables and picture of a committed step; return the tag by which MLflow's pages find the tables."""
+        metrics = load_metrics(self.stream, step)
+        with tempfile.TemporaryDirectory() as temporary:
+            tables = write_step_tables(Path(temporary), metrics, task_sizes(self.stream, step))
+            size = sum(path.stat().st_size for path in Path(temporary).iterdir())
+            transfer(lambda: self._client.log_artifacts(run_id, temporary), size)
+        return {MLFLOW_LOGGED_ARTIFACTS: json.dumps([{"path": name, "type": "table"} for name in tables])}
 
     def _register(self, event: Event) -> None:
         self.is_uploading = True
@@ -138,15 +178,16 @@ class MlflowWriter:
             self.runs[STREAM] = str(run.info.run_id)
         return self.runs[STREAM]
 
-    def _run(self, run: str) -> str:
-        """The id of the stream's or a step's run; a step's run is created when it is first needed."""
+    def _run(self, run: str, name: str | None = None, time: int | None = None) -> str:
+        """The id of the stream's or a step's run; a step's run is created, with this name, when it is first needed."""
         parent = self._stream_run(PurePosixPath(self.stream).name)  # its open event may be missing, after a full disk
         if run not in self.runs:
             query = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent}' and tags.`{STEP_TAG}` = '{run}'"
             runs = self._client.search_runs([self._experiment], query, max_results=1)
             if not runs:
                 tags = {MLFLOW_PARENT_RUN_ID: parent, STEP_TAG: run}
-                runs = [self._client.create_run(self._experiment, tags=tags, run_name=f"step_{int(run):03d}")]
+                name = name or f"{PurePosixPath(self.stream).name}-step{int(run):03d}"
+                runs = [self._client.create_run(self._experiment, start_time=time, tags=tags, run_name=name)]
             self.runs[run] = str(runs[0].info.run_id)
         return self.runs[run]
 

@@ -6,15 +6,18 @@ module as its loader. Nothing of it is unpickled or executed.
 Inputs of a model of raw clips: a table with a column `clip` (bytes of a video file), or `path`, a path below the
 folder or url that the environment variable AVCIL_CLIPS names. Without it no file is read: the sender of a request
 would choose it. Inputs of a model of features: two arrays by name, `visual` (clips, frames, positions, dim) and `audio`
-(clips, dim). Output of both: a table with `class`, its `score`, and `scores`, one per class in the order of the
-model's metadata `classes`. Scores are those of the method: the largest is the prediction.
+(clips, dim). Output of both: a table with `class`, the predicted one, its `probability`, and `scores`: the probability
+of each class by name, the largest first. They are the softmax of the method's scores; those of a method that is not
+trained with a softmax (distances, regressions) have the right order and no calibration.
+
+A request that cannot be answered is a RequestError, whose line a server returns at the end of its answer.
 """
 
 import io
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,9 +28,11 @@ import numpy as np
 import pandas as pd
 import torch
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.types import ColSpec, DataType, Schema, TensorSpec
-from mlflow.types.schema import Array
+from mlflow.types.schema import Map
 from pydantic import BaseModel
 from torch import Tensor
 
@@ -35,18 +40,23 @@ import avcil_dist
 from avcil_dist import storage
 from avcil_dist.data.manifest import FeatureShape, Manifest
 from avcil_dist.data.subset import load_data
-from avcil_dist.errors import ArtifactError, ConfigError, DataError
+from avcil_dist.errors import ArtifactError, AvcilError, ConfigError, DataError
 from avcil_dist.inference.predict import Predictor
 from avcil_dist.streams.artifact import load_artifact
 from avcil_dist.streams.commit import COMMITTED, read_verified_commit
 from avcil_dist.streams.identity import StepNumber
 from avcil_dist.streams.stream import scenario_of
-from avcil_dist.streams.summary import StepCommit, load_summary, step_url
+from avcil_dist.streams.summary import StepCommit, load_metrics, load_summary, step_url
 from avcil_dist.tracking.artifacts import transfer
-from avcil_dist.tracking.tags import COMMITTED_TAG, STREAM_TAG
+from avcil_dist.tracking.tags import ACCURACY_TAG, COMMITTED_TAG, STREAM_TAG
 
 ABOUT = "about.json"
 MODEL_FOLDER = "model"  # in the run's artifacts
+BEST = "best"  # alias of the version with the highest mean accuracy; MLflow itself resolves `latest`
+ABOUT_MODEL = (
+    "Final model of a class-incremental stream. `models:/NAME/latest` is the newest version, `models:/NAME@best` the "
+    "one with the highest mean accuracy over the steps, on the test clips."
+)
 CLIPS = "AVCIL_CLIPS"  # the folder or url of the clips that a request may name
 # Packages that prediction needs, pinned to the versions in use when the weights were trained.
 MODEL_PACKAGES = ("mlflow", "torch", "torchvision", "torchaudio", "transformers", "timm", "safetensors", "av", "numpy")
@@ -70,10 +80,28 @@ def register_model(client: MlflowClient, run_id: str, stream: str, step: int, *,
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         transfer(lambda: client.log_artifacts(run_id, str(folder), MODEL_FOLDER), size)
     if not any(model.name == name for model in client.search_registered_models(f"name = '{name}'")):
-        client.create_registered_model(name)
-    run = client.get_run(run_id)
-    tags = {COMMITTED_TAG: committed, STREAM_TAG: run.data.tags[STREAM_TAG]}
-    client.create_model_version(name, source=f"{run.info.artifact_uri}/{MODEL_FOLDER}", run_id=run_id, tags=tags)
+        client.create_registered_model(name, description=ABOUT_MODEL)
+    run, metrics = client.get_run(run_id), load_metrics(stream, step)
+    facts = {key: run.data.tags[key] for key in ("method", "benchmark", "seed") if key in run.data.tags}
+    version = client.create_model_version(
+        name,
+        source=f"{run.info.artifact_uri}/{MODEL_FOLDER}",
+        run_id=run_id,
+        tags={
+            COMMITTED_TAG: committed,
+            STREAM_TAG: run.data.tags[STREAM_TAG],
+            ACCURACY_TAG: f"{metrics.mean_accuracy:.6f}",
+        }
+        | facts,
+        description=f"Step {step} of {run.info.run_name}: mean accuracy {metrics.mean_accuracy:.1%}.",
+    )
+    versions = {
+        str(existing.version): float(existing.tags[ACCURACY_TAG])
+        for existing in client.search_model_versions(f"name = '{name}'")
+        if ACCURACY_TAG in existing.tags
+    } | {str(version.version): metrics.mean_accuracy}
+    best = max(versions, key=lambda number: (versions[number], -int(number)))
+    client.set_registered_model_alias(name, BEST, best)
 
 
 def _save_model(folder: Path, local: Path, stream: str, step: int, run_id: str, uri: str | None) -> None:
@@ -107,8 +135,8 @@ def _signature(manifest: Manifest) -> ModelSignature:
     outputs = Schema(
         [
             ColSpec(DataType.string, "class"),
-            ColSpec(DataType.double, "score"),
-            ColSpec(Array(DataType.double), "scores"),
+            ColSpec(DataType.double, "probability"),
+            ColSpec(Map(DataType.double), "scores"),
         ]
     )
     if manifest.kind == "clip":
@@ -194,24 +222,42 @@ class RegisteredModel:
         self.predictor = predictor
 
     def predict(self, data: Any, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """Return the class, its score and all scores of each clip; the module describes `data`.
+        """Return the class, its probability and that of every class for each clip; the module describes `data`.
 
-        Raises DataError for a clip that is missing or damaged, ConfigError for input of another form.
+        Raises RequestError for a clip that is missing or damaged, and for input of another form.
         """
+        try:
+            return self._predict(data)
+        except AvcilError as error:
+            raise RequestError(str(error)) from None
+
+    def _predict(self, data: Any) -> pd.DataFrame:
         predictor = self.predictor
         if predictor.takes_features:
             scores = predictor.score_features(*_features(data))
         else:
             scores = predictor.score_clips(_clips(data))
-        rows = scores.double().numpy()
-        best = rows.argmax(axis=1)
+        rows = [named_scores(row, predictor.classes) for row in scores.double().softmax(dim=1).tolist()]
+        best = [next(iter(row.items())) for row in rows]
         return pd.DataFrame(
             {
-                "class": [predictor.classes[number] for number in best],
-                "score": rows[np.arange(len(rows)), best],
-                "scores": rows.tolist(),
+                "class": [name for name, _ in best],
+                "probability": [probability for _, probability in best],
+                "scores": rows,
             }
         )
+
+
+def named_scores(row: Sequence[float], classes: Sequence[str]) -> dict[str, float]:
+    """Return the probability of each class by name, the largest first; of equals the earlier class."""
+    return dict(sorted(zip(classes, row, strict=True), key=lambda item: -item[1]))
+
+
+class RequestError(MlflowException, AvcilError):
+    """A request that cannot be answered as it is; a server answers with status 400 and this line."""
+
+    def __init__(self, text: str) -> None:
+        MlflowException.__init__(self, text, error_code=INVALID_PARAMETER_VALUE)
 
 
 def _features(data: Any) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ Training never waits for a server. At the end of a step, and of a stream, unsent
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import NamedTuple
@@ -21,9 +21,10 @@ from avcil_dist.streams.stream import stream_url
 from avcil_dist.streams.summary import committed_steps
 from avcil_dist.text.redaction import redacted
 from avcil_dist.tracking.event_queue import EventQueue, queue_folder
-from avcil_dist.tracking.events import STREAM, StepTracker, end_status, unfinished_steps
+from avcil_dist.tracking.events import STREAM, StepDescription, StepTracker, end_status, unfinished_steps
+from avcil_dist.tracking.run_facts import stream_facts
 from avcil_dist.tracking.sender import EventWriter, Sender
-from avcil_dist.tracking.tags import CHANGES_TAG, FOLDER_TAG, METHOD_TAG, ORIGIN_RUN_TAG, ORIGIN_STEP_TAG
+from avcil_dist.tracking.tags import CHANGES_TAG, FOLDER_TAG, ORIGIN_RUN_TAG, ORIGIN_STEP_TAG
 from avcil_dist.tracking.uris import tracking_uri, with_uri
 
 SYNC_SECONDS = 60.0  # without progress; longer than the end of a step waits, because the user waits for nothing else
@@ -50,7 +51,7 @@ def open_run(config: Config) -> str:
         "open",
         name=config.stream_name,
         parameters=flatten(config),
-        tags={METHOD_TAG: config.method.name, FOLDER_TAG: stream} | _history_tags(identity),
+        tags=stream_facts(config) | {FOLDER_TAG: stream} | _history_tags(identity),
         tracking=config.tracking.model_dump(mode="json"),
         output=config.output,
         server=server,
@@ -58,8 +59,8 @@ def open_run(config: Config) -> str:
     published = {event["step"] for event in queue.events("artifact")}
     for step in committed_steps(stream):
         if step not in published:  # its process ended between commit and event, or ran on another machine
-            with StepTracker(queue, step) as tracker:
-                tracker.publish(stream)
+            with StepTracker(queue, step, _description(config, step)) as tracker:
+                tracker.publish(stream, config.data.manifest)
     return identity.id
 
 
@@ -101,20 +102,36 @@ def close_run(config: Config, kind: type[BaseException] | None, *, warn: Warn = 
 
 
 @contextmanager
-def track_step(config: Config, step: int, *, warn: Warn = _logger.warning) -> Iterator[StepTracker]:
-    """The run of a step as a context. Its events are sent while the block runs, the rest at its end."""
-    with _sending(config, warn) as queue, StepTracker(queue, step) as tracker:
+def track_step(
+    config: Config, step: int, *, facts: Mapping[str, str] | None = None, warn: Warn = _logger.warning
+) -> Iterator[StepTracker]:
+    """The run of a step as a context. Its events are sent while the block runs, the rest at its end.
+
+    `facts` are tags about the machines of the step.
+    """
+    with _sending(config, warn) as queue, StepTracker(queue, step, _description(config, step, facts)) as tracker:
         yield tracker
 
 
-def publish_step(config: Config, tracker: StepTracker, num_steps: int) -> None:
-    """Publish a committed step. The last step also registers its weights and ends the stream's run."""
-    tracker.publish(stream_url(config))
+def publish_step(config: Config, tracker: StepTracker, num_steps: int, page: str | None = None) -> None:
+    """Publish a committed step. The last step also registers its weights and ends the stream's run.
+
+    `page`: the name of a report in the stream's folder.
+    """
+    tracker.publish(stream_url(config), config.data.manifest)
+    if page is not None:
+        tracker.queue.append("file", file=page)
     if tracker.step + 1 == num_steps:
         name = config.tracking.register_as
         if name != "none":
             tracker.register(f"{config.name}-{config.method.label}" if name == "auto" else name)
         tracker.queue.append("end", run=STREAM, status="FINISHED")
+
+
+def _description(config: Config, step: int, facts: Mapping[str, str] | None = None) -> StepDescription:
+    tags = stream_facts(config) | {"step": str(step)}
+    name = f"{config.stream_name}-step{step:03d}"
+    return StepDescription(name, flatten(config), tags, dict(facts or {}))
 
 
 def unsent(stream: str) -> str | None:

@@ -15,8 +15,11 @@ STREAM_TAG = "avcil.stream_id"  # of the stream run: identifies the stream on an
 COMMITTED_TAG = "avcil.committed"  # of a step run: the sha256 of its COMMITTED.json, set once all files are uploaded
 REFERENCE_TAG = "avcil.artifact_uri"  # of a step run whose files are not in MLflow: the folder with the files
 DEVICE_TAG = "avcil.device"  # of a step run: the device that trained it
-METHOD_TAG, FOLDER_TAG = "avcil.method", "avcil.stream"  # of the stream run
+FOLDER_TAG = "avcil.stream"  # of the stream run
 ORIGIN_RUN_TAG, ORIGIN_STEP_TAG, CHANGES_TAG = "avcil.fork_of", "avcil.fork_step", "avcil.changes"
+
+ACCURACY_TAG = "avcil.mean_accuracy"  # of a version of a registered model
+NOTE_TAG = "mlflow.note.content"  # the description of a run in MLflow's pages
 
 STREAM_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 

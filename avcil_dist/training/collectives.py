@@ -3,7 +3,7 @@
 import datetime
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -94,6 +94,13 @@ class Votes:
         votes = torch.tensor(flags, dtype=torch.uint8)
         dist.all_reduce(votes, dist.ReduceOp.MAX, group=self._group)
         return tuple(votes.bool().tolist())
+
+    def maxima(self, values: Sequence[float]) -> list[float]:
+        """Return for each value the largest of all ranks."""
+        largest = torch.tensor(values, dtype=torch.float64)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._group)
+        return [float(value) for value in largest]
 
     def total(self, count: int) -> int:
         """Return the sum of all ranks' counts."""

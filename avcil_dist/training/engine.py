@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from avcil_dist.config.schema import EngineConfig
 from avcil_dist.errors import ArtifactError, TrainingError
@@ -69,6 +69,7 @@ class Engine:
             self._engine.enable_backward_allreduce = False  # it would pack and unpack gradients for nobody
         self.zero_stage, self.rows = config.zero_stage, rows
         self._scale = LossScale() if network.precision == "fp16" else None
+        self.gradient_norm: float | Tensor | None = None
         self._check_covered()
 
     @property
@@ -100,19 +101,23 @@ class Engine:
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
 
-    def step(self) -> bool:
+    def step(self, *, with_norm: bool = False) -> bool:
         """Update the weights and clear the gradients. Returns False, without an update, for infinite gradients or NaN.
+
+        With `with_norm`, `gradient_norm` is then the norm of the gradient of all weights, before it is clipped.
 
         In float32 and bf16, ZeRO 0 does not check them: the next loss is then not finite. Raises TrainingError when
         gradients overflow in fp16 at the smallest loss scale.
         """
         is_finite = self._unscale(1 / self._scale.value) if self._scale and self.zero_stage == 0 else True
+        self.gradient_norm = self._norm() if with_norm and self.zero_stage == 0 else None
         self._engine.step()
         if self.zero_stage == 3:
             # Otherwise a parameter that the next iteration does not use is updated with this gradient again.
             self._engine.optimizer.grad_partitions_flat_buffer.zero_()
         if self.zero_stage:
             is_finite = not self._engine.optimizer.overflow
+            self.gradient_norm = self._engine.get_global_grad_norm() if with_norm else None
         if self._scale:
             if not is_finite and self._scale.is_smallest:
                 raise TrainingError(f"the gradient overflows in fp16 at any loss scale; {BETTER_GRADIENT}")
@@ -123,6 +128,11 @@ class Engine:
         """Return the student's whole weights and buffers in host memory, on every rank."""
         self._check_covered()
         return whole_state(self.network)
+
+    def _norm(self) -> Tensor:
+        gradients = [parameter.grad for parameter in self._trainable if parameter.grad is not None]
+        norm: Tensor = nn.utils.get_total_norm(gradients)
+        return norm
 
     def _unscale(self, factor: float) -> bool:
         """Multiply all gradients by `factor`. Clears them and returns False when one is not finite."""

@@ -6,8 +6,8 @@ by itself is ended.
 """
 
 import contextlib
+import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,13 +23,14 @@ from avcil_dist.world import World
 KEY = "avcil/fault"
 POLL_SECONDS, GRACE_SECONDS = 0.25, 3.0
 
+_logger = logging.getLogger(__name__)
+
 Report = Callable[[AvcilError], None]
 
 
 def print_fault(error: AvcilError) -> None:
     """Print an error to the log of this rank."""
-    sys.stderr.write(f"avcil: {error}\n")
-    sys.stderr.flush()
+    _logger.error("avcil: %s", error)
 
 
 @contextlib.contextmanager

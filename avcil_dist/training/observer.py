@@ -15,6 +15,15 @@ class Observer:
     def message(self, text: str) -> None:
         """A line for the log."""
 
+    def iteration(self, iteration: int, values: Mapping[str, float]) -> None:
+        """`iteration` iterations are done. `values` are those of the last one, and rates since the last call.
+
+        It is called every `tracking.every` iterations and at the end of an epoch.
+        """
+
+    def system(self, seconds: float, values: Mapping[str, float]) -> None:
+        """Load of the machines, `seconds` after the beginning of the step in this process. Another thread calls it."""
+
     def epoch(self, epoch: int, values: Mapping[str, float]) -> None:
         """An epoch is done. `values` are its metrics by name, such as `loss/total`, of all ranks together."""
 
@@ -44,3 +53,13 @@ class ObserverList(Observer):
         """Call `epoch` of each."""
         for observer in self.observers:
             observer.epoch(epoch, values)
+
+    def iteration(self, iteration: int, values: Mapping[str, float]) -> None:
+        """Call `iteration` of each."""
+        for observer in self.observers:
+            observer.iteration(iteration, values)
+
+    def system(self, seconds: float, values: Mapping[str, float]) -> None:
+        """Call `system` of each."""
+        for observer in self.observers:
+            observer.system(seconds, values)

@@ -9,9 +9,9 @@ import contextlib
 import datetime
 import errno
 import json
+import logging
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -31,6 +31,8 @@ POLL_SECONDS = 0.05
 MAX_NAMED = 8
 HERE, SEEN, VERDICT = "avcil/here", "avcil/seen", "avcil/verdict"
 COMPLETE = "complete"
+
+_logger = logging.getLogger(__name__)
 
 
 def rendezvous(world: World, *, minutes: float, timeout: datetime.timedelta, gpu: str = "") -> TCPStore:
@@ -214,8 +216,7 @@ def _fault_of_ranks(store: TCPStore, world: World, deadline: float, minutes: flo
             return RankError(missing_ranks_line(missing, world.size, minutes, os.environ))
         if now > notice:
             named = ", ".join(map(str, sorted(missing)[:MAX_NAMED]))
-            sys.stderr.write(f"avcil: rank 0 waits for {len(missing)} of {world.size} ranks: {named}\n")
-            sys.stderr.flush()
+            _logger.warning("avcil: rank 0 waits for %d of %d ranks: %s", len(missing), world.size, named)
             notice = deadline
         time.sleep(POLL_SECONDS)
     return shared_gpu([_entry(store.get(f"{HERE}/{rank}")) for rank in range(world.size)])

@@ -4,6 +4,8 @@ The same code runs in one process on a laptop, under torchrun and in a SLURM job
 is in `trainer.py`.
 """
 
+import datetime
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -58,6 +60,7 @@ from avcil_dist.training.memory_use import memory_use
 from avcil_dist.training.observer import Observer, ObserverList
 from avcil_dist.training.preflight import check_enough_clips
 from avcil_dist.training.snapshot import BestEpoch, SnapshotManager
+from avcil_dist.training.system_metrics import observed_load
 from avcil_dist.training.trainer import Trainer
 from avcil_dist.world import World
 
@@ -92,6 +95,7 @@ def run_step(
         sole_writer(stream_url(config)) if world.is_main else nullcontext(),
         process_group(world, device, config.engine, trace_prefix(config, number)) as store,
         propagate_failures(store, world, report),
+        observed_load(store, world, ObserverList(observers), config.tracking.system_seconds, _local_folder(config)),
         out_of_memory_as_line(),
     ):
         return step_in_group(
@@ -104,6 +108,11 @@ def run_step(
             reset_optimizer=reset_optimizer,
             shard_check=shard_check,
         )
+
+
+def _local_folder(config: Config) -> str:
+    """A local folder whose disk the step uses."""
+    return storage.local_path(stream_url(config)) or tempfile.gettempdir()
 
 
 def step_in_group(
@@ -125,7 +134,6 @@ def step_in_group(
     previous = load_previous(config, manifest, number)
     _check_shards(manifest, scenario, number, shard_check)
     manifest = arrived(manifest, scenario, config.scenario, number)
-
     step = make_step(config, manifest, scenario, number, previous, world=world, device=device)
     memory = previous.memory if previous else EMPTY_MEMORY
     sampler = training_sampler(step, memory)
@@ -164,6 +172,7 @@ def step_in_group(
         weights=weights,
     )
     decide_together(lambda: save_artifact(stream_url(config), artifact))
+    observer.message(_last_line(artifact))
     snapshots.discard()
     return artifact
 
@@ -196,6 +205,14 @@ def _committed_weights(step: Step, best: BestEpoch, inference: InferencePass) ->
         # Rank 0 decides: the last digits of a sum may differ between types of machine.
         calibration = decide_together(lambda: step.method.calibrate(logits, labels))
     return step.method.committed_weights(best.state, calibration)
+
+
+def _last_line(artifact: StepArtifact) -> str:
+    """The results of a step in one line."""
+    metrics = artifact.metrics
+    forgotten = f", forgetting {metrics.forgetting[-1]:.1%}" if metrics.forgetting else ""
+    time = datetime.timedelta(seconds=round(artifact.seconds))
+    return f"step {artifact.step}: test accuracy {metrics.seen_accuracy[-1]:.1%}{forgotten}, time {time}"
 
 
 def trace_prefix(config: Config, number: int) -> str:

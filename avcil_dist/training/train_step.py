@@ -35,11 +35,18 @@ class StepLosses:
 
 
 def train_step(
-    engine: Engine, batch: Batch, *, method: Method, teacher: Teacher | None, num_bad: int | None = None
+    engine: Engine,
+    batch: Batch,
+    *,
+    method: Method,
+    teacher: Teacher | None,
+    num_bad: int | None = None,
+    with_norm: bool = False,
 ) -> StepLosses:
     """Run forward, backward and the optimizer's update; in micro-batches of `engine.rows` rows if there are more.
 
-    `num_bad` is as in `gather_batch`. Raises TrainingError when the loss is finite but its gradient is not.
+    `num_bad` is as in `gather_batch`, `with_norm` as in `Engine.step`. Raises TrainingError when the loss is finite but
+    its gradient is not.
     """
     num_micro_batches = len(batch.labels) // engine.rows
     objective = _Objective(method, teacher, num_bad)
@@ -47,7 +54,7 @@ def train_step(
         losses = _backward_whole(engine, batch, objective)
     else:
         losses = _backward_in_micro_batches(engine, batch, num_micro_batches, objective)
-    is_updated = engine.step()
+    is_updated = engine.step(with_norm=with_norm)
     if not is_updated and engine.network.precision != "fp16" and bool(losses.parts["loss"].isfinite()):
         raise TrainingError(f"the gradient is not finite, the loss is; {BETTER_GRADIENT}")
     return losses

@@ -26,12 +26,13 @@ from avcil_dist.training.evaluation import evaluate
 from avcil_dist.training.exemplar_copies import local_exemplars
 from avcil_dist.training.incremental_step import Step
 from avcil_dist.training.inference_pass import InferencePass
+from avcil_dist.training.iteration_metrics import IterationMetrics
 from avcil_dist.training.observer import Observer
 from avcil_dist.training.optim import build_optimizer, lr_factor
 from avcil_dist.training.snapshot import BestEpoch, EpochTotals, SnapshotManager, TrainingState
 from avcil_dist.training.teacher import Teacher
 from avcil_dist.training.teacher_cache import TeacherCache, build_teacher_cache
-from avcil_dist.training.train_step import train_step
+from avcil_dist.training.train_step import StepLosses, train_step
 from avcil_dist.training.weight_average import WeightAverage
 
 ITERATIONS_PER_CHECK = 16  # reading a loss waits for the device, so losses are checked in groups
@@ -119,12 +120,19 @@ class Trainer:
         if self.step.needs.untrained and state.iteration == 0 and self.step.config.optim.keep_epoch == "best_val":
             accuracy = evaluate(self.step, engine.network, "val", self.inference).accuracy
             state.best = BestEpoch(engine.state(), epoch=-1, val_accuracy=accuracy)
+        metrics = IterationMetrics(self.step, self.observer, self.votes, self.per_epoch)
         while state.iteration < self.num_iterations and not self._is_out_of_patience(state):
-            self._iterate(engine, batches, state)
-            if len(self._unchecked) == ITERATIONS_PER_CHECK:
-                self._check_losses(state, manifest)
+            started, is_due = time.monotonic(), metrics.is_due(state.iteration + 1)
+            with metrics.counting(engine.network):
+                batch, losses = self._iterate(engine, batches, state, with_norm=is_due)
+            if is_due or len(self._unchecked) == ITERATIONS_PER_CHECK:
+                self._check_losses(state, manifest)  # waits for the device, which the time includes
+            seconds = time.monotonic() - started
+            state.epoch.seconds += seconds
+            metrics.add(seconds, batch.counts)
+            if is_due:
+                metrics.report(state.iteration, losses.parts, engine.gradient_norm, self._rate(state.iteration - 1))
             if state.iteration % self.per_epoch == 0:
-                self._check_losses(state, manifest)
                 self._end_epoch(engine, state)
             is_stopping, is_due = self.votes.any(self.stop.is_set(), self.snapshots.is_due(state.iteration))
             if is_stopping or is_due:
@@ -163,15 +171,24 @@ class Trainer:
         optimizer = build_optimizer(student, optim)
         return Engine(student, optimizer, config=config.engine, rows=rows, world=world, device=self.step.device)
 
-    def _iterate(self, engine: Engine, batches: Iterator[Batch], state: TrainingState) -> None:
+    def _rate(self, iteration: int) -> float:
+        """The learning rate of an iteration, counted from 0."""
+        optim = self.step.config.optim
+        return optim.lr * lr_factor(optim, iteration, self.per_epoch)
+
+    def _iterate(
+        self, engine: Engine, batches: Iterator[Batch], state: TrainingState, *, with_norm: bool
+    ) -> tuple[Batch, StepLosses]:
         """Train on one batch and add its losses and counts to the epoch's totals."""
-        started, totals = time.monotonic(), state.epoch
+        totals = state.epoch
         batch = next(batches)
         if self._teacher_cache:
             batch = self._teacher_cache.mask_missing(batch, self.step.manifest)
         num_bad = self.votes.total(len(batch.faults))  # one fault per damaged clip
         engine.scale_rates(lr_factor(self.step.config.optim, state.iteration, self.per_epoch))
-        losses = train_step(engine, batch, method=self.step.method, teacher=self.teacher, num_bad=num_bad)
+        losses = train_step(
+            engine, batch, method=self.step.method, teacher=self.teacher, num_bad=num_bad, with_norm=with_norm
+        )
         totals.reading.update(batch.counts)
         totals.num_bad += losses.num_bad
         totals.faults.extend(batch.faults)
@@ -182,7 +199,7 @@ class Trainer:
         state.iteration += 1
         if self._average:
             self._average.update(state.iteration)
-        totals.seconds += time.monotonic() - started
+        return batch, losses
 
     def _check_losses(self, state: TrainingState, manifest: Manifest) -> None:
         """Raise TrainingError on all ranks for a loss that is not finite: the weights are worthless after it."""
@@ -208,9 +225,8 @@ class Trainer:
         counts = self._sum_over_ranks(totals.reading) | {"damaged_clips": float(totals.num_bad)}
         state.counters.update(name for name, count in counts.items() if count)
         values |= {f"data/{name}": count for name, count in counts.items() if name in state.counters}
-        optim = self.step.config.optim
-        values["optim/learning_rate"] = optim.lr * lr_factor(optim, state.iteration - 1, self.per_epoch)
-        values["speed/clips_per_second"] = self.per_epoch * optim.global_batch / totals.seconds
+        values["optim/learning_rate"] = self._rate(state.iteration - 1)
+        values["speed/clips_per_second"] = self.per_epoch * self.step.config.optim.global_batch / totals.seconds
         if totals.num_bad:
             self.inference.on_faults(collect_texts(tuple(totals.faults)))
         state.best = self._better_epoch(engine, epoch, state.best, values)

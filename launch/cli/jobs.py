@@ -101,12 +101,25 @@ def cancel(run: str) -> None:
 
 @click.command()
 @click.argument("run")
-@click.option("--step", type=int, required=True, help="The step whose newest job is shown.")
+@click.option("--step", type=int, help="The step whose newest job is shown; default: the one that runs, else the last.")
 @click.option("--rank", type=int, default=0, show_default=True)
-@click.option("--follow", "-f", is_flag=True, help="Print new lines until the job is over.")
-def logs(run: str, step: int, rank: int, follow: bool) -> None:
-    """Print the log of a step of RUN (the stream's folder)."""
-    from launch.cluster.status import log_text
+@click.option(
+    "--follow/--no-follow",
+    "-f",
+    default=None,
+    help="Print new lines until the job is over.  [default: for the step that runs]",
+)
+def logs(run: str, step: int | None, rank: int, follow: bool | None) -> None:
+    """Print the log of a step of RUN (the stream's folder); that of the running step until its job is over.
 
-    for piece in log_text(run.rstrip("/"), step, rank, follow=follow):
+    Ctrl-C ends the printing, not the job.
+    """
+    from launch.cluster.status import log_text, shown_step
+
+    stream = run.rstrip("/") or "/"
+    if step is None:
+        current = shown_step(stream)
+        step, follow = current.step, current.is_live if follow is None else follow
+        echo(f"step {step}: {current.state}{f' ({current.reason})' if current.reason else ''}", err=True)
+    for piece in log_text(stream, step, rank, follow=bool(follow)):
         echo(piece, nl=False)

@@ -1,10 +1,12 @@
 """Options and arguments that several commands share."""
 
+import os
 from collections.abc import Callable, Sequence
 
 import click
 
 from avcil_dist.errors import ConfigError
+from avcil_dist.system.log import VARIABLE, Level
 
 CLUSTER_PREFIX = "cluster."
 
@@ -45,6 +47,30 @@ def predicted_clips_options(command: Callable[..., None]) -> Callable[..., None]
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def log_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add `-v` and `-q`, which select the level of the log of this command and of the processes that it starts."""
+
+    def choose(level: Level) -> Callable[[click.Context, click.Parameter, bool], None]:
+        def callback(_: click.Context, __: click.Parameter, is_given: bool) -> None:
+            if is_given:
+                os.environ[VARIABLE] = level
+
+        return callback
+
+    verbose = click.option(
+        "--verbose",
+        "-v",
+        is_flag=True,
+        expose_value=False,
+        callback=choose("debug"),
+        help="Also log the values of single iterations.",
+    )
+    quiet = click.option(
+        "--quiet", "-q", is_flag=True, expose_value=False, callback=choose("warning"), help="Log warnings only."
+    )
+    return verbose(quiet(command))
 
 
 def processes_option(description: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -10,7 +10,7 @@ import click
 
 from avcil_dist.errors import ConfigError
 from avcil_dist.world import world_from_environment
-from launch.cli.options import processes_option, smoke_option, split_words
+from launch.cli.options import log_options, processes_option, smoke_option, split_words
 from launch.cli.output import echo, is_main_rank
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ def compare(folders: tuple[str, ...]) -> None:
     "--cluster", help="Submit each stream as a chain of jobs; a cluster file, or a shipped one: slurm, local."
 )
 @smoke_option
+@log_options
 def sweep(
     config: str,
     words: tuple[str, ...],

@@ -2,7 +2,7 @@
 
 import click
 
-from launch.cli.options import processes_option, split_words
+from launch.cli.options import log_options, processes_option, split_words
 from launch.cli.output import echo, echo_once
 
 
@@ -18,6 +18,7 @@ from launch.cli.output import echo, echo_once
     "--uri",
     help="Tracking server or database; default: MLFLOW_TRACKING_URI, else the database in ./runs.",
 )
+@log_options
 def resume(
     run: str,
     overrides: tuple[str, ...],

@@ -2,7 +2,7 @@
 
 import click
 
-from launch.cli.options import processes_option, resume_options, smoke_option
+from launch.cli.options import log_options, processes_option, resume_options, smoke_option
 from launch.cli.output import echo_once
 
 
@@ -12,6 +12,7 @@ from launch.cli.output import echo_once
 @processes_option("Processes (ranks) on this machine.")
 @smoke_option
 @resume_options
+@log_options
 def train(
     config: str,
     overrides: tuple[str, ...],

@@ -5,6 +5,7 @@ job is started again, and the step continues from its last snapshot.
 """
 
 import ctypes
+import logging
 import signal
 import sys
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from launch.cluster.schedulers.base import scheduler_of
 from launch.step_run import StepRun
 
 PR_SET_PDEATHSIG = 1
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class RankEntry:
             elif world.is_main:
                 open_run(config)  # publishes the results of a job that was killed between commit and upload
         except StepStopped as stopped:
-            sys.stderr.write(f"avcil: {stopped}\n")
+            _logger.info("avcil: %s", stopped)
             return REQUEUE
         except AvcilError as error:
             report(error)

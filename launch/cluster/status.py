@@ -13,7 +13,7 @@ from avcil_dist.streams.summary import committed_steps, is_committed, load_metri
 from avcil_dist.tracking.session import close_run
 from launch.cluster.chain_record import Chain, has_chain, read_chain, read_own_chain
 from launch.cluster.schedulers.base import JobState, scheduler_of
-from launch.progress import ProgressRecord
+from launch.progress import ProgressRecord, duration
 
 FOLLOW_SECONDS = 1.0
 LIVE_SECONDS = 15.0  # between two calls of the scheduler while a log is followed
@@ -119,6 +119,18 @@ def log_file(chain: Chain, step: int, rank: int) -> Path | None:
     return path if path is not None and path.exists() else None
 
 
+def shown_step(stream: str) -> StepStatus:
+    """Return the step whose log is shown by default: the one that runs, else the last that has a log, else the first.
+
+    Raises ConfigError where no jobs were submitted.
+    """
+    status = chain_status(stream)
+    if status.current.is_live:
+        return status.current
+    with_log = [step for step in status.steps if log_file(status.chain, step.step, 0)]
+    return with_log[-1] if with_log else status.current
+
+
 def log_text(stream: str, step: int, rank: int, *, follow: bool) -> Iterator[str]:
     """Yield the log of a step's rank piece by piece; with `follow` until its job is over.
 
@@ -201,7 +213,9 @@ def _progress(chain: Chain, step: int) -> str:
         return ""
     age = max(0, int(time.time() - progress.time))
     share = progress.done / max(1, progress.total)
-    return f"{share:.0%}  {progress.values}".strip() + (f"  ({age} s ago)" if age > AGE_SECONDS else "")
+    left = None if progress.remaining is None else max(0.0, progress.remaining - age)
+    remaining = f"  {duration(left)} left" if left else ""
+    return f"{share:.0%}  {progress.values}".strip() + remaining + (f"  ({age} s ago)" if age > AGE_SECONDS else "")
 
 
 def _continues_from(chain: Chain, step: int) -> int | None:

@@ -74,7 +74,7 @@ def _print_folder(folder: str, streams: Sequence[str], console: Console) -> None
     for fault in faults.values():
         console.print(plain(fault), soft_wrap=True)
     _print_unknown(list(statuses.values()), console)
-    console.print("see one with: avcil status STREAM; its logs: avcil logs STREAM --step STEP", highlight=False)
+    console.print("see one with: avcil status STREAM; its log: avcil logs STREAM", highlight=False)
 
 
 def _print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], console: Console) -> None:

@@ -103,10 +103,20 @@ def test_mlflow_holds_a_stream_run_and_a_run_for_each_step(tmp_path: Path) -> No
     assert parent.data.params["optim.lr"] == "0.003"
     seen = client.get_metric_history(parent.info.run_id, "test/seen_accuracy")
     assert [point.value for point in seen] == pytest.approx(artifact.metrics.seen_accuracy)
-    assert len(client.get_metric_history(children["2"].info.run_id, "loss/total")) == 12
-    of_training = {name.split("/")[0] for name in children["2"].data.metrics if "/" in name}
-    assert {"loss", "val", "data", "speed"} <= of_training
-    assert "data/retries" not in children["2"].data.metrics  # always zero
+    child = children["2"]
+    epochs = client.get_metric_history(child.info.run_id, "epoch_loss/total")
+    per_epoch = epochs[0].step
+    assert [point.step for point in epochs] == [per_epoch * number for number in range(1, 13)]  # by iteration
+    assert len(client.get_metric_history(child.info.run_id, "loss/total")) >= 12
+    of_training = {name.split("/")[0] for name in child.data.metrics} - {"system"}  # there if the step takes 10 s
+    assert {"loss", "optim", "speed", "memory", "epoch_loss", "epoch_data", "val", "test", "time"} == of_training
+    assert child.data.metrics["optim/gradient_norm"] > 0
+    assert child.data.metrics["speed/tflop_per_second"] > 0
+    assert "epoch_data/retries" not in child.data.metrics  # always zero
+    assert child.data.params["optim.lr"] == "0.003"
+    assert {child.data.tags[name] for name in ("step", "seed", "method")} == {"2", "0", artifact.config.method.name}
+    assert {item.path for item in client.list_artifacts(child.info.run_id)} >= {"confusion.png", "confusion.json"}
+    assert "report.html" in {item.path for item in client.list_artifacts(parent.info.run_id)}
     files = {item.path for item in client.list_artifacts(children["2"].info.run_id, "step_002")}
     assert {"step_002/model.safetensors", "step_002/COMMITTED.json"} <= files
 

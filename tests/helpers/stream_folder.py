@@ -46,5 +46,7 @@ class StreamFolder:
     def commit(self, metrics: StreamMetrics, **files: bytes) -> None:
         """A step's folder with these metrics."""
         folder = f"{self.folder}/step_{metrics.step:03d}"
-        contents = {"metrics.json": json.dumps(metrics.to_dict()).encode()} | files
+        steps = [list(metrics.per_class), *([f"class of task {task}"] for task in range(metrics.step))]
+        contents = {"metrics.json": metrics.to_dict(), "scenario.json": {"steps": steps}}
+        contents = {name: json.dumps(value).encode() for name, value in contents.items()} | files
         write_commit(folder, write_files(folder, contents), step=metrics.step, manifest_hash="m", code_version="1")

@@ -1,5 +1,6 @@
 """Runs in a real MLflow on sqlite: structure, duplicates, artifacts, statuses, many processes."""
 
+import json
 import multiprocessing
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from avcil_dist.errors import ConfigError, StepStopped, TrackingError
 from avcil_dist.streams.metrics import StreamMetrics
 from avcil_dist.tracking.artifacts import download_step
 from avcil_dist.tracking.client import connect, find_stream
-from avcil_dist.tracking.events import STREAM, StepTracker, unfinished_steps
+from avcil_dist.tracking.events import STREAM, StepDescription, StepTracker, unfinished_steps
 from avcil_dist.tracking.uris import tracking_uri
 from tests.helpers.stream_folder import TRACKING, StreamFolder
 
@@ -71,7 +72,7 @@ def test_a_step_run_is_the_child_of_its_stream_run(stream: StreamFolder, client:
     assert running.info.status == "RUNNING"
     assert step.data.tags["mlflow.parentRunId"] == runs[STREAM]
     assert step.data.tags["avcil.step"] == "3"
-    assert (step.info.run_name, step.info.status) == ("step_003", "FINISHED")
+    assert (step.info.run_name, step.info.status) == (f"{Path(stream.folder).name}-step003", "FINISHED")
     assert client.get_run(runs[STREAM]).data.tags["version"] == "1"
     assert client.get_run(runs[STREAM]).info.run_name == "tiny-avcil-seed0"
 
@@ -138,14 +139,15 @@ def test_the_stream_run_has_the_streams_metrics_by_step(stream: StreamFolder, cl
     assert history(client, runs[STREAM], "test/mean_accuracy") == [(0, 0.9), (1, 0.75)]
     assert history(client, runs[STREAM], "test/forgetting") == [(1, pytest.approx(0.4))]
     assert history(client, runs[STREAM], "test/average_forgetting") == [(1, pytest.approx(0.4))]
-    assert history(client, runs["1"], "task_accuracy/task_0") == [(1, 0.5)]
-    assert history(client, runs["1"], "task_accuracy/task_1") == [(1, 0.8)]
+    assert history(client, runs[STREAM], "test_task/task_0") == [(0, 0.9), (1, 0.5)]
+    assert history(client, runs[STREAM], "test_task/task_1") == [(1, 0.8)]
+    assert history(client, runs["1"], "test/seen_accuracy") == [(1, 0.6)]
 
 
-def test_the_step_run_has_every_class_and_the_stream_run_the_source_disjoint_clips(
-    stream: StreamFolder, client: MlflowClient
+def test_the_step_run_has_every_class_in_a_table_and_none_as_a_metric(
+    stream: StreamFolder, client: MlflowClient, tmp_path: Path
 ) -> None:
-    classes = {"railroad car, train wagon": 0.25, "dog": 1.0} | {f"class {number}": 0.5 for number in range(1500)}
+    classes = {"railroad car, train wagon": 0.25, "日本": 1.0} | {f"class {number}": 0.5 for number in range(300)}
     metrics = StreamMetrics.after(
         None,
         step=0,
@@ -155,19 +157,57 @@ def test_the_step_run_has_every_class_and_the_stream_run_the_source_disjoint_cli
         num_test_clips=8,
         epoch=0,
         val_accuracy=None,
+        confusion={"日本": {"日本": 3, "class 7": 1}},
         source_disjoint=(0.375, 4),
     )
     stream.commit(metrics)
     for _ in range(2):  # sent twice, kept once
         with StepTracker(stream.queue, 0) as tracker:
-            tracker.publish(stream.folder)
+            tracker.publish(stream.folder, "s3://bucket/mine/manifest.json")
     runs = stream.send_all()
-    logged = client.get_run(runs["0"]).data.metrics
-    assert logged["class_accuracy/railroad car_ train wagon-7ace5475"] == 0.25
-    assert logged["class_accuracy/dog"] == 1.0
-    assert len([key for key in logged if key.startswith("class_accuracy/")]) == 1502
-    assert len(client.get_metric_history(runs["0"], "class_accuracy/dog")) == 1
-    assert client.get_run(runs[STREAM]).data.metrics["test/source_disjoint_accuracy"] == 0.375
+    run = client.get_run(runs["0"])
+    assert set(run.data.metrics) == {"test/seen_accuracy", "test/mean_accuracy", "test/source_disjoint_accuracy"}
+    table = json.loads(Path(client.download_artifacts(runs["0"], "class_accuracy.json", str(tmp_path))).read_text())
+    assert table["columns"] == ["class", "accuracy", "clips"]
+    assert table["data"][:2] == [["railroad car, train wagon", 0.25, 0], ["日本", 1.0, 4]]
+    assert len(table["data"]) == 302
+    confusion = json.loads(Path(client.download_artifacts(runs["0"], "confusion.json", str(tmp_path))).read_text())
+    assert confusion["data"] == [["日本", "日本", 3], ["日本", "class 7", 1]]
+    tagged = json.loads(run.data.tags["mlflow.loggedArtifacts"])
+    assert [entry["path"] for entry in tagged] == ["class_accuracy.json", "confusion.json"]
+    for id in runs.values():
+        [entry] = client.get_run(id).inputs.dataset_inputs
+        assert (entry.dataset.name, entry.dataset.digest) == ("mine", "m")
+        assert json.loads(entry.dataset.source) == {"url": "s3://bucket/mine/manifest.json"}
+    assert "| 0 | 50.0% | – |" in client.get_run(runs[STREAM]).data.tags["mlflow.note.content"]
+
+
+def test_a_step_run_has_the_parameters_and_facts_of_its_step_and_the_experiment_opens_as_model_training(
+    stream: StreamFolder, client: MlflowClient
+) -> None:
+    described = StepDescription("mine-step000", {"optim.lr": 0.5}, {"step": "0"}, {"host": "node7"})
+    for _ in range(2):
+        with StepTracker(stream.queue, 0, described) as tracker:
+            tracker.system({"node_0/cpu_percent": 50.0})
+    runs = stream.send_all()
+    run, parent = client.get_run(runs["0"]), client.get_run(runs[STREAM])
+    assert run.info.run_name == "mine-step000"
+    assert run.data.params == {"optim.lr": "0.5"}
+    assert (run.data.tags["step"], run.data.tags["host"], parent.data.tags["host"]) == ("0", "node7", "node7")
+    assert "step" not in parent.data.tags
+    assert run.data.metrics == {"system/node_0/cpu_percent": 50.0}
+    assert client.get_experiment(run.info.experiment_id).tags["mlflow.experimentKind"] == "custom_model_development"
+
+
+def test_a_file_of_the_streams_folder_is_an_artifact_of_its_run(
+    stream: StreamFolder, client: MlflowClient, tmp_path: Path
+) -> None:
+    Path(stream.folder, "report.html").write_text("<p>")
+    stream.queue.append("file", file="report.html")
+    stream.queue.append("file", file="gone.html")
+    runs = stream.send_all()
+    assert Path(client.download_artifacts(runs[STREAM], "report.html", str(tmp_path))).read_text() == "<p>"
+    assert stream.queue.cursor(stream.uri).rejected == 1
 
 
 def test_a_downloaded_artifact_equals_the_uploaded_one(stream: StreamFolder, tmp_path: Path) -> None:
@@ -275,6 +315,7 @@ def test_eight_processes_at_once_on_a_new_database_all_send_everything(tmp_path:
     assert [process.exitcode for process in processes] == [0] * 8
     client = MlflowClient(tracking_uri=f"sqlite:///{output}/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("streams").experiment_id])
-    assert sorted(run.info.run_name for run in runs) == sorted([f"stream{i}" for i in range(8)] + ["step_000"] * 8)
+    names = [f"stream{i}{suffix}" for i in range(8) for suffix in ("", "-step000")]
+    assert sorted(run.info.run_name for run in runs) == names
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert {len(run.data.metrics) for run in runs if run.info.run_name == "step_000"} == {1}

@@ -7,7 +7,7 @@ import pytest
 
 from avcil_dist.data.decode import decode_clip
 from avcil_dist.errors import ConfigError
-from avcil_dist.tracking.registry import CLIPS, _clips, _made_clip
+from avcil_dist.tracking.registry import CLIPS, RequestError, _clips, _made_clip, named_scores
 
 
 def read(*paths: str) -> list[bytes]:
@@ -44,3 +44,17 @@ def test_the_example_clip_can_be_decoded() -> None:
     greys = [float(frame.float().mean()) for frame in clip.frames]
     assert greys == sorted(greys)
     assert clip.waveform.abs().max() > 0.2
+
+
+def test_scores_have_names_and_the_first_is_the_prediction() -> None:
+    assert list(named_scores([0.2, 0.4, 0.4], ["dog", "cat", "bus"]).items()) == [
+        ("cat", 0.4),
+        ("bus", 0.4),
+        ("dog", 0.2),
+    ]
+
+
+def test_the_error_of_a_request_is_its_line_and_status_400() -> None:
+    error = RequestError("a.mp4: missing")
+    assert (str(error), error.get_http_status_code()) == ("a.mp4: missing", 400)
+    assert "a.mp4: missing" in error.serialize_as_json()

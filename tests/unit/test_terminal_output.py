@@ -17,7 +17,7 @@ from rich.console import Console
 import launch
 from avcil_dist.data.manifest import Manifest, Shard
 from avcil_dist.errors import DataError, StorageError
-from avcil_dist.reporting.tables import WordTable, plain
+from avcil_dist.reporting.tables import WordTable, fitting_groups, plain, shared_widths
 from avcil_dist.system.signals import interrupted_once
 from avcil_dist.text.visible import visible
 from launch.cli import output
@@ -226,3 +226,31 @@ def test_a_pipe_is_no_terminal_whatever_the_colours_are(monkeypatch: pytest.Monk
     """A notebook sets FORCE_COLOR; a bar would fill its output with every redraw."""
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert not ProgressBar("demo", 1).console.is_terminal
+
+
+@pytest.mark.parametrize("num_columns", [3, 9, 40])
+def test_a_table_wider_than_the_terminal_continues_below_and_breaks_no_word(num_columns: int) -> None:
+    table = WordTable("accuracies", num_keys=1)
+    table.add_column("benchmark")
+    for number in range(num_columns):
+        table.add_column(f"accuracy {number}\nof it", justify="right")
+    table.add_row("vggsound_full", *(f"67.34 ± {number}.22" for number in range(num_columns)))
+    console = Console(file=io.StringIO(), width=80)
+    console.print(table)
+    assert isinstance(console.file, io.StringIO)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    words = console.file.getvalue().split()
+    parts = words.count("vggsound_full")
+    assert parts >= num_columns / 6
+    assert words.count("accuracies") == 1
+    assert words.count("67.34") == num_columns
+    assert {f"{number}.22" for number in range(num_columns)} <= set(words)
+
+
+def test_columns_share_the_room_and_the_widest_gives_way() -> None:
+    assert shared_widths([(5, 10), (3, 3)], 12) == [9, 3]
+    assert shared_widths([(5, 10), (3, 3)], 40) == [10, 3]
+    assert shared_widths([(30, 30), (3, 3)], 20) == [17, 3]
+    assert fitting_groups([5, 9, 9, 9], 1, 30, frame=1, per_column=3) == [[0, 1], [0, 2], [0, 3]]
+    assert fitting_groups([5, 9, 9, 9], 1, 36, frame=1, per_column=3) == [[0, 1, 2], [0, 3]]

@@ -26,6 +26,7 @@ from launch.cluster.part_jobs import PartJobs
 from launch.cluster.resources import ClusterConfig
 from launch.cluster.schedulers.base import JobStart, JobState, Lane
 from launch.environments import without_launcher
+from launch.progress import duration
 
 LOCK, PID, LOG = "supervisor.lock", "supervisor.pid", "supervisor.log"
 POLL_SECONDS, START_SECONDS, STOP_SECONDS = 0.2, 60.0, 120.0
@@ -133,6 +134,7 @@ def _live_jobs(stream: str, chain: Chain) -> dict[int, JobState]:
     if not is_supervised(chain.folder):
         return {}
     waiting = [step for step in range(chain.num_steps) if not is_committed(stream, step)]
+    limit = duration(3600 * chain.cluster().at(waiting[0]).hours) if waiting else ""
     return {
         step: JobState(
             id=chain.newest_job(step) or "",
@@ -140,9 +142,18 @@ def _live_jobs(stream: str, chain: Chain) -> dict[int, JobState]:
             nodes="this machine" if step == waiting[0] else "",
             reason="",
             is_live=True,
+            elapsed=_elapsed(chain, step) if step == waiting[0] else "",
+            limit=limit if step == waiting[0] else "",
+            restarts=max(0, len(chain.jobs.get(step, ())) - 1),
         )
         for step in waiting
     }
+
+
+def _elapsed(chain: Chain, step: int) -> str:
+    """Return the time since the step's newest job was started; empty before that."""
+    started = chain.log_folder(step) / f"{chain.newest_job(step)}_submitted.pkl"
+    return duration(time.time() - started.stat().st_mtime) if started.exists() else ""
 
 
 def is_supervised(folder: str) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 import mlflow
 import pandas as pd
 import pytest
+from mlflow.exceptions import MlflowException
 
 from avcil_dist.compose import load_config
 from avcil_dist.errors import ArtifactError, ConfigError, DataError, TrackingError
@@ -211,9 +212,15 @@ def test_the_registered_model_predicts_from_raw_clips(tmp_path: Path, monkeypatc
     monkeypatch.setenv("AVCIL_CLIPS", str(tmp_path))
     from_bytes = model.predict(pd.DataFrame({"clip": raw}))
     from_path = model.predict(pd.DataFrame({"path": [str(path)]}))
-    assert list(from_bytes.columns) == ["class", "score", "scores"]
-    assert set(from_bytes["class"]) <= set(classes)
+    assert list(from_bytes.columns) == ["class", "probability", "scores"]
+    assert next(iter(from_bytes["scores"][0])) == from_bytes["class"][0]
+    assert set(from_bytes["scores"][0]) == set(classes)
+    assert sum(from_bytes["scores"][0].values()) == pytest.approx(1)
     assert from_path["scores"][0] == pytest.approx(from_bytes["scores"][1], abs=1e-5)
+    with pytest.raises(MlflowException, match=r"^gone.mp4|gone.mp4: missing"):
+        model.predict(pd.DataFrame({"path": ["gone.mp4"]}))
+    best = mlflow.MlflowClient().get_model_version_by_alias("tiny-icarl", "best")
+    assert (str(best.version), "mean accuracy" in best.description) == ("1", True)
     example = model.predict(model.input_example)
     assert len(example) == 1
     saved = {file.suffix for file in Path(tmp_path, "runs/mlartifacts").rglob("*") if file.is_file()}

@@ -49,12 +49,6 @@ class DataSet:
         """All files, the small ones first."""
         return (*self.lists, *self.archive)
 
-    @property
-    def listing(self) -> str:
-        """Path of what `avcil shards build` reads: the csv, or the folder of the split lists."""
-        path = self.lists[0].path
-        return path if len(self.lists) == 1 else path.rpartition("/")[0]
-
     def without_features(self) -> "DataSet":
         """Return the data set with its lists alone."""
         return replace(self, archive=(), needs_hdf5=False)

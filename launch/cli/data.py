@@ -75,7 +75,7 @@ def get(
     place = folder or Path(data_set.folder)
     shards = output or f"{place}/{SHARDS}"
     if is_imported(data_set, place, shards):
-        echo(f"{shards}: imported already; {_next(data_set, place, shards)}")
+        echo(f"{shards}: imported already; {_next(data_set, shards)}")
         return
     try:
         listed = list_files(data_set, place, mirror)
@@ -95,14 +95,14 @@ def get(
         sys.exit(INTERRUPTED)
     if fetched.report is not None:
         print_report(fetched.report)
-    echo(_next(data_set, place, shards))
+    echo(_next(data_set, shards, fetched.paths[data_set.lists[0].path]))
 
 
-def _next(data_set: "DataSet", place: Path, shards: str) -> str:
-    """Return the line with the command that comes after the download."""
-    if not data_set.archive:
-        listing = shlex.quote(f"{place}/downloads/{data_set.listing}")
-        return f"next: avcil shards build {listing} {shlex.quote(f'{place}/clips')} --videos FOLDER-OF-VIDEOS"
+def _next(data_set: "DataSet", shards: str, first_list: Path | None = None) -> str:
+    """Return the line with the command that comes after the download. `first_list`: the first of the lists."""
+    if not data_set.archive and first_list is not None:
+        listing = shlex.quote(str(first_list if len(data_set.lists) == 1 else first_list.parent))
+        return f"next: avcil shards build {listing} {shlex.quote(f'{data_set.folder}/clips')} --videos FOLDER-OF-VIDEOS"
     is_default = shards == f"{data_set.folder}/shards"
     setting = "" if is_default else f" data.manifest={shlex.quote(f'{shards}/manifest.json')}"
     return f"next: avcil train {data_set.benchmark}{setting}"

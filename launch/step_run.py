@@ -35,7 +35,7 @@ class MetricsObserver(Observer):
         """Queue the values at the iteration; those that are not finite, such as the norm after an overflow, are not."""
         self._iteration = iteration
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
-        self.tracker.metrics(finite, position=iteration)
+        self.tracker.metrics(finite, position=iteration, is_synced=False)  # training does not wait for the disk
 
     def system(self, seconds: float, values: Mapping[str, float]) -> None:
         """Queue the load of the machines."""

@@ -5,6 +5,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 GIT_SECONDS = 10
+VERSION_FILE = "SOURCE_VERSION"
+MAX_LENGTH = 100
 
 
 def source_version(root: Path = ROOT) -> str:
@@ -13,7 +15,8 @@ def source_version(root: Path = ROOT) -> str:
     Empty where the program is not run from a checkout, or git is missing.
     """
     if not (root / ".git").exists():
-        return ""
+        copied = root / VERSION_FILE  # of a copy of a checkout, which jobs run
+        return copied.read_text().strip()[:MAX_LENGTH] if copied.is_file() else ""
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=GIT_SECONDS)

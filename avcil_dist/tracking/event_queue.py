@@ -137,13 +137,15 @@ class EventQueue:
         self._reported = 0  # offset behind the last damaged line that was reported
         self._unwritten: list[bytes] = []  # lines that a full disk did not take; they are written with the next one
 
-    def append(self, kind: str, **values: Any) -> None:
-        """Append an event; it is synced to disk when this returns.
+    def append(self, kind: str, *, is_synced: bool = True, **values: Any) -> None:
+        """Append an event; it is synced to disk when this returns, unless `is_synced` is false.
+
+        An event that is not synced survives the end of this process, not that of the machine.
 
         A write error is logged, not raised: the event is then kept in memory, and written by the next call that can.
         """
         event = {"kind": kind, "time": int(time.time() * 1000)} | values
-        self._append([json.dumps(event).encode() + b"\n"])
+        self._append([json.dumps(event).encode() + b"\n"], is_synced)
         if self.on_append:
             self.on_append()
 
@@ -153,12 +155,12 @@ class EventQueue:
             self._append([])
         return len(self._unwritten)
 
-    def _append(self, lines: list[bytes]) -> None:
+    def _append(self, lines: list[bytes], is_synced: bool = True) -> None:
         with self._lock:
             was_full = bool(self._unwritten)
             self._unwritten = (self._unwritten + lines)[-UNWRITTEN:]
             try:
-                self._write(b"".join(self._unwritten))
+                self._write(b"".join(self._unwritten), is_synced)
             except OSError as error:
                 if not was_full:
                     _logger.warning("%s: cannot be written (%s); events are kept in memory", self.path, error)
@@ -221,7 +223,7 @@ class EventQueue:
     def _cursor_path(self, uri: str) -> Path:
         return self.folder / f"cursor-{hashlib.sha256(uri.encode()).hexdigest()[:12]}.json"
 
-    def _write(self, lines: bytes) -> None:
+    def _write(self, lines: bytes, is_synced: bool) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.path.with_suffix(".lock")), self.path.open("ab+", buffering=0) as file:
             end = file.tell()
@@ -230,7 +232,8 @@ class EventQueue:
             try:
                 while lines:
                     lines = lines[file.write(lines) :]  # a disk that becomes full takes a part
-                os.fsync(file.fileno())
+                if is_synced:
+                    os.fsync(file.fileno())
             except OSError:  # a full disk has taken a part of the lines; all are written again later
                 with suppress(OSError):
                     os.ftruncate(file.fileno(), end)

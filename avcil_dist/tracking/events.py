@@ -72,14 +72,17 @@ class StepTracker:
         if status in ("FAILED", "KILLED"):  # on a cluster no other process ends the stream run
             self.queue.append("end", run=STREAM, status=status)
 
-    def metrics(self, values: Mapping[str, float], position: int) -> None:
-        """Log metrics of the step run at MLflow's step `position`. A position that has a value keeps it."""
-        self.queue.append("metrics", run=self.run, position=position, values=_floats(values))
+    def metrics(self, values: Mapping[str, float], position: int, *, is_synced: bool = True) -> None:
+        """Log metrics of the step run at MLflow's step `position`. A position that has a value keeps it.
+
+        `is_synced` is as for `EventQueue.append`.
+        """
+        self.queue.append("metrics", is_synced=is_synced, run=self.run, position=position, values=_floats(values))
 
     def system(self, values: Mapping[str, float]) -> None:
         """Log the load of the machines, at the number of seconds since the step first began."""
         named = {f"system/{name}": value for name, value in values.items()}
-        self.metrics(named, position=max(0, round(time.time() - self._began)))
+        self.metrics(named, position=max(0, round(time.time() - self._began)), is_synced=False)
 
     def publish(self, stream: str, url: str | None = None) -> None:
         """Log the committed step: its metrics, its data set if its `url` is given, and its files by reference."""

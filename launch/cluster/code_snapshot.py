@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import avcil_dist
+from avcil_dist.system.source_version import VERSION_FILE, source_version
 
 COPIED_FOLDERS = ("avcil_dist", "data_shards", "launch", "configs")
 
@@ -40,6 +41,7 @@ def snapshot_code(folder: Path) -> Path | None:
         copy = unfinished / path.relative_to(root)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
+    (unfinished / VERSION_FILE).write_text(source_version(root))
     return unfinished.rename(target)
 
 

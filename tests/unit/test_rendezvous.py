@@ -129,11 +129,11 @@ def test_many_missing_ranks_are_one_short_line_and_a_shell_of_srun_is_explained(
 
 
 def test_ranks_that_are_missing_for_a_while_are_printed(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(module, "NOTICE_SECONDS", 0.2)
     met(local_worlds(3)[0], minutes=0.02)
-    assert capfd.readouterr().err == "avcil: rank 0 waits for 2 of 3 ranks: 1, 2\n"
+    assert caplog.messages == ["avcil: rank 0 waits for 2 of 3 ranks: 1, 2"]
 
 
 def test_without_rank_0_the_others_end_in_the_stated_time() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from avcil_dist.system.source_version import source_version
+from avcil_dist.system.source_version import VERSION_FILE, source_version
 
 pytestmark = pytest.mark.slow  # starts git
 
@@ -31,3 +31,9 @@ def test_without_git_a_checkout_has_no_version(tmp_path: Path, monkeypatch: pyte
     (tmp_path / ".git").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path))
     assert source_version(tmp_path) == ""
+
+
+def test_a_copy_of_a_checkout_has_the_version_that_its_file_states(tmp_path: Path) -> None:
+    assert source_version(tmp_path) == ""
+    (tmp_path / VERSION_FILE).write_text("0123456789ab-dirty\n")
+    assert source_version(tmp_path) == "0123456789ab-dirty"

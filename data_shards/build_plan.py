@@ -16,7 +16,16 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, Field
 
 from avcil_dist import storage
-from avcil_dist.data.manifest import SPLITS, FeatureShape, Manifest, Shard, ShardRecord, Split, load_manifest
+from avcil_dist.data.manifest import (
+    SPLITS,
+    EncoderRecord,
+    FeatureShape,
+    Manifest,
+    Shard,
+    ShardRecord,
+    Split,
+    load_manifest,
+)
 from avcil_dist.errors import ConfigError, DataError
 from avcil_dist.scenario import ClassName
 from data_shards.rejections import Rejection, read_rejections, write_rejections
@@ -121,6 +130,7 @@ class PlanRecord(BaseModel):
     kind: Literal["clip", "feature"]
     classes: tuple[ClassName, ...]
     shape: FeatureShape
+    encoders: EncoderRecord | None = None
     digest: str
     jobs: list[tuple[JobName, Annotated[int, Field(ge=1, lt=1 << 32)]]]
     rejected: tuple[Rejection, ...]
@@ -147,6 +157,7 @@ class Plan:
     digest: str
     jobs: tuple[ShardJob, ...]
     rejected: tuple[Rejection, ...] = ()
+    encoders: EncoderRecord | None = None
 
     @cached_property
     def clips(self) -> int:
@@ -170,6 +181,7 @@ class Plan:
             "kind": self.kind,
             "classes": list(self.classes),
             "shape": self.shape,
+            "encoders": self.encoders and self.encoders.model_dump(),
             "digest": self.digest,
             "jobs": [[job.name, job.clips] for job in self.jobs],
             "rejected": [asdict(rejection.spelled()) for rejection in self.rejected],
@@ -187,7 +199,7 @@ class Plan:
         )
         jobs = tuple(ShardJob(name, "", clips) for name, clips in record.jobs)
         rejected = tuple(rejection.restored() for rejection in record.rejected)
-        return cls(record.kind, record.classes, record.shape, record.digest, jobs, rejected)
+        return cls(record.kind, record.classes, record.shape, record.digest, jobs, rejected, record.encoders)
 
 
 @dataclass(frozen=True)
@@ -308,6 +320,7 @@ def merge_parts(output: str, *, strict: bool = False) -> BuildReport:
         shards=shards,
         shape=plan.shape,
         root=output.rstrip("/"),
+        encoders=plan.encoders,
     )
     _remove_unlisted_tars(output, {shard.url for shard in shards})
     write_rejections(storage.join(output, REJECTED), rejected)

@@ -6,16 +6,14 @@ shard depend neither on the rank that encodes it, nor on the shards before it. R
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from avcil_dist import storage
-from avcil_dist.config.encoders import PlugInEncoderConfig, trained_part
+from avcil_dist.config.encoders import PlugInEncoderConfig
 from avcil_dist.config.schema import Config
 from avcil_dist.data.batch import Batch
 from avcil_dist.data.loader import load_batches
@@ -24,9 +22,8 @@ from avcil_dist.data.plan import PADDING
 from avcil_dist.data.sampler import FixedSampler
 from avcil_dist.data.subset import load_data
 from avcil_dist.errors import ConfigError, DataError
-from avcil_dist.models.encoders.base import Encoder
-from avcil_dist.models.encoders.build import build_audio_encoder, build_visual_encoder, clip_inputs
-from avcil_dist.seeds import derive_seed
+from avcil_dist.models.encoders.build import clip_inputs
+from avcil_dist.models.encoders.frozen import FrozenEncoders, build_frozen_encoders, record_encoders
 from data_shards.build_plan import (
     FORMAT,
     WHOLE,
@@ -47,23 +44,6 @@ from data_shards.workers import Progress
 
 Members = tuple[str, dict[str, bytes]]
 _NO_FEATURES = np.empty((0, 0, 0)), np.empty((0, 0))  # encoders do not accept batches without clips
-
-
-@dataclass(frozen=True)
-class _Encoders:
-    """The two frozen encoders on their device, and the shape of their features."""
-
-    visual: Encoder
-    audio: Encoder
-    device: torch.device
-    shape: dict[str, int]
-
-    def __call__(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-        """Visual (rows, tokens, dim) and audio (rows, dim) of the valid rows, float32."""
-        with torch.inference_mode():
-            visual = self.visual(batch.visual[batch.valid].to(self.device))
-            audio = self.audio(batch.audio[batch.valid].to(self.device))
-        return visual.flatten(1, 2).float().cpu().numpy(), audio.float().cpu().numpy()
 
 
 def make_features(
@@ -110,37 +90,20 @@ def make_features_part(
     return None
 
 
-def _build_encoders(config: Config, manifest: Manifest, device: torch.device) -> _Encoders:
-    for name, section in (("visual", config.model.visual), ("audio", config.model.audio)):
-        if trained_part(section) is None:
-            raise ConfigError(
-                f"model.{name}.kind: {section.kind} has no weights to compute features with; use a transformer"
-            )
-        if trained_part(section) != "frozen":
-            raise ConfigError(
-                f"model.{name}.train: {trained_part(section)}; features are computed by frozen encoders; set frozen"
-            )
+def _build_encoders(config: Config, manifest: Manifest, device: torch.device) -> FrozenEncoders:
     if manifest.kind != "clip":
         raise ConfigError(f"{config.data.manifest}: holds features; give the manifest of clip shards")
-    clip, inputs = config.data.clip, clip_inputs(config.model, config.data.clip)
-    torch.manual_seed(derive_seed(config.seed, "weights", 0))
-    visual = build_visual_encoder(config.model.visual, clip, None).to(device).eval()
-    audio = build_audio_encoder(config.model.audio, clip, None).to(device).eval()
-    if visual.dim != audio.dim:
-        raise ConfigError(f"model.visual.dim={visual.dim}, model.audio.dim={audio.dim}: features have one dimension")
-    with torch.inference_mode():
-        tokens = visual(torch.zeros(1, *inputs.pictures.shape, device=device))
-    shape = {"frames": tokens.shape[1], "positions": tokens.shape[2], "dim": tokens.shape[3]}
-    return _Encoders(visual, audio, device, shape)
+    return build_frozen_encoders(config, device)
 
 
-def _plan(config: Config, manifest: Manifest, encoders: _Encoders) -> Plan:
+def _plan(config: Config, manifest: Manifest, encoders: FrozenEncoders) -> Plan:
     """A job for each clip shard. Its digest covers the clips, the clip settings, and the weights of the encoders."""
+    weights = encoders.digests
     settings = [
         FORMAT,
         config.data.clip.model_dump(mode="json"),
-        _weights_digest(encoders.visual),
-        _weights_digest(encoders.audio),
+        weights["visual"],
+        weights["audio"],
         *_plug_in_settings(config),
     ]
     digests = [storage.sha256(json.dumps([settings, shard.sha256]).encode()) for shard in manifest.shards]
@@ -150,7 +113,8 @@ def _plan(config: Config, manifest: Manifest, encoders: _Encoders) -> Plan:
     return Plan(
         kind="feature",
         classes=manifest.classes,
-        shape=encoders.shape,
+        shape=dict(encoders.shape),
+        encoders=record_encoders(config, weights),
         digest=storage.sha256(json.dumps([settings, manifest.content_hash]).encode()),
         jobs=tuple(
             ShardJob(url.removesuffix(".tar"), digest, shard.count)
@@ -165,14 +129,6 @@ def _plug_in_settings(config: Config) -> list[str]:
     if not any(isinstance(section, PlugInEncoderConfig) for section in sections):
         return []
     return [section.kind for section in sections] + [repr(clip_inputs(config.model, config.data.clip))]
-
-
-def _weights_digest(encoder: nn.Module) -> str:
-    digests = [
-        [name, list(tensor.shape), storage.sha256(tensor.contiguous().cpu().numpy().tobytes())]
-        for name, tensor in encoder.state_dict().items()
-    ]
-    return storage.sha256(json.dumps(digests).encode())
 
 
 def _load(config: Config, manifest: Manifest, numbers: Sequence[int], batch: int) -> Iterator[Batch]:
@@ -193,7 +149,7 @@ def _encode_shard(
     job: ShardJob,
     manifest: Manifest,
     number: int,
-    encoders: _Encoders,
+    encoders: FrozenEncoders,
     batches: Iterator[Batch],
     advance: Callable[[int], None],
 ) -> None:
@@ -206,7 +162,7 @@ def _encode_shard(
 def _encode(
     manifest: Manifest,
     number: int,
-    encoders: _Encoders,
+    encoders: FrozenEncoders,
     batches: Iterator[Batch],
     rejected: list[Rejection],
     advance: Callable[[int], None],
@@ -220,7 +176,7 @@ def _encode(
 
     for batch in batches:
         keys = source.keys[row : row + len(batch.valid)]
-        visual, audio = encoders(batch) if batch.valid.any() else _NO_FEATURES
+        visual, audio = _features(encoders, batch) if batch.valid.any() else _NO_FEATURES
         faults, encoded = iter(batch.faults), 0
         for position, key in enumerate(keys):
             if not batch.valid[position]:
@@ -235,6 +191,12 @@ def _encode(
             encoded += 1
         row += len(keys)
         advance(len(keys))
+
+
+def _features(encoders: FrozenEncoders, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """Visual (rows, tokens, dim) and audio (rows, dim) of the valid rows, float32."""
+    visual, audio = encoders.encode(batch.visual[batch.valid], batch.audio[batch.valid])
+    return visual.flatten(1, 2).cpu().numpy(), audio.cpu().numpy()
 
 
 def _read_metadata(manifest: Manifest, number: int) -> list[bytes | None]:

@@ -2,19 +2,17 @@
 
 import itertools
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from avcil_dist.compose import load_config
 from avcil_dist.config.schema import Config
+from avcil_dist.config.variant_names import ORDER, variant_name
 from avcil_dist.errors import ConfigError
 from avcil_dist.training.preflight import preflight
 from launch.smoke import smoke_config
 
 ABLATION = ("method.instance", "method.class_aware", "method.attention")
-ORDER = "scenario.shuffle_seed"
-IN_EVERY_NAME = ("method", "method.name", "seed")  # settings that every stream's name contains
 CLOSING = {"[": "]", "{": "}"}
 
 
@@ -40,8 +38,9 @@ def make_grid(
     processes: int,
     class_orders: int = 1,
     smoke: bool = False,
+    checked: bool = True,
 ) -> list[GridPoint]:
-    """Return the streams of all combinations of `key=a,b,c`, each checked against the data and the processes.
+    """Return the streams of all combinations of `key=a,b,c`, `checked` against the data and the processes.
 
     Settings other than method and seed become part of a stream's name. `ablation` adds every combination of avcil's
     three parts, `class_orders` > 1 so many random orders of the classes, of the seeds 0, 1, …. `smoke` makes them smoke
@@ -61,10 +60,12 @@ def make_grid(
     points = []
     for overrides in itertools.product(*axes):
         resolved = load_config(config, overrides)
-        suffix = "".join(f"-{_slug(word)}" for word in overrides if word.partition("=")[0] in varied and _slug(word))
-        named = resolved.model_copy(update={"name": resolved.name + suffix})
+        pairs = [(word.partition("=")[0], word.partition("=")[2]) for word in overrides]
+        name = variant_name(resolved.name, [pair for pair in pairs if pair[0] in varied])
+        named = resolved.model_copy(update={"name": name})
         point = GridPoint(smoke_config(named) if smoke else named, overrides)
-        preflight(point.config, [processes], restart=smoke)
+        if checked:
+            preflight(point.config, [processes], restart=smoke)
         points.append(point)
     return points
 
@@ -94,14 +95,3 @@ def split_values(word: str) -> list[str]:
     if "" in values:
         raise ConfigError(f"command line: {word}: an empty value between two commas, or before or after them")
     return [f"{key}={value}" for value in values]
-
-
-def _slug(word: str) -> str:
-    """Return a setting as part of a name: `no_part` for a part switched off, nothing for one that is on."""
-    key, _, value = word.partition("=")
-    name = key.rsplit(".", 1)[-1]
-    if key in IN_EVERY_NAME or value == "true":
-        return ""
-    if key == ORDER:
-        return f"order{value}"
-    return f"no_{name}" if value == "false" else re.sub(r"[^A-Za-z0-9_-]+", "_", f"{name}-{value}")

@@ -38,6 +38,18 @@ Size = Annotated[int, Field(ge=0, lt=MAX_SIZE)]
 FeatureShape = dict[Annotated[str, Field(pattern="^(frames|positions|dim)$")], Annotated[int, Field(ge=1, le=1 << 20)]]
 
 
+EncoderSetting = Annotated[
+    str, Field(pattern=r"^(seed|(data\.clip|model\.visual|model\.audio)(\.[A-Za-z0-9_]+)+)$", max_length=200)
+]
+Scalar = (
+    bool
+    | Annotated[int, Field(gt=-MAX_SIZE, lt=MAX_SIZE)]
+    | Annotated[float, Field(allow_inf_nan=False)]
+    | Annotated[str, Field(max_length=4096)]
+    | None
+)
+
+
 class ShardRecord(BaseModel):
     """A shard as the manifest's JSON has it. `members`: offsets and sizes of each member, one of each per clip."""
 
@@ -53,6 +65,15 @@ class ShardRecord(BaseModel):
     members: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$", max_length=100)], tuple[list[Size], list[Size]]]
 
 
+class EncoderRecord(BaseModel):
+    """The frozen encoders that made features: their settings by dotted key, and the sha256 of their weights."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    settings: dict[EncoderSetting, Scalar | Annotated[list[Scalar], Field(max_length=100)]] = Field(max_length=100)
+    sha256: dict[Literal["visual", "audio"], Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]
+
+
 class ManifestRecord(BaseModel):
     """A manifest as its JSON has it."""
 
@@ -62,6 +83,7 @@ class ManifestRecord(BaseModel):
     kind: Literal["clip", "feature"]
     classes: tuple[ClassName, ...]
     shape: FeatureShape
+    encoders: EncoderRecord | None = None
     shards: list[ShardRecord]
     content_hash: str
 
@@ -136,7 +158,7 @@ class Manifest:
 
     `shape` is empty for clips; for features it has frames T, positions S and dim D. `root` is the folder that shard
     urls are relative to; it is not part of the content hash. `whole_hash` is the content hash of the data set of which
-    this is a part.
+    this is a part. `encoders` made the features, where that is known.
     """
 
     kind: Literal["clip", "feature"]
@@ -145,6 +167,7 @@ class Manifest:
     shape: dict[str, int]
     root: str = "."
     whole_hash: str | None = None
+    encoders: EncoderRecord | None = None
 
     @cached_property
     def first_clips(self) -> np.ndarray:
@@ -233,6 +256,8 @@ class Manifest:
     def _json_parts(self) -> Iterator[bytes]:
         """Yield the content as JSON with sorted keys, one shard at a time to bound the memory."""
         head = {"format": FORMAT, "kind": self.kind, "classes": list(self.classes), "shape": self.shape, "shards": []}
+        if self.encoders is not None:  # manifests without it keep their hash
+            head["encoders"] = self.encoders.model_dump()
         yield _to_json(head).removesuffix(b"]}")
         for number, shard in enumerate(self.shards):
             yield (b"," if number else b"") + _to_json(shard.to_dict())
@@ -251,7 +276,8 @@ def load_manifest(url: str) -> Manifest:
         _check_shard_list(record, shards)
     except DataError as error:
         raise DataError(f"{url}: damaged manifest: {error}; {REBUILD}") from None
-    manifest = Manifest(record.kind, record.classes, shards, dict(record.shape), root=storage.parent(url))
+    root = storage.parent(url)
+    manifest = Manifest(record.kind, record.classes, shards, dict(record.shape), root, encoders=record.encoders)
     if manifest.content_hash != record.content_hash:
         raise DataError(
             f"{url}: its content does not match its hash; it was changed by hand or cut short: build it again"

@@ -98,17 +98,18 @@ class Predictor:
     def score_features(self, visual: Tensor, audio: Tensor) -> Tensor:
         """Scores (clips, classes) of features: `visual` (clips, frames, positions, dim), `audio` (clips, dim)."""
         pairs = zip(visual.split(CLIPS_PER_BATCH), audio.split(CLIPS_PER_BATCH), strict=True)
-        return self._joined(self._scores(*pair) for pair in pairs)
+        return self._joined(self.score(*pair) for pair in pairs)
 
     def score_clips(self, clips: Iterable[tuple[str, bytes]]) -> Tensor:
         """Scores (clips, classes) of video files, each given as its name in errors and its bytes.
 
         Raises DataError for a clip that cannot be decoded.
         """
-        return self._joined(self._scores(*self._decoded(batch)) for batch in _batches(clips))
+        return self._joined(self.score(*self._decoded(batch)) for batch in _batches(clips))
 
     @torch.inference_mode()
-    def _scores(self, visual: Tensor, audio: Tensor) -> Tensor:
+    def score(self, visual: Tensor, audio: Tensor) -> Tensor:
+        """Scores (B, classes), on the device, of a batch of prepared clips, or of features."""
         return self.method.scores(self.network(visual.to(self.device), audio.to(self.device)))
 
     def _joined(self, scores: Iterable[Tensor]) -> Tensor:

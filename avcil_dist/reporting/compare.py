@@ -10,13 +10,16 @@ from rich.console import Console
 from avcil_dist.config.compat import result_settings
 from avcil_dist.config.schema import Config
 from avcil_dist.config.serialization import flatten
-from avcil_dist.reporting.report import StreamReport, megabytes, percent
-from avcil_dist.reporting.tables import WordTable
+from avcil_dist.config.variant_names import ORDER, benchmark_name
+from avcil_dist.reporting.formats import Cell, Number, TextTable, print_table
+from avcil_dist.reporting.published import MetricName, Published, Result
+from avcil_dist.reporting.report import StreamReport, megabytes
+from avcil_dist.reporting.significance import MIN_PAIRS, PairedTest, holm, paired_test
 from avcil_dist.streams.metrics import StreamMetrics
 
 # Settings that have a column of their own and are left out of the variant.
-ORDER = "scenario.shuffle_seed"
 OWN_COLUMNS = ("name", "seed", "method.name", ORDER)
+MEAN: MetricName = "mean_accuracy"
 COLUMNS: dict[str, Callable[[StreamMetrics], float | None]] = {
     "mean accuracy": lambda metrics: metrics.mean_accuracy,
     "final accuracy": lambda metrics: metrics.seen_accuracy[-1],
@@ -37,6 +40,20 @@ class Row:
     variant: str
     streams: tuple[StreamReport, ...]
 
+    @property
+    def config(self) -> Config:
+        """The configuration of the first stream."""
+        return self.streams[0].config
+
+    @property
+    def mean_accuracies(self) -> dict[tuple[int, int | None], float]:
+        """Mean accuracy by seed and class order, of the streams with all steps."""
+        return {
+            (stream.config.seed, _order(stream)): stream.metrics.mean_accuracy
+            for stream in self.streams
+            if stream.metrics.step + 1 == stream.scenario.num_steps
+        }
+
 
 def group_by_config(streams: Sequence[StreamReport]) -> list[Row]:
     """Group streams whose settings differ only in seed or class order, in order of first appearance."""
@@ -49,46 +66,97 @@ def group_by_config(streams: Sequence[StreamReport]) -> list[Row]:
     return [Row(_variant(group[0], streams), tuple(group)) for group in groups.values()]
 
 
-def print_comparison(rows: Sequence[Row], console: Console) -> None:
-    """Print the rows as a table. Numbers are %: `mean ± standard deviation` for several seeds or class orders."""
-    table = WordTable("Streams (accuracy on test clips, %)", num_keys=3)
-    for heading in ("benchmark", "method", "variant"):
-        table.add_column(heading, overflow="fold")
+def compared(rows: Sequence[Row], *, significance: bool = False, published: Published | None = None) -> TextTable:
+    """Return the rows as a table. Numbers are %: mean and sample standard deviation over seeds and class orders.
+
+    `significance` adds, for each row but the best of its benchmark, the p of a paired test against that; `published`
+    adds the result of a paper and the difference. Only streams with all steps are compared so.
+    """
     shown = [name for name in COLUMNS if any(COLUMNS[name](s.metrics) is not None for row in rows for s in row.streams)]
     has_orders = any(_order(stream) is not None for row in rows for stream in row.streams)
-    for heading in ("seeds", *(["class orders"] if has_orders else []), "steps", *shown, "memory, MB"):
-        table.add_column(heading, justify="right")
+    table = TextTable("Streams (accuracy on test clips, %)", ["benchmark", "method", "variant"], [])
+    table.headings += ["seeds", *(["class orders"] if has_orders else []), "steps", *shown, "memory, MB"]
     for row in rows:
-        config = row.streams[0].config
-        table.add_row(
-            _benchmark(config),
-            config.method.name,
-            row.variant,
-            _listed(stream.config.seed for stream in row.streams),
-            *([_listed(map(_order, row.streams))] if has_orders else []),
-            _listed(stream.progress for stream in row.streams),
-            *(spread([COLUMNS[name](stream.metrics) for stream in row.streams]) for name in shown),
-            _listed(megabytes(stream.metrics.memory) for stream in row.streams),
+        table.rows.append(
+            [
+                benchmark_name(row.config),
+                row.config.method.name,
+                row.variant,
+                _listed(stream.config.seed for stream in row.streams),
+                *([_listed(map(_order, row.streams))] if has_orders else []),
+                _listed(stream.progress for stream in row.streams),
+                *(Number.of([COLUMNS[name](stream.metrics) for stream in row.streams]) for name in shown),
+                _listed(megabytes(stream.metrics.memory) for stream in row.streams),
+            ]
         )
-    console.print(table)
+    if significance:
+        _add_significance(table, rows)
+    if published:
+        _add_published(table, rows, published)
+    return table
+
+
+def print_comparison(rows: Sequence[Row], console: Console) -> None:
+    """Print the rows as a table. Numbers are %: `mean ± standard deviation` for several seeds or class orders."""
+    print_table(compared(rows), console)
 
 
 def spread(fractions: Sequence[float | None]) -> str:
     """Format the mean of fractions as %, with the sample standard deviation where there are several."""
-    values = [value for value in fractions if value is not None]
-    if len(values) < 2:
-        return percent(values[0] if values else None)
-    return f"{percent(float(np.mean(values)))} ± {percent(float(np.std(values, ddof=1)))}"
+    return Number.of(fractions).text(" ± ")
+
+
+def _add_significance(table: TextTable, rows: Sequence[Row]) -> None:
+    """Add the column of corrected p-values, and the note that states the test."""
+    best: dict[str, Row] = {}
+    for row in rows:
+        if row.mean_accuracies:
+            known = best.setdefault(benchmark_name(row.config), row)
+            if _mean(row) > _mean(known):
+                best[benchmark_name(row.config)] = row
+    tests: list[PairedTest | None] = []
+    for row in rows:
+        reference = best.get(benchmark_name(row.config), row)
+        tests.append(None if row is reference else paired_test(row.mean_accuracies, reference.mean_accuracies))
+    cells: list[Cell] = [""] * len(rows)
+    for benchmark in dict.fromkeys(benchmark_name(row.config) for row in rows):
+        numbers = [number for number, row in enumerate(rows) if benchmark_name(row.config) == benchmark]
+        own = [tests[number] for number in numbers]
+        for number, test, p in zip(numbers, own, holm([test.p_value if test else None for test in own]), strict=True):
+            cells[number] = "best" if test is None else f"{p:.3f}" if p is not None else f"– ({test.pairs} seeds)"
+    table.add_column("p against the best", cells)
+    table.notes.append(
+        "p: two-sided paired t-test of the mean accuracies of equal seed and class order against the best row of the "
+        f"benchmark, corrected for the number of rows (Holm); it needs {MIN_PAIRS} common seeds"
+    )
+
+
+def _add_published(table: TextTable, rows: Sequence[Row], published: Published) -> None:
+    """Add the columns of published results and of the difference, and the sources as notes."""
+    results: list[Cell] = []
+    differences: list[Cell] = []
+    used: list[Result] = []
+    for row in rows:
+        result = published.match(row.config, MEAN)
+        if result is None:
+            results.append("")
+            differences.append("")
+            continue
+        used.append(result)
+        results.append(f"{published.papers[result.paper].name} {result.value:.2f}")
+        differences.append(f"{100 * _mean(row) - result.value:+.1f}" if row.mean_accuracies else "– (steps missing)")
+    table.add_column("published mean accuracy", results)
+    table.add_column("difference", differences)
+    table.notes += published.sources(used) or ["published: no result of these benchmarks in published.yaml"]
+
+
+def _mean(row: Row) -> float:
+    return float(np.mean(list(row.mean_accuracies.values()))) if row.mean_accuracies else -np.inf
 
 
 def _settings(config: Config) -> dict[str, Any]:
     """The settings that determine the results of a stream."""
-    return result_settings(flatten(config)) | {"name": _benchmark(config)}
-
-
-def _benchmark(config: Config) -> str:
-    """The name of the configuration, without that of its class order in a sweep."""
-    return config.name.removesuffix(f"-order{config.scenario.shuffle_seed}")
+    return result_settings(flatten(config)) | {"name": benchmark_name(config)}
 
 
 def _order(stream: StreamReport) -> int | None:

@@ -38,11 +38,11 @@ from torch import Tensor
 
 import avcil_dist
 from avcil_dist import storage
-from avcil_dist.data.manifest import FeatureShape, Manifest
+from avcil_dist.data.manifest import EncoderRecord, FeatureShape, Manifest
 from avcil_dist.data.subset import load_data
 from avcil_dist.errors import ArtifactError, AvcilError, ConfigError, DataError
 from avcil_dist.inference.predict import Predictor
-from avcil_dist.streams.artifact import load_artifact
+from avcil_dist.streams.artifact import StepArtifact, load_artifact
 from avcil_dist.streams.commit import COMMITTED, read_verified_commit
 from avcil_dist.streams.identity import StepNumber
 from avcil_dist.streams.stream import scenario_of
@@ -108,7 +108,8 @@ def _save_model(folder: Path, local: Path, stream: str, step: int, run_id: str, 
     summary = load_summary(stream, step)
     manifest = load_data(summary.config.data)
     committed = storage.sha256_file(str(local / COMMITTED))
-    about = {"step": step, "shape": manifest.shape, "uri": uri, "committed": committed}
+    encoders = manifest.encoders and manifest.encoders.model_dump()
+    about = {"step": step, "shape": manifest.shape, "uri": uri, "committed": committed, "encoders": encoders}
     with tempfile.TemporaryDirectory() as temporary:
         data = Path(temporary, "data")
         data.mkdir()
@@ -193,18 +194,28 @@ def _requirements() -> list[str]:
     return pinned
 
 
-class _About(BaseModel):
-    """Content of `about.json`: the step, the shape of its features, and its folder if the model is a reference."""
+class About(BaseModel):
+    """Content of `about.json`: the step, the shape and the encoders of its features, its folder for a reference."""
 
     step: StepNumber
     shape: FeatureShape
     uri: str | None
     committed: str
+    encoders: EncoderRecord | None = None
 
 
 def _load_pyfunc(path: str) -> "RegisteredModel":
     """Load a model from its data folder; MLflow calls this. Raises ArtifactError for missing or damaged files."""
-    about = storage.read_json(str(Path(path, ABOUT)), _About, "a description of a model", fault=ArtifactError)
+    about, artifact, folder = load_described(path)
+    return RegisteredModel(Predictor(artifact, about.shape, folder))
+
+
+def load_described(path: str) -> tuple[About, StepArtifact, str]:
+    """Load the description in a model's data folder, the step that it describes, and the step's folder.
+
+    Raises ArtifactError for missing or damaged files.
+    """
+    about = storage.read_json(str(Path(path, ABOUT)), About, "a description of a model", fault=ArtifactError)
     folder = step_url(path, about.step) if about.uri is None else about.uri
     try:
         digest = storage.sha256_file(storage.join(folder, COMMITTED))
@@ -212,7 +223,7 @@ def _load_pyfunc(path: str) -> "RegisteredModel":
         raise ArtifactError(f"{error}; the model refers to this folder and cannot be loaded without it") from None
     if digest != about.committed:
         raise ArtifactError(f"{folder}/{COMMITTED}: damaged, its digest is not the one registered")
-    return RegisteredModel(Predictor(load_artifact(storage.parent(folder), about.step), about.shape, folder))
+    return about, load_artifact(storage.parent(folder), about.step), folder
 
 
 class RegisteredModel:

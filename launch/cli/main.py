@@ -11,6 +11,7 @@ from avcil_dist.exit_codes import INTERRUPTED, STOPPED, USER_ERROR
 from avcil_dist.system.signals import interrupted_once
 from launch.cli.attention import attention
 from launch.cli.bench import bench
+from launch.cli.compare import compare
 from launch.cli.config import config
 from launch.cli.data import data
 from launch.cli.doctor import doctor, doctor_ranks
@@ -19,9 +20,10 @@ from launch.cli.jobs import cancel, logs, status, submit
 from launch.cli.output import echo_error, prepare_output
 from launch.cli.predict import predict
 from launch.cli.report import report
+from launch.cli.reproduce import reproduce
 from launch.cli.sandbox import sandbox
 from launch.cli.shards import shards
-from launch.cli.sweep import compare, methods, sweep
+from launch.cli.sweep import methods, sweep
 from launch.cli.tracking import resume, sync
 from launch.cli.train import train
 from launch.cli.weights import weights
@@ -76,5 +78,5 @@ for _command in (
     shards,
 ):
     cli.add_command(_command)
-for _command in (doctor, doctor_ranks, predict, status, submit, sweep, sync, train, weights):
+for _command in (doctor, doctor_ranks, predict, reproduce, status, submit, sweep, sync, train, weights):
     cli.add_command(_command)

@@ -34,6 +34,12 @@ def echo_once(text: str) -> None:
         echo(text)
 
 
+def echo_progress(text: str) -> None:
+    """Print a line on standard error, on rank 0 only."""
+    if is_main_rank():
+        echo(text, err=True)
+
+
 def prepare_output() -> None:
     """Print letters that the encoding of standard output lacks as escapes, and make its faults StorageErrors."""
     stream = sys.stdout

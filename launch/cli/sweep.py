@@ -1,4 +1,4 @@
-"""Commands on methods and on many streams: `methods`, `sweep`, `compare`."""
+"""Commands on methods and on many streams: `methods`, `sweep`."""
 
 import os
 import shlex
@@ -8,14 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from avcil_dist.errors import ConfigError
-from avcil_dist.world import world_from_environment
 from launch.cli.options import log_options, processes_option, smoke_option, split_words
-from launch.cli.output import echo, is_main_rank
+from launch.cli.output import echo, echo_progress, is_main_rank
 
 if TYPE_CHECKING:
     from avcil_dist.methods.base import Method
-    from launch.sweep import GridPoint
 
 
 @click.command()
@@ -25,6 +22,7 @@ def methods() -> None:
     Methods of installed packages follow the built-in ones; one that cannot be used is a line with the
     reason.
     """
+    from avcil_dist.errors import ConfigError
     from avcil_dist.methods import method_class, method_names
     from avcil_dist.system.plugins import plug_in_names, refused_plug_ins
 
@@ -47,21 +45,6 @@ def _list_method(name: str, kind: "type[Method]") -> None:
     for option, field in kind.Options.model_fields.items():
         description = f"  {field.description}" if field.description else ""
         echo(f"  option   {option}={_shown(field.default)} ({_kind(field.annotation)}){description}")
-
-
-@click.command()
-@click.argument("folders", nargs=-1, required=True, metavar="RUN...")
-def compare(folders: tuple[str, ...]) -> None:
-    """Show methods side by side; streams that differ in nothing but the seed are one row, mean ± deviation.
-
-    RUN is a stream's folder, or a folder of several streams. Example: avcil compare runs
-    """
-    from rich.console import Console
-
-    from avcil_dist.reporting.compare import group_by_config, print_comparison
-    from avcil_dist.reporting.report import load_streams
-
-    print_comparison(group_by_config(load_streams(folders)), Console())
 
 
 @click.command()
@@ -117,10 +100,11 @@ def sweep(
     from avcil_dist.reporting.report import load_streams
     from launch.local_worlds import num_ranks
     from launch.sweep import make_grid
+    from launch.sweep_runs import check_parallel, run_points
 
     settings, of_cluster = split_words(words, cluster)
     if parallel > 1:
-        _check_parallel(cluster)
+        check_parallel(cluster)
     if cluster is not None:
         _submit_grid(config, settings, cluster, of_cluster, ablation=ablation, class_orders=class_orders, smoke=smoke)
         return
@@ -132,40 +116,9 @@ def sweep(
         class_orders=class_orders,
         smoke=smoke,
     )
-    folders = _run_grid(config, points, processes, parallel, smoke=smoke)
+    folders = run_points(config, points, processes, echo_progress, parallel=parallel, smoke=smoke)
     if is_main_rank():
         print_comparison(group_by_config(load_streams(folders)), Console())
-
-
-def _run_grid(
-    config: str, points: "Sequence[GridPoint]", processes: int | None, parallel: int, *, smoke: bool
-) -> list[str]:
-    """Train the streams, `parallel` at a time. Returns their folders."""
-    from launch.local import run_stream
-    from launch.parallel_streams import make_lanes, run_streams
-    from launch.resume_policy import ResumePolicy
-
-    def announce(position: int) -> None:
-        point = points[position]
-        if is_main_rank():
-            echo(f"{position + 1}/{len(points)}  {point.config.stream_name}  {' '.join(point.overrides)}", err=True)
-
-    if parallel > 1 and not smoke:  # a few seconds each
-        ranks = processes or 1
-        return run_streams(config, points, make_lanes(parallel, len(points), ranks), ranks, announce)
-    folders = []
-    for position, point in enumerate(points):
-        announce(position)
-        folders.append(run_stream(point.config, processes=processes, policy=ResumePolicy(restart=smoke)))
-    return folders
-
-
-def _check_parallel(cluster: str | None) -> None:
-    """Raise ConfigError for --parallel where a scheduler, or a launcher around this process, shares out the machine."""
-    if cluster is not None:
-        raise ConfigError("--parallel: with --cluster, set cluster.max_parallel")
-    if (launcher := world_from_environment(os.environ).launcher) != "none":
-        raise ConfigError(f"--parallel: {launcher} started this process; start the sweep without it")
 
 
 def _submit_grid(
@@ -179,25 +132,18 @@ def _submit_grid(
     smoke: bool,
 ) -> None:
     """Submit the streams of all combinations as chains, in lanes of chains that follow one another."""
-    from launch.cluster.chain import submit_stream
     from launch.cluster.resources import load_cluster
     from launch.cluster.schedulers.base import scheduler_of
     from launch.resume_policy import ResumePolicy
     from launch.sweep import make_grid, num_points
+    from launch.sweep_runs import submit_points
 
     resources = load_cluster(cluster, of_cluster)
     num_streams = num_points(settings, ablation=ablation, class_orders=class_orders)
     lanes = scheduler_of(resources.kind).lanes(resources, num_streams)
     ranks = lanes[0].cluster.world_size
     points = make_grid(config, settings, ablation=ablation, processes=ranks, class_orders=class_orders, smoke=smoke)
-    policy = ResumePolicy(restart=smoke)
-    last_jobs: list[str | None] = [None] * len(lanes)
-    for number, point in enumerate(points):
-        queue = number % len(lanes)
-        submission = submit_stream(point.config, resources, policy=policy, after=last_jobs[queue], lane=lanes[queue])
-        last_jobs[queue] = submission.last or last_jobs[queue]
-        new, kept = len(submission.new), len(submission.kept)
-        echo(f"{submission.stream}: {new} submitted, {kept} wait or run already")
+    submit_points(points, resources, lanes, echo, ResumePolicy(restart=smoke))
     output = points[0].config.output
     folder = shlex.quote(output)
     echo(f"see all with: avcil status {folder}; compare them once they are done: avcil compare {folder}")

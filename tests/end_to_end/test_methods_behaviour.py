@@ -131,3 +131,54 @@ def test_the_memory_counts_the_bytes_of_clips_model_and_state(results: dict[str,
     assert memory.model_bytes == sum(weight.nbytes for weight in artifact.model.values())
     columns = {"analytic": 49 + 6 + 6 + 1, "ncm": 6 + 6}.get(method, 0)  # G, H, W and the ridge
     assert memory.state_bytes == 8 * 49 * columns
+
+
+def test_eval_of_all_steps_gives_the_committed_matrix_and_the_conditions_are_worse(
+    results: dict[str, StepArtifact],
+) -> None:
+    artifact = results["finetune"]
+    stream = f"{artifact.config.output}/{artifact.config.stream_name}"
+    found = avcil("eval", stream, "--all-steps", "--transfer", "--robustness")
+    assert found.exit_code == 0, found.output
+    evaluated = json.loads(found.stdout)
+    assert evaluated["all_steps"]["accuracy"] == [list(row) for row in artifact.metrics.accuracy]
+    assert evaluated["all_steps"]["backward_transfer"] == artifact.metrics.backward_transfer
+    assert artifact.metrics.scores is not None
+    assert evaluated["task_il_accuracy"] == pytest.approx(artifact.metrics.scores.task_il_accuracy)
+    low, high = evaluated["intervals"]["seen_accuracy"]
+    assert low < evaluated["seen_accuracy"] < high
+    conditions = evaluated["robustness"]
+    assert [condition["modality"] for condition in conditions] == ["audio", "visual", *["both"] * 6]
+    assert all(condition["seen_accuracy"] <= evaluated["seen_accuracy"] + 0.1 for condition in conditions)
+    assert len(evaluated["forward_transfer"]["by_step"]) == 2
+    of_fixed_features = avcil("eval", f"{artifact.config.output}/tiny-ncm-seed0", "--transfer")
+    assert json.loads(of_fixed_features.stdout)["forward_transfer"] == {"by_step": [None, None], "mean": None}
+
+
+def test_two_streams_are_compared_clip_by_clip(results: dict[str, StepArtifact]) -> None:
+    output = results["joint"].config.output
+    result = avcil("compare", f"{output}/tiny-joint-seed0", f"{output}/tiny-finetune-seed0", "--paired")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    joint, finetune = (results[method].metrics.seen_accuracy[-1] for method in ("joint", "finetune"))
+    assert found["difference"] == pytest.approx(joint - finetune)
+    assert found["only_first"] - found["only_second"] == round(found["difference"] * found["num_clips"])
+    assert found["interval"][0] > 0
+    assert found["mcnemar_p"] < 0.01
+    alone = avcil("compare", f"{output}/tiny-joint-seed0", "--paired")
+    assert alone.exit_code == 2
+
+
+def test_a_reproduction_skips_what_is_trained_and_ends_with_tables_and_a_page(
+    results: dict[str, StepArtifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = results["finetune"].config
+    # of the tables' grids, those that are trained here under the names that a reproduction gives them
+    monkeypatch.setattr("launch.reproduce.TABLES", ((("method=finetune,lwf,ssil,avcil,joint",), False),))
+    result = avcil("reproduce", f"{config.output}/../tiny.yaml", "--seeds", 1)
+    assert result.exit_code == 0, result.output
+    assert "5/5  tiny-joint-seed0" in result.output
+    assert "p against" in result.output
+    assert "published" in result.output
+    page = Path(config.output, "tiny-tables.html")
+    assert all(method in page.read_text() for method in ("finetune", "lwf", "ssil", "avcil", "joint"))

@@ -11,7 +11,7 @@ from avcil_dist.data.manifest import load_manifest
 from avcil_dist.methods import make_method
 from avcil_dist.models.network import build_network
 from avcil_dist.streams.stream import scenario_of
-from avcil_dist.training.evaluation import DAMAGED, Predictions, evaluate
+from avcil_dist.training.evaluation import DAMAGED, ScoredPredictions, evaluate, evaluate_scores
 from avcil_dist.training.incremental_step import Step
 from avcil_dist.world import World
 from data_shards.random_features import make_feature_shards
@@ -20,7 +20,7 @@ from tests.helpers.ranks import CPU, run_ranks
 from tests.helpers.streams import write_config
 
 
-def predict(world: World, config: Config) -> tuple[Predictions, int]:
+def predict(world: World, config: Config) -> tuple[ScoredPredictions, int]:
     """Predict the test clips; return also the number of batches that were reported."""
     manifest = load_manifest(config.data.manifest)
     scenario = scenario_of(config, manifest)
@@ -30,7 +30,9 @@ def predict(world: World, config: Config) -> tuple[Predictions, int]:
     step = Step(config, manifest, scenario, 1, make_method(config.method), world, CPU)
     batches: list[None] = []
     predictions = evaluate(step, network, "test", step.inference(), on_batch=lambda: batches.append(None))
-    return predictions, len(batches)
+    scored = evaluate_scores(step, network, "test", step.inference())
+    np.testing.assert_array_equal(scored.predictions, predictions.predictions)
+    return scored, len(batches)
 
 
 def test_three_ranks_predict_each_clip_as_one_rank_does(tmp_path: Path) -> None:
@@ -48,8 +50,13 @@ def test_three_ranks_predict_each_clip_as_one_rank_does(tmp_path: Path) -> None:
     assert one.accuracy == sum(one.labels == one.predictions) / len(one.clips)
     [damaged] = np.flatnonzero(~np.isin(one.predictions, one.labels))  # no label, so it counts as wrong for any class
     assert one.predictions[damaged] == DAMAGED
+    assert one.scores.shape == (len(one.clips), scenario.num_seen(1))
+    np.testing.assert_array_equal(np.isnan(one.scores).all(axis=1), one.predictions == DAMAGED)
+    good = one.predictions != DAMAGED
+    np.testing.assert_array_equal(one.scores[good].argmax(axis=1), one.predictions[good])
     for found, reported in run_ranks(predict, 3, config):
         assert reported > 1
         np.testing.assert_array_equal(found.clips, one.clips)
         np.testing.assert_array_equal(found.labels, one.labels)
         np.testing.assert_array_equal(found.predictions, one.predictions)
+        np.testing.assert_allclose(found.scores, one.scores, atol=1e-5)

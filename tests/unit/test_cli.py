@@ -85,7 +85,7 @@ def test_only_the_main_rank_prints_the_end_of_train(rank: int, monkeypatch: pyte
 def test_only_the_main_rank_prints_the_comparison_of_a_sweep(
     rank: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("launch.local.run_stream", returning("runs/stream"))
+    monkeypatch.setattr("launch.sweep_runs.run_stream", returning("runs/stream"))
     monkeypatch.setattr("avcil_dist.reporting.report.load_streams", returning([]))
     result = avcil("sweep", write_config(tmp_path), "seed=1,2")
     assert result.exit_code == 0, result.output

@@ -1,21 +1,32 @@
 """Streams side by side, and grids of them."""
 
+import csv
 import io
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
+from scipy.stats import t as student_t
 
 from avcil_dist.compose import load_config
+from avcil_dist.config.loader import SEARCH_PATH
+from avcil_dist.config.variant_names import benchmark_name
 from avcil_dist.errors import ConfigError
-from avcil_dist.reporting.compare import group_by_config, print_comparison, spread
+from avcil_dist.reporting.compare import compared, group_by_config, spread
+from avcil_dist.reporting.formats import TableFormat, formatted, print_table
+from avcil_dist.reporting.published import Paper, Published, Result, load_published
 from avcil_dist.reporting.report import StreamReport
+from avcil_dist.reporting.significance import paired_test
 from avcil_dist.scenario import Scenario
 from avcil_dist.streams.metrics import MemoryUse, StreamMetrics, SubsetMetrics
+from launch.reproduce import reproduction_grid
 from launch.sweep import make_grid
-from tests.helpers.streams import write_config
+from tests.helpers.streams import avcil, write_config
 
 
 def stream(seen: float, *overrides: str, disjoint: float | None = None) -> StreamReport:
@@ -26,10 +37,14 @@ def stream(seen: float, *overrides: str, disjoint: float | None = None) -> Strea
     return StreamReport("runs/x", config, Scenario((("a",),)), metrics)
 
 
-def printed(streams: list[StreamReport]) -> str:
+def printed(streams: list[StreamReport], width: int = 200, **options: Any) -> str:
     text = io.StringIO()
-    print_comparison(group_by_config(streams), Console(file=text, width=200))
+    print_table(compared(group_by_config(streams), **options), Console(file=text, width=width))
     return text.getvalue()
+
+
+def as_format(kind: TableFormat, streams: list[StreamReport], **options: Any) -> str:
+    return formatted(compared(group_by_config(streams), **options), kind)
 
 
 def test_seeds_of_one_configuration_are_one_row_with_mean_and_deviation() -> None:
@@ -141,3 +156,152 @@ def test_a_grid_with_an_impossible_point_is_refused_before_anything_runs(tmp_pat
     with pytest.raises(ConfigError, match=r"optim.global_batch=5000"):
         make_grid(str(write_config(tmp_path)), ["optim.global_batch=12,5000"], ablation=False, processes=1)
     assert not (tmp_path / "runs").exists()
+
+
+STREAMS = [stream(0.5, "seed=1"), stream(0.7, "seed=2"), stream(0.8, "method=joint", "name=a_b")]
+
+
+def test_numbers_of_csv_and_json_are_fractions_with_their_count() -> None:
+    first = next(csv.DictReader(io.StringIO(as_format("csv", STREAMS))))
+    assert (float(first["mean accuracy"]), first["mean accuracy count"]) == (pytest.approx(0.6), "2")
+    assert float(first["mean accuracy deviation"]) == pytest.approx(0.1414, abs=1e-4)
+    rows = json.loads(as_format("json", STREAMS))["rows"]
+    assert rows[0]["mean accuracy"] == {"mean": pytest.approx(0.6), "deviation": pytest.approx(0.02**0.5), "count": 2}
+    assert rows[1]["mean accuracy"]["deviation"] is None
+
+
+def test_words_are_escaped_in_latex_and_markdown() -> None:
+    latex = as_format("latex", STREAMS)
+    assert r"a\_b & joint" in latex
+    assert r"60.0 $\pm$ 14.1" in latex
+    assert {line.count("&") - line.count(r"\&") for line in latex.splitlines() if line.endswith(r"\\")} == {7}
+    assert r"| a\_b | joint |" in as_format("md", STREAMS)
+    assert "60.0 ± 14.1" in as_format("md", STREAMS)
+
+
+def test_a_narrow_terminal_has_the_columns_in_two_tables() -> None:
+    text = printed(STREAMS, width=80, significance=True)
+    assert text.count("benchmark ") == 2
+    assert "…" not in text
+    assert max(len(line) for line in text.splitlines() if not line.startswith("p:")) <= 80  # a note is wrapped
+    assert printed(STREAMS, significance=True).count("benchmark ") == 1
+
+
+def seeds(method: str, *accuracies: float) -> list[StreamReport]:
+    return [stream(value, f"method={method}", f"seed={seed}") for seed, value in enumerate(accuracies)]
+
+
+def test_significance_is_the_paired_t_test_against_the_best_corrected_by_holm() -> None:
+    best, second, third = (0.8, 0.7, 0.9, 0.8), (0.7, 0.65, 0.8, 0.72), (0.5, 0.45, 0.7, 0.4)
+    rows = json.loads(
+        as_format(
+            "json",
+            [*seeds("joint", *best), *seeds("avcil", *second), *seeds("lwf", *third)],
+            significance=True,
+        )
+    )["rows"]
+
+    def p(values: tuple[float, ...]) -> float:
+        differences = np.subtract(values, best)
+        t = differences.mean() / (differences.std(ddof=1) / len(differences) ** 0.5)
+        return float(2 * student_t.sf(abs(t), df=len(differences) - 1))
+
+    smaller, larger = sorted([p(second), p(third)])
+    shown = {row["method"]: row["p against the best"] for row in rows}
+    assert shown["joint"] == "best"
+    assert sorted([shown["avcil"], shown["lwf"]]) == [f"{2 * smaller:.3f}", f"{max(larger, 2 * smaller):.3f}"]
+
+
+def test_fewer_than_three_common_seeds_have_no_p() -> None:
+    text = printed([*seeds("joint", 0.8, 0.9), *seeds("avcil", 0.7, 0.6, 0.5)], significance=True)
+    assert "– (2 seeds)" in text
+    assert "it needs 3 common seeds" in text
+
+
+def test_equal_differences_need_no_division_by_their_deviation() -> None:
+    assert paired_test({0: 0.5, 1: 0.25, 2: 0.75}, {0: 0.5, 1: 0.25, 2: 0.75}).p_value == 1
+    assert paired_test({0: 0.75, 1: 0.5, 2: 1.0}, {0: 0.5, 1: 0.25, 2: 0.75}).p_value == 0
+
+
+PAPER = Paper(name="X", citation="X: a paper", url="https://example.org/x")
+
+
+def test_a_published_result_is_shown_with_its_source_and_the_difference() -> None:
+    published = Published(
+        papers={"x": PAPER},
+        results=(
+            Result(paper="x", benchmark="demo", metric="mean_accuracy", value=70.5),
+            Result(paper="x", benchmark="demo", metric="mean_accuracy", value=58, method="joint"),
+        ),
+    )
+    steps = "scenario.classes_per_step=[1]"
+    text = as_format(
+        "csv",
+        [
+            stream(0.6, steps),
+            stream(0.6, steps, "method=joint"),
+            stream(0.6, steps, "name=demo2"),
+            stream(0.6, steps, "model.modality=audio", "method=lwf", "name=demo-modality-audio"),
+        ],
+        published=published,
+    )
+    rows = list(csv.DictReader(io.StringIO(text)))
+    shown = [(row["published mean accuracy"], row["difference"]) for row in rows]
+    assert shown == [("X 70.50", "-10.5"), ("X 58.00", "+2.0"), ("", ""), ("", "")]
+    assert "X: a paper. https://example.org/x" in printed([stream(0.6)], published=published)
+
+
+def test_every_shipped_result_has_a_source_and_a_benchmark() -> None:
+    published = load_published()
+    for result in published.results:
+        load_config(result.benchmark)
+        assert published.papers[result.paper].url.startswith("https://")
+    assert {(r.benchmark, r.value) for r in published.results if r.paper == "mmal"} == {
+        ("ave_ci", 76.71),
+        ("ks_ci", 78.98),
+        ("vs100_ci", 76.19),
+    }
+
+
+def test_a_result_without_its_paper_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "published.yaml").write_text(
+        "papers: {}\nresults: [{paper: x, benchmark: demo, metric: mean_accuracy, value: 3}]\n"
+    )
+    monkeypatch.setenv(SEARCH_PATH, str(tmp_path))
+    with pytest.raises(ConfigError, match="paper 'x' is none of papers; add its source"):
+        load_published()
+
+
+def test_a_reproduction_has_every_method_on_every_modality_and_the_ablation(tmp_path: Path) -> None:
+    points = reproduction_grid(str(write_config(tmp_path)), [], seeds=2, processes=1)
+    names = [point.config.stream_name for point in points]
+    assert len(names) == len(set(names)) == 2 * 32
+    rows = {
+        (c.method.name, c.model.modality, (c.method.model_extra or {}).get("predict"))
+        for c in (point.config for point in points)
+    }
+    both = {("finetune", None), ("lwf", None), ("ssil", None), ("joint", None)}
+    both |= {("icarl", "nme"), ("icarl", "fc"), ("afc", "nme"), ("afc", "lsc")}
+    wanted = {(method, m, p) for method, p in both for m in ("both", "audio", "visual")} | {("avcil", "both", None)}
+    assert rows == wanted
+    parts = ("instance", "class_aware", "attention")
+    found = {
+        tuple((c.method.model_extra or {})[part] for part in parts)
+        for c in (point.config for point in points)
+        if c.method.name == "avcil"
+    }
+    assert len(found) == 8
+    assert "tiny-finetune-seed0" in names  # the name that `avcil train` gives it: not trained twice
+    listed = avcil("reproduce", tmp_path / "tiny.yaml", "--seeds", 2, "--dry-run", "data.manifest=nowhere.json")
+    assert listed.exit_code == 0, listed.output
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == names
+
+
+def test_streams_of_a_sweep_are_of_the_benchmark_that_it_varies(tmp_path: Path) -> None:
+    points = reproduction_grid(str(write_config(tmp_path)), [], seeds=1, processes=1, checked=False)
+    assert {benchmark_name(point.config) for point in points} == {"tiny"}
+    words = ["optim.lr=0.1,0.2", "method.attention=true,false", "seed=1,2"]
+    points = make_grid(str(write_config(tmp_path)), words, ablation=False, processes=1, class_orders=2)
+    assert {benchmark_name(point.config) for point in points} == {"tiny"}
+    assert benchmark_name(load_config("demo", ["name=epochs-10"])) == "epochs-10"
+    assert benchmark_name(load_config("demo", ["name=my-epochs-99"])) == "my-epochs-99"

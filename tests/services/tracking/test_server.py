@@ -209,6 +209,11 @@ def check_predicts(server: TrackingServer, name: str) -> None:
     predicted = model.predict(inputs)
     assert len(predicted) == 5
     assert set(predicted["class"]) <= set(model.metadata.metadata["classes"])
+    for word in (name, f"models:/{name}@latest", f"models:/{name}/latest"):
+        refused = avcil("predict", word, __file__, "--uri", server.uri)  # these features have no encoders
+        assert refused.exit_code == 2
+        assert f"models:/{name}/1: trained on features" in refused.output
+    assert "has no version 99" in avcil("predict", f"models:/{name}/99", __file__, "--uri", server.uri).output
 
 
 def _id(stream: str) -> str:

@@ -1,0 +1,75 @@
+"""Command `avcil compare`: methods side by side, over seeds, against papers, or clip by clip."""
+
+import json
+from typing import Any, cast
+
+import click
+
+from avcil_dist.errors import ConfigError
+from launch.cli.options import predicted_clips_options
+from launch.cli.output import echo, echo_once
+
+FORMATS = ["table", "md", "csv", "latex", "json"]
+
+
+@click.command()
+@click.argument("folders", nargs=-1, required=True, metavar="RUN...")
+@click.option("--format", "kind", type=click.Choice(FORMATS), default="table", show_default=True)
+@click.option("--significance", is_flag=True, help="Paired t-test over seeds against the best row of a benchmark.")
+@click.option("--published", is_flag=True, help="Add published results with their sources, and the difference.")
+@click.option("--paired", is_flag=True, help="Compare two streams clip by clip, as JSON; predicts with both.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the bootstrap of --paired.")
+@predicted_clips_options
+def compare(
+    folders: tuple[str, ...],
+    kind: str,
+    significance: bool,
+    published: bool,
+    paired: bool,
+    seed: int,
+    **clips: Any,
+) -> None:
+    """Show methods side by side; streams that differ in nothing but the seed are one row, mean ± deviation.
+
+    RUN is a stream's folder, or a folder of several streams. With --paired two streams predict the clips of a split
+    (--step, --split, --manifest, --modality and --device are for that): the difference in accuracy with a 95%
+    interval by bootstrap over source videos, and McNemar's exact test.
+
+    \b
+    Examples:
+      avcil compare runs --significance --published
+      avcil compare runs --format latex > table.tex
+      avcil compare runs/demo-avcil-seed0 runs/demo-finetune-seed0 --paired
+    """
+    if paired:
+        _compare_paired(folders, seed, **clips)
+        return
+    from rich.console import Console
+
+    from avcil_dist.reporting.compare import compared, group_by_config
+    from avcil_dist.reporting.formats import TableFormat, formatted, print_table
+    from avcil_dist.reporting.published import load_published
+    from avcil_dist.reporting.report import load_streams
+
+    results = load_published() if published else None
+    table = compared(group_by_config(load_streams(folders)), significance=significance, published=results)
+    if kind == "table":
+        print_table(table, Console())
+    else:
+        echo(formatted(table, cast(TableFormat, kind)))
+
+
+def _compare_paired(folders: tuple[str, ...], seed: int, *, modality: str | None, **clips: Any) -> None:
+    """Compare the predictions of two streams on the same clips."""
+    if len(folders) != 2:
+        raise ConfigError(f"--paired: give two streams' folders, not {len(folders)}")
+    from avcil_dist.inference.evaluation import paired
+    from avcil_dist.inference.predict import Modality
+    from avcil_dist.inference.step_predictions import Condition, StepRequest, predict_step
+    from launch.local_worlds import meetings
+
+    condition, worlds = Condition(cast(Modality | None, modality)), meetings()
+    first, second = (
+        predict_step(StepRequest(folder, condition=condition, **clips), next(worlds)) for folder in folders
+    )
+    echo_once(json.dumps(paired(first, second, seed=seed), indent=1))

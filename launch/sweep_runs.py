@@ -1,0 +1,73 @@
+"""Runs of the streams of a grid: on this machine, one after the other or side by side, or as chains of jobs."""
+
+import os
+from collections.abc import Callable, Sequence
+
+from avcil_dist.errors import ConfigError
+from avcil_dist.world import world_from_environment
+from launch.cluster.chain import submit_stream
+from launch.cluster.resources import ClusterConfig
+from launch.cluster.schedulers.base import Lane
+from launch.local import run_stream
+from launch.parallel_streams import make_lanes, run_streams
+from launch.resume_policy import KEEP_ALL, ResumePolicy
+from launch.sweep import GridPoint
+
+
+def run_points(
+    config: str,
+    points: Sequence[GridPoint],
+    processes: int | None,
+    show: Callable[[str], None],
+    *,
+    parallel: int = 1,
+    smoke: bool = False,
+) -> list[str]:
+    """Train the streams of a configuration, `parallel` at a time; committed steps are skipped. Returns their folders.
+
+    `show` is called with a line for each stream before it starts.
+    """
+
+    def announce(position: int) -> None:
+        point = points[position]
+        show(f"{position + 1}/{len(points)}  {point.config.stream_name}  {' '.join(point.overrides)}")
+
+    if parallel > 1 and not smoke:  # a few seconds each
+        ranks = processes or 1
+        return run_streams(config, points, make_lanes(parallel, len(points), ranks), ranks, announce)
+    folders = []
+    for position, point in enumerate(points):
+        announce(position)
+        folders.append(run_stream(point.config, processes=processes, policy=ResumePolicy(restart=smoke)))
+    return folders
+
+
+def check_parallel(cluster: str | None) -> None:
+    """Raise ConfigError for --parallel where a scheduler, or a launcher around this process, shares out the machine."""
+    if cluster is not None:
+        raise ConfigError("--parallel: with --cluster, set cluster.max_parallel")
+    if (launcher := world_from_environment(os.environ).launcher) != "none":
+        raise ConfigError(f"--parallel: {launcher} started this process; start the sweep without it")
+
+
+def submit_points(
+    points: Sequence[GridPoint],
+    resources: ClusterConfig,
+    lanes: Sequence[Lane],
+    show: Callable[[str], None],
+    policy: ResumePolicy = KEEP_ALL,
+) -> int:
+    """Submit the streams as chains, in lanes of chains that follow one another. Returns the number of jobs.
+
+    `show` is called with a line for each stream.
+    """
+    last_jobs: list[str | None] = [None] * len(lanes)
+    jobs = 0
+    for number, point in enumerate(points):
+        queue = number % len(lanes)
+        submission = submit_stream(point.config, resources, policy=policy, after=last_jobs[queue], lane=lanes[queue])
+        last_jobs[queue] = submission.last or last_jobs[queue]
+        new, kept = len(submission.new), len(submission.kept)
+        jobs += new + kept
+        show(f"{submission.stream}: {new} submitted, {kept} wait or run already")
+    return jobs

@@ -53,6 +53,7 @@ class Sender:
         self.refusal: str | None = None
         self._wake, self._hurry, self._stop = threading.Event(), threading.Event(), threading.Event()
         self._failures = 0  # a count, so that `close` sees whether another try was made
+        self._is_saved = True
         self._writer: EventWriter | None = None
         self._thread = threading.Thread(target=self._run, name="tracking sender", daemon=True)
         queue.on_append = self._wake.set
@@ -185,8 +186,11 @@ class Sender:
     def _save(self, cursor: DeliveryCursor) -> None:
         try:
             self.queue.save_cursor(self.uri, cursor)
+            self._is_saved = True
         except (OSError, StorageError) as error:  # the events are then sent again, without duplicates
-            _logger.warning("%s: cannot be written (%s)", self.queue.folder, error)
+            if self._is_saved:  # one warning for an outage of the disk, however often it is tried
+                _logger.warning("%s", error)
+            self._is_saved = False
 
     def _pause(self, waits: int) -> None:
         cap = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2 ** (waits - 1))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from avcil_dist.errors import StorageError
 from avcil_dist.tracking.event_queue import DeliveryCursor, Event, EventQueue
 from avcil_dist.tracking.outcomes import RefusedError, RejectedError, RunDeletedError, UnavailableError
 from avcil_dist.tracking.sender import Sender
@@ -309,3 +310,23 @@ def test_a_clock_that_jumps_does_not_lengthen_the_end(
     assert time.monotonic() - begun < 5
     queue.append("begin", step=1)
     assert [event["step"] for event in send(queue)[1]] == [0, 1]
+
+
+def test_a_cursor_that_a_full_disk_does_not_take_is_one_warning_until_it_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    queue = EventQueue(tmp_path)
+    sender = Sender(queue, "http://h", lambda runs: pytest.fail("no connection"), shown="h")
+
+    def fail(*_: object) -> None:
+        raise StorageError("cursor.json: cannot be written (No space left on device)")
+
+    for _ in range(2):
+        with monkeypatch.context() as full:
+            full.setattr(queue, "save_cursor", fail)
+            for _ in range(3):
+                sender._save(DeliveryCursor())
+        sender._save(DeliveryCursor())
+    assert [record.getMessage() for record in caplog.records] == [
+        "cursor.json: cannot be written (No space left on device)"
+    ] * 2

@@ -56,7 +56,8 @@ def hub_revision(repository: str, kind: Kind, revision: str) -> HubRevision:
     try:
         info = look_up(repository, revision=revision, files_metadata=True, timeout=30.0)
     except FAULTS as error:
-        raise hub_fault(repository, revision, error) from None
+        mirror = "set HF_ENDPOINT to a mirror" if kind == "model" else "give a mirror with --from, or by HF_ENDPOINT"
+        raise hub_fault(repository, revision, error, mirror) from None
     if info.sha is None or not COMMIT.fullmatch(info.sha):
         raise StorageError(f"{repository}: the hub at {endpoint()} names no commit of {revision}; check HF_ENDPOINT")
     files = {file.rfilename: HubFile(file.size, file.lfs.sha256 if file.lfs else None) for file in info.siblings or []}
@@ -84,19 +85,21 @@ def download_snapshot(repository: str, revision: str, files: list[str]) -> Path:
         raise hub_fault(repository, revision, error) from None
 
 
-def hub_fault(repository: str, revision: str, error: Exception) -> AvcilError:
+def hub_fault(
+    repository: str, revision: str, error: Exception, mirror: str = "set HF_ENDPOINT to a mirror"
+) -> AvcilError:
     """Return an error of the hub's client as one line that names the remedy."""
     where = f"{repository} ({revision[:12]}) at {endpoint()}"
     if isinstance(error, OfflineModeIsEnabled) or isinstance(error.__cause__, OfflineModeIsEnabled):
         return StorageError(
             f"{where}: not among the local copies in {cache_folder()}, and HF_HUB_OFFLINE is set; unset it on a "
-            "machine with a network, or set HF_HOME to the folder that has it"
+            f"machine with a network, set HF_HOME to the folder that has it, or {mirror}"
         )
     if isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError)):
         return DataError(f"{where}: no such repository or revision, or it needs a login (HF_TOKEN)")
     cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
     text = " ".join(str(cause).split())[:160] or type(cause).__name__
-    return StorageError(f"{where}: {text}; check the network, or set HF_ENDPOINT to a mirror")
+    return StorageError(f"{where}: {text}; check the network, or {mirror}")
 
 
 def endpoint() -> str:

@@ -31,6 +31,14 @@ class CallQueue(Observer):
         """Put the call."""
         self._put("message", text)
 
+    def iteration(self, iteration: int, values: Mapping[str, float]) -> None:
+        """Put the call."""
+        self._put("iteration", iteration, dict(values))
+
+    def system(self, seconds: float, values: Mapping[str, float]) -> None:
+        """Put the call."""
+        self._put("system", seconds, dict(values))
+
     def epoch(self, epoch: int, values: Mapping[str, float]) -> None:
         """Put the call."""
         self._put("epoch", epoch, dict(values))

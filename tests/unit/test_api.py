@@ -76,3 +76,8 @@ def test_new_processes_do_not_import_the_script_of_the_program() -> None:
         data = multiprocessing.spawn.get_preparation_data("x")
         assert not {"init_main_from_name", "init_main_from_path"} & set(data)
     assert sys.modules["__main__"] is main
+
+
+def test_every_call_of_an_observer_crosses() -> None:
+    names = {name for name, value in vars(Observer).items() if callable(value) and not name.startswith("_")}
+    assert names <= vars(CallQueue).keys()

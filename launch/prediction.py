@@ -91,10 +91,10 @@ def _stored(request: ModelRequest) -> _Stored:
             raise DataError(f"{error}; --manifest names it where it is now") from None
         return _Stored(artifact, manifest.shape, manifest.encoders, step_url(folder, step), url)
     from avcil_dist.config.schema import TrackingConfig
-    from avcil_dist.tracking.registered import load_registered
+    from avcil_dist.tracking.registered import MODEL_NAME, load_registered
     from avcil_dist.tracking.uris import database_path, tracking_uri, with_uri
 
-    if "/" in request.model.removeprefix("models:/").split("@")[0].rstrip("0123456789").rstrip("/"):
+    if not MODEL_NAME.fullmatch(request.model):
         raise ConfigError(f"{request.model}: no committed step in this folder; give a stream's folder, or models:/NAME")
     server = tracking_uri(with_uri(TrackingConfig(), request.uri), "runs")
     database = database_path(server)

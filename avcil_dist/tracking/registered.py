@@ -23,7 +23,9 @@ from avcil_dist.tracking.client import connect
 from avcil_dist.tracking.faults import reported
 from avcil_dist.tracking.registry import ABOUT, MODEL_FOLDER, load_described
 
-NAME = re.compile(r"(?:models:/)?(?P<name>[A-Za-z0-9_.-]+)(?:@(?P<alias>[A-Za-z0-9_.-]+)|/(?P<version>[0-9]+|latest))?")
+MODEL_NAME = re.compile(
+    r"(?:models:/)?(?P<name>[A-Za-z0-9_.-]+)(?:@(?P<alias>[A-Za-z0-9_.-]+)|/(?P<version>[0-9]+|latest))?"
+)
 LATEST = "latest"
 
 
@@ -42,7 +44,7 @@ def load_registered(uri: str, model: str) -> Registered:
 
     Raises TrackingError for a name that is not registered on the server, ArtifactError for damaged files.
     """
-    named = NAME.fullmatch(model)
+    named = MODEL_NAME.fullmatch(model)
     if named is None:
         raise TrackingError(f"{model}: no folder of a stream and no name of a model, such as models:/NAME@latest")
     with reported(uri), tempfile.TemporaryDirectory() as temporary:

@@ -16,7 +16,7 @@ from typing import Any
 
 from avcil_dist import storage
 from avcil_dist.data.decode import ClipInfo, SilentClipError, decode_clip, probe_clip
-from avcil_dist.data.manifest import SPLITS, Split
+from avcil_dist.data.manifest import SPLITS, Region, Split
 from avcil_dist.errors import ConfigError, DataError
 from data_shards.build_plan import (
     FORMAT,
@@ -215,7 +215,8 @@ def plan_build(listing: Listing, settings: BuildSettings) -> tuple[Plan, list[Ch
             taken = clips[first : first + settings.clips_per_shard]
             url = shard_url(split, class_numbers[label], label, first // settings.clips_per_shard)
             stamped = [
-                [clip.key, clip.source, clip.cut, *stamp, *map(file_stamp, clip.files[1:])] for clip, stamp in taken
+                [clip.key, clip.source, clip.cut, *stamp, *map(file_stamp, clip.files[1:]), *_regions(clip)]
+                for clip, stamp in taken
             ]
             digest = settings.digest([label, split, stamped])
             job = ShardJob(url.removesuffix(".tar"), digest, len(taken))
@@ -235,7 +236,12 @@ def plan_build(listing: Listing, settings: BuildSettings) -> tuple[Plan, list[Ch
 def _content(clip: ListedClip, stamp: FileStamp) -> list[Any]:
     """The parts of a clip that the data set's digest covers: those that are the same on every machine."""
     frames = clip.files[0].frames
-    return [clip.key, clip.source, clip.cut, stamp[0], *([frames.rate] if frames else [])]
+    return [clip.key, clip.source, clip.cut, stamp[0], *([frames.rate] if frames else []), *_regions(clip)]
+
+
+def _regions(clip: ListedClip) -> list[Region]:
+    """The region of a clip, if it is known; so the digest of a data set without regions is that of earlier versions."""
+    return [] if clip.region is None else [clip.region]
 
 
 def build_chunk(
@@ -291,8 +297,28 @@ def _members(clip: ListedClip, file: ClipFile, label: str, split: Split, setting
     if not settings.keep_muted and not decoded.waveform.any():
         raise ClipRejectedError("silent", "its sound is all zeros")
     duration = round(info.duration, 6)
-    metadata = {"label": label, "split": split, "source": clip.source, "start": clip.start, "duration": duration}
+    metadata: dict[str, Any] = {
+        "label": label,
+        "split": split,
+        "source": clip.source,
+        "start": clip.start,
+        "duration": duration,
+    }
+    if clip.region is not None:
+        metadata["region"] = central_region(clip.region, *decoded.frames.shape[-2:])
     return clip_members(data, metadata)
+
+
+def central_region(region: Region, height: int, width: int) -> Region | None:
+    """Return a region of a picture as fractions of its central square, which networks take; None for one beside it."""
+    side = min(height, width)
+
+    def place(fraction: float, length: int) -> float:
+        return min(max((fraction * length - (length - side) / 2) / side, 0.0), 1.0)
+
+    top, left, bottom, right = region
+    top, left, bottom, right = place(top, height), place(left, width), place(bottom, height), place(right, width)
+    return (top, left, bottom, right) if top < bottom and left < right else None
 
 
 def _check(info: ClipInfo, min_seconds: float) -> None:

@@ -9,10 +9,17 @@ from collections.abc import Iterable, Mapping
 from typing import IO, Any
 
 import numpy as np
+from pydantic import BaseModel, ValidationError
 
 from avcil_dist import storage
-from avcil_dist.data.manifest import Shard, Split, check_keys
+from avcil_dist.data.manifest import Region, Shard, Split, check_keys
 from avcil_dist.errors import ConfigError, DataError
+
+
+class _ClipMetadata(BaseModel):
+    """The part of a clip's metadata that the manifest repeats."""
+
+    region: Region | None = None
 
 
 def shard_url(split: Split, class_number: int, class_name: str, number: int) -> str:
@@ -50,13 +57,14 @@ def write_shard(
 
     One clip is in memory at a time. Equal clips give equal bytes: owner and time of the files are fixed. Raises
     DataError for a key that WebDataset would split, a duplicate key, or clips with different members; ConfigError
-    for a url that is not relative to `root`.
+    for a url that is not relative to `root`. Regions in the metadata become those of the shard.
     """
     if url.startswith(("/", "pipe:")) or "://" in url or ".." in url.split("/"):
         raise ConfigError(f"{url}: a shard's url is a plain path below the manifest's folder")
     keys: dict[str, None] = {}
     offsets: dict[str, list[int]] = {}
     sizes: dict[str, list[int]] = {}
+    regions: list[Region | None] = []
     with storage.new_file(storage.join(root, url)) as file:
         target = _DigestingFile(file)
         with tarfile.open(fileobj=target, mode="w", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
@@ -67,6 +75,7 @@ def write_shard(
                 if key in keys:
                     raise DataError(f"{url}: clip key {key!r} is a duplicate; rename one of the two")
                 keys[key] = None
+                regions.append(_region(members.get("json", b"")))
                 for member, data in members.items():
                     offsets.setdefault(member, []).append(_add_file(tar, f"{key}.{member}", data, url))
                     sizes.setdefault(member, []).append(len(data))
@@ -81,6 +90,7 @@ def write_shard(
         keys=tuple(keys),
         offsets={member: np.array(values, dtype=np.int64) for member, values in offsets.items()},
         sizes={member: np.array(values, dtype=np.int64) for member, values in sizes.items()},
+        regions=tuple(regions) if any(regions) else None,
     )
 
 
@@ -115,3 +125,13 @@ def _add_file(tar: tarfile.TarFile, name: str, data: bytes, url: str) -> int:
 
 def _json(metadata: Mapping[str, Any]) -> bytes:
     return json.dumps(metadata, sort_keys=True).encode()
+
+
+def _region(metadata: bytes) -> Region | None:
+    """The region in the metadata of a clip; None where it has none, or not four fractions."""
+    if b'"region"' not in metadata:  # as in nearly all data sets, whose metadata need not be parsed
+        return None
+    try:
+        return _ClipMetadata.model_validate_json(metadata).region
+    except ValidationError:
+        return None

@@ -21,7 +21,7 @@ import numpy as np
 from pydantic import JsonValue
 
 from avcil_dist import storage
-from avcil_dist.data.manifest import SPLITS
+from avcil_dist.data.manifest import SPLITS, Region
 from avcil_dist.errors import ConfigError
 from avcil_dist.seeds import generator
 from data_shards.workers import exit_with_parent
@@ -32,8 +32,6 @@ IRRATIONALS = np.array(
     [0.6180340, 0.4142136, 0.7320508, 0.3166248, 0.6457513, 0.3588989, 0.7958315, 0.3851648, 0.5677644]
 )
 CHUNK_CLIPS = 8
-
-Region = tuple[float, float, float, float]  # top, left, bottom, right as fractions of the picture
 
 
 @dataclass(frozen=True)
@@ -73,9 +71,10 @@ class _ClassLook:
 def render_dataset(
     folder: Path, spec: SyntheticSpec, *, progress: Callable[[], None] | None = None, processes: int = 1
 ) -> Path:
-    """Write `folder/<split>/<class>/<key>.mp4` and `folder/clips.csv` (path, label, split); return the csv's path.
+    """Write `folder/<split>/<class>/<key>.mp4` and `folder/clips.csv`; return the csv's path.
 
-    `folder/regions.json` has, by key, the part of the picture that makes the sound (see `sounding_region`).
+    The csv has path, label, split, and the part of the picture that makes the sound (see `sounding_region`);
+    `folder/regions.json` has that part by key.
     The bytes depend on the spec alone, not on `processes`. Existing clips are kept, so a second run continues an
     interrupted one. `progress` is called once a clip. Raises ConfigError for a spec that cannot be rendered, or a
     folder that holds clips of another spec.
@@ -100,8 +99,11 @@ def render_dataset(
             pool.shutdown(cancel_futures=True)
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["path", "label", "split"])
-    rows.writerows([_clip_path(*clip), class_name(clip[1]), clip[0]] for clip in clips)
+    rows.writerow(["path", "label", "split", "region"])
+    rows.writerows(
+        [_clip_path(*clip), class_name(clip[1]), clip[0], " ".join(map(repr, regions[_clip_key(*clip)]))]
+        for clip in clips
+    )
     storage.write_bytes(str(folder / "clips.csv"), text.getvalue().encode())
     storage.write_json(str(folder / "regions.json"), regions)
     return folder / "clips.csv"

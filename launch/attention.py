@@ -11,12 +11,13 @@ from rich.console import Console
 from avcil_dist import storage
 from avcil_dist.errors import ConfigError
 from avcil_dist.inference.attention import Heat, prepare_clips, step_attention
-from avcil_dist.models.attention.maps import Box
+from avcil_dist.models.attention.token_map import Box
 from avcil_dist.models.encoders.build import clip_inputs
-from avcil_dist.reporting.attention import AttentionRow, ClipFigure, check_format, write_figure
+from avcil_dist.reporting.attention import FILM_RATE, AttentionRow, ClipFigure
 from avcil_dist.reporting.tables import WordTable, plain
 from avcil_dist.streams.summary import committed_steps, load_summary
 
+FORMATS = (".html", ".png", ".mp4")
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -28,7 +29,9 @@ def make_figure(
     Raises ConfigError for paths without a stream or a clip, steps that are not committed, and streams that prepare
     clips differently; otherwise as `step_attention` and `prepare_clips` do.
     """
-    check_format(output)
+    ending = PurePosixPath(output).suffix
+    if ending not in FORMATS:
+        raise ConfigError(f"{output}: the figure is written as {', '.join(FORMATS)}; give a name that ends so")
     by_stream = {path.rstrip("/"): committed for path in paths if (committed := committed_steps(path.rstrip("/")))}
     clips = [path for path in paths if path.rstrip("/") not in by_stream]
     if not by_stream or not clips:
@@ -44,20 +47,35 @@ def make_figure(
             raise ConfigError(
                 f"{other}: it prepares clips (data.clip) in another way than {first}; show them in two figures"
             )
-    prepared = prepare_clips(clips, settings[first])
+    prepared = prepare_clips(clips, settings[first], FILM_RATE if ending == ".mp4" else None)
     rows: list[list[AttentionRow]] = [[] for _ in prepared]
     for stream, numbers in chosen.items():
         for number in numbers:
-            found_by_clip = step_attention(stream, number, prepared, heat=heat, class_name=class_name)
+            found_by_clip = step_attention(stream, number, prepared, [class_name] * len(prepared), heat=heat)
             for url, own, found in zip(clips, rows, found_by_clip, strict=True):
                 share = found.map.share(boxes[url]) if boxes and found.map.mass.any() else None
                 own.append(AttentionRow(PurePosixPath(stream).name, number, found.map, found.predicted, share))
     figures = [
-        ClipFigure(clip.name, clip.frames, clip.waveform, clip.sample_rate, own)
+        ClipFigure(clip.name, clip.frames, clip.waveform, clip.sample_rate, own, boxes.get(clip.name), clip.film)
         for clip, own in zip(prepared, rows, strict=True)
     ]
-    write_figure(figures, output, heat)
+    storage.write_bytes(output, _encoded(figures, ending, heat))
     return figures
+
+
+def _encoded(figures: Sequence[ClipFigure], ending: str, heat: Heat) -> bytes:
+    """The figure in the form that the ending names; each form imports its own library."""
+    if ending == ".png":
+        from avcil_dist.reporting.attention_picture import attention_picture
+
+        return attention_picture(figures)
+    if ending == ".mp4":
+        from avcil_dist.reporting.attention_video import attention_video
+
+        return attention_video(figures)
+    from avcil_dist.reporting.attention_page import attention_page
+
+    return attention_page(figures, heat).encode()
 
 
 def print_shares(figures: Sequence[ClipFigure], heat: Heat, console: Console) -> None:

@@ -18,7 +18,7 @@ for method in finetune avcil; do
     echo "$part/4  Training: $method, 4 steps of 2 classes, DeepSpeed on 2 processes"
     "$avcil" train demo --processes 2 method=$method output="$folder" data.manifest="$folder/shards/manifest.json"
 done
-"$avcil" report "$folder" --page "$folder/report.html"
+"$avcil" report "$folder" --page "$folder/report.html" --clips 2
 "$avcil" attention "$folder"/demo-{finetune,avcil}-seed0 "$folder"/clips/test/class_000/*.mp4 \
     --heat evidence --class class_000 --regions "$folder/clips/regions.json" --output "$folder/attention.html"
 

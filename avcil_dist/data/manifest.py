@@ -35,6 +35,8 @@ REBUILD = "restore it, or make one with `avcil shards build`"
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 ClipKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=MAX_KEY_LENGTH)]
 Size = Annotated[int, Field(ge=0, lt=MAX_SIZE)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Region = tuple[Fraction, Fraction, Fraction, Fraction]  # top, left, bottom, right, as fractions
 FeatureShape = dict[Annotated[str, Field(pattern="^(frames|positions|dim)$")], Annotated[int, Field(ge=1, le=1 << 20)]]
 
 
@@ -51,7 +53,11 @@ Scalar = (
 
 
 class ShardRecord(BaseModel):
-    """A shard as the manifest's JSON has it. `members`: offsets and sizes of each member, one of each per clip."""
+    """A shard as the manifest's JSON has it.
+
+    `members`: offsets and sizes of each member, one of each per clip. `regions`: the part of the central square of the
+    picture that makes the sound, per clip, of a data set with such regions.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -63,6 +69,7 @@ class ShardRecord(BaseModel):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     keys: list[str]  # `check_keys` checks them all at once
     members: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$", max_length=100)], tuple[list[Size], list[Size]]]
+    regions: list[Region | None] | None = None
 
 
 class EncoderRecord(BaseModel):
@@ -92,6 +99,7 @@ class ManifestRecord(BaseModel):
 class Shard:
     """One tar file. `offsets[member][i]` and `sizes[member][i]` locate the member of clip i.
 
+    `regions[i]` is the part of the picture that makes the sound of clip i, where it is known for any clip.
     `root` is the folder of `url` where it is not the manifest's; it is never read from a manifest.
     """
 
@@ -104,6 +112,7 @@ class Shard:
     offsets: dict[str, np.ndarray]
     sizes: dict[str, np.ndarray]
     root: str | None = None
+    regions: tuple[Region | None, ...] | None = None
 
     @property
     def count(self) -> int:
@@ -112,7 +121,8 @@ class Shard:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the shard as plain JSON values."""
-        return {
+        regions = {} if self.regions is None else {"regions": [region and list(region) for region in self.regions]}
+        return regions | {
             "url": self.url,
             "class": self.class_name,
             "split": self.split,
@@ -138,11 +148,14 @@ class Shard:
             keys=tuple(record.keys),
             offsets={name: np.array(spans[0], dtype=np.int64) for name, spans in record.members.items()},
             sizes={name: np.array(spans[1], dtype=np.int64) for name, spans in record.members.items()},
+            regions=None if record.regions is None else tuple(record.regions),
         )
         storage.inner_path(record.url)
         check_keys(record.url, shard.keys)
         if not len(set(shard.keys)) == shard.count == record.count or not shard.count:
             raise DataError(f"{record.url}: count {record.count}, but {len(set(shard.keys))} different keys")
+        if shard.regions is not None and len(shard.regions) != shard.count:
+            raise DataError(f"{record.url}: {shard.count} clips, but {len(shard.regions)} regions")
         for name, offsets in shard.offsets.items():
             sizes = shard.sizes[name]
             if not len(offsets) == len(sizes) == shard.count:
@@ -234,6 +247,12 @@ class Manifest:
         """Return the key of a clip."""
         shard, row = self.locate(clip)
         return self.shards[shard].keys[row]
+
+    def region(self, clip: int) -> Region | None:
+        """Return the part of the picture that makes the sound of a clip; None where it is not known."""
+        shard, row = self.locate(clip)
+        regions = self.shards[shard].regions
+        return None if regions is None else regions[row]
 
     def class_of(self, clip: int) -> str:
         """Return the class of a clip."""

@@ -1,95 +1,168 @@
-"""Page of a report: one HTML file with charts, without scripts or external resources."""
+"""Page of a report: one HTML file with charts, without external resources.
 
-import io
-import re
-from collections.abc import Sequence
+Its script zooms the confusion matrices and opens folded parts for print; without it everything else is shown. A policy
+in the page forbids every request.
+"""
 
-import matplotlib
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from avcil_dist import storage
+from avcil_dist.reporting.attention import ClipFigure
+from avcil_dist.reporting.attention_page import clip_view
+from avcil_dist.reporting.charts import MARKERS, NUM_COLOURS, Chart, Curve
+from avcil_dist.reporting.groups import PERCENT, StreamGroup, differing_settings, make_groups
+from avcil_dist.reporting.history import duration
 from avcil_dist.reporting.report import StreamReport, megabytes, percent, task_sizes
+from avcil_dist.streams.metrics import EpochMetrics
 
-NUM_COLOURS = 6  # the number of colours in the page's style sheet
-
-# Placeholder colours in the drawings. The page's style sheet replaces them, so that a drawing fits light and dark
-# screens.
-INK, RULE = "#abc001", "#abc002"
-SERIES = [f"#abc1{index:02x}" for index in range(NUM_COLOURS)]
-DASHES = ["-", "--", "-.", ":"]
-MARKERS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚"}  # in drawings, and as text
+FOLDED_FROM = 41  # classes from which the tables of classes are folded by task
+POINTS_PER_STEP = 200  # of a training curve; more are not distinct in the chart
+FRAMES_SHOWN = 4  # of a clip, evenly spread
 
 
-def write_page(streams: Sequence[StreamReport], path: str) -> None:
-    """Write the report as one HTML file without scripts or external resources."""
+def write_page(
+    streams: Sequence[StreamReport], path: str, clips: Sequence[ClipFigure] = (), links: Mapping[str, str] | None = None
+) -> None:
+    """Write the report as one HTML file.
+
+    `clips` are shown with their maps of evidence. `links` are the addresses of the streams' runs, by folder. Raises
+    ArtifactError for a damaged step.
+    """
+    groups = make_groups(streams)
     loader = PackageLoader("avcil_dist", "reporting")
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters |= {"percent": percent, "megabytes": megabytes}
-    longest = max(stream.scenario.num_steps for stream in streams)
-    charts = [("Seen accuracy, %", _chart([_points(s.metrics.seen_accuracy, 0) for s in streams], "seen", longest))]
-    if any(stream.metrics.forgetting for stream in streams):
-        curves = [_points(stream.metrics.forgetting, 1) for stream in streams]
-        charts.append(("Forgetting, percentage points", _chart(curves, "forgetting", longest)))
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"percent": percent, "megabytes": megabytes, "duration": duration, "sparkline": sparkline}
+    script = environment.get_template("report.js.j2").render()
     page = environment.get_template("report.html.j2").render(
-        streams=streams,
-        charts=charts,
-        task_sizes=[task_sizes(stream) for stream in streams],
-        classes=list(dict.fromkeys(name for stream in streams for name in stream.metrics.per_class)),
-        longest=longest,
+        title=" · ".join(dict.fromkeys(stream.config.name for stream in streams)),
+        groups=groups,
+        result_charts=_result_charts(groups),
+        sound_charts=_sound_charts(groups),
+        training=[(group, charts) for group in groups if (charts := _training_charts(group))],
+        confusions=[(group, view) for group in groups if (view := group.confusion)],
+        task_sizes=task_sizes,
+        tasks=_tasks(streams),
+        is_folded=len({name for stream in streams for name in stream.metrics.per_class}) >= FOLDED_FROM,
+        longest=max(stream.scenario.num_steps for stream in streams),
+        settings=differing_settings(groups),
+        links=links or {},
+        clips=[clip_view(clip, FRAMES_SHOWN) for clip in clips],
         num_colours=NUM_COLOURS,
         glyphs=list(MARKERS.values()),
+        script=Markup(script),  # noqa: S704 - a file of this package
+        script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
     storage.write_bytes(path, page.encode())
 
 
-def _points(values: Sequence[float], first: int) -> tuple[list[int], list[float]]:
-    """Steps and percentages of a curve that begins at step `first`."""
-    return list(range(first, first + len(values))), [100 * value for value in values]
+def sparkline(values: Sequence[float], num_steps: int) -> str:
+    """Path of a curve in a field of 100 × 20, from 0 at the bottom to 1 at the top; it ends at the last step."""
+    first, width = num_steps - len(values), 100 / max(num_steps - 1, 1)
+    points = [f"{(first + number) * width:.0f} {19 - 18 * value:.0f}" for number, value in enumerate(values)]
+    return f"M{points[0]}h1" if len(points) == 1 else "M" + "L".join(points)
 
 
-def _chart(curves: Sequence[tuple[list[int], list[float]]], name: str, num_steps: int) -> Markup:
-    """Draw curves over steps as an SVG element in the page's colours; `name` prefixes its ids."""
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10}):
-        figure = Figure(figsize=(5.2, 3.2), layout="constrained", facecolor="none")
-        axes = figure.subplots(subplot_kw={"facecolor": "none"})
-        for index, (steps, values) in enumerate(curves):
-            axes.plot(
-                steps,
-                values,
-                color=SERIES[index % NUM_COLOURS],
-                linestyle=DASHES[index % len(DASHES)],
-                marker=list(MARKERS)[index % len(MARKERS)],
-                markersize=5,
-                linewidth=1.8,
-                clip_on=False,
-            )
-        axes.set_xlim(-0.2, max(num_steps - 0.8, 0.2))
-        lowest = min([0.0, *(value for _, values in curves for value in values)])
-        axes.set_ylim(bottom=lowest - 3 if lowest else 0, top=100 if name == "seen" else None)
-        axes.set_xlabel("step", color=INK)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.tick_params(colors=INK, length=0)
-        axes.grid(axis="y", color=RULE, linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.spines["bottom"].set_color(RULE)
-        drawing = io.StringIO()
-        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # equal streams give equal pages
-        FigureCanvasSVG(figure).print_svg(drawing, metadata=no_metadata)
-    return _in_page(drawing.getvalue(), name)
+def _tasks(streams: Sequence[StreamReport]) -> list[list[str]]:
+    """Classes that any stream has an accuracy of, by the task that they are in first."""
+    tasks: list[list[str]] = []
+    known: set[str] = set()
+    for stream in streams:
+        for task in range(stream.metrics.step + 1):
+            names = [n for n in stream.scenario.new(task) if n in stream.metrics.per_class and n not in known]
+            known.update(names)
+            tasks.extend([] for _ in range(task + 1 - len(tasks)))
+            tasks[task].extend(names)
+    return tasks
 
 
-def _in_page(svg: str, name: str) -> Markup:
-    """Adapt a drawing to the page: unique ids, the page's font and colours, transparent background, any width."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", svg)
-    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font: \1 system-ui, sans-serif", svg)
-    for index, colour in enumerate(SERIES):
-        svg = svg.replace(colour, f"var(--series-{index})")
-    svg = svg.replace(INK, "var(--ink-soft)").replace(RULE, "var(--rule)")
-    svg = re.sub(r"<svg ", f'<svg role="img" aria-label="{name} by step" ', svg, count=1)
-    return Markup(svg)  # noqa: S704 - drawn by matplotlib from numbers alone
+def _result_charts(groups: Sequence[StreamGroup]) -> list[Chart]:
+    accuracy = [group.curve(lambda metrics: metrics.seen_accuracy) for group in groups]
+    forgetting = [group.curve(lambda metrics: metrics.forgetting, first=1) for group in groups]
+    return [
+        Chart("seen", "Accuracy on all seen classes, %", _present(accuracy), "step", top=100),
+        *_chart_of("forgetting", "Forgetting, percentage points", forgetting),
+    ]
+
+
+def _sound_charts(groups: Sequence[StreamGroup]) -> list[Chart]:
+    """Shares of attention and evidence on the sounding regions, for data sets where these are known."""
+    areas = [shares.area for group in groups for s in group.streams if (shares := s.metrics.regions)]
+    if not areas:
+        return []
+    even = (PERCENT * areas[0], "area of the region")
+
+    def curves(name: str) -> list[Curve | None]:
+        return [group.curve(lambda m: m.regions.after(name) if m.regions else ()) for group in groups]
+
+    def first_task(name: str) -> list[Curve | None]:
+        return [
+            group.curve(lambda m: [row[0] for row in getattr(m.regions, name)] if m.regions else ()) for group in groups
+        ]
+
+    return [
+        *_chart_of("evidence", "Evidence on the sounding region, all seen classes, %", curves("evidence"), [even]),
+        *_chart_of(
+            "evidence0", "Evidence on the sounding region, classes of task 0, %", first_task("evidence"), [even]
+        ),
+        *_chart_of("with", "Clips of task 0 with any evidence for their class, %", first_task("with_evidence")),
+        *_chart_of("attention", "Attention on the sounding region, all seen classes, %", curves("attention"), [even]),
+    ]
+
+
+def _chart_of(
+    name: str, title: str, curves: Sequence[Curve | None], lines: Sequence[tuple[float, str]] = ()
+) -> list[Chart]:
+    present = _present(curves)
+    return [Chart(name, title, present, "step", lines=lines)] if present else []
+
+
+def _present(curves: Sequence[Curve | None]) -> list[Curve]:
+    return [curve for curve in curves if curve is not None]
+
+
+def _training_charts(group: StreamGroup) -> list[Chart]:
+    """Loss and validation accuracy over all epochs: the first stream with its selected epochs, others thin.
+
+    One step follows the other on the horizontal axis, each one wide.
+    """
+    losses: list[Curve] = []
+    accuracies: list[Curve] = []
+    for number, history in enumerate(group.histories):
+        for _, metrics in history.steps:
+            loss, accuracy = _step_curves(metrics.epochs, metrics.step, metrics.epoch, group.number, faint=number > 0)
+            losses += loss
+            accuracies += accuracy
+    last = max((stream.metrics.step for stream in group.streams), default=0)
+    charts = [
+        ("val", "Validation accuracy, %", accuracies, 100),
+        ("loss", "Training loss", losses, None),
+    ]
+    return [
+        Chart(f"{name}{group.number}", title, curves, "step", top=top, divisions=range(last + 2))
+        for name, title, curves, top in charts
+        if curves
+    ]
+
+
+def _step_curves(
+    epochs: Sequence[EpochMetrics], step: int, chosen: int, series: int, *, faint: bool
+) -> tuple[list[Curve], list[Curve]]:
+    stride = -(-len(epochs) // POINTS_PER_STEP) if epochs else 1
+    shown = [number for number in range(len(epochs)) if number % stride == 0 or number == chosen]
+
+    def curve(points: Sequence[tuple[int, float]]) -> list[Curve]:
+        marks = [] if faint else [place for place, (number, _) in enumerate(points) if number == chosen]
+        x = [step + (number + 1) / len(epochs) for number, _ in points]
+        return [Curve(x, [value for _, value in points], series, None, marks, faint)] if points else []
+
+    return (
+        curve([(number, epochs[number].loss) for number in shown]),
+        curve([(n, PERCENT * value) for n in shown if (value := epochs[n].val_accuracy) is not None]),
+    )

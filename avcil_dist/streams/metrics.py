@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
 from avcil_dist.scenario import ClassName
+from avcil_dist.streams.region_shares import RegionShares
 from avcil_dist.streams.score_metrics import ScoreMetrics
 
 Accuracy = Annotated[float, Field(ge=0, le=1)]
@@ -156,7 +157,8 @@ class StreamMetrics:
     `num_test_clips`, `epoch` (the selected one), `val_accuracy`, `epochs` and `scores` (metrics of all class scores)
     are those of the last step. `source_disjoint` covers the test clips whose source video no training clip shares,
     `memory` is that after the last step. `choices` are the selected epochs of steps 0 … step, None for a step that an
-    earlier version trained. Raises ValueError for inconsistent lengths.
+    earlier version trained. `regions` has shares of the attention where sounding regions are known. Raises ValueError
+    for inconsistent lengths.
     """
 
     step: Annotated[int, Field(ge=0, lt=1 << 20)]
@@ -172,6 +174,7 @@ class StreamMetrics:
     choices: tuple[EpochChoice | None, ...] = ()
     epochs: tuple[EpochMetrics, ...] = field(default=(), repr=False)
     scores: ScoreMetrics | None = None
+    regions: RegionShares | None = None
 
     def __post_init__(self) -> None:
         lengths = [len(row) for row in self.accuracy]
@@ -201,6 +204,7 @@ class StreamMetrics:
         memory: MemoryUse | None = None,
         epochs: Sequence[EpochMetrics] = (),
         scores: ScoreMetrics | None = None,
+        regions: RegionShares | None = None,
     ) -> "StreamMetrics":
         """Return the metrics after `step` from those after the step before it (None at step 0).
 
@@ -225,6 +229,7 @@ class StreamMetrics:
             choices=(*choices, EpochChoice(epoch, num_epochs, val_accuracy, num_ties)),
             epochs=tuple(epochs),
             scores=scores,
+            regions=regions and regions.following(previous.regions if previous else None, step),
         )
 
     @property
@@ -259,6 +264,8 @@ class StreamMetrics:
             "memory_bytes": self.memory.bytes if self.memory else None,
             "backward_transfer": self.backward_transfer,
             **(asdict(self.scores) if self.scores else {}),
+            "attention_on_sound": self.regions.after("attention")[-1] if self.regions else None,
+            "evidence_on_sound": self.regions.after("evidence")[-1] if self.regions else None,
         }
         return {name: value for name, value in values.items() if value is not None}
 

@@ -29,6 +29,7 @@ from avcil_dist.tracking.tags import STREAM_ID
 Event = dict[str, Any]
 FILE = "events.jsonl"
 FOLDER = "events"
+EXPERIMENT = "experiment"
 UNWRITTEN = 10_000  # events that are kept in memory
 
 _logger = logging.getLogger(__name__)
@@ -38,7 +39,8 @@ _logger = logging.getLogger(__name__)
 class DeliveryCursor:
     """Position of one server in the queue.
 
-    `offset`: bytes of the queue that the server has. `runs`: ids of the stream's runs there. `unavailable_since`:
+    `offset`: bytes of the queue that the server has. `runs`: ids of the stream's runs there, and of their experiment
+    (EXPERIMENT). `unavailable_since`:
     Unix time of the first failed call of an outage, with its `reason`. `rejected`: events that the server will never
     take as they are; they were skipped.
     """
@@ -194,6 +196,16 @@ class EventQueue:
     def events(self, kind: str) -> list[Event]:
         """All events of a kind, from the first."""
         return [event for event, _ in self.read(0, limit=self.size(), kind=kind)]
+
+    def last(self, kind: str) -> Event | None:
+        """The newest event of a kind; the others are not parsed, as there may be many."""
+        start, found = json.dumps({"kind": kind}).encode().removesuffix(b"}"), None
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                for line in file:
+                    if line.startswith(start) and line.endswith(b"\n"):
+                        found = _parse(line) or found
+        return found
 
     def size(self) -> int:
         """Bytes written so far."""

@@ -21,7 +21,7 @@ from avcil_dist.text.redaction import redacted
 from avcil_dist.tracking.artifacts import transfer, upload_step
 from avcil_dist.tracking.batches import BatchWriter
 from avcil_dist.tracking.client import connect, experiment_id, find_by_stream_id, is_active
-from avcil_dist.tracking.event_queue import Event
+from avcil_dist.tracking.event_queue import EXPERIMENT, Event
 from avcil_dist.tracking.events import STREAM, as_metric_name
 from avcil_dist.tracking.faults import FAULTS, delivery_error
 from avcil_dist.tracking.outcomes import RefusedError, RejectedError, RunDeletedError, UnavailableError
@@ -47,6 +47,7 @@ class MlflowWriter:
         self._experiment = self._set_up(lambda: experiment_id(self._client, uri, tracking, output))
         if STREAM in runs and not self._set_up(lambda: is_active(self._client, runs[STREAM])):
             raise RunDeletedError
+        self.runs[EXPERIMENT] = self._experiment
 
     def write(self, events: Sequence[Event]) -> None:
         """Write events of one kind; metrics of one run and several positions go in one call."""

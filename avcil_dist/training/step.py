@@ -39,6 +39,7 @@ from avcil_dist.streams.metrics import (
     per_class_accuracy,
     seen_accuracy,
 )
+from avcil_dist.streams.region_shares import RegionShares
 from avcil_dist.streams.score_metrics import score_metrics
 from avcil_dist.streams.snapshots import snapshots_url
 from avcil_dist.streams.stream import scenario_of, shards_of, sole_writer, stream_url
@@ -46,6 +47,7 @@ from avcil_dist.system.signals import StopRequest
 from avcil_dist.system.source_version import source_version
 from avcil_dist.training.build import build_networks, network_of_state
 from avcil_dist.training.clip_cache_placement import place_clip_cache
+from avcil_dist.training.clip_maps import region_shares
 from avcil_dist.training.closed_form import solve_anchor, train_closed_form
 from avcil_dist.training.collectives import decide_together, process_group
 from avcil_dist.training.device import device_name, local_device, out_of_memory_as_line
@@ -162,7 +164,14 @@ def step_in_group(
         method=step.method.state_dict(),
         memory=memory,
         scenario=scenario,
-        metrics=_metrics(step, previous, tested, best, memory_use(step, memory, best.state)),
+        metrics=_metrics(
+            step,
+            previous,
+            tested,
+            best,
+            memory_use(step, memory, best.state),
+            region_shares(step, student, inference),
+        ),
         config=config,
         manifest_hash=manifest.content_hash,
         device=device_name(device),
@@ -268,7 +277,12 @@ def _clip_cache(step: Step, sampler: TrainingSampler, observer: Observer) -> Cli
 
 
 def _metrics(
-    step: Step, previous: StepArtifact | None, tested: ScoredPredictions, best: BestEpoch, memory: MemoryUse
+    step: Step,
+    previous: StepArtifact | None,
+    tested: ScoredPredictions,
+    best: BestEpoch,
+    memory: MemoryUse,
+    regions: RegionShares | None,
 ) -> StreamMetrics:
     labels, predictions = tested.labels, tested.predictions
     disjoint = None
@@ -291,4 +305,5 @@ def _metrics(
         memory=memory,
         epochs=best.epochs,
         scores=score_metrics(labels, tested.scores, step.scenario.head_slices(step.number)),
+        regions=regions,
     )

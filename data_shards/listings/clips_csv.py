@@ -1,13 +1,16 @@
-"""A csv with the header `path,label` and any of `split,source,start,duration`; paths are relative to the csv.
+"""A csv with the header `path,label` and any of `split,source,start,duration,region`; paths are relative to the csv.
 
 A path is that of a video file, or of a folder of pictures. Classes are in order of first appearance. A row with a start
-or a duration is a cut of its file. Without the column `split` the clips are split within each class by source video:
-`source`, or the id in the file's name, or the file.
+or a duration is a cut of its file. A region is the part of the picture that makes the sound: top, left, bottom and
+right as fractions of the picture, such as `0 0.5 0.5 1`; metrics then have the share of the attention on it. Without
+the column `split` the clips are split within each class by source video: `source`, or the id in the file's name, or
+the file.
 """
 
 import os
 from pathlib import Path
 
+from avcil_dist.data.manifest import Region
 from avcil_dist.errors import DataError
 from data_shards.listings.frame_folders import frame_folder, is_frame_folder
 from data_shards.listings.listing import (
@@ -26,7 +29,7 @@ from data_shards.listings.text_files import first_row, open_csv, parse_seconds
 from data_shards.listings.video_names import source_video
 
 NEEDS_VIDEOS = False
-COLUMNS, OPTIONAL_COLUMNS = {"path", "label"}, {"split", "source", "start", "duration"}
+COLUMNS, OPTIONAL_COLUMNS = {"path", "label"}, {"split", "source", "start", "duration", "region"}
 
 
 def matches(path: Path) -> bool:
@@ -46,7 +49,7 @@ def read(path: Path, videos: Path | None, shares: SplitShares | None) -> Listing
         unknown = sorted(set(header) - COLUMNS - OPTIONAL_COLUMNS)
         if unknown:
             raise DataError(
-                f"{path}: its header has {unknown[0]!r}; columns are path,label,split,start,duration,source"
+                f"{path}: its header has {unknown[0]!r}; columns are path,label,split,start,duration,source,region"
             )
         for line, values in lines:
             if not values:
@@ -72,13 +75,25 @@ def _clip(file: Path, row: dict[str, str], where: str) -> ListedClip:
     start, duration = _seconds(row.get("start"), where), _seconds(row.get("duration"), where)
     is_series = file.suffix.lower() not in VIDEO_ENDINGS and is_frame_folder(file)
     clip_file = frame_folder(file) if is_series else ClipFile(str(file))
-    source = row.get("source") or file.stem
+    source, region = row.get("source") or file.stem, _region(row.get("region"), where)
     if start is None and duration is None:
-        return ListedClip((clip_file,), safe_key(file.stem), source)
+        return ListedClip((clip_file,), safe_key(file.stem), source, region=region)
     begin = start or 0.0
     end = "end" if duration is None else f"{round((begin + duration) * 1000)}"
     key = safe_key(f"{file.stem}_{round(begin * 1000)}_{end}")
-    return ListedClip((clip_file._replace(cut=(begin, duration)),), key, source, begin)
+    return ListedClip((clip_file._replace(cut=(begin, duration)),), key, source, begin, region)
+
+
+def _region(text: str | None, where: str) -> Region | None:
+    if not (text or "").strip():
+        return None
+    try:
+        top, left, bottom, right = map(float, str(text).split())
+    except ValueError:
+        raise DataError(f"{where}: region {str(text)[:60]!r} is not four numbers: top left bottom right") from None
+    if not (0 <= top < bottom <= 1 and 0 <= left < right <= 1):
+        raise DataError(f"{where}: region {text!r}: top < bottom and left < right must be fractions of the picture")
+    return top, left, bottom, right
 
 
 def _seconds(text: str | None, where: str) -> float | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple, get_args
 
 from avcil_dist import storage
-from avcil_dist.data.manifest import SPLITS, Split
+from avcil_dist.data.manifest import SPLITS, Region, Split
 from avcil_dist.errors import ConfigError, DataError
 from data_shards.listings.splits import DEFAULT_SHARES, SplitShares, split_sources
 from data_shards.listings.text_files import read_lines
@@ -62,7 +62,8 @@ class ClipFile(NamedTuple):
 class ListedClip:
     """A clip: its files, its key, and the video (`source`) and second (`start`) that it begins at.
 
-    The first of `files` that can be taken is the clip. `is_named_by_id`: the listing has an id, for which they were
+    The first of `files` that can be taken is the clip. `region`: the part of the picture that makes the sound, where it
+    is known. `is_named_by_id`: the listing has an id, for which they were
     found.
     """
 
@@ -70,6 +71,7 @@ class ListedClip:
     key: str
     source: str
     start: float = 0.0
+    region: Region | None = None
     is_named_by_id: bool = False
 
     @property

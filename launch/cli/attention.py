@@ -8,7 +8,13 @@ import click
 @click.command()
 @click.argument("paths", nargs=-1, required=True, metavar="STREAM... CLIP...")
 @click.option("--steps", default="all", show_default=True, help="Steps to show: all, or numbers such as 0,3.")
-@click.option("--output", "-o", required=True, type=click.Path(dir_okay=False), help="File to write: .html or .png.")
+@click.option(
+    "--output",
+    "-o",
+    required=True,
+    type=click.Path(dir_okay=False),
+    help="File to write: .html (with sound), .png, or .mp4 (frames under heat, with sound).",
+)
 @click.option(
     "--heat",
     type=click.Choice(["attention", "evidence"]),

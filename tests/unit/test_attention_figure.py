@@ -11,12 +11,16 @@ import pytest
 import torch
 from PIL import Image
 
-from avcil_dist.config.schema import Config
-from avcil_dist.data.decode import decode_clip
+from avcil_dist.config.schema import ClipConfig, Config
+from avcil_dist.data.decode import decode_clip, probe_clip
 from avcil_dist.data.exemplar_memory import EMPTY_MEMORY
-from avcil_dist.models.attention.maps import TokenMap, attention_map, evidence_map, token_weights
+from avcil_dist.data.inputs import ClipInputs
+from avcil_dist.inference.attention import prepare_clips
+from avcil_dist.models.attention.maps import attention_map, evidence_map, token_weights
 from avcil_dist.models.attention.module import AudioGuidedAttention
+from avcil_dist.models.attention.token_map import TokenMap
 from avcil_dist.models.network import build_network
+from avcil_dist.reporting.attention import FILM_RATE
 from avcil_dist.streams.artifact import save_artifact
 from data_shards.synthetic import SyntheticSpec, render_dataset, sounding_region
 from tests.helpers.artifacts import make_artifact
@@ -136,6 +140,22 @@ def test_the_picture_and_the_shares_of_chosen_steps(stream: Path, tmp_path: Path
     assert picture.width > picture.height > 300
 
 
+def test_the_video_shows_every_step_and_keeps_the_sound(stream: Path, tmp_path: Path) -> None:
+    words = "--regions", stream / "clips" / "regions.json", "-o", tmp_path / "figure.mp4"
+    done = avcil("attention", stream / "stream<b>", *clips_of(stream)[:2], *words)
+    assert done.exit_code == 0, done.output
+    data = (tmp_path / "figure.mp4").read_bytes()
+    info = probe_clip(data, "figure")
+    assert (info.frames_per_second, info.duration) == (FILM_RATE, pytest.approx(2.0, abs=0.3))  # two clips of a second
+    assert info.height > 2 * 224  # a row for each of two steps
+    film = decode_clip(data, num_frames=20, sample_rate=16000, silent="error", where="figure")
+    sound = film.waveform[:16000].double().numpy()
+    [clip] = prepare_clips([str(clips_of(stream)[0])], ClipInputs.of(ClipConfig(**CLIP)))
+    spectra = [np.abs(np.fft.rfft(part[1600:14400])) for part in (sound, clip.waveform)]
+    assert np.corrcoef(*spectra)[0, 1] > 0.9
+    assert (film.frames[0] != film.frames[5]).any()
+
+
 def test_the_evidence_for_a_class_is_another_map(stream: Path, tmp_path: Path) -> None:
     pages = {}
     for words in (["attention"], ["evidence"], ["evidence", "--class", "cat"]):
@@ -153,7 +173,7 @@ def test_the_evidence_for_a_class_is_another_map(stream: Path, tmp_path: Path) -
         (["{stream}", "{clip}", "--class", "bus", "--heat", "evidence", "-o", "{out}/a.html"], "is not seen at step 0"),
         (["{stream}", "-o", "{out}/a.html"], "no clip among"),
         (["{clip}", "-o", "{out}/a.html"], "no stream with a committed step among"),
-        (["{stream}", "{clip}", "-o", "{out}/a.gif"], "written as .html or .png"),
+        (["{stream}", "{clip}", "-o", "{out}/a.gif"], "written as .html, .png, .mp4"),
         (["{stream}", "{clip}", "--steps", "0,7", "-o", "{out}/a.html"], "has the committed steps 0, 1"),
         (["{stream}", "{out}/none.mp4", "-o", "{out}/a.html"], "none.mp4"),
         (["{stream}", "{clip}", "--regions", "{out}/regions.json", "-o", "{out}/a.html"], "has no region of"),

@@ -27,10 +27,10 @@ def test_csv_lists_every_clip_once_and_all_exist(tmp_path: Path) -> None:
     called = []
     path = render_dataset(tmp_path, SPEC, progress=lambda: called.append(1), processes=1)
     lines = path.read_text().splitlines()
-    assert lines[0] == "path,label,split"
+    assert lines[0] == "path,label,split,region"
     assert len(lines) - 1 == len(set(lines)) - 1 == len(called) == SPEC.num_clips == 8
     for line in lines[1:]:
-        name, label, split = line.split(",")
+        name, label, split, _ = line.split(",")
         assert (tmp_path / name).is_file()
         assert name.startswith(f"{split}/{label}/")
 

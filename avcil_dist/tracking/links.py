@@ -1,0 +1,27 @@
+"""Where the runs of a stream are shown, read from its event queue. No server is contacted."""
+
+import re
+
+from avcil_dist.streams.identity import read_identity
+from avcil_dist.text.redaction import redacted
+from avcil_dist.tracking.event_queue import EXPERIMENT, EventQueue, queue_folder
+from avcil_dist.tracking.events import STREAM
+
+
+def tracked_at(stream: str) -> str | None:
+    """Return the url of a stream's run in MLflow, or the uri of its database; None for a stream that is not tracked.
+
+    The uri of a server stands for a run that is not sent yet.
+    """
+    identity = read_identity(stream)
+    if identity is None or not (folder := queue_folder(stream, identity.id)).is_dir():
+        return None
+    queue = EventQueue(folder)
+    opened = queue.last("open")
+    if opened is None or "server" not in opened:
+        return None
+    server = str(opened["server"])
+    runs = queue.cursor(server).runs
+    if re.match("https?://", server) and STREAM in runs and EXPERIMENT in runs:
+        return f"{redacted(server).rstrip('/')}/#/experiments/{runs[EXPERIMENT]}/runs/{runs[STREAM]}"
+    return redacted(server)

@@ -44,5 +44,6 @@ has() {
 }
 
 need "virtual environments" python3-venv "$PYTHON" -c "import venv, ensurepip"
+need "Chromium, for the tests of pages" chromium has chromium
 need "SLURM with accounting, for \`avcil sandbox\`" "slurm-wlm slurmdbd munge mariadb-server" \
     has slurmctld slurmd sacct slurmdbd munged mariadbd mariadb-install-db

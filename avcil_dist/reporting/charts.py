@@ -83,7 +83,7 @@ class Chart:
         axes.set_xlim(-margin, last + margin)
         for value, label in self.lines:
             axes.axhline(value, color=INK, linewidth=0.8, linestyle=(0, (2, 3)))
-            axes.annotate(label, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", color=INK)
+            axes.annotate(label, (0.02, value), xycoords=("axes fraction", "data"), ha="left", va="top", color=INK)
         for position in self.divisions:
             axes.axvline(position, color=RULE, linewidth=0.8)
         axes.set_xlabel(self.x_label, color=INK)

@@ -1,4 +1,4 @@
-"""Picture of a report page for the documents: its legend and its charts, side by side, as one SVG.
+"""Picture of a report page for the documents: its legend and its first two charts, side by side, as one SVG.
 
 python docs/images/make_picture.py runs/demo/report.html docs/images/report.svg
 """
@@ -15,7 +15,7 @@ def main(page: str, picture: str) -> None:
     """Write the picture of the page."""
     text = Path(page).read_text()
     colours = dict(re.findall(r"(--[\w-]+): (#[0-9a-f]{6})", text.split("@media")[0]))
-    charts = re.findall(r"<figcaption>(.*?)</figcaption>\s*(<svg.*?</svg>)", text, re.DOTALL)
+    charts = re.findall(r"<figcaption>(.*?)</figcaption>\s*(<svg.*?</svg>)", text, re.DOTALL)[:2]
     legend = re.search(r'<ul class="legend">(.*?)</ul>', text, re.DOTALL)
     entries = re.findall(r"color: var\((--[\w-]+)\)\">(.*?)</span>(.*?)</li>", legend[1], re.DOTALL) if legend else []
     size = f'width="{MARGIN + len(charts) * (WIDTH + MARGIN)}" height="{HEIGHT + LEGEND + 40}"'

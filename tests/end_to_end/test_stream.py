@@ -210,11 +210,17 @@ def test_the_demo_runs_and_avcil_forgets_clearly_less(tmp_path: Path) -> None:
         ["bash", "launch/demo.sh", str(tmp_path / "demo")], cwd=ROOT, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr
-    forgetting = {}
+    forgetting, evidence = {}, {}
     for method in ("finetune", "avcil"):
         metrics = json.loads((tmp_path / "demo" / f"demo-{method}-seed0" / "step_003" / "metrics.json").read_text())
         forgetting[method] = metrics["average_forgetting"]
+        evidence[method] = metrics["regions"]["evidence"]
         assert len(metrics["seen_accuracy"]) == 4
     assert forgetting["avcil"] < forgetting["finetune"] - 0.3
     assert "mlflow ui" in done.stdout
-    assert "<html" in (tmp_path / "demo" / "report.html").read_text()
+    page = (tmp_path / "demo" / "report.html").read_text()
+    assert "Evidence on the sounding region" in page
+    assert page.count("<audio") == 2
+    assert "<audio" in (tmp_path / "demo" / "attention.html").read_text()
+    assert evidence["avcil"][-1][0] > 0.25  # of the first task on its region, whose area is a quarter
+    assert evidence["finetune"][-1][0] is None

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,11 +12,14 @@ from rich.console import Console
 
 from avcil_dist.config.schema import Config
 from avcil_dist.config.serialization import config_to_yaml
-from avcil_dist.errors import ArtifactError
+from avcil_dist.errors import ArtifactError, ConfigError
 from avcil_dist.reporting.page import write_page
 from avcil_dist.reporting.report import StreamReport, load_streams, megabytes, percent, print_report
 from avcil_dist.streams.commit import write_commit, write_files
 from avcil_dist.streams.metrics import MemoryUse, StreamMetrics
+from data_shards.random_features import make_feature_shards
+from launch.report_clips import report_clips
+from tests.helpers.streams import avcil
 
 STEPS = [["dog", "<b>cat</b>"], ["bus & co"], ["rain"]]
 ROWS = [[0.9], [0.5, 0.8], [0.6, 0.3, 0.7]]
@@ -221,3 +225,17 @@ def test_a_stream_without_a_record_of_its_memory_has_a_dash_for_it() -> None:
 
 def test_percent_has_one_decimal() -> None:
     assert [percent(value) for value in (0.0, 0.12345, 1.0, -0.05, None)] == ["0.0", "12.3", "100.0", "-5.0", "–"]
+
+
+def test_clips_need_a_page_and_streams_on_clips(tmp_path: Path) -> None:
+    write_stream(tmp_path / "a", committed=1)
+    done = avcil("report", tmp_path, "--clips", "1")
+    assert (done.exit_code, done.output.count("\n")) == (2, 1)
+    assert "give --page FILE too" in done.output
+    make_feature_shards(tmp_path / "shards", classes=2, clips={"train": 1, "val": 1, "test": 1}, separation=0.5)
+    config = make_config("avcil", 0).model_dump(mode="json")
+    config["data"]["manifest"] = f"{tmp_path}/shards/manifest.json"
+    [stream] = load_streams([str(tmp_path)])
+    stream = replace(stream, config=Config.model_validate(config))
+    with pytest.raises(ConfigError, match="trained on features"):
+        report_clips([stream], 1)

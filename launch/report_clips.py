@@ -23,9 +23,9 @@ def report_clips(streams: Sequence[StreamReport], count: int) -> list[ClipFigure
     groups = make_groups(streams)
     first = groups[0].first
     manifest = load_manifest(first.config.data.manifest)
-    inputs = clip_inputs(first.config.model, first.config.data.clip)
     if manifest.kind != "clip":
         raise ConfigError(f"{first.folder}: trained on features, so there are no pictures to show; leave out --clips")
+    inputs = clip_inputs(first.config.model, first.config.data.clip)
     numbers = _choose(manifest, first, count)
     clips = [prepare_clip(manifest.key(number), _clip_bytes(manifest, number), inputs) for number in numbers]
     classes = [manifest.class_of(number) for number in numbers]

@@ -142,7 +142,6 @@ def step_in_group(
     inference = step.inference(_clip_cache(step, sampler, observer), FaultLog(observer, number).add)
     student, teacher = build_networks(step, previous, inference)
     weights = _pretrained_weights(step, previous)
-
     snapshots = SnapshotManager(step, reset_optimizer)
     _begin_training(step, student, sampler, inference)
     if step.has_training:
@@ -158,20 +157,14 @@ def step_in_group(
     step.method.end_step(exemplar_features(step, memory, student, inference) if step.needs.means else None)
 
     tested = evaluate_scores(step, student, "test", inference, on_batch=observer.advance)
+    used, regions = memory_use(step, memory, best.state), region_shares(step, student, inference)
     artifact = StepArtifact(
         step=number,
         model=best.state,
         method=step.method.state_dict(),
         memory=memory,
         scenario=scenario,
-        metrics=_metrics(
-            step,
-            previous,
-            tested,
-            best,
-            memory_use(step, memory, best.state),
-            region_shares(step, student, inference),
-        ),
+        metrics=_metrics(step, previous, tested, best, used, regions),
         config=config,
         manifest_hash=manifest.content_hash,
         device=device_name(device),

@@ -49,9 +49,12 @@ def reference() -> Iterator[Any]:
 
 
 @pytest.fixture(autouse=True)
-def no_server_of_another_test() -> None:
-    """Begin without a tracking server: `mlflow.set_tracking_uri` names one for the whole process and its children."""
-    os.environ.pop("MLFLOW_TRACKING_URI", None)
+def environment_of_its_own() -> Iterator[None]:
+    """End a test with the variables it began with: DeepSpeed and `mlflow.set_tracking_uri` set some in this process."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ from avcil_dist.models.state_dict import is_finite
 
 PANEL = 1024  # rows of a panel of G
 INVERSE_BLOCK = 512  # columns that are inverted together: twice as many need a sixth more operations
-SINGLE_FROM = 4096  # features from which on float32 saves time
+SINGLE_FROM = 8192  # features from which on float32 is tried: with 4,501 it took longer than float64
 ROWS = 1024  # clips per matrix product: a product of fewer is limited by memory bandwidth
 TARGETS = "targets"  # name of H
 

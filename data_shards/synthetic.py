@@ -3,15 +3,19 @@
 A class is a combination of a texture, a motion and a pulsing tone. In each clip one shape pulses in time with the
 tone. Silent shapes with the looks of other classes are elsewhere in the picture and do not pulse. So the label is in
 the picture, in the sound, and in which part of the picture makes the sound.
+
+In a hard data set classes share looks and tones: only a look together with a tone is a class. Silent shapes pulse too,
+out of time; a second, weaker tone of another class is out of time with all of them; picture and sound have more noise.
 """
 
 import colorsys
 import csv
 import io
+import math
 import multiprocessing
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +36,7 @@ IRRATIONALS = np.array(
     [0.6180340, 0.4142136, 0.7320508, 0.3166248, 0.6457513, 0.3588989, 0.7958315, 0.3851648, 0.5677644]
 )
 CHUNK_CLIPS = 8
+PULSES = (1.0, 3.0)  # Hz, of the shapes and tones of hard clips
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,26 @@ class SyntheticSpec:
     sample_rate: int = 16_000
     num_distractors: int = 2
     seed: int = 0
+    hard: bool = False
+
+    @property
+    def num_looks(self) -> int:
+        """Number of looks that the classes of a hard data set share; they share as many tones, or one less."""
+        return math.ceil(math.sqrt(self.num_classes))
+
+    def look_of(self, number: int) -> tuple[int, int]:
+        """Return the numbers of the look and of the tone of a class."""
+        return (number % self.num_looks, number // self.num_looks) if self.hard else (number, number)
+
+    @property
+    def picture_noise(self) -> float:
+        """Deviation of the noise of a pixel, from 0 to 1."""
+        return 0.12 if self.hard else 0.03
+
+    @property
+    def sound_noise(self) -> float:
+        """Deviation of the noise of the sound."""
+        return 0.04 if self.hard else 0.01
 
     @property
     def num_clips(self) -> int:
@@ -118,16 +143,18 @@ def render_clip(spec: SyntheticSpec, split: str, number: int, index: int) -> byt
     """Render one mp4 (H.264 and AAC) of class `number`."""
     random = generator(spec.seed, "synthetic clip", split, number, index)
     pulse_phase = random.uniform(0, 2 * np.pi)
-    frames = _render_frames(spec, number, pulse_phase, random)
-    return _encode(spec, frames, _render_sound(spec, number, pulse_phase, random))
+    look = _sounding_look(spec, number, random)
+    frames = _render_frames(spec, number, look, pulse_phase, random)
+    return _encode(spec, frames, _render_sound(spec, number, look, pulse_phase, random))
 
 
 def sounding_region(spec: SyntheticSpec, split: str, number: int, index: int) -> Region:
     """Return top, left, bottom, right of the cell of the sounding shape, as fractions of the picture."""
     random = generator(spec.seed, "synthetic clip", split, number, index)
     random.uniform(0, 2 * np.pi)
+    look = _sounding_look(spec, number, random)
     _background(spec, random)  # the same draws as in `render_clip`
-    row, column, cell = _shapes(spec, number, random)[0][1]
+    row, column, cell = _shapes(spec, number, look, random)[0][1]
     return row / spec.size, column / spec.size, (row + cell) / spec.size, (column + cell) / spec.size
 
 
@@ -142,7 +169,7 @@ def _check(folder: Path, spec: SyntheticSpec) -> None:
     if spec.seconds * spec.frames_per_second < 1:
         raise ConfigError(f"seconds: {spec.seconds}; a clip needs at least one frame")
     spec_file = str(folder / "spec.json")
-    look = {name: value for name, value in asdict(spec).items() if name != "clips"}
+    look = {name: value for name, value in asdict(spec).items() if name != "clips" and (name != "hard" or value)}
     if storage.exists(spec_file) and storage.read_json(spec_file, dict[str, JsonValue], "settings") != look:
         raise ConfigError(f"{folder}: holds clips rendered with other settings; give another folder, or remove it")
     storage.write_json(spec_file, look)
@@ -191,18 +218,31 @@ def _class_look(number: int) -> _ClassLook:
     )
 
 
+def _sounding_look(spec: SyntheticSpec, number: int, random: np.random.Generator) -> _ClassLook:
+    """Look and sound of a clip of class `number`; in a hard data set the pulse is the clip's, not the class's."""
+    look, tone = map(_class_look, spec.look_of(number))
+    if not spec.hard:
+        return look
+    return replace(look, pitch=tone.pitch, brightness=tone.brightness, pulse=random.uniform(*PULSES))
+
+
 def _loudness(look: _ClassLook, phase: float, times: np.ndarray) -> np.ndarray:
     """The envelope of the tone and of its shape, in [0, 1]."""
     return (0.5 + 0.5 * np.sin(2 * np.pi * look.pulse * times + phase)) ** 2
 
 
-def _render_frames(spec: SyntheticSpec, number: int, pulse_phase: float, random: np.random.Generator) -> np.ndarray:
+def _render_frames(
+    spec: SyntheticSpec, number: int, sounding: _ClassLook, pulse_phase: float, random: np.random.Generator
+) -> np.ndarray:
     """(T, size, size, 3) uint8."""
     picture = _background(spec, random)
     times = np.arange(len(picture), dtype=np.float32) / spec.frames_per_second
     steady = np.full(len(picture), 0.4, dtype=np.float32)
-    for index, (look, (row, column, cell)) in enumerate(_shapes(spec, number, random)):
-        strength = steady if index else _loudness(look, pulse_phase, times)
+    for index, (look, (row, column, cell)) in enumerate(_shapes(spec, number, sounding, random)):
+        if index == 0:
+            strength = _loudness(look, pulse_phase, times)
+        else:
+            strength = _loudness(look, random.uniform(0, 2 * np.pi), times) if spec.hard else steady
         _draw_shape(picture[:, row : row + cell, column : column + cell], look, times, strength, random)
     return (picture.clip(0, 1) * 255).astype(np.uint8)
 
@@ -213,20 +253,24 @@ def _background(spec: SyntheticSpec, random: np.random.Generator) -> np.ndarray:
     level, slope = random.uniform(0.2, 0.4), random.uniform(-0.1, 0.1, 2)
     ramp = np.linspace(-1, 1, size, dtype=np.float32)
     background = level + slope[0] * ramp[:, None] + slope[1] * ramp[None, :]
-    noise = 0.03 * random.standard_normal((num_frames, size, size), dtype=np.float32)
+    noise = spec.picture_noise * random.standard_normal((num_frames, size, size), dtype=np.float32)
     return np.repeat((background + noise).astype(np.float32)[..., None], 3, axis=-1)
 
 
 def _shapes(
-    spec: SyntheticSpec, number: int, random: np.random.Generator
+    spec: SyntheticSpec, number: int, sounding: _ClassLook, random: np.random.Generator
 ) -> list[tuple[_ClassLook, tuple[int, int, int]]]:
     """Looks of the sounding shape, then of the silent ones, with row, column and side of the cell that each moves in.
 
     The cells do not overlap, so the shapes do not.
     """
-    others = [other for other in range(spec.num_classes) if other != number]
+    own = spec.look_of(number)[0]
+    others = sorted({spec.look_of(other)[0] for other in range(spec.num_classes)} - {own})
     distractors = random.permutation(others)[: spec.num_distractors]
-    looks = [_class_look(number), *(_class_look(int(other)) for other in distractors)]
+    looks = [sounding]
+    for other in distractors:
+        look = _class_look(int(other))
+        looks.append(replace(look, pulse=random.uniform(*PULSES)) if spec.hard else look)
     side = int(np.ceil(np.sqrt(len(looks))))
     cell = spec.size // side
     places = [divmod(int(position), side) for position in random.permutation(side * side)[: len(looks)]]
@@ -257,19 +301,32 @@ def _draw_shape(
     canvas += disc[..., None] * (shape.astype(np.float32) - canvas)
 
 
-def _render_sound(spec: SyntheticSpec, number: int, pulse_phase: float, random: np.random.Generator) -> np.ndarray:
-    """(samples,) float32: the class's tone under its envelope, and noise."""
-    look = _class_look(number)
+def _render_sound(
+    spec: SyntheticSpec, number: int, look: _ClassLook, pulse_phase: float, random: np.random.Generator
+) -> np.ndarray:
+    """(samples,) float32: the class's tone under its envelope, and noise; in a hard data set a weaker tone too."""
     times = np.arange(round(spec.seconds * spec.sample_rate)) / spec.sample_rate
+    tone = _tone(spec, look, times, random)
+    loudness = (0.1 + 0.9 * _loudness(look, pulse_phase, times)).astype(np.float32)
+    noise = np.float32(spec.sound_noise) * random.standard_normal(times.size, dtype=np.float32)
+    sound = np.float32(0.2 * random.uniform(0.5, 1.5)) * tone * loudness + noise
+    tones = sorted({spec.look_of(other)[1] for other in range(spec.num_classes)} - {spec.look_of(number)[1]})
+    if spec.hard and tones:
+        other = replace(_class_look(int(random.choice(tones))), pulse=random.uniform(*PULSES))
+        envelope = _loudness(other, random.uniform(0, 2 * np.pi), times).astype(np.float32)
+        sound += np.float32(0.08) * _tone(spec, other, times, random) * envelope
+    return sound
+
+
+def _tone(spec: SyntheticSpec, look: _ClassLook, times: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """(samples,) float32: the look's pitch, a little out of tune, and its harmonics."""
     pitch = look.pitch * 2.0 ** random.normal(0, 0.01)
     tone = np.zeros(times.size, dtype=np.float32)
     for harmonic in range(1, 5):
         if harmonic * pitch < 0.45 * spec.sample_rate:
             angle = (2 * np.pi * harmonic * pitch * times + random.uniform(0, 2 * np.pi)) % (2 * np.pi)
             tone += np.float32(look.brightness ** (harmonic - 1)) * np.sin(angle.astype(np.float32))
-    loudness = (0.1 + 0.9 * _loudness(look, pulse_phase, times)).astype(np.float32)
-    noise = np.float32(0.01) * random.standard_normal(times.size, dtype=np.float32)
-    return np.float32(0.2 * random.uniform(0.5, 1.5)) * tone * loudness + noise
+    return tone
 
 
 def _encode(spec: SyntheticSpec, frames: np.ndarray, sound: np.ndarray) -> bytes:

@@ -92,11 +92,21 @@ def import_tars_(
 @click.option("--seconds", default=2.0, show_default=True, help="Length of a clip in seconds.")
 @click.option("--size", default=64, show_default=True, help="Width and height of the video in pixels (even).")
 @click.option("--seed", default=0, show_default=True, help="Equal seeds give equal bytes.")
+@click.option("--hard", is_flag=True, help="Classes share looks and tones; only both together are a class. More noise.")
 @click.option(
     "--processes", default=CORES, show_default=True, type=click.IntRange(1), help="Number of processes that render."
 )
 def synth(
-    folder: Path, classes: int, train: int, val: int, test: int, seconds: float, size: int, seed: int, processes: int
+    folder: Path,
+    classes: int,
+    train: int,
+    val: int,
+    test: int,
+    seconds: float,
+    size: int,
+    seed: int,
+    hard: bool,
+    processes: int,
 ) -> None:
     """Render a labelled audio-visual data set of mp4 files into FOLDER.
 
@@ -108,7 +118,7 @@ def synth(
     from data_shards.synthetic import SyntheticSpec, render_dataset
 
     clips = {"train": train, "val": val, "test": test}
-    spec = SyntheticSpec(num_classes=classes, clips=clips, seconds=seconds, size=size, seed=seed)
+    spec = SyntheticSpec(num_classes=classes, clips=clips, seconds=seconds, size=size, seed=seed, hard=hard)
     with CountBar("rendering clips") as bar:
         path = render_dataset(folder, spec, progress=lambda: bar.advance(spec.num_clips), processes=processes)
     echo(f"{path}: {spec.num_clips} clips of {classes} classes; next: avcil shards build {path} OUTPUT")

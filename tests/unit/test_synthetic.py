@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,14 @@ from avcil_dist.config.schema import ClipConfig
 from avcil_dist.data.decode import DecodedClip, decode_clip, probe_clip
 from avcil_dist.data.transforms import ClipTransform
 from avcil_dist.errors import ConfigError
-from data_shards.synthetic import SyntheticSpec, _class_look, render_clip, render_dataset
+from data_shards.synthetic import (
+    SyntheticSpec,
+    _class_look,
+    _sounding_look,
+    render_clip,
+    render_dataset,
+    sounding_region,
+)
 
 torch.set_num_threads(1)
 SPEC = SyntheticSpec(num_classes=2, clips={"train": 3, "test": 1}, seconds=1.0, size=32, frames_per_second=8)
@@ -135,3 +143,43 @@ def _accuracy(features) -> float:
     targets = torch.eye(4).repeat_interleave(12, 0)
     weights = torch.linalg.solve(train.T @ train + torch.eye(train.shape[1]), train.T @ targets)
     return float(((test @ weights).argmax(1) == torch.arange(4).repeat_interleave(6)).float().mean())
+
+
+HARD = SyntheticSpec(num_classes=6, clips={"train": 2}, seconds=1.0, size=64, frames_per_second=8, hard=True)
+
+
+def test_classes_of_a_hard_data_set_share_looks_and_tones_and_no_two_have_both() -> None:
+    pairs = [HARD.look_of(number) for number in range(HARD.num_classes)]
+    assert len(set(pairs)) == 6
+    assert pairs == [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1)]
+
+
+def test_the_pulse_of_a_hard_clip_says_nothing_about_its_class_and_its_region_is_that_of_the_pulse() -> None:
+    looks = [_sounding_look(HARD, 3, np.random.default_rng(seed)) for seed in range(4)]
+    assert len({look.pulse for look in looks}) == 4
+    assert {look.pitch for look in looks} == {_class_look(1).pitch}
+    assert {look.orientation for look in looks} == {_class_look(0).orientation}
+    spec = replace(HARD, seconds=4.0, num_classes=4)
+    hits = 0
+    for index in range(4):
+        clip = decode_clip(
+            render_clip(spec, "train", 1, index), num_frames=32, sample_rate=16000, silent="error", where="clip"
+        )
+        loudness = np.square(clip.waveform[:64000].numpy()).reshape(32, -1).mean(axis=1) ** 0.5
+        brightness = clip.frames.float().mean(dim=1).numpy()
+        top, left, bottom, right = (round(64 * edge) for edge in sounding_region(spec, "train", 1, index))
+        cells = [
+            np.corrcoef(brightness[:, row : row + 32, column : column + 32].mean(axis=(1, 2)), loudness)[0, 1]
+            for row in (0, 32)
+            for column in (0, 32)
+        ]
+        assert (bottom - top, right - left) == (32, 32)
+        hits += int(np.argmax(cells)) == 2 * (top // 32) + left // 32
+    assert hits >= 3
+
+
+def test_a_folder_of_an_earlier_version_is_continued(tmp_path: Path) -> None:
+    render_dataset(tmp_path, SPEC, processes=1)
+    assert "hard" not in (tmp_path / "spec.json").read_text()
+    with pytest.raises(ConfigError, match="other settings"):
+        render_dataset(tmp_path, replace(SPEC, hard=True), processes=1)

@@ -9,7 +9,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from avcil_dist.config.encoders import ModelConfig
+from avcil_dist.config.schema import ClipConfig
 from avcil_dist.errors import ConfigError
+from avcil_dist.models.network import build_network
 from tests.unit.test_encoders import videomae, weights_of
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 3\n"
@@ -78,3 +81,19 @@ def test_a_pipe_and_a_name_of_any_length_are_no_weights(tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as caught:
             videomae(path)
         assert len(str(caught.value).splitlines()) == 1
+
+
+def test_encoders_of_a_step_artifact_are_weights_of_encoders(tmp_path: Path) -> None:
+    tiny = {"weights": "random", "dim": 24, "depth": 1, "heads": 2}
+    clip = ClipConfig(frames=4, size=32, mel_frames=64, mel_bins=32)
+    trained = {"visual": {"kind": "videomae", **tiny, "train": "full"}, "audio": {"kind": "audiomae", **tiny}}
+    torch.manual_seed(0)
+    network = build_network(ModelConfig.model_validate(trained), clip, {}, num_classes=2)
+    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    kinds = {name: {**section, "weights": str(tmp_path)} for name, section in trained.items()}
+    torch.manual_seed(1)
+    loaded = build_network(ModelConfig.model_validate(kinds), clip, {}, num_classes=2)
+    for encoder in ("visual_encoder", "audio_encoder"):
+        for name, value in network.get_submodule(encoder).state_dict().items():
+            assert torch.equal(loaded.get_submodule(encoder).state_dict()[name], value), name
+    assert not torch.equal(loaded.get_submodule("classifier").weight, network.get_submodule("classifier").weight)

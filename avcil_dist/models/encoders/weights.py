@@ -48,7 +48,7 @@ def read_weights(config: TransformerConfig, setting: str) -> dict[str, Tensor] |
         if not path.is_file():
             raise FileNotFoundError(f"{path}: not a regular file")
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return of_encoder(load_file(path), setting)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except DAMAGE as error:
         raise ConfigError(
@@ -63,6 +63,16 @@ def read_weights(config: TransformerConfig, setting: str) -> dict[str, Tensor] |
     ):
         raise ConfigError(f"{setting}: {path} is not a state dict; save the names and tensors alone")
     return dict(state)
+
+
+def of_encoder(state: dict[str, Tensor], setting: str) -> dict[str, Tensor]:
+    """Return the encoder of the setting from the weights of a step artifact; weights of other origin stay.
+
+    `setting` is model.visual.weights or model.audio.weights.
+    """
+    prefix = f"{setting.split('.')[1]}_encoder.body."
+    own = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+    return own or state
 
 
 def find_weights(config: TransformerConfig, setting: str) -> Path:

@@ -71,6 +71,8 @@ def run_stream(
         if outer.is_main:
             discard_state(config, policy, num_steps)
         with listening() as stop, stream_run(config, is_main=outer.is_main, warn=print_warning) as run_id:
+            if first == num_steps and outer.is_main:
+                StepRun(config, num_steps - 1, num_steps, run_id).publish_if_unpublished()
             for step in range(first, num_steps):
                 worlds = (outer.at_meeting(next(_meetings)),) if has_launcher else local_worlds(processes or 1)
                 is_first = step == first

@@ -119,13 +119,19 @@ def publish_step(config: Config, tracker: StepTracker, num_steps: int, page: str
     `page`: the name of a report in the stream's folder.
     """
     tracker.publish(stream_url(config), config.data.manifest)
-    if page is not None:
-        tracker.queue.append("file", file=page)
     if tracker.step + 1 == num_steps:
         name = config.tracking.register_as
         if name != "none":
             tracker.register(f"{config.name}-{config.method.label}" if name == "auto" else name)
+        if page is not None:
+            tracker.queue.append("file", file=page)  # after the rest: `is_published` looks for it
         tracker.queue.append("end", run=STREAM, status="FINISHED")
+
+
+def is_published(config: Config, page: str) -> bool:
+    """Whether `publish_step` was called with this page, and was not killed on the way."""
+    opened = _last_open(stream_url(config))
+    return opened is not None and page in {event["file"] for event in opened.queue.events("file")}
 
 
 def _description(config: Config, step: int, facts: Mapping[str, str] | None = None) -> StepDescription:

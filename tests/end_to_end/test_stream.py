@@ -125,11 +125,15 @@ def test_committed_steps_that_were_not_uploaded_are_uploaded_at_the_next_start(t
     config = write_config(tmp_path)
     stream = train(config)
     shutil.rmtree(Path(stream, "events"))  # as after a kill between the commit and its event
+    Path(stream, "report.html").unlink()
     elsewhere = f"sqlite:///{tmp_path}/elsewhere.db"  # a tracking database that knows nothing of the stream
     train(config, f"tracking.uri={elsewhere}")
     client = MlflowClient(elsewhere)
     runs = client.search_runs([found.experiment_id for found in client.search_experiments()])
     assert sorted(run.data.tags["avcil.step"] for run in runs if "avcil.step" in run.data.tags) == ["0", "1", "2"]
+    [stream_run] = [run for run in runs if "avcil.step" not in run.data.tags]
+    assert "report.html" in {file.path for file in client.list_artifacts(stream_run.info.run_id)}
+    assert [model.name for model in client.search_registered_models()] == ["tiny-avcil"]
 
 
 def test_eval_gives_the_committed_accuracy(tmp_path: Path) -> None:

@@ -229,5 +229,6 @@ class MlflowWriter:
 
     def _check_runs(self) -> None:
         """Raise RunDeletedError if one of the stream's runs was deleted on the server."""
-        if not self._translated(lambda: all(is_active(self._client, run_id) for run_id in self.runs.values())):
+        runs = [run_id for name, run_id in self.runs.items() if name != EXPERIMENT]
+        if not self._translated(lambda: all(is_active(self._client, run_id) for run_id in runs)):
             raise RunDeletedError

@@ -1,8 +1,10 @@
 """Small streams on feature shards: a configuration file, and runs of it through the command line."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 from click.testing import CliRunner, Result
@@ -10,6 +12,7 @@ from click.testing import CliRunner, Result
 from avcil_dist import storage
 from avcil_dist.config.schema import Config
 from avcil_dist.streams.artifact import StepArtifact, load_artifact
+from avcil_dist.streams.metrics import StreamMetrics
 from avcil_dist.streams.stream import stream_url
 from avcil_dist.system.signals import StopRequest
 from avcil_dist.tracking.session import publish_step, stream_run, track_step
@@ -91,3 +94,11 @@ def run_tracked(world: World, configs: Sequence[Config], steps: Sequence[int] = 
 
 def _run_step(world: World, config: Config, step: int, *observers: Observer) -> None:
     step_in_group(config, step, world=world, observers=observers, device=torch.device("cpu"), stop=StopRequest())
+
+
+def check_same_metrics(found: StreamMetrics, expected: StreamMetrics) -> None:
+    """Check that streams on different numbers of ranks have the same metrics; the sums of losses are rounded apart."""
+    for ours, theirs in zip(found.epochs, expected.epochs, strict=True):
+        assert ours.loss == pytest.approx(theirs.loss, rel=1e-4, abs=1e-5)
+        assert replace(ours, loss=theirs.loss) == theirs
+    assert replace(found, epochs=expected.epochs) == expected

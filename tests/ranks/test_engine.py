@@ -138,11 +138,11 @@ def run(world: World, case: Case) -> Run:
     losses, gradient, optimizer = [], {}, {}
     take_step = engine.step
 
-    def step() -> bool:
+    def step(*, with_norm: bool = False) -> bool:
         if not losses:
             found = {name: safe_get_full_grad(value) for name, value in student.named_parameters()}
             gradient.update({name: value.clone() for name, value in found.items() if value is not None})
-        return take_step()
+        return take_step(with_norm=with_norm)
 
     engine.step = step
     engine.network.train()

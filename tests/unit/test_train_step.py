@@ -48,7 +48,7 @@ class EngineInOneProcess:
         self.last.append(is_last)
         loss.backward()
 
-    def step(self) -> bool:
+    def step(self, *, with_norm: bool = False) -> bool:
         self.num_steps += 1
         return self.is_updated
 

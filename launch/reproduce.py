@@ -26,7 +26,7 @@ def reproduction_grid(
     """Return the streams of both tables, each once, for seeds 0 to `seeds` - 1, in order of the seed.
 
     `words` are settings of all of them. Raises ConfigError as `make_grid` does; settings and data are not `checked`
-    against each other where only the list is wanted.
+    against each other where only the list is needed.
     """
     points: dict[str, GridPoint] = {}
     for seed in range(seeds):

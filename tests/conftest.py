@@ -15,7 +15,7 @@ import torch
 
 TESTS = Path(__file__).parent
 MARKERS = {"ranks": "ranks", "services": "services", "slurm": "slurm", "gpu": "gpu", "end_to_end": "slow"}
-COMPILERS = {"c++", "g++", "clang++", Path(os.environ.get("CXX", "c++")).name}
+ALLOWED = {"c++", "g++", "clang++", Path(os.environ.get("CXX", "c++")).name, "git"}
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell; tests interrupt their processes
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -60,14 +60,14 @@ def environment_of_its_own() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def no_process_in_a_fast_test(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fail a fast test that starts a process. The attention's kernels, compiled once per machine, are the exception."""
+    """Fail a fast test that starts a process. A compiler, once per machine, and git are the exceptions."""
     if not request.node.get_closest_marker("fast"):
         return
     start = subprocess.Popen.__init__
 
     def refuse(process: Any, *arguments: Any, **settings: Any) -> None:
         command = arguments[0] if arguments else None
-        if isinstance(command, list) and Path(command[0]).name in COMPILERS:
+        if isinstance(command, list) and Path(command[0]).name in ALLOWED:
             return start(process, *arguments, **settings)
         pytest.fail("a fast test must not start a process: mark it with pytest.mark.slow")
 

@@ -1,4 +1,4 @@
-"""Where the runs of a stream are shown, read from its event queue. No server is contacted."""
+"""Links to the runs of a stream on its server, read from its event queue. No server is contacted."""
 
 import re
 

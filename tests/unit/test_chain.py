@@ -196,7 +196,7 @@ def test_a_number_of_ranks_that_cannot_continue_a_snapshot_is_refused(
     changes: dict[str, str],
     is_refused: bool,
 ) -> None:
-    monkeypatch.setattr(chain_module, "load_manifest", lambda _: SimpleNamespace(content_hash="of this data"))
+    monkeypatch.setattr(chain_module, "load_data", lambda _: SimpleNamespace(content_hash="of this data"))
     engine = config.engine.model_copy(update={"zero_stage": 2})
     config = config.model_copy(update={"engine": engine})
     commit_steps(config, 1)

@@ -17,6 +17,7 @@ from avcil_dist.config.serialization import flatten
 
 KEYS = {field.key for field in schema_fields()}
 OPERATIONAL = {
+    "data.made_by",
     "output",
     "data.manifest",
     "data.decode_workers",
@@ -36,7 +37,7 @@ def expected_class(key: str) -> ChangeClass:
     section = key.split(".")[0]
     if (
         section in ("scenario", "model")
-        or key.startswith("data.clip.")
+        or key.startswith(("data.clip.", "data.limit."))
         or key in ("method.name", "data.source_disjoint")
     ):
         return ChangeClass.INCOMPARABLE

@@ -172,6 +172,7 @@ def test_closed_form_training_adds_up_statistics_hits_and_clips_of_all_ranks(mon
 def test_closed_form_training_without_validation_clips_chooses_without_accuracies() -> None:
     method, step = Recording(), make_step(Recording())
     step.method, step.manifest = method, Manifest({("c", "train"): [10, 12]})
+    step.current_clips = step.manifest.clips(step.new_classes, "train")
     assert train_closed_form(step, None, Inference()) is None  # type: ignore[arg-type]
     assert method.chosen == ([200, 201, 202], [])
 

@@ -59,6 +59,8 @@ def test_every_clip_comes_once_in_order_and_the_last_batch_is_padded(loads: list
             "manifest": inference.manifest,
             "labels": {"a": 0},
             "data": inference.data,
+            "inputs": None,
+            "noise": None,
             "device": torch.device("cpu"),
             "clip_cache": inference.clip_cache,
         }

@@ -75,7 +75,7 @@ def write_shard(
                 if key in keys:
                     raise DataError(f"{url}: clip key {key!r} is a duplicate; rename one of the two")
                 keys[key] = None
-                regions.append(_region(members.get("json", b"")))
+                regions.append(region_of(members.get("json", b"")))
                 for member, data in members.items():
                     offsets.setdefault(member, []).append(_add_file(tar, f"{key}.{member}", data, url))
                     sizes.setdefault(member, []).append(len(data))
@@ -127,7 +127,7 @@ def _json(metadata: Mapping[str, Any]) -> bytes:
     return json.dumps(metadata, sort_keys=True).encode()
 
 
-def _region(metadata: bytes) -> Region | None:
+def region_of(metadata: bytes) -> Region | None:
     """The region in the metadata of a clip; None where it has none, or not four fractions."""
     if b'"region"' not in metadata:  # as in nearly all data sets, whose metadata need not be parsed
         return None

@@ -5,26 +5,30 @@ or subset is a list of shards. Tars that mix classes are refused; `repack.py` so
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, get_args
+from typing import get_args
 
 import numpy as np
 
 from avcil_dist import storage
-from avcil_dist.data.manifest import Manifest, Shard, Split, check_keys
+from avcil_dist.data.manifest import Manifest, Region, Shard, Split, check_keys
 from avcil_dist.errors import ConfigError, DataError
 from data_shards.listings.tar_labels import label_of_text, label_of_value, read_json
+from data_shards.shard_writer import region_of
 from data_shards.tar_stream import READ_BYTES, DigestingReader, tar_members
 from data_shards.workers import MarkStart, Progress, map_in_workers
 
 REBUILD = "sort its clips into shards like those of avcil shards build: avcil shards repack URL OUTPUT"
 
 
-class _Clip(NamedTuple):
+@dataclass
+class _Clip:
     """A clip of a tar: offset and size of each member, and its metadata (label, split) as far as the tar has it."""
 
     members: dict[str, tuple[int, int]]
     metadata: dict[str, str]
+    region: Region | None = None
 
 
 def import_tars(
@@ -101,6 +105,7 @@ def _import_tar(
                 f"{url}: holds more than one {name} ({', '.join(values[:3])}); a shard holds one; {REBUILD}"
             )
     members = list(next(iter(clips.values())).members)
+    regions = tuple(clip.region for clip in clips.values())
     return Shard(
         url=_url_in_manifest(url, root),
         class_name=metadata["label"][0],
@@ -108,6 +113,7 @@ def _import_tar(
         bytes=reader.size,
         sha256=reader.digest.hexdigest(),
         keys=tuple(clips),
+        regions=regions if any(regions) else None,
         offsets={name: np.array([clip.members[name][0] for clip in clips.values()], np.int64) for name in members},
         sizes={name: np.array([clip.members[name][1] for clip in clips.values()], np.int64) for name in members},
     )
@@ -125,6 +131,7 @@ def _read_clips(url: str, reader: DigestingReader, split: Split | None, classes:
         clip.members[ending] = offset, size
         if content is not None and ending in ("json", "cls"):
             clip.metadata.update(_metadata(f"{url}: {path}", ending, content, classes))
+            clip.region = clip.region or (region_of(content) if ending == "json" else None)
     if not clips:
         raise DataError(f"{url}: no clip in it")
     first = next(iter(clips.values())).members.keys()

@@ -8,7 +8,7 @@ from avcil_dist import storage
 from avcil_dist.data.manifest import SPLITS, Manifest, Shard, load_manifest
 from avcil_dist.errors import DataError
 from data_shards.listings.listing import clean_label
-from data_shards.listings.tar_labels import read_json
+from data_shards.listings.tar_labels import read_json, split_of_value
 from data_shards.tar_stream import READ_BYTES, DigestingReader, tar_members
 from data_shards.workers import MarkStart, Progress, map_in_workers
 
@@ -127,8 +127,9 @@ def _label_faults(url: str, shard: Shard, name: str, content: bytes) -> Sequence
     try:
         metadata = read_json(content, f"{url}: {name}")
         label = clean_label(str(metadata.get("label", shard.class_name)), f"{url}: {name}")
+        split = split_of_value(metadata.get("split", shard.split), f"{url}: {name}")
     except DataError as error:
         return [str(error)]
     expected = shard.class_name, shard.split
-    actual = label, str(metadata.get("split", shard.split))
+    actual = label, split
     return [] if actual == expected else [f"{url}: {name}: class and split {actual}, in the manifest {expected}"]

@@ -7,14 +7,13 @@ or subset is a list of shards. Tars that mix classes are refused; `repack.py` so
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import get_args
 
 import numpy as np
 
 from avcil_dist import storage
 from avcil_dist.data.manifest import Manifest, Region, Shard, Split, check_keys
 from avcil_dist.errors import ConfigError, DataError
-from data_shards.listings.tar_labels import label_of_text, label_of_value, read_json
+from data_shards.listings.tar_labels import SPLIT_WORDS, label_of_text, label_of_value, read_json, split_of_value
 from data_shards.shard_writer import region_of
 from data_shards.tar_stream import READ_BYTES, DigestingReader, tar_members
 from data_shards.workers import MarkStart, Progress, map_in_workers
@@ -97,7 +96,10 @@ def _import_tar(
         clips = _read_clips(url, reader, split, classes)
         reader.drain()
     mark_start(0)
-    check_keys(f"{url}: {REBUILD}", list(clips))
+    try:
+        check_keys(url, list(clips))
+    except DataError as error:
+        raise DataError(f"{error}; {REBUILD}") from None
     metadata = {name: sorted({clip.metadata[name] for clip in clips.values()}) for name in ("label", "split")}
     for name, values in metadata.items():
         if len(values) != 1:
@@ -150,11 +152,15 @@ def _metadata(where: str, ending: str, content: bytes, classes: tuple[str, ...])
         return {"label": label_of_text(content, classes, where)}
     values = read_json(content, where)
     label = {"label": label_of_value(values["label"], classes, where)} if "label" in values else {}
-    return label | ({"split": str(values["split"])} if "split" in values else {})
+    if "split" not in values:
+        return label
+    try:
+        return label | {"split": split_of_value(values["split"], where)}
+    except DataError as error:
+        raise DataError(f"{error}; {REBUILD} --split 0.8,0.1,0.1") from None
 
 
 def _split(name: str, url: str) -> Split:
-    for split in get_args(Split):
-        if name == split:
-            return split
-    raise DataError(f"{url}: its metadata has the split {name!r}; give --split train, val or test")
+    if name not in SPLIT_WORDS:
+        raise DataError(f"{url}: its metadata has no split; give --split train, val or test")
+    return SPLIT_WORDS[name]

@@ -30,7 +30,7 @@ from data_shards.listings.listing import (
     split_rows,
 )
 from data_shards.listings.splits import SplitShares
-from data_shards.listings.tar_labels import SPLIT_WORDS, label_of_text, label_of_value, read_json
+from data_shards.listings.tar_labels import SPLIT_WORDS, label_of_text, label_of_value, read_json, split_of_value
 from data_shards.listings.video_names import source_video
 from data_shards.rejections import ClipRejectedError, Rejection
 from data_shards.tar_files import indexed_members
@@ -41,10 +41,11 @@ TEXTS = ("json", "cls", "txt")
 SOURCE_FIELDS = ("source", "video_id", "youtube_id", "videoid", "ytid", "url")
 MAX_CLIP_BYTES = 1 << 31
 MAX_FIELDS_NAMED = 12
+MAX_SPLIT_LENGTH = 60
 MAX_INDEX_BYTES = 1 << 30
 READERS = 16  # tars that are indexed at a time: latency dominates
 BY_PATH = "path"  # the split is a word in the path of the tar
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,14 @@ class SampleRules:
 
 @dataclass(frozen=True)
 class Sample:
-    """A sample of a tar; `videos` are names, offsets and sizes. `fault`: kind and description, for no usable one."""
+    """A sample of a tar; `videos` are names, offsets and sizes. `fault`: kind and description, for no usable one.
+
+    `split` is the word of its json, which may be none of ours: it does not count where splits are given.
+    """
 
     key: str
     label: str = ""
-    split: Split | None = None
+    split: str | None = None
     source: str | None = None
     start: float = 0.0
     videos: tuple[tuple[str, int, int], ...] = ()
@@ -99,15 +103,14 @@ def read_mixed_tars(
     """
     indexes = _read_indexes(urls, rules, saved, first, progress)
     rows, clips, rejected = list[ListingRow](), list[tuple[str, str, ListedClip]](), list[Rejection]()
-    by_json = split is None and any(sample.split for index in indexes for sample in index.samples)
+    by_json = split is None and any(sample.split in SPLIT_WORDS for index in indexes for sample in index.samples)
     root = _common_folder(urls)
     for url, index in zip(urls, indexes, strict=True):
         of_path = _split_of_path(url) if split == BY_PATH else None
         for sample in index.samples:
-            chosen = sample.split if by_json else of_path
-            fault = sample.fault
-            if by_json and chosen is None and fault is None:
-                fault = "format", "no split in its json, while others have one; give --split"
+            chosen, fault = of_path, sample.fault
+            if fault is None and (by_json or (split is None and sample.split)):
+                chosen, fault = _split_of_json(sample)
             if fault is not None:
                 kind: Any = fault[0]
                 rejected.append(Rejection(f"{url}/{sample.key}", sample.label, chosen or "", kind, fault[1]))
@@ -209,14 +212,11 @@ def _sample(key: str, members: dict[str, Member], rules: SampleRules) -> Sample:
                 raise DataError(f"its {ending} has {members[ending].size} bytes, too many for metadata")
             texts[ending] = content
     values = read_json(texts["json"], f"{key}.json") if "json" in texts else {}
-    split = values.get("split")
-    if split is not None and split not in SPLIT_WORDS:
-        raise DataError(f"{key}.json: split {str(split)[:60]!r} is none of train, val, test")
     start = values.get("start", 0.0)
     return Sample(
         key,
         label=_label(key, texts, values, rules),
-        split=SPLIT_WORDS[split] if split is not None else None,
+        split=str(values["split"])[:MAX_SPLIT_LENGTH] if values.get("split") is not None else None,
         source=_source_field(values, rules),
         start=float(start) if isinstance(start, int | float) and 0 <= start < 1e9 else 0.0,
         videos=tuple((member.name, member.offset, member.size) for member in videos),
@@ -272,6 +272,16 @@ def _source_of(sample: Sample, tar: str) -> str:
     """The source video: of a key that is a mere number in its tar, the sample itself."""
     stem = sample.key.rpartition("/")[2]
     return sample.source or (video if (video := source_video(stem)) != stem else f"{tar}/{sample.key}")
+
+
+def _split_of_json(sample: Sample) -> tuple[Split | None, tuple[str, str] | None]:
+    """The split that the json of a sample has, or the fault that it has none."""
+    if sample.split is None:
+        return None, ("format", "no split in its json, while others have one; give --split")
+    try:
+        return split_of_value(sample.split, f"{sample.key}.json"), None
+    except DataError as error:
+        return None, ("corrupt", f"{error}; give --split")
 
 
 def _split_of_path(url: str) -> Split:

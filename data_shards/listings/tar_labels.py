@@ -42,6 +42,13 @@ def label_of_value(value: Any, classes: Sequence[str], where: str) -> str:
     return clean_label(str(value), where)
 
 
+def split_of_value(value: Any, where: str) -> Split:
+    """The split that a field of a `json` member has, by any of its usual names. Raises DataError for another one."""
+    if not isinstance(value, str) or value.strip() not in SPLIT_WORDS:
+        raise DataError(f"{where}: split {str(value)[:60]!r} is none of train, val, test")
+    return SPLIT_WORDS[value.strip()]
+
+
 def _numbered(number: int, classes: Sequence[str], where: str) -> str:
     if not 0 <= number < len(classes):
         raise DataError(f"{where}: class {number}, but {len(classes)} names were given")

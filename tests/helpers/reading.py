@@ -8,12 +8,14 @@ import numpy as np
 import torch
 
 from avcil_dist.config.optim import OptimConfig
-from avcil_dist.config.schema import DataConfig
+from avcil_dist.config.schema import ClipConfig, DataConfig
 from avcil_dist.data.batch import Batch
+from avcil_dist.data.inputs import IMAGENET_MEAN, IMAGENET_STD
 from avcil_dist.data.loader import load_batches
-from avcil_dist.data.manifest import Manifest, load_manifest
+from avcil_dist.data.manifest import Manifest, Split, load_manifest
 from avcil_dist.data.sampler import FixedSampler, TrainingSampler
 from avcil_dist.world import World
+from tests.helpers.media import frame_number
 
 NO_EXEMPLARS = np.empty(0, dtype=np.int64)
 
@@ -75,6 +77,17 @@ def digest(batch: Batch) -> str:
 def digests(url: str, **settings: object) -> list[str]:
     """Return the digest of each training batch, computed while the next ones are read."""
     return [digest(batch) for batch in training_batches(url, **settings)]
+
+
+def frame_numbers(manifest: Manifest, split: Split = "train") -> list[list[int]]:
+    """The frames of `media` that training sees of each clip of a split: those at a quarter and three quarters of it."""
+    clip = ClipConfig(frames=2, size=32, mel_bins=16, mel_frames=32)
+    source = FixedSampler(manifest.clips(manifest.classes, split)[None])
+    data = DataConfig(manifest="-", decode_workers=0, clip=clip)
+    (batch,) = load_batches(source, manifest=manifest, labels=labels_of(manifest), data=data)
+    assert batch.faults == ()
+    greens = 255 * (batch.visual[:, :, 1, 16, 16] * IMAGENET_STD[1] + IMAGENET_MEAN[1])
+    return [[frame_number(grey, near=20) for grey in clip] for clip in greens.tolist()]
 
 
 def total(batches: list[Batch]) -> Counter[str]:

@@ -55,6 +55,7 @@ TEST = [
     "boto3==1.43.117",  # a tracking server's own way to S3
     "pytest==9.2.0",
     "pytest-xdist==3.8.0",  # tests side by side: most of them wait for processes
+    "pytest-timeout==2.4.0",  # a test that hangs fails, with the place where it stood
     "hypothesis==6.170.15",  # properties of the plan
     "nbclient==0.11.0",  # runs the notebook of the documents
     "ipykernel==7.4.0",  # its kernel

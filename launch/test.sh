@@ -16,4 +16,4 @@ cd "$PROJECT"
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
 "$VENV/bin/mypy"
-"$VENV/bin/python" -m pytest -n 3 --dist loadgroup "$@"
+"$VENV/bin/python" -m pytest -n 3 "$@"

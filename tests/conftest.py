@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from xdist.scheduler import LoadScopeScheduling
 
 TESTS = Path(__file__).parent
 MARKERS = {"ranks": "ranks", "services": "services", "slurm": "slurm", "gpu": "gpu", "end_to_end": "slow"}
@@ -23,16 +24,28 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # a test has several ranks; two c
 torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test by its folder; a unit test is fast unless it is marked as slow.
+class FileScheduling(LoadScopeScheduling):
+    """Order of tests that run side by side (pytest -n): a file is the work of one process.
 
-    Tests that run side by side (pytest -n) share a process if they share a file, and thus its data and servers. The
-    tests of SLURM all share one process: a machine has one SLURM.
+    The tests of a file share its data sets and servers. All tests of SLURM share one process: a machine has one SLURM.
     """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::", 1)[0]
+        return "slurm" if Path(file).parent.name == "slurm" else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FileScheduling:
+    """Return the order of tests that run side by side: first the folders of the long ones, as they are collected."""
+    config.option.loadscopereorder = False
+    return FileScheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test by its folder; a unit test is fast unless it is marked as slow."""
     for item in items:
         folder = item.path.relative_to(TESTS).parts[0]
-        item.add_marker(pytest.mark.xdist_group("slurm" if folder == "slurm" else str(item.path)))
         if folder != "unit":
             item.add_marker(MARKERS[folder])
         elif item.get_closest_marker("slow") is None:

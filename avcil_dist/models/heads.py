@@ -56,18 +56,20 @@ class ProxyHead(nn.Module):
 Head = LinearHead | ProxyHead
 
 
-def grow_linear(head: LinearHead, num_classes: int) -> LinearHead:
+def grow_linear(head: LinearHead, num_classes: int, num_features: int | None = None) -> LinearHead:
     """Return a head for `num_classes` classes: a copy of the old rows and biases, and new ones freshly drawn.
 
-    New rows have nn.Linear's default initialisation, from torch's global generator. Its spread depends on the
-    dimension only, not on the size of the head. Raises ValueError when the head would shrink.
+    With `num_features`, more than before, the old rows have new weights behind the old ones. New numbers have
+    nn.Linear's default initialisation, from torch's global generator. Its spread depends on the number of features, not
+    on that of classes. Raises ValueError when the head would shrink.
     """
-    old = head.num_classes
+    old, old_features = head.num_classes, head.in_features
     if num_classes < old:
         raise ValueError(f"a head of {old} classes cannot grow to {num_classes}")
-    grown = LinearHead(head.in_features, num_classes, device=head.weight.device, dtype=head.weight.dtype)
+    width = num_features or old_features
+    grown = LinearHead(width, num_classes, device=head.weight.device, dtype=head.weight.dtype)
     with torch.no_grad():
-        grown.weight[:old] = head.weight
+        grown.weight[:old, :old_features] = head.weight
         grown.bias[:old] = head.bias
     return grown
 

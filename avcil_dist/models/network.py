@@ -16,6 +16,7 @@ from avcil_dist.config.schema import ClipConfig, Precision
 from avcil_dist.errors import ArtifactError, ConfigError
 from avcil_dist.models.anchor import Anchor, pool_tokens
 from avcil_dist.models.attention.module import AudioGuidedAttention, TeacherView
+from avcil_dist.models.branches import Branches
 from avcil_dist.models.encoders.base import Encoder, VisualEncoder
 from avcil_dist.models.encoders.build import build_audio_encoder, build_visual_encoder
 from avcil_dist.models.extension import Extension
@@ -25,6 +26,8 @@ from avcil_dist.models.network_spec import DEFAULT_SPEC, NetworkSpec
 from avcil_dist.models.outputs import Divergence, Output, sum_present
 from avcil_dist.models.precision import precision_context
 from avcil_dist.models.state_dict import mismatches
+
+PROJECTIONS = ("audio_proj", "visual_proj")
 
 
 class Network(nn.Module, ABC):
@@ -73,6 +76,8 @@ class HeadedNetwork(Network):
         super().__init__()
         self.anchor: Anchor | None = None
         self.extension: Extension | None = None
+        self.branches: Branches | None = None
+        self.freezes_shared = False  # whether layers below the branches are frozen after step 0
 
     @property
     def num_classes(self) -> int:
@@ -85,8 +90,11 @@ class HeadedNetwork(Network):
         A head of proxies needs `new_proxies`, those of the new classes.
         """
         if isinstance(self.classifier, LinearHead):
-            num_old = self.num_classes
-            self.classifier = grow_linear(self.classifier, num_classes)
+            num_old, width = self.num_classes, None
+            if self.branches is not None:
+                self._add_branch(num_classes - num_old)
+                width = self.classifier.in_features // (self.branches.count - 1) * self.branches.count
+            self.classifier = grow_linear(self.classifier, num_classes, width)
             if self.anchor is not None:
                 zero_rows(self.classifier, num_old)
         else:
@@ -94,6 +102,20 @@ class HeadedNetwork(Network):
             self.classifier = grow_proxies(self.classifier, num_classes, new_proxies)
         if self.extension is not None:
             self.extension.grow(num_classes)
+
+    @property
+    def projections(self) -> dict[str, nn.Linear]:
+        """Projections of the modalities that the network has, by name."""
+        return {name: layer for name, layer in self.named_children() if name in PROJECTIONS}  # type: ignore[misc]
+
+    def _add_branch(self, num_new: int) -> None:
+        """Freeze a copy of the projections as a branch, and with `freezes_shared` the layers below."""
+        assert self.branches is not None
+        if self.freezes_shared:
+            self.requires_grad_(False)
+            for layer in self.projections.values():
+                layer.requires_grad_(True)
+        self.branches.grow(self.projections, num_new)
 
     def adapted(self, sound: Tensor | None, tokens: Tensor | None) -> tuple[Any, Any]:
         """Return encoded sound and tokens as the method's extension adapts them, if there is one."""
@@ -119,7 +141,16 @@ class HeadedNetwork(Network):
         """Project encoded sound (B, D) and pooled tokens (B, D; or the width of the fusion), and classify their sum."""
         audio = None if sound is None else torch.relu(self.audio_proj(sound))
         visual = None if pooled is None else torch.relu(self.visual_proj(pooled))
-        return Output(self.classifier(sum_present(audio, visual)), audio, visual, pooled, divergence)
+        auxiliary = None
+        if self.branches is not None:
+            if self.branches.auxiliary is not None:
+                auxiliary = self.branches.auxiliary(sum_present(audio, visual))
+            if sound is not None and audio is not None:
+                audio = self.branches.join("audio_proj", sound, audio)
+            if pooled is not None and visual is not None:
+                visual = self.branches.join("visual_proj", pooled, visual)
+        logits = self.classifier(sum_present(audio, visual))
+        return Output(logits, audio, visual, pooled, divergence, auxiliary=auxiliary)
 
     def trace_head(self, output: Output) -> Output:
         """Return the output with a graph that begins at its features: `audio`, `pooled`, and `visual` from `pooled`."""
@@ -264,14 +295,15 @@ def build_network(
     *,
     network_spec: NetworkSpec = DEFAULT_SPEC,
     num_frozen: int = 0,
+    num_earlier: int = 0,
     state_keys: Collection[str] | None = None,
 ) -> Network:
     """Build a network with fresh weights (from torch's global generator), except those that the config names.
 
     With `state_keys`, the keys of a whole state that the caller loads, no weights are read. `feature_shape` is the
     manifest's: frames, positions and dim of features, empty for clips. In a head of proxies, those of the first
-    `num_frozen` of the `num_classes` are frozen. Raises ConfigError when the encoders do not fit the data or
-    each other.
+    `num_frozen` of the `num_classes` are frozen. `num_earlier` is the number of earlier steps, for branches. Raises
+    ConfigError when the encoders do not fit the data or each other.
     """
     dim = feature_shape.get("dim")
 
@@ -312,7 +344,18 @@ def build_network(
         _add_anchor(network, min(network_spec.anchor, num_frames))
     if network_spec.extension is not None:
         network.extension = network_spec.extension((visual or audio).dim, num_classes)  # type: ignore[union-attr]
+    if network_spec.branches:
+        _add_branches(network, network_spec, num_earlier, num_classes - num_frozen)
     return network
+
+
+def _add_branches(network: HeadedNetwork, network_spec: NetworkSpec, num_earlier: int, num_new: int) -> None:
+    """Add the branches of earlier steps, and replace the head by one on the features of all."""
+    head = network.classifier
+    assert isinstance(head, LinearHead)
+    network.freezes_shared = network_spec.freeze_shared
+    network.branches = Branches(network.projections, num_earlier, num_new)
+    network.classifier = LinearHead(network.branches.count * head.in_features, head.num_classes)
 
 
 def _add_anchor(network: HeadedNetwork, num_cells: int) -> None:

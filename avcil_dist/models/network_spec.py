@@ -15,7 +15,9 @@ class NetworkSpec:
     attention, no projection, no head. Otherwise it is attention, projections and a head: `linear`, or `proxies`
     with `num_proxies` per class. With `anchor`, a number of parts of time, the logits have the fixed scores of sound
     and of visual tokens, pooled over these parts, added to them, and rows of the linear head begin as zeros.
-    `extension` makes the method's own parameters, from the dimension D and the number of classes.
+    `extension` makes the method's own parameters, from the dimension D and the number of classes. With `branches`, each
+    step has projections of its own, and the linear head is on those of all steps; with `freeze_shared`, no other layer
+    is trained after step 0.
     """
 
     head: Literal["linear", "proxies"] = "linear"
@@ -23,6 +25,8 @@ class NetworkSpec:
     pool: tuple[int, int] | None = None
     anchor: int | None = None
     extension: Callable[[int, int], Extension] | None = None
+    branches: bool = False
+    freeze_shared: bool = False
 
 
 DEFAULT_SPEC = NetworkSpec()

@@ -30,7 +30,8 @@ class Output(NamedTuple):
     `logits` (B, C); `audio` (B, D) and `visual` (B, D) are the projected features f_a and f_v; `pooled` (B, D) are
     the visual tokens pooled by the attention. A network of one modality has no features of the other. `divergence`
     covers the E rows with a teacher, the last of the batch. `importance` (B, M) is a teacher's: the norm of its
-    loss's gradient with respect to each of `features()`.
+    loss's gradient with respect to each of `features()`. In a network of k branches, `audio` and `visual` are (B, kD),
+    and `auxiliary` (B, 1 + new classes) are the logits of the newest branch alone.
     """
 
     logits: Tensor
@@ -39,6 +40,7 @@ class Output(NamedTuple):
     pooled: Tensor | None = None
     divergence: Divergence | None = None
     importance: Tensor | None = None
+    auxiliary: Tensor | None = None
 
     @property
     def feature(self) -> Tensor:

@@ -43,6 +43,7 @@ def network_after(
         scenario.num_seen(trained),
         network_spec=needs.network_spec,
         num_frozen=scenario.num_old(trained),
+        num_earlier=trained,
         state_keys=state_keys,
     )
     network.precision = config.engine.precision

@@ -85,6 +85,7 @@ def describe_needs(needs: Needs) -> list[str]:
         "both modalities": needs.both_modalities,
         "gradients of the teacher": needs.importance,
         "a head of proxies": needs.network_spec.head == "proxies",
+        "projections for each step": needs.network_spec.branches,
         "all data of seen classes": needs.all_data,
         "whole classes": needs.whole_classes,
         "a fresh network each step": needs.fresh_network,

@@ -30,6 +30,8 @@ VARIANTS = {
     "derpp": [],
     "wa": [],
     "bic": [],
+    "memo": [],
+    "memo concat frozen": ["model.fusion=concat", "method.train_shared=false"],
     "anchored": ["method.parts=1"],
     "anchored audio": ["model.modality=audio", "optim.keep_epoch=last"],
     "er blurred": ["scenario.blur=0.3", "scenario.imbalance=2"],
@@ -59,7 +61,7 @@ VARIANTS = {
 # Adam divides by the size of the gradient: where that is near zero, rounding errors become steps of the order of the
 # learning rate, and a small one keeps them below the tolerance. A step of one class comes first: later, a softmax over
 # new classes alone would have nothing to choose from, and all of its gradient would be rounding errors.
-WITH_MEMORY = ("avcil", "ssil", "icarl", "afc", "er", "derpp", "wa", "bic", "anchored")
+WITH_MEMORY = ("avcil", "ssil", "icarl", "afc", "er", "derpp", "wa", "bic", "memo", "anchored")
 SIZES = (1, 2, 3)
 FIRST_PART = 2
 

@@ -26,7 +26,7 @@ TEACHER = Output(torch.tensor([[4 * LOG3, 0.0]] * 3))
 DISTILLATION = 16 * (0.75 * math.log(1.5) + 0.25 * math.log(0.5))
 METHODS = [
     *("acil", "afc", "air", "analytic", "anchored", "avcil", "bic", "derpp", "er", "finetune", "icarl", "joint"),
-    *("kernel", "lwf", "ncm", "ranpac", "slda", "ssil", "wa"),
+    *("kernel", "lwf", "memo", "ncm", "ranpac", "slda", "ssil", "wa"),
 ]
 
 

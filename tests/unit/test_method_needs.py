@@ -50,6 +50,14 @@ NEEDS: list[tuple[dict[str, Any], Needs]] = [
         {"name": "bic"},
         Needs(teacher=True, memory="join", selection="herding", validation=True, calibration=True),
     ),
+    (
+        {"name": "memo"},
+        Needs(memory="join", selection="herding", network_spec=NetworkSpec(branches=True)),
+    ),
+    (
+        {"name": "memo", "train_shared": False},
+        Needs(memory="join", selection="herding", network_spec=NetworkSpec(branches=True, freeze_shared=True)),
+    ),
     ({"name": "acil"}, Needs(training="never", validation=True, network_spec=GRID)),
     ({"name": "air"}, Needs(training="never", validation=True, whole_classes=True, network_spec=GRID)),
     ({"name": "ranpac"}, Needs(training="never", validation=True, network_spec=GRID)),
@@ -94,6 +102,8 @@ def test_defaults_are_those_of_the_papers() -> None:
     assert make_method(MethodConfig(name="slda")).options.shrinkage == 1e-4
     derpp = make_method(MethodConfig(name="derpp")).options
     assert (derpp.lambda_logits, derpp.lambda_labels) == (0.1, 0.5)
+    memo = make_method(MethodConfig(name="memo")).options
+    assert (memo.lambda_auxiliary, memo.train_shared) == (1.0, True)
     kernel = make_method(MethodConfig(name="kernel")).options
     assert (kernel.gamma, kernel.visual_weight, kernel.pool, kernel.keep_factor) == (0.01, 0.7, (8, 1), False)
 
@@ -114,6 +124,7 @@ def test_defaults_are_those_of_the_papers() -> None:
         ("analytic", {"pool": [0, 1]}),
         ("derpp", {"lambda_logits": -0.1}),
         ("derpp", {"lambda_labels": -0.1}),
+        ("memo", {"lambda_auxiliary": -0.1}),
         ("kernel", {"gamma": 0}),
         ("kernel", {"visual_weight": 1.0}),
         ("kernel", {"visual_weight": 0.0}),

@@ -64,6 +64,7 @@ class _Open(_Line):
     tracking: NotRequired[dict[str, Any]]
     output: NotRequired[str]
     server: NotRequired[str]
+    is_elsewhere: NotRequired[bool]
 
 
 class _Begin(_Line):

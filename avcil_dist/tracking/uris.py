@@ -62,9 +62,14 @@ def is_server(uri: str) -> bool:
     return uri.split(":")[0].split("+")[0] in SERVERS
 
 
+def is_sqlite(uri: str) -> bool:
+    """Whether the uri is that of an sqlite database: a file that the processes of a single machine may write to."""
+    return uri.split(":")[0].split("+")[0] == "sqlite"
+
+
 def database_path(uri: str) -> Path | None:
     """The path of a sqlite database; None for other databases and servers."""
-    if not uri.startswith("sqlite:"):
+    if not is_sqlite(uri):
         return None
     path = make_url(uri).database
     return Path(path).absolute() if path and not path.startswith("file:") else None

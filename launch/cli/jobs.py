@@ -40,7 +40,8 @@ def submit(
       avcil submit demo --cluster local --smoke
     """
     from avcil_dist.compose import load_config
-    from launch.cluster.chain import dry_run_text, submit_stream
+    from avcil_dist.streams.stream import stream_url
+    from launch.cluster.chain import dry_run_text, kept_events_note, submit_stream
     from launch.cluster.resources import load_cluster
     from launch.resume_policy import ResumePolicy
     from launch.smoke import smoke_config
@@ -49,8 +50,11 @@ def submit(
     resolved, resources = load_config(config, settings), load_cluster(cluster, of_cluster)
     if smoke:
         resolved = smoke_config(resolved)
+    note = kept_events_note(resolved, resources, stream_url(resolved))
     if dry_run:
         echo(dry_run_text(resolved, resources))
+        if note:
+            echo(note, err=True)
         return
     submission = submit_stream(
         resolved, resources, policy=ResumePolicy(restart or smoke, restart_step, reset_optimizer)
@@ -58,6 +62,8 @@ def submit(
     chain, stream = submission.chain, submission.stream
     if submission.new and not chain.code:
         echo("avcil-dist is installed here; jobs run the installed package, no code is copied", err=True)
+    if submission.new and note:
+        echo(note, err=True)
     for step in submission.new:
         job = chain.newest_job(step)
         echo(f"step {step}: {f'job {job}' if job else 'submitted'}")

@@ -132,6 +132,7 @@ def _submit_grid(
     smoke: bool,
 ) -> None:
     """Submit the streams of all combinations as chains, in lanes of chains that follow one another."""
+    from launch.cluster.chain import kept_events_note
     from launch.cluster.resources import load_cluster
     from launch.cluster.schedulers.base import scheduler_of
     from launch.resume_policy import ResumePolicy
@@ -143,8 +144,10 @@ def _submit_grid(
     lanes = scheduler_of(resources.kind).lanes(resources, num_streams)
     ranks = lanes[0].cluster.world_size
     points = make_grid(config, settings, ablation=ablation, processes=ranks, class_orders=class_orders, smoke=smoke)
-    submit_points(points, resources, lanes, echo, ResumePolicy(restart=smoke))
     output = points[0].config.output
+    submit_points(points, resources, lanes, echo, ResumePolicy(restart=smoke))
+    if note := kept_events_note(points[0].config, resources, output):
+        echo(note, err=True)
     folder = shlex.quote(output)
     echo(f"see all with: avcil status {folder}; compare them once they are done: avcil compare {folder}")
 

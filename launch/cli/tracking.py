@@ -54,10 +54,13 @@ def resume(
     resumption = prepare_resume(server, run, request, show=print_warning)
     echo(f"{resumption.config.stream_name}: continues after step {resumption.step}", err=True)
     if cluster:
-        from launch.cluster.chain import submit_stream
+        from launch.cluster.chain import kept_events_note, submit_stream
         from launch.cluster.resources import load_cluster
 
-        submitted = submit_stream(resumption.config, load_cluster(cluster, of_cluster))
+        resources = load_cluster(cluster, of_cluster)
+        submitted = submit_stream(resumption.config, resources)
+        if note := kept_events_note(resumption.config, resources, submitted.stream):
+            echo(note, err=True)
         echo(f"{submitted.stream}: {len(submitted.new)} submitted; see it with: avcil status {submitted.stream}")
         return
     stream = run_stream(resumption.config, processes=processes)
@@ -71,12 +74,14 @@ def resume(
 def sync(streams: tuple[str, ...], uri: str | None, again: bool) -> None:
     """Send unsent tracking events of a stream, such as after an outage of the tracking server.
 
-    STREAM is a stream's folder, such as runs/demo-avcil-seed0.
+    STREAM is a stream's folder, such as runs/demo-avcil-seed0, or a folder of streams, such as the output folder of a
+    sweep.
     """
     from avcil_dist.text.redaction import redacted
-    from avcil_dist.tracking.session import sync_stream
+    from avcil_dist.tracking.delivery import sync_stream
+    from launch.cluster.status import streams_below
 
-    for stream in streams:
+    for stream in [found for folder in streams for found in streams_below(folder.rstrip("/")) or [folder]]:
         synced = sync_stream(stream, uri=uri, again=again)
         refused = f", but {synced.rejected} events that it refused; see the warnings" if synced.rejected else ""
         echo(f"{stream}: everything is sent to {redacted(synced.server)}{refused}")

@@ -17,7 +17,9 @@ from avcil_dist.data.subset import load_data
 from avcil_dist.errors import ConfigError
 from avcil_dist.streams.snapshots import check_snapshot_fits, is_of_step, newest_snapshot, snapshot_identity
 from avcil_dist.streams.stream import next_step, stream_url
+from avcil_dist.text.redaction import redacted
 from avcil_dist.tracking.session import check_tracking, open_run
+from avcil_dist.tracking.uris import is_sqlite
 from avcil_dist.training.preflight import preflight
 from launch.cluster.chain_record import Chain, has_chain, read_chain
 from launch.cluster.code_snapshot import snapshot_code, snapshot_folder
@@ -88,7 +90,8 @@ def submit_stream(
             if new[0] == first:
                 _check_snapshot(config, first, cluster.at(first).world_size, policy)
             chain = _freeze(config, cluster, chain)
-            start = JobStart(run_id or open_run(config), first, after, policy.reset_optimizer, lane.gpus)
+            run_id = run_id or open_run(config, is_elsewhere=cluster.is_elsewhere)
+            start = JobStart(run_id, first, after, policy.reset_optimizer, lane.gpus)
             chain = scheduler.submit(config, cluster, chain, new, start)
         return Submission(stream, chain, new, tuple(live), scheduler.last_job(chain) if new or live else None)
 
@@ -121,6 +124,20 @@ def check_jobs_folder(folder: Path) -> None:
                 f"{folder}: {mark!r} in the path: {reason}; choose another output=, or cluster.folder= for the files "
                 "of the jobs"
             )
+
+
+def kept_events_note(config: Config, cluster: ClusterConfig, streams: str) -> str | None:
+    """Return a line for jobs that only keep their tracking events, since several machines must not write to sqlite.
+
+    `streams`: what `avcil sync` is to be called with. None where jobs send their events themselves.
+    """
+    uri = check_tracking(config)
+    if not (cluster.is_elsewhere and is_sqlite(uri)):
+        return None
+    return (
+        f"{redacted(uri)}: an SQLite file is not written from several machines; the jobs keep their tracking events: "
+        f"send them from here with avcil sync {shlex.quote(streams)}, or give tracking.uri a server"
+    )
 
 
 def dry_run_text(config: Config, cluster: ClusterConfig) -> str:

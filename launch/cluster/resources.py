@@ -129,6 +129,11 @@ class ClusterConfig(Section):
         return self.model_copy(update=changes)
 
     @property
+    def is_elsewhere(self) -> bool:
+        """Whether jobs run on other machines than this one."""
+        return self.kind != "local"
+
+    @property
     def tasks(self) -> int:
         """Tasks of a node."""
         return self.gpus_per_node or self.tasks_per_node or 1

@@ -8,7 +8,7 @@ from rich.console import Console
 from avcil_dist.errors import AvcilError, ConfigError
 from avcil_dist.reporting.tables import WordTable, plain
 from avcil_dist.streams.summary import committed_steps, load_metrics
-from avcil_dist.tracking.session import unsent
+from avcil_dist.tracking.delivery import unsent
 from launch.cluster.chain_record import Chain, has_chain, read_chain
 from launch.cluster.status import ChainStatus, StepStatus, chain_status, chain_statuses, log_file, streams_below
 

@@ -105,6 +105,8 @@ def test_ranks_that_do_not_react_are_requeued_in_time_and_fail_in_the_end(sandbo
         os.kill(rank, signal.SIGKILL)
     assert [step.state for step in wait_for_end(stream)] == ["FAILED", "CANCELLED", "CANCELLED"]
     assert "step 0 is not done after 2 starts" in avcil("status", stream).output
+    assert "jobs write to no SQLite database" in avcil("status", stream).output
+    assert avcil("sync", stream).exit_code == 0
     found = find_stream(uri_of(str(tmp_path / "runs")), Path(stream).name)
     assert found.run.info.status == "FAILED"
     assert found.steps[0].info.status == "FAILED"

@@ -18,7 +18,7 @@ from avcil_dist.streams.stream import sole_writer, stream_url
 from avcil_dist.world import World
 from launch.cluster import chain as chain_module
 from launch.cluster import submission_lock as submission_lock_module
-from launch.cluster.chain import Submission, dry_run_text, submit_stream
+from launch.cluster.chain import Submission, dry_run_text, kept_events_note, submit_stream
 from launch.cluster.chain_record import Chain, read_chain, write_chain
 from launch.cluster.resources import ClusterConfig
 from launch.cluster.schedulers.base import JobStart, JobState, Lane
@@ -240,6 +240,24 @@ def test_an_output_that_no_database_can_be_in_is_refused_before_anything_is_made
     with pytest.raises(ConfigError, match="cannot be in the path of a tracking database"):
         submit_stream(elsewhere, CLUSTER)
     assert not Path(elsewhere.output).exists()
+
+
+@pytest.mark.parametrize(("kind", "uri"), [("local", None), ("slurm", "http://tracking:5000")])
+def test_jobs_send_their_events_where_one_machine_writes_or_a_server_does(
+    config: Config, kind: str, uri: str | None
+) -> None:
+    tracking = config.tracking.model_copy(update={"uri": uri})
+    sending = config.model_copy(update={"tracking": tracking})
+    assert kept_events_note(sending, ClusterConfig(kind=kind), "runs") is None
+
+
+@pytest.mark.parametrize("uri", [None, "sqlite:////shared/mlflow.db", "sqlite+pysqlite:////shared/mlflow.db"])
+def test_jobs_of_other_machines_leave_an_sqlite_file_to_sync(config: Config, uri: str | None) -> None:
+    kept = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": uri})})
+    note = kept_events_note(kept, CLUSTER, "my runs")
+    assert note is not None
+    assert note.startswith(uri or f"sqlite:///{config.output}/mlflow.db")
+    assert "avcil sync 'my runs', or give tracking.uri a server" in note
 
 
 def test_the_files_of_jobs_are_for_the_user_alone(config: Config, scheduler: RecordingScheduler) -> None:

@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from avcil_dist.compose import load_config
 from avcil_dist.config.schema import TrackingConfig
 from avcil_dist.errors import ConfigError, StepStopped, TrackingError
 from avcil_dist.streams.metrics import StreamMetrics
 from avcil_dist.tracking.artifacts import download_step
-from avcil_dist.tracking.client import connect, find_stream
+from avcil_dist.tracking.client import connect, find_by_stream_id, find_stream
+from avcil_dist.tracking.delivery import sync_stream, unsent
 from avcil_dist.tracking.events import STREAM, StepDescription, StepTracker, unfinished_steps
+from avcil_dist.tracking.session import close_run, open_run, track_step
 from avcil_dist.tracking.uris import tracking_uri
 from tests.helpers.stream_folder import TRACKING, StreamFolder
 
@@ -285,6 +288,31 @@ def run_stream_of(folder: str, output: str) -> None:
         tracker.metrics({"loss": 1.0}, 0)
     stream.queue.append("end", run=STREAM, status="FINISHED")
     sys.exit(0 if stream.send(patience=240.0) else 1)  # eight processes on a busy machine wait for each other
+
+
+def test_jobs_of_other_machines_only_fill_the_queue_of_a_database_and_sync_sends_it(
+    tmp_path: Path, output: str, client: MlflowClient
+) -> None:
+    config = load_config("demo", [f"output={tmp_path}", f"tracking.uri={tracking_uri(TRACKING, output)}"])
+    stream = f"{tmp_path}/{config.stream_name}"
+    stream_id = open_run(config, is_elsewhere=True)  # at the submission
+
+    def run_job() -> None:
+        open_run(config)
+        with track_step(config, 0) as tracker:
+            tracker.metrics({"loss/total": 0.5}, position=1)
+        close_run(config, None)
+
+    run_job()
+    assert unsent(stream) == "jobs write to no SQLite database"
+    assert find_by_stream_id(client, [e.experiment_id for e in client.search_experiments()], stream_id) is None
+    assert sync_stream(stream, uri=None, again=False).rejected == 0
+    assert unsent(stream) is None
+    found = find_stream(tracking_uri(TRACKING, output), stream_id)
+    assert history(client, found.steps[0].info.run_id, "loss/total") == [(1, 0.5)]
+    open_run(config, is_elsewhere=False)  # at a start on this machine
+    run_job()
+    assert unsent(stream) is None
 
 
 @pytest.mark.slow

@@ -22,8 +22,8 @@ from avcil_dist.streams.commit import write_commit, write_files
 from avcil_dist.streams.summary import committed_steps, step_url
 from avcil_dist.tracking.artifacts import download_step, upload_step
 from avcil_dist.tracking.client import find_stream
+from avcil_dist.tracking.delivery import sync_stream
 from avcil_dist.tracking.resume import ResumeRequest, prepare_resume
-from avcil_dist.tracking.session import sync_stream
 from tests.helpers.mlflow_server import TrackingServer
 from tests.helpers.ranks import run_ranks
 from tests.helpers.s3 import BUCKET, S3Server, free_port

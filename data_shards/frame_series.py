@@ -19,6 +19,7 @@ import av
 
 from avcil_dist import storage
 from avcil_dist.errors import DataError
+from avcil_dist.storage.retry import NO_ROOM
 from data_shards.cut import cut_clip
 from data_shards.listings.listing import PICTURE_ENDINGS, WHOLE_FILE, ClipFile, FrameSeries
 from data_shards.rejections import ClipRejectedError
@@ -47,6 +48,8 @@ def series_clip(file: ClipFile, series: FrameSeries) -> bytes:
         try:
             _join(joined, pictures, sound, series.rate)
         except (av.FFmpegError, ValueError, EOFError) as error:
+            if isinstance(error, av.FFmpegError) and error.errno in NO_ROOM:  # of the disk: no fault of this clip
+                raise OSError(error.errno, error.strerror) from None
             raise DataError(f"its pictures and sound cannot be joined ({error})") from None
         try:
             return cut_clip(str(joined), *(file.cut or WHOLE_FILE))

@@ -87,13 +87,13 @@ class _Worker:
     """One process and the number of its item; in shared memory its current position and its count of elements."""
 
     def __init__(self, context: Any, work: Work[Any, Any]) -> None:
-        self.position = context.Value("q", -1, lock=False)
-        self.num_started = context.Value("q", 0, lock=False)
         self.item = -1
-        self.connection, worker_end = context.Pipe()
-        arguments = (work, worker_end, self.position, self.num_started)
-        self.process = context.Process(target=_run_worker, args=arguments, daemon=True)
         with starting_process("workers"):
+            self.position = context.Value("q", -1, lock=False)
+            self.num_started = context.Value("q", 0, lock=False)
+            self.connection, worker_end = context.Pipe()
+            arguments = (work, worker_end, self.position, self.num_started)
+            self.process = context.Process(target=_run_worker, args=arguments, daemon=True)
             self.process.start()
         worker_end.close()  # so that a crashed worker reads as the end of the pipe
 

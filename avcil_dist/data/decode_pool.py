@@ -25,6 +25,7 @@ from torch import Tensor
 from avcil_dist.data.clip_bounds import MAX_DECODING_SECONDS, limit_process
 from avcil_dist.data.shared_memory import SharedMemory
 from avcil_dist.errors import ConfigError, DataError
+from avcil_dist.system.process_start import starting_process
 from avcil_dist.system.signals import shielding
 
 TensorPair = tuple[Tensor, Tensor]
@@ -90,7 +91,7 @@ class DecodePool:
         self._faults: dict[str, str] = {}  # by key: clips that ended processes are not tried again
 
     def submit(self, clip: EncodedClip, target: TensorPair) -> Callable[[], DataError | None]:
-        """Start to decode a clip into `target`. Raises ConfigError where no process can be started."""
+        """Start to decode a clip into `target`. Raises WorldError where no process can be started."""
         future: Future[DataError | None] = self._threads.submit(self._decode, clip, target)
         return future.result
 
@@ -148,12 +149,13 @@ class _Process:
     def __init__(self, transform: Transform, shapes: tuple[tuple[int, ...], ...]) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([PRELOADED])
-        self._memory = SharedMemory(sum(4 * math.prod(shape) for shape in shapes))
-        self._result = _views(self._memory, shapes)
-        self._connection, theirs = context.Pipe()
-        arguments = (theirs, transform, self._memory, shapes)
-        self._process = context.Process(target=_decode_clips, args=arguments, daemon=True)
-        with shielding():  # it ignores stop signals: without it there would be no snapshot
+        # it ignores stop signals: without it there would be no snapshot
+        with starting_process("data.decode_workers"), shielding():
+            self._memory = SharedMemory(sum(4 * math.prod(shape) for shape in shapes))
+            self._result = _views(self._memory, shapes)
+            self._connection, theirs = context.Pipe()
+            arguments = (theirs, transform, self._memory, shapes)
+            self._process = context.Process(target=_decode_clips, args=arguments, daemon=True)
             self._process.start()
         # Python ends its daemons by SIGTERM at the end of a process, which these ignore, and then waits for them
         Finalize(self, self._process.kill, exitpriority=0)

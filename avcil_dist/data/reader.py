@@ -4,6 +4,7 @@ A shard is read in one of three ways: as a local file, as a whole shard in the l
 is fetched before its first use, or by range requests to object storage. Neighbouring reads are merged into one.
 """
 
+import errno
 import itertools
 import os
 import threading
@@ -236,6 +237,8 @@ class OpenReader:
         except FileNotFoundError:
             raise DataError(f"{url}: missing") from None
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # no fault of the shard
+                raise StorageError(f"{url}: {error.strerror}; raise the limit (ulimit -n)") from None
             raise DataError(f"{url}: {error.strerror}") from None
 
     def _close(self, key: tuple[int, bool]) -> None:

@@ -25,7 +25,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock
@@ -88,14 +88,22 @@ class ShardCache:
             ) from None
 
     def find(self, size: int, sha256: str) -> int | None:
-        """Return a descriptor of the shard as `open` does, or None if it is not cached; nothing is fetched."""
+        """Return a descriptor of the shard as `open` does, or None if it is not cached; nothing is fetched.
+
+        Raises StorageError as `open` does.
+        """
+        with self._typed():
+            return self._find(size, sha256)
+
+    def _find(self, size: int, sha256: str) -> int | None:
         descriptor = _open_own(self._path(sha256))
         if descriptor is None:
             return None
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         status = os.fstat(descriptor)
         if status.st_nlink and status.st_size == size:  # no link: it was removed between the two calls
-            os.utime(descriptor)
+            with suppress(OSError):  # a disk that can only be read keeps the old time
+                os.utime(descriptor)
             return descriptor
         os.close(descriptor)
         return None
@@ -107,10 +115,16 @@ class ShardCache:
         manifest, StorageError when the storage fails for longer than the time limit.
         """
         self._path(sha256)
-        try:
+        with self._typed():
             if not (self.folder / MARKER).exists():  # TMPDIR may be cleaned meanwhile
                 _make_own_folder(self.folder)
             return self._open(url, size, sha256)
+
+    @contextmanager
+    def _typed(self) -> Iterator[None]:
+        """Raise StorageError for the faults of the cache's disk in the block."""
+        try:
+            yield
         except OSError as error:
             raise StorageError(
                 f"data.shard_cache: {self.folder}: {error.strerror}; check the disk, or name another folder"
@@ -118,7 +132,7 @@ class ShardCache:
 
     def _open(self, url: str, size: int, sha256: str) -> int | None:
         with FileLock(self.folder / LOCKS / f"{sha256[:2]}.lock"):
-            descriptor = self.find(size, sha256)
+            descriptor = self._find(size, sha256)
             if descriptor is not None:
                 self._count("cache_hits", 1)
                 return descriptor
@@ -132,8 +146,9 @@ class ShardCache:
                 with self._room():  # a process that sums up sizes must not miss the file between its two names
                     path.rename(self._path(sha256))
             except BaseException:
-                path.unlink(missing_ok=True)
                 os.close(descriptor)
+                with suppress(OSError):  # the error of the write is the one that counts
+                    path.unlink(missing_ok=True)
                 raise
             fcntl.flock(descriptor, fcntl.LOCK_SH)
             self._count("cache_misses", 1)

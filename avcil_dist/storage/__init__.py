@@ -22,12 +22,13 @@ from avcil_dist.storage.files import (
     write_bytes,
 )
 from avcil_dist.storage.json_files import MAX_JSON_BYTES, describe, parse_json, read_json, write_json
-from avcil_dist.storage.local import file_lock, open_regular, temporary_folder
+from avcil_dist.storage.local import REFUSED, file_lock, open_regular, temporary_folder, writing
 from avcil_dist.storage.urls import check_url, inner_path, join, parent, path_below
 
 __all__ = [
     "CHUNK_BYTES",
     "MAX_JSON_BYTES",
+    "REFUSED",
     "check_url",
     "describe",
     "exists",
@@ -58,4 +59,5 @@ __all__ = [
     "version",
     "write_bytes",
     "write_json",
+    "writing",
 ]

@@ -11,6 +11,7 @@ from typing import Literal
 
 import huggingface_hub
 from httpx2 import HTTPError
+from huggingface_hub import constants
 from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
@@ -20,6 +21,7 @@ from huggingface_hub.errors import (
 )
 
 from avcil_dist.errors import AvcilError, DataError, StorageError
+from avcil_dist.storage.local import REFUSED
 
 Kind = Literal["model", "dataset"]
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -98,18 +100,22 @@ def hub_fault(
     if isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError)):
         return DataError(f"{where}: no such repository or revision, or it needs a login (HF_TOKEN)")
     cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
+    if isinstance(cause, OSError) and cause.errno in REFUSED:
+        return StorageError(
+            f"{cache_folder()}: cannot be written ({cause.strerror}); make room, or set HF_HOME to another folder"
+        )
     text = " ".join(str(cause).split())[:160] or type(cause).__name__
     return StorageError(f"{where}: {text}; check the network, or {mirror}")
 
 
 def endpoint() -> str:
     """Return the address of the hub, or of the mirror that HF_ENDPOINT names."""
-    return str(huggingface_hub.constants.ENDPOINT)
+    return str(constants.ENDPOINT)
 
 
 def cache_folder() -> str:
     """Return the folder of local copies."""
-    return str(huggingface_hub.constants.HF_HUB_CACHE)
+    return str(constants.HF_HUB_CACHE)
 
 
 def is_offline() -> bool:

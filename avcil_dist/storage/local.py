@@ -1,5 +1,6 @@
 """Local files: only regular files are read, and a write replaces a regular file as a whole, or nothing."""
 
+import errno
 import os
 import stat
 import tempfile
@@ -13,6 +14,8 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from avcil_dist.errors import DataError, StorageError
 from avcil_dist.storage.retry import NO_ROOM, cannot_write
+
+REFUSED = (*NO_ROOM, errno.EACCES, errno.EPERM, errno.ENOTDIR)  # of a disk or folder that takes no file
 
 
 def open_regular(path: str | Path) -> BinaryIO:
@@ -45,18 +48,18 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     Folders are made as needed. Raises StorageError where the file cannot be written, or is there and no regular file.
     """
     temporary = path.with_name(f".{path.name[:200]}.{uuid.uuid4().hex}")
-    with _written(path):
+    with writing(path):
         with suppress(FileNotFoundError):
             _check_replaceable(path, path.stat())
         temporary.parent.mkdir(parents=True, exist_ok=True)
         file = temporary.open("wb")
     try:
-        with _written(path, NO_ROOM), file:  # other faults of the block are those of its own files
+        with writing(path, NO_ROOM), file:  # other faults of the block are those of its own files
             yield file
-            with _written(path):
+            with writing(path):
                 file.flush()
                 os.fsync(file.fileno())
-        with _written(path):
+        with writing(path):
             temporary.replace(path)
     finally:
         with suppress(OSError):  # the error of the write is the one that counts
@@ -69,7 +72,7 @@ def file_lock(path: Path, seconds: float) -> Iterator[BaseFileLock]:
 
     Raises Timeout when another process holds it for longer than `seconds`, StorageError where it cannot be written.
     """
-    with _written(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path)
         lock.acquire(timeout=seconds)
@@ -80,26 +83,36 @@ def file_lock(path: Path, seconds: float) -> Iterator[BaseFileLock]:
 
 
 @contextmanager
-def temporary_folder() -> Iterator[Path]:
-    """Make a folder below TMPDIR for the length of the block. Raises StorageError where that has no room."""
+def temporary_folder(below: str | None = None) -> Iterator[Path]:
+    """Make a folder below TMPDIR, or another folder, for the length of the block.
+
+    Raises StorageError where that has no room, or is none.
+    """
     try:
-        folder = tempfile.TemporaryDirectory(prefix="avcil-")
+        folder = tempfile.TemporaryDirectory(prefix="avcil-", dir=below)
     except OSError as error:
-        raise StorageError(f"TMPDIR: no temporary folder can be made ({error.strerror}); name another one") from None
+        place = "TMPDIR" if below is None else below
+        raise StorageError(f"{place}: no temporary folder can be made ({error.strerror}); name another one") from None
     with folder as path:
         try:
             yield Path(path)
         except OSError as error:
             if error.errno not in NO_ROOM:
                 raise
-            raise StorageError(
-                f"{path}: cannot be written ({error.strerror}); make room, or set TMPDIR to another folder"
-            ) from None
+            raise no_room_for_temporary(path, error) from None
+
+
+def no_room_for_temporary(path: str | Path, error: OSError) -> StorageError:
+    """Return the error of a temporary file that cannot be written."""
+    return StorageError(f"{path}: cannot be written ({error.strerror}); make room, or set TMPDIR to another folder")
 
 
 @contextmanager
-def _written(path: Path, numbers: tuple[int, ...] | None = None) -> Iterator[None]:
-    """Raise StorageError for an OSError of the block, if its number is one of `numbers`."""
+def writing(path: Path, numbers: tuple[int, ...] | None = None) -> Iterator[None]:
+    """Raise StorageError for an OSError of the block, which writes `path`, if its number is one of `numbers`.
+
+    Without `numbers` any OSError is one of the path; a block that does more than to write it has `REFUSED`.
+    """
     try:
         yield
     except Timeout:  # of a lock; it is an OSError too

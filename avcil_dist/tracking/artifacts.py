@@ -5,7 +5,6 @@ A download verifies every file against them.
 """
 
 import json
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -98,20 +97,20 @@ def download_step(client: MlflowClient, uri: str, run: Run, step: int, stream: s
     folder = step_url(stream, step)
     if tags.committed is None:
         raise ArtifactError(f"run {run.info.run_id}: {name} is not committed there")
-    with tempfile.TemporaryDirectory() as temporary:
+    with storage.temporary_folder() as temporary:
 
         def fetch(file: str, num_bytes: int = storage.MAX_JSON_BYTES) -> Path:
             if tags.reference:
-                return _from_reference(tags.reference, file, Path(temporary), num_bytes)
+                return _from_reference(tags.reference, file, temporary, num_bytes)
 
             def check() -> None:
-                if _folder_bytes(Path(temporary)) > num_bytes + storage.MAX_JSON_BYTES:
+                if _folder_bytes(temporary) > num_bytes + storage.MAX_JSON_BYTES:
                     raise ArtifactError(f"run {run.info.run_id}: {name}/{file}: larger than committed")
 
             with reported(uri):
                 path = f"{name}/{file}"
                 return Path(
-                    transfer(lambda: client.download_artifacts(run.info.run_id, path, temporary), num_bytes, check)
+                    transfer(lambda: client.download_artifacts(run.info.run_id, path, str(temporary)), num_bytes, check)
                 )
 
         commit = fetch(COMMITTED)

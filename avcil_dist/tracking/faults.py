@@ -4,6 +4,7 @@ A call is bounded as a whole: the timeouts of the http client begin anew with ea
 """
 
 import re
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ from requests.exceptions import InvalidSchema, InvalidURL, MissingSchema
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from avcil_dist.errors import TrackingError
+from avcil_dist.storage.local import no_room_for_temporary
+from avcil_dist.storage.retry import NO_ROOM
 from avcil_dist.text.redaction import redacted
 from avcil_dist.tracking import environment
 from avcil_dist.tracking.outcomes import RefusedError, RejectedError, UnavailableError
@@ -122,10 +125,12 @@ def _status(error: BaseException) -> int:
 
 @contextmanager
 def reported(uri: str) -> Iterator[None]:
-    """Raise errors of MLflow as a TrackingError of one line without credentials."""
+    """Raise errors of MLflow as a TrackingError of one line without credentials; a full disk here is a StorageError."""
     try:
         yield
     except FAULTS as error:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            raise no_room_for_temporary(error.filename or tempfile.gettempdir(), error) from None
         fault = delivery_error(error)
         advice = "" if isinstance(fault, RefusedError) else "; start the server or correct tracking.uri"
         raise TrackingError(f"{redacted(uri)}: tracking failed ({fault}){advice}") from None

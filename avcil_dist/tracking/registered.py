@@ -5,7 +5,6 @@ any name on a server.
 """
 
 import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,13 +46,15 @@ def load_registered(uri: str, model: str) -> Registered:
     named = MODEL_NAME.fullmatch(model)
     if named is None:
         raise TrackingError(f"{model}: no folder of a stream and no name of a model, such as models:/NAME@latest")
-    with reported(uri), tempfile.TemporaryDirectory() as temporary:
+    with reported(uri), storage.temporary_folder() as temporary:
         client = connect(uri)
         version = _version(client, uri, named["name"], named["alias"], named["version"])
         where = f"models:/{version.name}/{version.version}"
         # of the run, not of the version's source: a server has no say over what is opened here
         folder = Path(
-            transfer(lambda: client.download_artifacts(version.run_id, MODEL_FOLDER, temporary), storage.MAX_JSON_BYTES)
+            transfer(
+                lambda: client.download_artifacts(version.run_id, MODEL_FOLDER, str(temporary)), storage.MAX_JSON_BYTES
+            )
         )
         found = sorted(folder.rglob(ABOUT))
         if not found:

@@ -1,7 +1,6 @@
 """Resumes a stream from its runs on a tracking server, on a machine that has access to the shards and nothing else."""
 
 import logging
-import tempfile
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -66,7 +65,8 @@ def prepare_resume(
     """
     tracked = find_stream(uri, run)
     step = _choose_step(tracked, uri, request.from_step)
-    with tempfile.TemporaryDirectory() as temporary:
+    with storage.temporary_folder() as folder:
+        temporary = str(folder)
         download_step(tracked.client, uri, tracked.steps[step], step, temporary)
         summary = load_summary(temporary, step)
         config = _resumed_config(summary.config, uri, request, show)

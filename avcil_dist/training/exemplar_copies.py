@@ -51,9 +51,8 @@ def local_exemplars(source: TrainingSampler) -> Iterator[tuple[Iterable[Request]
         yield source, source.manifest
         return
     world = source.world
-    own = Path(tempfile.mkdtemp(prefix="avcil-exemplars-")) if world.local_rank == 0 else None
+    own, fault = _try_to_copy(source, clips) if world.local_rank == 0 else (None, None)
     try:
-        fault = _try_to_copy(source, clips, own) if own else None
         results: list[tuple[str, str | None]] = gather_json((str(own), fault))
         faults = [fault for _, fault in results if fault]
         if faults:
@@ -64,7 +63,7 @@ def local_exemplars(source: TrainingSampler) -> Iterator[tuple[Iterable[Request]
         dist.barrier()  # another rank may read the copies until then
     finally:
         if own:
-            shutil.rmtree(own)
+            shutil.rmtree(own, ignore_errors=True)
 
 
 def copy_clips(manifest: Manifest, clips: np.ndarray, folder: Path, *, seconds: float) -> None:
@@ -133,9 +132,14 @@ def with_copies(manifest: Manifest, copied: Manifest) -> tuple[Manifest, dict[in
     return joined, numbers
 
 
-def _try_to_copy(source: TrainingSampler, clips: np.ndarray, folder: Path) -> str | None:
+def _try_to_copy(source: TrainingSampler, clips: np.ndarray) -> tuple[Path | None, str | None]:
+    """Copy the clips into a new folder. Returns it, if it was made, and the fault, if there was one."""
+    folder = None
     try:
+        folder = Path(tempfile.mkdtemp(prefix="avcil-exemplars-"))
         copy_clips(source.manifest, clips, folder, seconds=source.data.retry_seconds)
-    except OSError as error:
-        return f"{folder}: exemplars cannot be copied there ({error}); make room, or name another folder with TMPDIR"
-    return None
+    except (OSError, StorageError) as error:
+        place = folder or tempfile.tempdir or "TMPDIR"
+        advice = "make room, or set TMPDIR to another folder"
+        return folder, f"{place}: exemplars cannot be copied there ({error}); {advice}"
+    return folder, None

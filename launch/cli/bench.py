@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +80,11 @@ def step(device: str | None, threads: int | None, turns: int, path: str | None, 
 @_JSON
 def loader(folder: str | None, path: str | None, **setting: Any) -> None:
     """Measure the rate of shuffled batches of feature clips from the local disk, beside plain reading."""
+    from avcil_dist import storage
     from launch.bench.loader import measure_loader
 
-    with tempfile.TemporaryDirectory(dir=folder) as data_folder:
-        figures = measure_loader(Path(data_folder), **setting)
+    with storage.temporary_folder(folder) as data_folder:
+        figures = measure_loader(data_folder, **setting)
     for name, value in figures["gigabytes_per_second"].items():
         echo(f"{name}: {value:.2f} GB/s")
     _write(figures, path)
@@ -104,10 +104,11 @@ def video(folder: str | None, path: str | None, processes: int | None, **setting
     Plain decoding decodes all frames and samples with PyAV in as many processes, and keeps nothing. Where torchcodec
     is installed, its rate for the frames and the sound of training clips is measured too.
     """
+    from avcil_dist import storage
     from launch.bench.video import measure_video
 
-    with tempfile.TemporaryDirectory(dir=folder) as data_folder:
-        figures = measure_video(Path(data_folder), processes=processes or len(os.sched_getaffinity(0)), **setting)
+    with storage.temporary_folder(folder) as data_folder:
+        figures = measure_video(data_folder, processes=processes or len(os.sched_getaffinity(0)), **setting)
     for name, value in figures["clips_per_second"].items():
         echo(f"{name}: {value:.1f} clips/s ({figures['share_of_plain_decoding'][name]:.2f} of plain decoding)")
     _write(figures, path)
@@ -132,10 +133,11 @@ def stream(folder: str | None, path: str | None, overrides: tuple[str, ...], **s
     Example:
       avcil bench stream optim.global_batch=16 optim.global_replay_batch=8 engine.precision=bf16
     """
+    from avcil_dist import storage
     from launch.bench.stream import measure_stream
 
-    with tempfile.TemporaryDirectory(dir=folder) as data_folder:
-        figures = measure_stream(Path(data_folder), overrides=overrides, **setting)
+    with storage.temporary_folder(folder) as data_folder:
+        figures = measure_stream(data_folder, overrides=overrides, **setting)
     hours = figures["vs100_ci_hours"]
     echo(
         f"{figures['iterations']} iterations of {figures['batch']} + {figures['replay_batch']} clips: "

@@ -58,9 +58,12 @@ def submit_parts(cluster: ClusterConfig, work: PartJobs) -> bool:
     """
     scheduler = scheduler_of(cluster.kind)
     scheduler.require()
-    folder = make_private_folder(Path(work.folder))
+    folder = Path(work.folder)
     try:
-        with FileLock(folder / "submit.lock", timeout=LOCK_SECONDS):
+        with (
+            storage.writing(folder, storage.REFUSED),
+            FileLock(make_private_folder(folder) / "submit.lock", timeout=LOCK_SECONDS),
+        ):
             if scheduler.live_parts(work):
                 submitted = PartJobs.load(work.folder)
                 if (submitted.command, submitted.count) != (work.command, work.count):

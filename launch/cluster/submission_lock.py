@@ -19,7 +19,7 @@ def submission_lock(stream: str, folder: Path) -> Iterator[None]:
     """Lock against another submission of the same stream, and make the folder of its chain.
 
     The lock file is not among the files that can be discarded. Raises SchedulerError when the other submission does
-    not end within a minute, ConfigError for a folder that others can write.
+    not end within a minute, ConfigError for a folder that others can write, StorageError where it takes no file.
     """
     path = storage.local_path(stream)
     file = Path(path).with_name(f".{Path(path).name}.submit.lock") if path else folder / "submit.lock"
@@ -30,7 +30,8 @@ def submission_lock(stream: str, folder: Path) -> Iterator[None]:
             descriptor = lock._context.lock_file_fd
             assert descriptor is not None
             os.set_inheritable(descriptor, True)
-            make_private_folder(folder)  # jobs run the code and load the pickles in it
-            yield
+            with storage.writing(folder, storage.REFUSED):
+                make_private_folder(folder)  # jobs run the code and load the pickles in it
+                yield
     except Timeout:
         raise SchedulerError(f"{stream}: another submission of this stream is under way; try again") from None

@@ -21,6 +21,7 @@ from avcil_dist.world import World
 from data_shards.random_features import make_feature_shards
 from launch.local import PRELOADED
 from launch.local_worlds import local_worlds
+from tests.helpers.disks import small_disk
 from tests.helpers.ranks import CPU
 from tests.helpers.streams import CLASSES, write_config
 
@@ -102,24 +103,10 @@ def test_a_loss_that_is_not_finite_names_the_clips_of_its_batch(tmp_path: Path) 
     assert not is_committed(str(tmp_path / "runs" / "tiny-avcil-seed0"), 0)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Any:
-    """A disk of 1 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("no small disk can be mounted here (needs root)")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def test_a_full_disk_ends_all_ranks_and_leaves_no_half_snapshot_that_counts(tmp_path: Path, small_disk: Path) -> None:
-    (small_disk / "filler").write_bytes(b"0" * (2**20 - 24 * 1024))
-    config = write_config(tmp_path, snapshot={"every_iterations": 3, "folder": str(small_disk)})
-    line = fails(config)
-    assert "No space left on device" in line
-    assert "make room" in line
-    assert not list(small_disk.rglob("COMMITTED.json"))
+def test_a_full_disk_ends_all_ranks_and_leaves_no_half_snapshot_that_counts(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", kilobytes=24):
+        config = write_config(tmp_path, snapshot={"every_iterations": 3, "folder": str(tmp_path / "disk")})
+        line = fails(config)
+        assert "No space left on device" in line
+        assert "make room" in line
+        assert not list((tmp_path / "disk").rglob("COMMITTED.json"))

@@ -11,7 +11,10 @@ from avcil_dist.methods.base import Method
 from avcil_dist.system.plugins import check_name, load_plug_in
 
 LONGEST_SHOWN = 80
-NOT_METHODS = {"base", "evidence", "feature_sums", "losses", "nearest_mean", "single_precision", "sums_head"}
+NOT_METHODS = {
+    *("base", "evidence", "feature_sums", "landmarks", "losses", "nearest_mean", "row_blocks", "single_precision"),
+    "sums_head",
+}
 
 
 def method_names() -> list[str]:

@@ -6,9 +6,9 @@ a mean over rows is a mean over all ranks.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -35,7 +35,8 @@ class Needs:
     all_data: bool = False  # training clips of all seen classes, not only of the new ones
     fresh_network: bool = False  # a new network in every step, not the previous step's weights
     whole_classes: bool = False  # all training clips of a class in its own step
-    max_clips: int | None = None  # limit of the training clips of all classes
+    clip_features: bool = False  # features of the training clips of all classes, which the method keeps
+    max_clips: int | None = None  # limit of these clips
     validation: bool = False  # validation clips of every class, also where the epoch is not selected by them
     calibration: bool = False  # logits of the validation clips of all seen classes, passed to `calibrate`
     untrained: bool = False  # the network before training is a candidate of the best epoch, as epoch 0
@@ -197,6 +198,43 @@ def check_matrix(
     return values
 
 
+class Ranks(Protocol):
+    """Ranks that solve for a head together. All of them call each function, in the same order."""
+
+    @property
+    def rank(self) -> int:
+        """Number of this rank."""
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+
+    def add_up(self, values: Tensor) -> None:
+        """Replace `values` by their sum over the ranks."""
+
+    def share(self, values: Tensor, source: int) -> None:
+        """Replace `values` by those of rank `source`."""
+
+    def make_together(self, make: Callable[[], Tensor]) -> Tensor:
+        """Return on all ranks the tensor that `make` returns on rank 0."""
+
+
+class OneRank:
+    """`Ranks` of a single process."""
+
+    rank, size = 0, 1
+
+    def add_up(self, values: Tensor) -> None:
+        """Leave the values as they are."""
+
+    def share(self, values: Tensor, source: int) -> None:
+        """Leave the values as they are."""
+
+    def make_together(self, make: Callable[[], Tensor]) -> Tensor:
+        """Return the made tensor."""
+        return make()
+
+
 class ClosedFormMethod(Method):
     """Method with a classifier in closed form from statistics that are sums over clips: one pass, no gradient.
 
@@ -206,6 +244,7 @@ class ClosedFormMethod(Method):
 
     # Whether `accumulate` gets the clips of all ranks, in the order of the plan; otherwise those of its rank.
     gathers = False
+    remark = ""  # line about the last solution, for people
 
     def begin_sums(self, counts: Mapping[int, int]) -> None:
         """Begin the pass over this step's clips. `counts` are the training clips of each new class, by label."""
@@ -221,6 +260,10 @@ class ClosedFormMethod(Method):
     @abstractmethod
     def solve(self) -> Tensor:
         """Return candidate classifiers, stacked, from the statistics of all ranks."""
+
+    def solve_together(self, ranks: Ranks) -> Tensor:
+        """Return the result of `solve` on all ranks: by default that of rank 0, with the same last digit on all."""
+        return ranks.make_together(self.solve)
 
     @abstractmethod
     def candidate_scores(self, output: Output, candidates: Tensor) -> Tensor:

@@ -5,10 +5,12 @@ distances between clips of step 0, K = w_v exp(−‖v − v'‖²/m_v) + w_a ex
 with (K + 11ᵀ + γI)B = Y, Y the one-hot classes: exact, for any order of classes and steps and any number of ranks.
 
 The features of all training clips are kept, in float16: 2NF bytes for N clips of F numbers. Solving takes 16N² bytes
-on one rank. Source: Saunders et al. 1998; a sum of kernels per modality as in Gönen and Alpaydın 2011.
+on one rank, 4N² / R on each of R ranks, which have blocks of rows. Beyond a limit of N, B is that of m landmarks, clips
+that a seed draws (`landmarks.py`); every rank sums over its blocks of rows. Source: Saunders et al. 1998; a sum of
+kernels per modality as in Gönen and Alpaydın 2011; landmarks: Williams and Seeger 2001.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,16 +19,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from avcil_dist.config.section import Section
-from avcil_dist.errors import ArtifactError, ConfigError
-from avcil_dist.methods.base import ClosedFormMethod, Needs, StepContext, Targets, check_matrix
+from avcil_dist.errors import ArtifactError
+from avcil_dist.methods.base import ClosedFormMethod, Needs, OneRank, Ranks, StepContext, Targets, check_matrix
+from avcil_dist.methods.landmarks import choose_landmarks, landmark_factor, landmark_sums, landmark_weights
 from avcil_dist.methods.losses import cross_entropy
+from avcil_dist.methods.row_blocks import ROWS, cholesky, own_blocks, solve_in_row_blocks
 from avcil_dist.models.network_spec import NetworkSpec
 from avcil_dist.models.outputs import Output
 from avcil_dist.models.state_dict import is_finite
 
 SHORTEST = 1e-6  # length of a token that is scaled to length 1
 COMPARED = 4096  # clips of step 0 whose distances have the median
-ROWS = 1024  # clips whose kernel is computed at a time
 MODALITIES = ("audio", "visual")
 
 
@@ -49,24 +52,37 @@ class Kernel(ClosedFormMethod):
             "otherwise a step computes all of it",
         )
         max_clips: PositiveInt = Field(
-            20_000, le=1_000_000, description="limit of N; solving takes 16N² bytes, 6.4 GB at 20,000"
+            20_000,
+            le=1_000_000,
+            description="limit of N of the exact solution; it takes 16N² bytes on one rank, 6.4 GB at 20,000",
         )
+        landmarks: int = Field(
+            4096,
+            ge=0,
+            le=100_000,
+            description="m, landmarks of the approximation beyond max_clips; 0: refuse more clips",
+        )
+        landmark_seed: int = Field(0, ge=0, description="seed of the landmarks")
 
     def __init__(self, options: Any) -> None:
         super().__init__(options)
         self.features: dict[str, Tensor] = {}  # (N, width), float16
         self.labels = torch.zeros(0, dtype=torch.long)
         self.medians: dict[str, float] = {}
-        self.weights: Tensor | None = None  # B, (N, C)
+        self.landmarks: Tensor | None = None  # clips of an approximation, ascending
+        self.weights: Tensor | None = None  # B, (N, C), or (m, C) of the landmarks
         self._factor: dict[str, Tensor] = {}  # rows of each step, up to and with the diagonal
         self._parts: dict[str, Tensor] = {}  # B of one modality, by its name
         self._collected: list[tuple[dict[str, Tensor], Tensor]] = []
 
     @property
     def needs(self) -> Needs:
-        """Fixed features of no more clips than the limit."""
+        """Fixed features, without landmarks of no more clips than the limit."""
         return Needs(
-            training="never", network_spec=NetworkSpec(pool=self.options.pool), max_clips=self.options.max_clips
+            training="never",
+            network_spec=NetworkSpec(pool=self.options.pool),
+            clip_features=True,
+            max_clips=None if self.options.landmarks else self.options.max_clips,
         )
 
     @property
@@ -77,7 +93,7 @@ class Kernel(ClosedFormMethod):
     def begin_step(self, context: StepContext) -> None:
         """Drop the previous step's head."""
         super().begin_step(context)
-        self.weights, self._parts = None, {}
+        self.weights, self.landmarks, self._parts, self.remark = None, None, {}, ""
 
     def loss(self, targets: Targets, output: Output, teacher: Output | None) -> dict[str, Tensor]:
         """Return CE_all. Nothing is trained."""
@@ -105,10 +121,26 @@ class Kernel(ClosedFormMethod):
         return []
 
     def solve(self) -> Tensor:
-        """Return (1, N, C), the only candidate. Raises ConfigError if the kernel is singular in float64.
+        """Return (1, N or m, C), the only candidate, as one process. Raises ConfigError as `solve_together` does."""
+        return self.solve_together(OneRank())
 
-        The factor of the earlier steps' rows is extended by those of this step.
-        """
+    def solve_together(self, ranks: Ranks) -> Tensor:
+        """Return (1, N or m, C), the only candidate. Raises ConfigError if the kernel is singular in float64."""
+        count = len(self.labels)
+        if count > self.options.max_clips:
+            self.landmarks = choose_landmarks(count, self.options.landmarks, self.options.landmark_seed)
+            self._factor = {}
+            self.remark = (
+                f"kernel: {count:,} clips, more than method.max_clips={self.options.max_clips}; approximated by "
+                f"{len(self.landmarks):,} landmarks"
+            )
+            return self._solve_landmarks(ranks)[None]
+        if ranks.size == 1 or count <= ROWS or self.options.keep_factor:
+            return ranks.make_together(self._solve_whole)
+        return solve_in_row_blocks(self._block, self._targets(), ranks)[None]
+
+    def _solve_whole(self) -> Tensor:
+        """(1, N, C). The factor of the earlier steps' rows is extended by those of this step."""
         done = sum(len(rows) for rows in self._factor.values())
         factor = self.labels.new_zeros((len(self.labels), len(self.labels)), dtype=torch.float64)
         first = 0
@@ -120,10 +152,36 @@ class Kernel(ClosedFormMethod):
         if done:
             below.copy_(torch.linalg.solve_triangular(old, below.T, upper=False).T)
             corner.addmm_(below, below.T, alpha=-1)
-        corner.copy_(_cholesky(corner))
+        corner.copy_(cholesky(corner))
         if self.options.keep_factor:
             self._factor[f"factor_{self.context.step:03d}"] = factor[done:].clone()
         return torch.cholesky_solve(self._targets(), factor)[None]
+
+    def _block(self, rows: slice, only: str | None = None) -> Tensor:
+        """Rows of K + 11ᵀ + γI, up to the diagonal; `only`: of the kernel of one modality."""
+        block = self._kernel(self._clips(rows, only), slice(rows.stop)) + 1
+        block[:, rows].diagonal().add_(self.options.gamma)
+        return block
+
+    def _solve_landmarks(self, ranks: Ranks, only: str | None = None) -> Tensor:
+        """(m, C) of the landmarks; `only`: of the kernel of one modality. A rank sums over its blocks of rows."""
+        landmarks, targets = self.landmarks, self._targets()
+        assert landmarks is not None
+        landmarks = landmarks.to(self.labels.device)
+
+        def kernel(rows: slice | Tensor) -> Tensor:
+            return self._kernel(self._clips(rows, only), landmarks) + 1
+
+        def batches(blocks: Iterable[slice]) -> Iterator[tuple[Tensor, Tensor]]:
+            for rows in blocks:
+                yield kernel(rows), targets[rows]
+
+        factor = ranks.make_together(lambda: landmark_factor(kernel(landmarks)))
+        own = own_blocks(len(self.labels), ranks).values()
+        sums = landmark_sums(factor, batches(own), self.context.num_seen)
+        for total in sums:
+            ranks.add_up(total)
+        return ranks.make_together(lambda: landmark_weights(factor, sums, self.options.gamma))
 
     def candidate_scores(self, output: Output, candidates: Tensor) -> Tensor:
         """Return the scores by each candidate B."""
@@ -141,15 +199,23 @@ class Kernel(ClosedFormMethod):
             return self._score(output, self.weights)
         [name] = present
         if name not in self._parts:
-            matrix = self.labels.new_zeros((len(self.labels), len(self.labels)), dtype=torch.float64)
-            self._fill(matrix, 0, name)
-            self._parts[name] = torch.cholesky_solve(self._targets(), _cholesky(matrix))
+            self._parts[name] = self._solve_part(name)
         return self._score(output, self._parts[name])
 
+    def _solve_part(self, name: str) -> Tensor:
+        """B of the kernel of one modality."""
+        if self.landmarks is not None:
+            return self._solve_landmarks(OneRank(), name)
+        matrix = self.labels.new_zeros((len(self.labels), len(self.labels)), dtype=torch.float64)
+        self._fill(matrix, 0, name)
+        return torch.cholesky_solve(self._targets(), cholesky(matrix))
+
     def state_dict(self) -> dict[str, Any]:
-        """Return features, labels, medians, B, and the factor if it is kept."""
+        """Return features, labels, medians, B, the landmarks if there are, and the factor if it is kept."""
         assert self.weights is not None
         tensors = {**self.features, "labels": self.labels, "weights": self.weights, **self._factor}
+        if self.landmarks is not None:
+            tensors["landmarks"] = self.landmarks
         return {**{name: tensor.cpu() for name, tensor in tensors.items()}, "medians": dict(self.medians)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -157,14 +223,16 @@ class Kernel(ClosedFormMethod):
         self.features = {name: state[name] for name in MODALITIES if name in state}
         self.labels = state.get("labels", self.labels)
         self.medians = dict(state.get("medians", {}))
-        self.weights, self._parts = state.get("weights"), {}
+        self.weights, self.landmarks, self._parts = state.get("weights"), state.get("landmarks"), {}
         self._factor = {name: state[name] for name in sorted(state) if name.startswith("factor_")}
 
     def check_state(self, num_seen: int) -> None:
-        """Check features, labels, medians, B and the factor: shapes, types and numbers."""
+        """Check features, labels, medians, B, landmarks and the factor: shapes, types and numbers."""
         if self.weights is None:
             return
         count = len(check_matrix("weights", self.weights, torch.float64, columns=num_seen))
+        if self.landmarks is not None:
+            count = self._check_landmarks(self.landmarks, count)
         tensors = [self.weights, *self._factor.values()]
         for name, values in self.features.items():
             tensors.append(check_matrix(name, values, torch.float16, rows=count))
@@ -186,25 +254,41 @@ class Kernel(ClosedFormMethod):
         if not all(is_finite(values) for values in tensors):
             raise ValueError("it has numbers that are not finite")
 
+    def _check_landmarks(self, landmarks: Any, number: int) -> int:
+        """Check the clips of `number` landmarks; return the number of all clips."""
+        count = len(self.labels) if isinstance(self.labels, Tensor) else 0
+        if not isinstance(landmarks, Tensor) or landmarks.dtype != torch.long or landmarks.shape != (number,):
+            raise ValueError(f"landmarks: not {number} whole numbers")
+        if not 0 <= int(landmarks.min()) <= int(landmarks.max()) < count or bool((landmarks.diff() <= 0).any()):
+            raise ValueError(f"landmarks: not ascending rows of {count} clips")
+        return count
+
+    def _clips(self, rows: slice | Tensor, only: str | None = None) -> dict[str, Tensor]:
+        """Kept features of some clips; `only`: those of one modality."""
+        return {name: values[rows] for name, values in self.features.items() if only in (None, name)}
+
     def _targets(self) -> Tensor:
         return F.one_hot(self.labels, self.context.num_seen).double()
 
     def _fill(self, matrix: Tensor, first: int, only: str | None = None) -> None:
-        """Fill the rows from `first` on with K + 11ᵀ + γI, up to the diagonal; `only`: the kernel of one modality."""
+        """Fill the rows from `first` on with those of `_block`."""
         for start in range(first, len(matrix), ROWS):
             rows = slice(start, min(start + ROWS, len(matrix)))
-            clips = {name: values[rows] for name, values in self.features.items() if only in (None, name)}
-            matrix[rows, : rows.stop] = self._kernel(clips, rows.stop) + 1
-        matrix.diagonal()[first:].add_(self.options.gamma)
+            matrix[rows, : rows.stop] = self._block(rows, only)
 
-    def _kernel(self, clips: Mapping[str, Tensor], count: int) -> Tensor:
-        """The kernel (B, count), float64, of clips with the first `count` kept ones."""
+    def _kernel(self, clips: Mapping[str, Tensor], kept: slice | Tensor) -> Tensor:
+        """The kernel (B, kept), float64, of clips with some of the kept ones.
+
+        With landmarks its products are in float64: their weights are large numbers of both signs.
+        """
         weights = {"visual": self.options.visual_weight, "audio": 1 - self.options.visual_weight}
         parts = []
         for name, values in clips.items():
-            kept = self.features[name][:count].to(values.device)
+            theirs = self.features[name][kept].to(values.device)
+            if self.landmarks is not None:
+                values, theirs = values.double(), theirs.double()
             weight = weights[name] if len(self.features) > 1 else 1.0
-            parts.append(weight * (-squared_distances(values, kept) / self.medians[name]).exp())
+            parts.append(weight * (-squared_distances(values, theirs) / self.medians[name]).exp())
         return sum(parts[1:], parts[0])
 
     def _score(self, output: Output, weights: Tensor) -> Tensor:
@@ -217,7 +301,8 @@ class Kernel(ClosedFormMethod):
                     f"the state of the method is of {self.features[name].shape[1]} {name} features, these are "
                     f"{values.shape[1]}; run the step again"
                 )
-        kernel = self._kernel(clips, len(self.labels))
+        kept = slice(None) if self.landmarks is None else self.landmarks.to(output.logits.device)
+        kernel = self._kernel(clips, kept)
         return (kernel + 1) @ weights.to(kernel.device)
 
 
@@ -232,8 +317,9 @@ def units(output: Output) -> dict[str, Tensor]:
 
 
 def squared_distances(ours: Tensor, theirs: Tensor) -> Tensor:
-    """Return ‖x − y‖² (B, N), float64, of rows (B, width) and (N, width); products in float32."""
-    ours, theirs = ours.float(), theirs.float()
+    """Return ‖x − y‖² (B, N), float64, of rows (B, width) and (N, width). Products are in float32, of float64 in it."""
+    if ours.dtype != torch.float64:
+        ours, theirs = ours.float(), theirs.float()
     products = (ours @ theirs.T).double()
     lengths = [rows.square().sum(dim=1).double() for rows in (ours, theirs)]
     return (lengths[0][:, None] + lengths[1] - 2 * products).clamp_min(0)
@@ -246,13 +332,6 @@ def median_distance(features: Tensor) -> float:
     distances = squared_distances(chosen, chosen)[*torch.triu_indices(len(chosen), len(chosen), 1)]
     median = float(distances.median()) if len(distances) else 1.0
     return median if median > 0 else 1.0
-
-
-def _cholesky(matrix: Tensor) -> Tensor:
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    if info.item():
-        raise ConfigError("method.gamma is too small for these features, or they have values that are not finite")
-    return factor
 
 
 METHOD = Kernel

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from avcil_dist.methods.base import ClosedFormMethod
 from avcil_dist.models.network import HeadedNetwork, Network
-from avcil_dist.training.collectives import gather_rows, make_together
+from avcil_dist.training.collectives import GroupRanks, gather_rows
 from avcil_dist.training.incremental_step import Step
 from avcil_dist.training.inference_pass import InferencePass
 
@@ -24,8 +24,7 @@ def solve_from_sums(step: Step, method: ClosedFormMethod, network: Network, infe
         method.accumulate(output.select(valid), labels[valid])
     for total in method.statistics():
         dist.all_reduce(total)
-    # Rank 0 solves and broadcasts, so that all ranks have the same last digit.
-    return make_together(method.solve, step.device)
+    return method.solve_together(GroupRanks(step.device))
 
 
 def solve_anchor(step: Step, student: Network, inference: InferencePass) -> None:

@@ -205,6 +205,28 @@ def make_together(make: Callable[[], Tensor], device: torch.device) -> Tensor:
     return tensor
 
 
+class GroupRanks:
+    """Ranks of the process group, as closed-form methods use them. Tensors are on `device`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self._device = device
+
+    def add_up(self, values: Tensor) -> None:
+        """Replace `values` by their sum over the ranks."""
+        if self.size > 1:
+            dist.all_reduce(values)
+
+    def share(self, values: Tensor, source: int) -> None:
+        """Replace `values`, contiguous, by those of rank `source`."""
+        if self.size > 1:
+            dist.broadcast(values, src=source)
+
+    def make_together(self, make: Callable[[], Tensor]) -> Tensor:
+        """Return `make_together` on the device."""
+        return make_together(make, self._device)
+
+
 def collect_texts(texts: tuple[str, ...]) -> list[str]:
     """Return the texts of all ranks, in rank order."""
     return [text for part in gather_json(texts) for text in part]

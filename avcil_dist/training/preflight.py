@@ -93,7 +93,7 @@ def describe_needs(needs: Needs) -> list[str]:
         "validation clips": needs.validation,
         "a correction by logits of validation clips": needs.calibration,
         "the network before training": needs.untrained,
-        "features of all clips": needs.max_clips is not None,
+        "features of all clips": needs.clip_features,
         "gradients at step 0 alone": needs.training == "first step",
         "no gradients": needs.training == "never",
     }
@@ -133,7 +133,7 @@ def _check_clips(name: str, max_clips: int, num_clips: int) -> None:
     if num_clips > max_clips:
         raise ConfigError(
             f"method.max_clips={max_clips}: method {name} keeps the features of all {num_clips} training clips; raise "
-            "it if the memory is there, or use method=analytic, which keeps sums"
+            "it if the memory is there, set method.landmarks to approximate, or use method=analytic, which keeps sums"
         )
 
 

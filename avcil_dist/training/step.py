@@ -153,6 +153,8 @@ def step_in_group(
         best = BestEpoch(whole_state(student), epoch=0, val_accuracy=None)
     if isinstance(step.method, ClosedFormMethod):
         best = replace(best, val_accuracy=train_closed_form(step, student, inference))
+        if step.method.remark:
+            observer.message(step.method.remark)
     memory = update_memory(step, memory, student, inference)
     step.method.end_step(exemplar_features(step, memory, student, inference) if step.needs.means else None)
 

@@ -1,12 +1,16 @@
 import time
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessRaisedException
 
-from avcil_dist.errors import DataError
+from avcil_dist.errors import ConfigError, DataError
+from avcil_dist.methods.base import OneRank
+from avcil_dist.methods.row_blocks import solve_in_row_blocks
 from avcil_dist.training.collectives import (
+    GroupRanks,
     broadcast_json,
     collect_texts,
     decide_together,
@@ -46,6 +50,34 @@ def test_mean_of_gradients_over_ranks_is_the_gradient_of_the_global_loss() -> No
     loss.backward()
     assert weight.grad is not None
     assert run_ranks(_gradient_of_a_global_loss, 2) == [(loss.item(), weight.grad.item())] * 2
+
+
+def _solve(world: World) -> tuple[torch.Tensor, str]:
+    matrix, targets = _system()
+    ranks = GroupRanks(torch.device("cpu"))
+    broken = matrix - 1e3 * torch.diag(torch.arange(23) == 22)  # in the last block, which rank 0 has
+    with pytest.raises(ConfigError) as raised:
+        solve_in_row_blocks(lambda rows: broken[rows, : rows.stop].clone(), targets, ranks, rows=5)
+    found = solve_in_row_blocks(lambda rows: matrix[rows, : rows.stop].clone(), targets, ranks, rows=5)
+    return found, str(raised.value)
+
+
+def _system() -> tuple[torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(0)
+    factor, targets = (torch.randn(23, width, generator=random, dtype=torch.float64) for width in (30, 3))
+    return factor @ factor.T, targets
+
+
+def test_a_system_in_row_blocks_of_ranks_has_the_solution_of_one_process() -> None:
+    matrix, targets = _system()
+    expected = np.linalg.solve(matrix.numpy(), targets.numpy())
+    (one, fault), (two, fault_of_other) = run_ranks(_solve, 2)
+    np.testing.assert_allclose(one.numpy(), expected, rtol=1e-9, atol=1e-12)
+    assert torch.equal(one, two)
+    assert fault == fault_of_other
+    assert fault.startswith("method.gamma is too small")
+    alone = solve_in_row_blocks(lambda rows: matrix[rows, : rows.stop].clone(), targets, OneRank(), rows=5)
+    assert torch.equal(alone, one)
 
 
 def _decide(world: World) -> str:

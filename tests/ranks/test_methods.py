@@ -40,6 +40,7 @@ VARIANTS = {
     "kernel blurred": ["scenario.blur=0.3", "scenario.imbalance=2"],
     "kernel": [],
     "kernel factor": ["method.keep_factor=true"],
+    "kernel landmarks": ["method.max_clips=80", "method.landmarks=30"],
     "ncm": [],
     "slda": [],
     "ranpac": ["method.expansion=40"],

@@ -78,7 +78,10 @@ def all_clips() -> dict[str, np.ndarray]:
     }
 
 
-def expected_scores(tested: dict[str, np.ndarray], weights: dict[str, float], gamma: float = 0.01) -> np.ndarray:
+def expected_scores(
+    tested: dict[str, np.ndarray], weights: dict[str, float], gamma: float = 0.01, landmarks: Any = None
+) -> np.ndarray:
+    """Exact scores; with landmarks those of the subset of regressors."""
     kept, step_0 = all_clips(), slice(0, 2 * PER_CLASS)
     medians = {name: np.median(pdist(kept[name][step_0], "sqeuclidean")) for name in weights}
 
@@ -86,8 +89,11 @@ def expected_scores(tested: dict[str, np.ndarray], weights: dict[str, float], ga
         parts = [w * np.exp(-cdist(rows[n], kept[n], "sqeuclidean") / medians[n]) for n, w in weights.items()]
         return np.sum(parts, axis=0) + 1
 
-    b = np.linalg.solve(kernel(kept) + gamma * np.eye(len(LABELS)), np.eye(CLASSES)[LABELS])
-    return kernel(tested) @ b
+    targets = np.eye(CLASSES)[LABELS]
+    if landmarks is None:
+        return kernel(tested) @ np.linalg.solve(kernel(kept) + gamma * np.eye(len(LABELS)), targets)
+    some = kernel(kept)[:, landmarks]
+    return kernel(tested)[:, landmarks] @ np.linalg.solve(some.T @ some + gamma * some[landmarks], some.T @ targets)
 
 
 def new_clips() -> tuple[Output, dict[str, np.ndarray]]:
@@ -118,6 +124,43 @@ def test_the_weight_of_the_pictures_and_the_ridge_are_options(weight: float, gam
     found = learn("audio", "visual", visual_weight=weight, gamma=gamma).scores(output).numpy()
     expected = expected_scores(tested, {"visual": weight, "audio": 1 - weight}, gamma)
     np.testing.assert_allclose(found, expected, atol=2e-3)
+
+
+def test_beyond_the_limit_the_scores_are_those_of_the_landmarks() -> None:
+    output, tested = new_clips()
+    method = learn("audio", "visual", max_clips=60, landmarks=25, landmark_seed=3)
+    assert method.remark == "kernel: 80 clips, more than method.max_clips=60; approximated by 25 landmarks"
+    assert method.landmarks is not None
+    landmarks = method.landmarks.numpy()
+    assert len(set(landmarks)) == 25
+    expected = expected_scores(tested, {"visual": 0.7, "audio": 0.3}, landmarks=landmarks)
+    np.testing.assert_allclose(method.scores(output).numpy(), expected, atol=2e-3)
+    for missing, kept in (("audio", {"visual": 0.7}), ("visual", {"audio": 0.3})):
+        found = method.scores(output._replace(**{missing: None})).numpy()
+        np.testing.assert_allclose(found, expected_scores(tested, kept, landmarks=landmarks), atol=2e-3)
+    again = [learn("audio", max_clips=60, landmarks=25, landmark_seed=seed).landmarks for seed in (3, 4)]
+    assert again[0] is not None
+    assert again[1] is not None
+    assert torch.equal(again[0], method.landmarks)
+    assert not torch.equal(again[1], method.landmarks)
+
+
+def test_with_all_clips_as_landmarks_the_approximation_is_exact() -> None:
+    output, _ = new_clips()
+    method, exact = learn("audio", "visual", max_clips=1, landmarks=4096), learn("audio", "visual")
+    assert method.landmarks is not None
+    assert method.landmarks.tolist() == list(range(80))
+    torch.testing.assert_close(method.scores(output), exact.scores(output), atol=2e-5, rtol=0)
+
+
+def test_equal_clips_as_landmarks_have_finite_scores() -> None:
+    method = kernel_method(max_clips=1, landmarks=40)
+    method.begin_step(StepContext(Scenario((("a", "b"),)), 0))
+    audio = torch.randn(10, DIM).repeat(4, 1)
+    method.accumulate(output_of(audio, None), torch.arange(40) % 2)
+    method.statistics()
+    method.choose(method.solve(), [])
+    assert method.scores(output_of(audio, None)).isfinite().all()
 
 
 @pytest.mark.parametrize("modality", ["audio", "visual"])
@@ -183,6 +226,16 @@ def test_a_state_that_no_step_made_is_refused(change: dict[str, Any], message: s
         kernel_method().restore(state | change, CLASSES, "step_002")
 
 
+@pytest.mark.parametrize(
+    "landmarks", [torch.arange(24), torch.zeros(25, dtype=torch.long), torch.arange(56, 81), torch.arange(25.0)]
+)
+def test_landmarks_that_no_step_drew_are_refused(landmarks: torch.Tensor) -> None:
+    state = learn("audio", "visual", max_clips=60, landmarks=25).state_dict()
+    kernel_method().restore(state, CLASSES, "step_002")
+    with pytest.raises(ArtifactError, match="landmarks: not"):
+        kernel_method().restore(state | {"landmarks": landmarks}, CLASSES, "step_002")
+
+
 def test_features_of_another_length_are_refused() -> None:
     method = learn("audio", "visual")
     output, _ = new_clips()
@@ -205,10 +258,12 @@ def test_features_that_are_not_finite_are_an_error_of_one_line() -> None:
         method.solve()
 
 
-def test_more_clips_than_the_limit_are_refused_before_the_run(tmp_path: Path) -> None:
+def test_without_landmarks_more_clips_than_the_limit_are_refused_before_the_run(tmp_path: Path) -> None:
     path = str(write_config(tmp_path))
-    preflight(load_config(path, ["method=kernel", "method.max_clips=144"]), [1], restart=True)
+    words = ["method=kernel", "method.max_clips=143"]
+    preflight(load_config(path, words), [1], restart=True)
+    preflight(load_config(path, ["method=kernel", "method.max_clips=144", "method.landmarks=0"]), [1], restart=True)
     with pytest.raises(ConfigError) as raised:
-        preflight(load_config(path, ["method=kernel", "method.max_clips=143"]), [1], restart=True)
+        preflight(load_config(path, [*words, "method.landmarks=0"]), [1], restart=True)
     assert str(raised.value).startswith("method.max_clips=143: method kernel keeps the features of all 144 training")
     assert "\n" not in str(raised.value)

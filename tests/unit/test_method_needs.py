@@ -61,7 +61,7 @@ NEEDS: list[tuple[dict[str, Any], Needs]] = [
     ({"name": "acil"}, Needs(training="never", validation=True, network_spec=GRID)),
     ({"name": "air"}, Needs(training="never", validation=True, whole_classes=True, network_spec=GRID)),
     ({"name": "ranpac"}, Needs(training="never", validation=True, network_spec=GRID)),
-    ({"name": "kernel"}, Needs(training="never", network_spec=GRID, max_clips=20_000)),
+    ({"name": "kernel"}, Needs(training="never", network_spec=GRID, clip_features=True)),
     ({"name": "ncm"}, Needs(training="never", network_spec=GRID)),
     ({"name": "slda"}, Needs(training="never", network_spec=GRID)),
 ]
@@ -163,6 +163,7 @@ def test_a_method_needs_nothing_unless_it_lists_it() -> None:
         all_data=False,
         fresh_network=False,
         whole_classes=False,
+        clip_features=False,
         max_clips=None,
         validation=False,
         calibration=False,

@@ -178,6 +178,7 @@ def test_every_need_of_a_method_is_described() -> None:
         "whole classes": Needs(whole_classes=True),
         "a fresh network each step": Needs(fresh_network=True),
         "fixed scores of the analytic head": Needs(network_spec=NetworkSpec(anchor=8)),
+        "features of all clips": Needs(clip_features=True),
         "validation clips": Needs(validation=True),
         "a correction by logits of validation clips": Needs(calibration=True),
         "the network before training": Needs(untrained=True),

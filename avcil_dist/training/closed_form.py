@@ -1,5 +1,6 @@
 """Closed-form training: one pass over the step's clips, statistics summed over ranks, a solution without gradients."""
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -39,14 +40,18 @@ def solve_anchor(step: Step, student: Network, inference: InferencePass) -> None
     anchor.set_weights(step.method.anchor_weights())
 
 
-def train_closed_form(step: Step, network: Network, inference: InferencePass) -> float | None:
+def train_closed_form(
+    step: Step, network: Network, inference: InferencePass, message: Callable[[str], None] = lambda text: None
+) -> float | None:
     """Accumulate the training clips of the step, solve, and choose the solution on validation clips.
 
-    The step's method is a ClosedFormMethod. Returns the accuracy on the validation clips of all seen classes;
-    None where there are none.
+    The step's method is a ClosedFormMethod; its remark, if there is one, is passed to `message`. Returns the accuracy
+    on the validation clips of all seen classes; None where there are none.
     """
     method = cast(ClosedFormMethod, step.method)
     candidates = solve_from_sums(step, method, network, inference)
+    if method.remark:
+        message(method.remark)
     validation = step.manifest.clips(step.seen_classes, "val")
     if not len(validation):
         method.choose(candidates, [])

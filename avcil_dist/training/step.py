@@ -152,9 +152,7 @@ def step_in_group(
         observer.begin(number, 0, 0, 0)
         best = BestEpoch(whole_state(student), epoch=0, val_accuracy=None)
     if isinstance(step.method, ClosedFormMethod):
-        best = replace(best, val_accuracy=train_closed_form(step, student, inference))
-        if step.method.remark:
-            observer.message(step.method.remark)
+        best = replace(best, val_accuracy=train_closed_form(step, student, inference, observer.message))
     memory = update_memory(step, memory, student, inference)
     step.method.end_step(exemplar_features(step, memory, student, inference) if step.needs.means else None)
 

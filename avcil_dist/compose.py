@@ -29,7 +29,7 @@ from avcil_dist.errors import ConfigError
 from avcil_dist.methods import method_class, method_names
 from avcil_dist.system.plugins import trust
 
-NAMES_OF_CODE = ("method", "method.name", "model.visual.kind", "model.audio.kind", "model.fusion")
+NAMES_OF_CODE = ("method", "method.name", "model.visual.kind", "model.audio.kind", "model.fusion", "tracking.trackers")
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
@@ -69,8 +69,7 @@ def _code_in(values: Mapping[str, Any]) -> Iterator[str]:
         node: Any = values
         for part in key.split("."):
             node = node.get(part) if isinstance(node, Mapping) else None
-        if isinstance(node, str):
-            yield node
+        yield from (name for name in (node if isinstance(node, list) else [node]) if isinstance(name, str))
     by_method = values.get(BY_METHOD)
     yield from (name for name in by_method if isinstance(name, str)) if isinstance(by_method, Mapping) else ()
 

@@ -1,7 +1,7 @@
 """Schema of the configuration: every setting with its type, default, description and class of change.
 
-The encoders' settings are in `encoders.py`, those of the optimizer in `optim.py`, the classes of change in
-`section.py`. `loader.py` reads files and overrides.
+The encoders' settings are in `encoders.py`, those of the optimizer in `optim.py`, of snapshots in `snapshot.py`, the
+classes of change in `section.py`. `loader.py` reads files and overrides.
 """
 
 from typing import Literal
@@ -11,6 +11,7 @@ from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, model_valida
 from avcil_dist.config.encoders import ModelConfig, trained_part
 from avcil_dist.config.optim import OptimConfig
 from avcil_dist.config.section import Fork, Incomparable, Operational, PathText, Section
+from avcil_dist.config.snapshot import SnapshotConfig
 from avcil_dist.system.plugins import label
 
 Precision = Literal["float32", "bf16", "fp16"]
@@ -275,20 +276,6 @@ class EngineConfig(Section):
         return self
 
 
-class SnapshotConfig(Section):
-    """Checkpoints inside a step. A killed job loses no more than the work since the last one."""
-
-    every_minutes: Operational[PositiveFloat] = Field(
-        10.0, le=1_000_000, description="Maximum time between two snapshots, in minutes."
-    )
-    every_iterations: Operational[PositiveInt | None] = Field(
-        None, description="Maximum number of iterations between two snapshots. Default: no limit."
-    )
-    folder: Operational[PathText | None] = Field(
-        None, description="Folder or url of the snapshots. Default: inside the folder of the stream."
-    )
-
-
 class TrackingConfig(Section):
     """Tracking with MLflow. Secrets belong in environment variables, never in the configuration."""
 
@@ -298,6 +285,12 @@ class TrackingConfig(Section):
         "in the output folder.",
     )
     experiment: Operational[str] = Field("avcil", description="Name of the MLflow experiment.")
+    trackers: Operational[list[str]] = Field(
+        [],
+        max_length=10,
+        description="Trackers beside MLflow: `tensorboard` and `wandb` write files in the folder of the stream (extras "
+        "of the same names); or a plug-in.",
+    )
     artifacts: Operational[Literal["full", "reference"]] = Field(
         "full",
         description="Artifacts of a step in MLflow: `full` uploads its files, `reference` logs their digests and "

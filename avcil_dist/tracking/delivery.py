@@ -6,17 +6,22 @@ Training never waits for a server. At the end of a step, and of a stream, unsent
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from pydantic import ValidationError
 
+from avcil_dist import storage
 from avcil_dist.config.schema import Config, TrackingConfig
-from avcil_dist.errors import ArtifactError, TrackingError
+from avcil_dist.errors import ArtifactError, ConfigError, TrackingError
 from avcil_dist.streams.identity import read_identity
 from avcil_dist.streams.stream import stream_url
 from avcil_dist.text.redaction import redacted
 from avcil_dist.tracking.event_queue import EventQueue, queue_folder
+from avcil_dist.tracking.outcomes import RefusedError
 from avcil_dist.tracking.sender import EventWriter, Sender
+from avcil_dist.tracking.trackers import tracker_class, tracker_folder
+from avcil_dist.tracking.trackers.base import StreamName
 from avcil_dist.tracking.uris import is_sqlite, tracking_uri, with_uri
 
 SYNC_SECONDS = 60.0  # without progress; longer than the end of a step waits, because the user waits for nothing else
@@ -71,26 +76,27 @@ def last_open(stream: str) -> LastOpen | None:
 
 
 def unsent(stream: str) -> str | None:
-    """The reason why a stream has unsent events, or None when its server has them all."""
+    """The reason why a stream has unsent events, or None when its server and its other trackers have them all."""
     opened = last_open(stream)
     if opened is None:
         return None
-    uri = opened.uri
-    if opened.queue.is_sent(uri):
-        return None
-    kept = "jobs write to no SQLite database" if opened.keeps_events else "no attempt was made yet"
-    return opened.queue.cursor(uri).reason or kept
+    for sender in _senders(opened, stream):
+        if not opened.queue.is_sent(sender.uri):
+            is_kept = opened.keeps_events and sender.uri == opened.uri
+            kept = "jobs write to no SQLite database" if is_kept else "no attempt was made yet"
+            return opened.queue.cursor(sender.uri).reason or kept
+    return None
 
 
 class Sync(NamedTuple):
-    """The end of a synchronisation: the uri of the server, and the number of events that it refused so far."""
+    """The end of a synchronisation: the server or tracker, and the number of events that it refused so far."""
 
     server: str
     rejected: int
 
 
-def sync_stream(stream: str, *, uri: str | None, again: bool) -> Sync:
-    """Send the unsent events of a stream to its server, or to `uri`.
+def sync_stream(stream: str, *, uri: str | None, again: bool) -> list[Sync]:
+    """Send the unsent events of a stream to its server and its other trackers, or to `uri` alone.
 
     `again`: send all events from the first; the server keeps what it has. Raises TrackingError when the server
     stays unavailable or refuses the stream, and for a folder without events.
@@ -101,29 +107,33 @@ def sync_stream(stream: str, *, uri: str | None, again: bool) -> Sync:
         raise TrackingError(f"{stream}: no tracking events here; give the stream folder that `avcil train` printed")
     if uri:
         opened = opened._replace(tracking=with_uri(opened.tracking, uri))
-    queue, server = opened.queue, opened.uri
+    senders = _senders(opened, stream)[: 1 if uri else None]
+    return [_sync(sender, stream, max(opened.tracking.wait_seconds, SYNC_SECONDS), again=again) for sender in senders]
+
+
+def _sync(sender: Sender, stream: str, patience: float, *, again: bool) -> Sync:
+    queue = sender.queue
     if again:
-        with queue.sender_lock(server):
-            cursor = queue.cursor(server)
+        with queue.sender_lock(sender.uri):
+            cursor = queue.cursor(sender.uri)
             cursor.offset = cursor.rejected = 0
-            queue.save_cursor(server, cursor)
-    sender = _sender(opened, stream)
+            queue.save_cursor(sender.uri, cursor)
     sender.start()
-    if not sender.close(max(opened.tracking.wait_seconds, SYNC_SECONDS)):
-        cause = sender.refusal or f"still unavailable ({queue.cursor(server).reason or 'no answer'}); start the server"
+    if not sender.close(patience):
+        reason = queue.cursor(sender.uri).reason or "no answer"
+        cause = sender.refusal or f"still unavailable ({reason}); start the server"
         raise TrackingError(
-            f"{redacted(server)}: {cause}; then run avcil sync {stream} again; the unsent events are kept in "
-            f"{queue.path}"
+            f"{sender.shown}: {cause}; then run avcil sync {stream} again; the unsent events are kept in {queue.path}"
         )
-    return Sync(server, queue.cursor(server).rejected)
+    return Sync(sender.shown, queue.cursor(sender.uri).rejected)
 
 
 @contextmanager
 def sending(config: Config, warn: Warn, *, hurried: bool = False, is_last: bool = False) -> Iterator[EventQueue]:
-    """Run a sender for the stream's queue during the block and a bounded time after it, less if `hurried`.
+    """Run senders for the stream's queue during the block and a bounded time after it, less if `hurried`.
 
-    A server that refuses the stream is reported by the sender, and again only where `is_last`. Where `avcil sync`
-    alone sends, the queue is filled and nothing else.
+    A server that refuses the stream is reported by the sender, and again only where `is_last`. A database that
+    `avcil sync` alone writes to has no sender.
     """
     stream = stream_url(config)
     opened = last_open(stream)
@@ -134,7 +144,7 @@ def sending(config: Config, warn: Warn, *, hurried: bool = False, is_last: bool 
         queue = EventQueue(queue_folder(stream, identity.id))
         opened = LastOpen(identity.id, queue, config.tracking, config.output, None)
     opened = opened._replace(tracking=config.tracking, output=config.output)
-    senders = [] if opened.keeps_events else [_sender(opened, stream)]
+    senders = _senders(opened, stream)[1 if opened.keeps_events else 0 :]
     for sender in senders:
         sender.start()
     try:
@@ -158,7 +168,27 @@ def _unsent_line(sender: Sender, stream: str) -> str:
     return f"{sender.shown}: {cause}; nothing is lost, the events are kept in {stream}; {when} run: avcil sync {stream}"
 
 
-def _sender(opened: LastOpen, stream: str) -> Sender:
+def _senders(opened: LastOpen, stream: str) -> list[Sender]:
+    """Return the sender to the server or database, and then those to the other trackers."""
+    names = dict.fromkeys(opened.tracking.trackers)
+    return [_server_sender(opened, stream), *(_tracker_sender(opened, stream, name) for name in names)]
+
+
+def _tracker_sender(opened: LastOpen, stream: str, name: str) -> Sender:
+    local = storage.local_path(stream)
+    folder = tracker_folder(opened.queue.folder if local is None else Path(local), name)
+    names = StreamName(PurePosixPath(stream).name, opened.id, opened.tracking.experiment)
+
+    def connect(runs: dict[str, str]) -> EventWriter:
+        try:
+            return tracker_class(name)(folder, names, runs)
+        except ConfigError as error:
+            raise RefusedError(str(error)) from None
+
+    return Sender(opened.queue, f"tracker:{name}", connect, shown=f"{name} ({folder})")
+
+
+def _server_sender(opened: LastOpen, stream: str) -> Sender:
     uri = opened.uri
 
     def connect(runs: dict[str, str]) -> EventWriter:

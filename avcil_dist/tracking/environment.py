@@ -41,8 +41,8 @@ KEPT_PREFIXES = (
     "MLFLOW_ENABLE_MULTIPART_",
     "MLFLOW_ENABLE_PROXY_MULTIPART_",
 )
-# Read when MLflow is imported.
-QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING"}
+# Read when MLflow, or another tracker's package, is imported.
+QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING", "WANDB_ERROR_REPORTING": "false"}
 # Where the user has set one of these, and it is kept, the user's value wins.
 OURS = QUIET | {
     "MLFLOW_ENABLE_ASYNC_LOGGING": "false",

@@ -135,7 +135,7 @@ class EventQueue:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.path = folder / FILE
-        self.on_append: Callable[[], None] | None = None
+        self.on_append: list[Callable[[], None]] = []
         self._lock = threading.Lock()
         self._reported = 0  # offset behind the last damaged line that was reported
         self._unwritten: list[bytes] = []  # lines that a full disk did not take; they are written with the next one
@@ -149,8 +149,8 @@ class EventQueue:
         """
         event = {"kind": kind, "time": int(time.time() * 1000)} | values
         self._append([json.dumps(event).encode() + b"\n"], is_synced)
-        if self.on_append:
-            self.on_append()
+        for call in self.on_append:
+            call()
 
     def flush(self) -> int:
         """Write the events that the disk did not take. Returns the number of those that it does not take now either."""

@@ -56,7 +56,7 @@ class Sender:
         self._is_saved = True
         self._writer: EventWriter | None = None
         self._thread = threading.Thread(target=self._run, name="tracking sender", daemon=True)
-        queue.on_append = self._wake.set
+        queue.on_append.append(self._wake.set)
 
     def start(self) -> None:
         """Start the thread."""
@@ -85,7 +85,7 @@ class Sender:
         self._stop.set()
         self._wake.set()
         self._thread.join(JOIN_SECONDS)  # a thread that hangs in a call is left: the cursor has its position
-        self.queue.on_append = None
+        self.queue.on_append.remove(self._wake.set)
         return self.queue.is_sent(self.uri)
 
     def _run(self) -> None:

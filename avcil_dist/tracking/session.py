@@ -16,6 +16,7 @@ from avcil_dist.tracking.event_queue import EventQueue, queue_folder
 from avcil_dist.tracking.events import STREAM, StepDescription, StepTracker, end_status, unfinished_steps
 from avcil_dist.tracking.run_facts import stream_facts
 from avcil_dist.tracking.tags import CHANGES_TAG, FOLDER_TAG, ORIGIN_RUN_TAG, ORIGIN_STEP_TAG
+from avcil_dist.tracking.trackers import check_trackers
 from avcil_dist.tracking.uris import tracking_uri
 
 _logger = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ def check_tracking(config: Config) -> str:
 
     Raises ConfigError and TrackingError as `open_run` does.
     """
+    check_trackers(config.tracking.trackers)
     opened = last_open(stream_url(config))
     return tracking_uri(config.tracking, config.output, earlier=opened.server if opened else None)
 

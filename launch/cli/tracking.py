@@ -77,11 +77,10 @@ def sync(streams: tuple[str, ...], uri: str | None, again: bool) -> None:
     STREAM is a stream's folder, such as runs/demo-avcil-seed0, or a folder of streams, such as the output folder of a
     sweep.
     """
-    from avcil_dist.text.redaction import redacted
     from avcil_dist.tracking.delivery import sync_stream
     from launch.cluster.status import streams_below
 
     for stream in [found for folder in streams for found in streams_below(folder.rstrip("/")) or [folder]]:
-        synced = sync_stream(stream, uri=uri, again=again)
-        refused = f", but {synced.rejected} events that it refused; see the warnings" if synced.rejected else ""
-        echo(f"{stream}: everything is sent to {redacted(synced.server)}{refused}")
+        for synced in sync_stream(stream, uri=uri, again=again):
+            refused = f", but {synced.rejected} events that it refused; see the warnings" if synced.rejected else ""
+            echo(f"{stream}: everything is sent to {synced.server}{refused}")

@@ -15,7 +15,9 @@ from mlflow import MlflowClient
 
 from avcil_dist.data.manifest import load_manifest
 from avcil_dist.streams.summary import is_committed
+from tests.helpers.sent_events import histories
 from tests.helpers.streams import STEPS, avcil, last_artifact, train, weights_digest, write_config
+from tests.helpers.tracker_files import tensorboard_values, wandb_values
 
 ROOT = Path(__file__).parents[2]
 
@@ -90,9 +92,10 @@ def test_memory_holds_the_quota_of_each_class_and_only_training_clips(tmp_path: 
         manifest.clip_numbers(name, keys)  # raises for a key that is no training clip of the class
 
 
-def test_mlflow_holds_a_stream_run_and_a_run_for_each_step(tmp_path: Path) -> None:
+def test_mlflow_holds_a_stream_run_and_a_run_for_each_step_and_other_trackers_their_values(tmp_path: Path) -> None:
     config = write_config(tmp_path)
-    artifact = last_artifact(train(config))
+    stream = train(config, "tracking.trackers=[tensorboard,wandb]")
+    artifact = last_artifact(stream)
     client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
     [experiment] = [found for found in client.search_experiments() if found.name == "avcil"]
     runs = client.search_runs([experiment.experiment_id])
@@ -119,6 +122,15 @@ def test_mlflow_holds_a_stream_run_and_a_run_for_each_step(tmp_path: Path) -> No
     assert "report.html" in {item.path for item in client.list_artifacts(parent.info.run_id)}
     files = {item.path for item in client.list_artifacts(children["2"].info.run_id, "step_002")}
     assert {"step_002/model.safetensors", "step_002/COMMITTED.json"} <= files
+
+    logged = {name: histories(client, run.info.run_id) for name, run in {"stream": parent, **children}.items()}
+    for name, values_in in (("tensorboard", tensorboard_values), ("wandb", wandb_values)):
+        found = values_in(Path(stream, name))
+        for run, of_run in logged.items():
+            assert found[run].keys() == of_run.keys()
+            for metric, values in of_run.items():
+                assert [position for position, _ in found[run][metric]] == [position for position, _ in values]
+                assert [value for _, value in found[run][metric]] == pytest.approx([v for _, v in values], rel=1e-6)
 
 
 def test_committed_steps_that_were_not_uploaded_are_uploaded_at_the_next_start(tmp_path: Path) -> None:

@@ -28,14 +28,17 @@ class TransformerConfig(Section):
         description="Path or hub name (owner/name, or owner/name@REVISION) of the pretrained weights, or `random` for "
         "random initialisation."
     )
-    train: Incomparable[Literal["frozen", "partial", "full"]] = Field(
+    train: Incomparable[Literal["frozen", "partial", "adapters", "full"]] = Field(
         "frozen",
         description="Trained part. `frozen`: none, features are computed on the fly. `partial`: the last blocks (see "
-        "last_blocks) and the final norm. `full`: all parameters.",
+        "last_blocks) and the final norm. `adapters`: low-rank adapters (LoRA, see adapter_rank) of all linear layers "
+        "of the blocks, at step 0; its artifact has the merged weights, and they are frozen afterwards. `full`: all "
+        "parameters.",
     )
     last_blocks: Incomparable[PositiveInt | None] = Field(
         None, description="Number of blocks that train=partial trains, counted from the output."
     )
+    adapter_rank: Incomparable[PositiveInt | None] = Field(None, description="Rank of the adapters of train=adapters.")
     dim: Incomparable[PositiveInt] = Field(768, le=65_536, description="Dimension of a token.")
     depth: Incomparable[PositiveInt] = Field(12, le=1024, description="Number of blocks.")
     heads: Incomparable[PositiveInt] = Field(12, le=1024, description="Number of attention heads per block.")
@@ -46,6 +49,10 @@ class TransformerConfig(Section):
             raise ValueError("last_blocks is the number of blocks that train=partial trains; set both, or neither")
         if self.last_blocks is not None and self.last_blocks > self.depth:
             raise ValueError(f"last_blocks={self.last_blocks} is more than depth={self.depth}")
+        if (self.adapter_rank is not None) != (self.train == "adapters"):
+            raise ValueError("adapter_rank is the rank of the adapters of train=adapters; set both, or neither")
+        if self.adapter_rank is not None and self.adapter_rank > self.dim:
+            raise ValueError(f"adapter_rank={self.adapter_rank} is more than dim={self.dim}")
         return self
 
 
@@ -134,6 +141,6 @@ class ModelConfig(Section):
 
 
 def trained_part(encoder: VisualConfig | AudioConfig) -> str | None:
-    """Return the trained part of a transformer: frozen, partial or full; None for an encoder without this setting."""
+    """Return the trained part of a transformer, its setting `train`; None for an encoder without this setting."""
     part = getattr(encoder, "train", None)
     return part if isinstance(part, str) else None

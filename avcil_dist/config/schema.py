@@ -374,16 +374,17 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_transformer_settings(self) -> "Config":
-        trained = [encoder for encoder in self.model.used if trained_part(encoder) in ("partial", "full")]
+        trained = [encoder for encoder in self.model.used if trained_part(encoder) not in (None, "frozen")]
         if self.optim.layer_decay < 1 and not trained:
             raise ValueError(
                 f"optim.layer_decay={self.optim.layer_decay} needs a trained transformer, and none is trained; "
-                "set train: partial or full in model.visual or model.audio, or optim.layer_decay to 1.0"
+                "set train: partial, adapters or full in model.visual or model.audio, or optim.layer_decay to 1.0"
             )
         if self.engine.activation_checkpointing and not trained:
             raise ValueError(
                 "engine.activation_checkpointing=true needs a trained transformer, and none is trained; "
-                "set train: partial or full in model.visual or model.audio, or engine.activation_checkpointing to false"
+                "set train: partial, adapters or full in model.visual or model.audio, or "
+                "engine.activation_checkpointing to false"
             )
         return self
 

@@ -24,7 +24,8 @@ class FlopCount:
     def add(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         """Count a call of a module; this is a forward hook of torch."""
         tensors = [value for value in inputs if isinstance(value, Tensor)]
-        is_trained = any(parameter.requires_grad for parameter in module.parameters())
+        own = [module.weight] if isinstance(module, nn.Linear) else module.parameters()  # without that of an adapter
+        is_trained = any(parameter.requires_grad for parameter in own)
         if not tensors or (is_trained and not torch.is_grad_enabled()):  # the pass without gradient is a recomputation
             return
         has_input_grad = torch.is_grad_enabled() and tensors[-1].requires_grad

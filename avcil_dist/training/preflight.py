@@ -160,6 +160,11 @@ def _check_encoders(config: Config, needs: Needs) -> None:
                 f"model: method {config.method.name} is anchored in the tokens of pretrained encoders, and one of kind "
                 f"{encoder.kind} has no weights; use features, or transformers"
             )
+        if needs.network_spec.anchor and trained_part(encoder) == "adapters":
+            raise ConfigError(
+                f"model: method {config.method.name} is anchored in tokens that stay, and adapters change them at step "
+                "0; train them by method=finetune, write features of that step (avcil shards features), and use these"
+            )
 
 
 def _check_batches(config: Config, needs: Needs, world_size: int) -> None:

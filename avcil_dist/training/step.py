@@ -27,6 +27,7 @@ from avcil_dist.data.sampler import TrainingSampler
 from avcil_dist.data.source_videos import source_disjoint
 from avcil_dist.data.subset import load_data
 from avcil_dist.methods.base import ClosedFormMethod
+from avcil_dist.models.encoders.adapters import merge_adapters
 from avcil_dist.models.network import Network
 from avcil_dist.scenario import Scenario
 from avcil_dist.streams.artifact import StepArtifact, save_artifact
@@ -200,13 +201,13 @@ def _begin_training(step: Step, student: Network, sampler: TrainingSampler, infe
 
 
 def _committed_weights(step: Step, best: BestEpoch, inference: InferencePass) -> dict[str, Tensor]:
-    """The weights that the step commits: those of the best epoch, as the method changes them."""
+    """The weights that the step commits: those of the best epoch, adapters merged, as the method changes them."""
     calibration: list[float] = []
     if step.needs.calibration and step.context.num_old:
         logits, labels = validation_logits(step, network_of_state(step, best.state), inference)
         # Rank 0 decides: the last digits of a sum may differ between types of machine.
         calibration = decide_together(lambda: step.method.calibrate(logits, labels))
-    return step.method.committed_weights(best.state, calibration)
+    return step.method.committed_weights(merge_adapters(best.state), calibration)
 
 
 def _last_line(artifact: StepArtifact) -> str:

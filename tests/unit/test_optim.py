@@ -105,7 +105,10 @@ def test_a_decay_without_layers_is_refused(words: list[str], said: str) -> None:
         ({"last_blocks": 1}, "set both, or neither"),
         ({"train": "partial", "last_blocks": 13}, "last_blocks=13 is more than depth=12"),
         ({"train": "partial", "last_blocks": 0}, "Input should be greater than 0"),
-        ({"train": "half"}, "Input should be 'frozen', 'partial' or 'full'"),
+        ({"train": "half"}, "Input should be 'frozen', 'partial', 'adapters' or 'full'"),
+        ({"train": "adapters"}, "set both, or neither"),
+        ({"train": "full", "adapter_rank": 4}, "set both, or neither"),
+        ({"train": "adapters", "adapter_rank": 769}, "adapter_rank=769 is more than dim=768"),
         ({"frozen": True}, "frozen: unknown key"),
     ],
 )

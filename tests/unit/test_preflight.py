@@ -149,6 +149,10 @@ def test_an_anchor_in_the_tokens_of_clips_needs_pretrained_encoders() -> None:
     check_method_fits(load_config("ave_ci_video"), needs, manifests["clip"], scenario)
     with pytest.raises(ConfigError, match="is anchored in the tokens of pretrained encoders, and one of kind small"):
         check_method_fits(load_config("demo"), needs, manifests["clip"], scenario)
+    adapters = ["train=adapters", "last_blocks=null", "adapter_rank=8"]
+    words = [f"model.{modality}.{word}" for modality in ("visual", "audio") for word in adapters]
+    with pytest.raises(ConfigError, match="anchored in tokens that stay, and adapters change them at step 0"):
+        check_method_fits(load_config("ave_ci_video", words), needs, manifests["clip"], scenario)
 
 
 def test_methods_are_listed_with_needs_and_options() -> None:

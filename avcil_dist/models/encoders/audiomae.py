@@ -45,7 +45,7 @@ class AudioMAE(Transformer, AudioEncoder):
         )
         if state is not None:
             load_strictly(body, state, DROPPED, f"model.audio.weights: {options.weights}")
-        return cls(options.dim, body, options)
+        return cls(options.dim, body, options, state_keys)
 
     def checkpoint_activations(self) -> None:
         """Recompute activations in backward, by the library's own implementation."""

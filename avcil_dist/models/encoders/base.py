@@ -1,4 +1,4 @@
-"""Encoder interface, features that are already encoded, and transformers with frozen or trained blocks.
+"""Encoder interface, features that are already encoded, and transformers: frozen, with trained blocks or adapters.
 
 An encoder and the preparation of its inputs are one object. A visual encoder returns tokens (B, T, S, D): T frames (or
 tubelets), S positions, dimension D. An audio encoder returns one vector per clip (B, D). No encoder mixes the clips of
@@ -18,6 +18,7 @@ from avcil_dist.config.schema import ClipConfig
 from avcil_dist.config.section import Section
 from avcil_dist.data.inputs import Pictures, Sound
 from avcil_dist.errors import ConfigError
+from avcil_dist.models.encoders.adapters import add_adapters, has_adapters
 
 TUBELET = 2  # frames per token of VideoMAE
 PATCH = 16  # side of a patch of the transformers, in pixels or filterbank cells
@@ -99,24 +100,33 @@ class Precomputed(Encoder):
 
 
 class Transformer(Encoder, ABC):
-    """Vision transformer, trained in full, in its last blocks, or not at all.
+    """Vision transformer, trained in full, in its last blocks, by adapters, or not at all.
 
     Frozen parts take no gradient, stay in evaluation mode, and have no autograd graph: they are the lower part, so
-    none of their inputs needs a gradient. A frozen transformer passes its own outputs through.
+    none of their inputs needs a gradient. A frozen transformer passes its own outputs through. With train=adapters a
+    new transformer has adapters in all blocks, and one for a state of merged adapters is frozen.
     """
 
     input_dims: int  # number of dimensions of an input; an output has one less
     body: Any  # a library's module; its blocks and norms have the library's names
 
-    def __init__(self, dim: int, body: nn.Module, config: TransformerConfig) -> None:
+    def __init__(
+        self, dim: int, body: nn.Module, config: TransformerConfig, state_keys: Collection[str] | None = None
+    ) -> None:
+        """Take a library's module; `state_keys` is as in `Encoder.build`."""
         super().__init__(dim)
         self.body = body.requires_grad_(False)
-        self.frozen = config.train == "frozen"
+        is_adapted = config.train == "adapters" and (state_keys is None or has_adapters(state_keys))
+        self.frozen = config.train == "frozen" or (config.train == "adapters" and not is_adapted)
         # Numbers, not modules: a module assigned here would be registered, and saved, a second time.
-        self._first_trained = len(self.blocks) - (config.last_blocks or 0)
+        self._first_trained = 0 if is_adapted else len(self.blocks) - (config.last_blocks or 0)
         self._is_whole = config.train == "full"
-        for module in self.trained_modules():
-            module.requires_grad_(True)
+        if is_adapted:
+            assert config.adapter_rank is not None
+            add_adapters(self.blocks, config.adapter_rank)  # which take a gradient
+        else:
+            for module in self.trained_modules():
+                module.requires_grad_(True)
         self.train()
 
     @property
@@ -130,7 +140,7 @@ class Transformer(Encoder, ABC):
         """Final norms, above the blocks."""
 
     def trained_modules(self) -> list[nn.Module]:
-        """Modules whose parameters are trained."""
+        """Modules whose parameters, or adapters, are trained."""
         if self._is_whole:
             return [self.body]
         return [] if self.frozen else [*self.blocks[self._first_trained :], *self.norms]

@@ -65,7 +65,7 @@ class VideoMAE(Transformer, VisualEncoder):
         )
         if state is not None:
             load_strictly(body, state, DROPPED, f"model.visual.weights: {options.weights}")
-        return cls(options.dim, body, options)
+        return cls(options.dim, body, options, state_keys)
 
     @property
     def num_frames(self) -> int:

@@ -51,7 +51,7 @@ def _json(**values: object) -> bytes:
     return json.dumps(values).encode()
 
 
-def _mixed(folder: Path, *, tars: int = 3, split: bool = False) -> list[str]:
+def mixed_tars(folder: Path, *, tars: int = 3, split: bool = False) -> list[str]:
     """Tars with two classes each, and keys that begin anew in each; clip `index` is of video `index // 2`."""
     urls = []
     for number in range(tars):
@@ -89,7 +89,7 @@ def _counts(manifest: Manifest) -> Counter[tuple[str, str]]:
 
 
 def test_mixed_tars_become_shards_by_class_and_split(tmp_path: Path) -> None:
-    report = _repack(_mixed(tmp_path / "tars", split=True), f"{tmp_path}/out")
+    report = _repack(mixed_tars(tmp_path / "tars", split=True), f"{tmp_path}/out")
     assert report is not None
     assert report.rejected == ()
     assert report.manifest.classes == ("dog", "cat")
@@ -107,7 +107,7 @@ def test_mixed_tars_become_shards_by_class_and_split(tmp_path: Path) -> None:
 
 
 def test_clips_without_splits_are_split_by_source_within_each_class(tmp_path: Path) -> None:
-    urls = _mixed(tmp_path / "tars")
+    urls = mixed_tars(tmp_path / "tars")
     rows = _listing(*urls).rows
     by_source = {
         row.clip.source: {other.split for other in rows if other.clip.source == row.clip.source} for row in rows
@@ -129,15 +129,15 @@ def test_clips_without_splits_are_split_by_source_within_each_class(tmp_path: Pa
 
 
 def test_keys_that_begin_anew_in_each_tar_stay_apart_and_are_the_same_elsewhere(tmp_path: Path) -> None:
-    keys = [row.clip.key for row in _listing(*_mixed(tmp_path / "tars", split=True)).rows]
-    moved = [row.clip.key for row in _listing(*_mixed(tmp_path / "elsewhere/else", split=True)).rows]
+    keys = [row.clip.key for row in _listing(*mixed_tars(tmp_path / "tars", split=True)).rows]
+    moved = [row.clip.key for row in _listing(*mixed_tars(tmp_path / "elsewhere/else", split=True)).rows]
     assert keys == moved
-    whole = _listing(*_mixed(tmp_path / "whole"), split=SplitShares(1, 0, 0)).rows
+    whole = _listing(*mixed_tars(tmp_path / "whole"), split=SplitShares(1, 0, 0)).rows
     assert len({(row.label, row.clip.key) for row in whole}) == 12
 
 
 def test_merged_parts_equal_a_single_repack(tmp_path: Path) -> None:
-    urls = _mixed(tmp_path / "tars")
+    urls = mixed_tars(tmp_path / "tars")
     _repack(urls, f"{tmp_path}/whole")
     for index in (1, 0, 2):
         assert _repack(urls, f"{tmp_path}/parts", Part(index, 3)) is None
@@ -153,7 +153,7 @@ def test_merged_parts_equal_a_single_repack(tmp_path: Path) -> None:
 def test_saved_index_is_read_in_place_of_the_tar_until_that_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    urls, saved, read = _mixed(tmp_path / "tars"), str(tmp_path / "saved"), list[str]()
+    urls, saved, read = mixed_tars(tmp_path / "tars"), str(tmp_path / "saved"), list[str]()
 
     def members(url: str, wanted: tuple[str, ...]) -> object:
         read.append(url)
@@ -194,7 +194,7 @@ build_listing(listing, sys.argv[1], SETTINGS, progress=kill)
 
 @pytest.mark.slow
 def test_a_killed_repack_continues_to_the_same_bytes(tmp_path: Path) -> None:
-    urls = _mixed(tmp_path / "tars")
+    urls = mixed_tars(tmp_path / "tars")
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     words = [sys.executable, "-c", KILLED, f"{tmp_path}/out", *urls]
     assert subprocess.run(words, check=False, env=environment).returncode == -signal.SIGKILL
@@ -283,7 +283,7 @@ def test_clips_are_checked_and_converted_as_by_a_build(tmp_path: Path) -> None:
 
 def test_tars_are_read_from_urls_with_ranges_and_wildcards(tmp_path: Path) -> None:
     root = f"memory://{uuid.uuid4().hex}"
-    for url in _mixed(tmp_path / "tars"):
+    for url in mixed_tars(tmp_path / "tars"):
         storage.upload(url, f"{root}/tars/{Path(url).name}")
     urls = [f"{root}/tars/{number:05d}.tar" for number in range(3)]
     assert expand_urls([f"{root}/tars/{{00000..00002}}.tar"]) == urls
@@ -315,7 +315,7 @@ def test_impossible_urls_are_refused(pattern: str, words: str) -> None:
 
 
 def test_tars_that_cannot_be_read_are_an_error_before_any_clip_is(tmp_path: Path) -> None:
-    urls = _mixed(tmp_path / "tars")
+    urls = mixed_tars(tmp_path / "tars")
     whole = Path(urls[1]).read_bytes()
     member = [member.offset for member in indexed_members(urls[1])][6] - 512
     for data in (whole[: member - 100], whole[:member], whole + whole, b"", b"text" * 500):
@@ -330,7 +330,7 @@ def test_tars_that_cannot_be_read_are_an_error_before_any_clip_is(tmp_path: Path
 
 
 def test_a_tar_that_changes_during_the_build_ends_it(tmp_path: Path) -> None:
-    url = _mixed(tmp_path / "tars")[0]
+    url = mixed_tars(tmp_path / "tars")[0]
     file = _listing(url).rows[3].clip.files[0]
     assert read_clip(file) == CLIPS[3]
     Path(url).write_bytes(Path(url).read_bytes()[:5000])
@@ -349,7 +349,7 @@ def test_a_split_in_some_jsons_only_is_a_rejection(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_command_repacks_by_parts(tmp_path: Path) -> None:
-    _mixed(tmp_path / "tars")
+    mixed_tars(tmp_path / "tars")
     words = ["repack", f"{tmp_path}/tars/{{00000..00002}}.tar", f"{tmp_path}/out", "--processes", "2"]
     for part in ("1/2", "2/2"):
         result = CliRunner().invoke(shards, [*words, "--part", part, "--split", "0.5,0.25,0.25"])

@@ -29,14 +29,16 @@ from avcil_dist.system.process_start import starting_process
 from avcil_dist.system.signals import shielding
 
 TensorPair = tuple[Tensor, Tensor]
+LethalClips = dict[int, str]
 MAX_ENDS = 2  # processes that a clip may end
 PRELOADED = "avcil_dist.data.transforms"  # imported once by the fork server, not by every process
 
 
 @dataclass(frozen=True)
 class EncodedClip:
-    """The bytes of a clip, its key for errors, and the seed of its augmentation, if any."""
+    """The bytes of a clip, its number, its key for errors, and the seed of its augmentation, if any."""
 
+    number: int
     key: str
     data: memoryview
     seed: int | None
@@ -79,16 +81,21 @@ class HereDecoder:
 
 
 class DecodePool:
-    """Decoder in `num_processes` processes, started with the first clips. `shapes` are those of visual and audio."""
+    """Decoder in `num_processes` processes, started with the first clips. `shapes` are those of visual and audio.
 
-    def __init__(self, transform: Transform, shapes: tuple[tuple[int, ...], ...], num_processes: int) -> None:
-        self._transform, self._shapes = transform, shapes
+    `lethal`: the faults, by the number of their clip, of clips that ended processes. They are not tried again, in this
+    pool and in others that share the record.
+    """
+
+    def __init__(
+        self, transform: Transform, shapes: tuple[tuple[int, ...], ...], num_processes: int, lethal: LethalClips
+    ) -> None:
+        self._transform, self._shapes, self._lethal = transform, shapes, lethal
         self._threads = ThreadPoolExecutor(num_processes, thread_name_prefix="decode")
         self._local = threading.local()
         self._lock = threading.Lock()
         self._processes: set[_Process] = set()
         self._is_closing = False
-        self._faults: dict[str, str] = {}  # by key: clips that ended processes are not tried again
 
     def submit(self, clip: EncodedClip, target: TensorPair) -> Callable[[], DataError | None]:
         """Start to decode a clip into `target`. Raises WorldError where no process can be started."""
@@ -107,7 +114,7 @@ class DecodePool:
 
     def _decode(self, clip: EncodedClip, target: TensorPair) -> DataError | None:
         ends = 0
-        while clip.key not in self._faults:
+        while clip.number not in self._lethal:
             if self._is_closing or not threading.main_thread().is_alive():
                 return DataError(f"{clip.key}: not decoded, the run ends")
             process = self._process()
@@ -117,8 +124,8 @@ class DecodePool:
                 self._remove(process)
                 ends += 1
                 if ends == MAX_ENDS or error.is_final:
-                    self._faults[clip.key] = f"{clip.key}: {error}"
-        return DataError(self._faults[clip.key])
+                    self._lethal[clip.number] = f"{clip.key}: {error}"
+        return DataError(self._lethal[clip.number])
 
     def _process(self) -> "_Process":
         process: _Process | None = getattr(self._local, "process", None)

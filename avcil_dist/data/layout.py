@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from avcil_dist.config.schema import AugmentConfig
-from avcil_dist.data.decode_pool import ClipDecoder, DecodePool, EncodedClip, HereDecoder, TensorPair
+from avcil_dist.data.decode_pool import ClipDecoder, DecodePool, EncodedClip, HereDecoder, LethalClips, TensorPair
 from avcil_dist.data.inputs import ClipInputs
 from avcil_dist.data.manifest import TAR_BLOCK, Manifest
 from avcil_dist.data.noise import InputNoise
@@ -145,7 +145,10 @@ class FeatureLayout:
 
 
 class ClipLayout:
-    """Layout of mp4 clips, decoded to frames and filterbanks, float32, by `num_processes`; 0: by the calling one."""
+    """Layout of mp4 clips, decoded to frames and filterbanks, float32, by `num_processes`; 0: by the calling one.
+
+    `lethal` is the record of clips that ended processes (see `DecodePool`).
+    """
 
     member = "mp4"
 
@@ -157,6 +160,7 @@ class ClipLayout:
         *,
         num_processes: int,
         pin: bool,
+        lethal: LethalClips,
         noise: InputNoise | None = None,
     ) -> None:
         self.manifest, self.num_processes = manifest, num_processes
@@ -165,7 +169,7 @@ class ClipLayout:
         transform = ClipTransform(clip, augment, noise)
         self._decoder: ClipDecoder = HereDecoder(transform)
         if num_processes:
-            self._decoder = DecodePool(transform, self.shapes, num_processes)
+            self._decoder = DecodePool(transform, self.shapes, num_processes, lethal)
 
     def batches_ahead(self, num_rows: int) -> int:
         """As many as give every process a clip while the oldest batch waits for its last one."""
@@ -203,7 +207,8 @@ class ClipLayout:
             except DataError as error:
                 faults[row] = error
                 continue
-            clip = EncodedClip(key, rows.bodies[0][row], seeds.seed_of(row, key) if seeds else None)
+            seed = seeds.seed_of(row, key) if seeds else None
+            clip = EncodedClip(int(number), key, rows.bodies[0][row], seed)
             coming[row] = self._decoder.submit(clip, (visual[row], audio[row]))
 
         def finish() -> TensorPair:

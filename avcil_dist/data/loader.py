@@ -18,7 +18,7 @@ import webdataset
 from avcil_dist.config.schema import DataConfig
 from avcil_dist.data.batch import Batch, PartialBatch
 from avcil_dist.data.clip_cache import ClipCache
-from avcil_dist.data.decode_pool import TensorPair
+from avcil_dist.data.decode_pool import LethalClips, TensorPair
 from avcil_dist.data.inputs import ClipInputs
 from avcil_dist.data.layout import BatchBuffers, ClipLayout, Faults, FeatureLayout, Layout
 from avcil_dist.data.manifest import Manifest
@@ -38,15 +38,17 @@ def load_batches(
     pin: bool = False,
     clip_cache: ClipCache | None = None,
     inputs: ClipInputs | None = None,
+    lethal: LethalClips | None = None,
 ) -> Iterator[Batch]:
     """Yield the batches of `sampler` in its order, which is independent of the number of decoding processes.
 
     `labels` maps a class name to its label. `pin` puts the batches in page-locked memory. Rows in `clip_cache` are
     not read, and rows that are read are added to it; a batch with rows of a cache on a device is on that device.
-    `inputs` is the preparation of clips for the encoders, by default that of the settings.
+    `inputs` is the preparation of clips for the encoders, by default that of the settings. `lethal` is a record of the
+    clips that crash a decoder (see `DecodePool`), by default a new one.
     Raises DataError and StorageError as the reader does.
     """
-    return _timed(_load(sampler, manifest, labels, data, pin, clip_cache, inputs))
+    return _timed(_load(sampler, manifest, labels, data, pin, clip_cache, inputs, lethal=lethal))
 
 
 def load_on_device(
@@ -59,12 +61,13 @@ def load_on_device(
     clip_cache: ClipCache | None = None,
     inputs: ClipInputs | None = None,
     noise: InputNoise | None = None,
+    lethal: LethalClips | None = None,
 ) -> Iterator[Batch]:
     """Yield the batches of `load_batches` on a device; the next batch is read and copied while one is used.
 
     Clips that are read get `noise`, if any.
     """
-    batches = _load(sampler, manifest, labels, data, device.type == "cuda", clip_cache, inputs, noise)
+    batches = _load(sampler, manifest, labels, data, device.type == "cuda", clip_cache, inputs, noise, lethal)
     return _timed(_prefetched(batches, device))
 
 
@@ -77,12 +80,20 @@ def _load(
     clip_cache: ClipCache | None,
     inputs: ClipInputs | None,
     noise: InputNoise | None = None,
+    lethal: LethalClips | None = None,
 ) -> Iterator[Batch]:
     layout: Layout
     if manifest.kind == "clip":
         prepare = inputs or ClipInputs.of(data.clip)
-        workers = data.decode_workers
-        layout = ClipLayout(manifest, prepare, data.augment, num_processes=workers, pin=pin, noise=noise)
+        layout = ClipLayout(
+            manifest,
+            prepare,
+            data.augment,
+            num_processes=data.decode_workers,
+            pin=pin,
+            lethal={} if lethal is None else lethal,
+            noise=noise,
+        )
     else:
         layout = FeatureLayout(manifest, pin=pin, noise=noise)
     pipeline = webdataset.DataPipeline(

@@ -52,8 +52,8 @@ class MediaPredictor:
         transform = ClipTransform(inputs)
         decoder: ClipDecoder = HereDecoder(transform)
         if self.workers:
-            decoder = DecodePool(transform, inputs.shapes, self.workers)
-        rest, coming = iter(files), deque[Callable[[], list[ScoredFile]]]()
+            decoder = DecodePool(transform, inputs.shapes, self.workers, {})
+        rest, coming = enumerate(files), deque[Callable[[], list[ScoredFile]]]()
         try:
             while batch := list(islice(rest, CLIPS_PER_BATCH)):
                 coming.append(self._start(batch, decoder, inputs.shapes))
@@ -65,14 +65,14 @@ class MediaPredictor:
             decoder.close()
 
     def _start(
-        self, batch: list[MediaFile], decoder: ClipDecoder, shapes: tuple[tuple[int, ...], ...]
+        self, batch: list[tuple[int, MediaFile]], decoder: ClipDecoder, shapes: tuple[tuple[int, ...], ...]
     ) -> Callable[[], list[ScoredFile]]:
         """Start to decode a batch; the result waits for the end, and scores the files that could be decoded."""
         visual, audio = (torch.zeros(len(batch), *shape) for shape in shapes)
         results: list[Callable[[], DataError | None]] = []
-        for row, file in enumerate(batch):
+        for row, (number, file) in enumerate(batch):
             try:
-                clip = EncodedClip(file.name, memoryview(file.read()), None)
+                clip = EncodedClip(number, file.name, memoryview(file.read()), None)
             except DataError as error:
                 results.append(lambda fault=error: fault)  # type: ignore[misc]
             else:
@@ -84,7 +84,7 @@ class MediaPredictor:
             rows = iter(self._scores(visual[good], audio[good]) if good.any() else ())
             return [
                 ScoredFile(file.name, next(rows)) if fault is None else ScoredFile(file.name, None, str(fault))
-                for file, fault in zip(batch, faults, strict=True)
+                for (_, file), fault in zip(batch, faults, strict=True)
             ]
 
         return finish

@@ -36,6 +36,7 @@ S3_CONFIG = {
     "request_checksum_calculation": "when_required",
     "response_checksum_validation": "when_required",
 }
+S3_PARTS = {"chunksize": CHUNK_BYTES, "max_concurrency": 4}  # of an upload; those of a moment are in memory, twice
 
 
 def open_filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -177,7 +178,8 @@ def upload(source: str | Path, url: str) -> None:
     if not Path(source).is_file():
         raise DataError(f"{source}: missing")
     if not isinstance(filesystem, LocalFileSystem):
-        _call(lambda: filesystem.put_file(str(source), path), url, WRITE_SECONDS)
+        parts = S3_PARTS if split_url(url)[0] == "s3" else {}
+        _call(lambda: filesystem.put_file(str(source), path, **parts), url, WRITE_SECONDS)
         return
     with open_regular(source) as opened, replacing(Path(path)) as file:
         shutil.copyfileobj(opened, file, CHUNK_BYTES)

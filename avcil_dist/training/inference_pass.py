@@ -6,7 +6,7 @@ its output does not depend on that number.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from avcil_dist.config.schema import DataConfig
 from avcil_dist.data.batch import Batch
 from avcil_dist.data.clip_cache import ClipCache
+from avcil_dist.data.decode_pool import LethalClips
 from avcil_dist.data.inputs import ClipInputs
 from avcil_dist.data.loader import load_on_device
 from avcil_dist.data.manifest import Manifest
@@ -42,7 +43,10 @@ class ClassFeatures:
 
 @dataclass(frozen=True)
 class InferencePass:
-    """Inference by all ranks together over clips of any split. `on_faults` is called after a pass with faults."""
+    """Inference by all ranks together over clips of any split. `on_faults` is called after a pass with faults.
+
+    `lethal` are the clips that crashed this rank's decoder, which later passes leave out (see `DecodePool`).
+    """
 
     manifest: Manifest
     scenario: Scenario
@@ -53,6 +57,7 @@ class InferencePass:
     inputs: ClipInputs | None = None  # as in `load_batches`
     noise: InputNoise | None = None
     on_faults: OnFaults = lambda faults: None
+    lethal: LethalClips = field(default_factory=dict)
 
     def batches(self, clips: np.ndarray, global_batch: int | None = None) -> Iterator[Batch]:
         """Read the rank's part of the clips onto its device. All ranks have equally many batches; padding is not valid.
@@ -73,6 +78,7 @@ class InferencePass:
             clip_cache=self.clip_cache,
             inputs=self.inputs,
             noise=self.noise,
+            lethal=self.lethal,
         ):
             num_good += batch.valid.sum()
             faults.extend(batch.faults)

@@ -100,6 +100,7 @@ class Trainer:
                 device=self.step.device,
                 clip_cache=self.inference.clip_cache,
                 inputs=self.step.inputs,
+                lethal=self.inference.lethal,
             )
             best = self._train(engine, batches, state, manifest)
         self._report_best(best)

@@ -45,11 +45,17 @@ class CountBar:
         self._progress.update(self._task, completed=done, total=total)
         if not self._console.is_terminal and time.monotonic() - self._last_line > LOG_SECONDS:
             self._last_line = time.monotonic()
-            remaining = self._progress.tasks[0].time_remaining
-            left = "" if remaining is None else f", some {remaining / 60:.0f} minutes left"
-            echo(f"{self._title}: {done} of {total}{left}", err=True)
+            echo(f"{self._title}: {done} of {total}{_left(self._progress.tasks[0].time_remaining)}", err=True)
 
     def advance(self, total: int) -> None:
         """Show one more of `total`."""
         self._count += 1
         self.show(self._count, total)
+
+
+def _left(seconds: float | None) -> str:
+    """Words for a remaining time; none where it is unknown."""
+    if seconds is None:
+        return ""
+    minutes = round(seconds / 60)
+    return f", some {minutes} minutes left" if minutes > 1 else ", about a minute left or less"

@@ -37,16 +37,16 @@ def _manifest(root: Path, contents: list[bytes]) -> Manifest:
     return load_manifest(f"{root}/manifest.json")
 
 
-def _batches(manifest: Manifest, workers: int, rows: int = 3) -> list[Batch]:
+def _batches(manifest: Manifest, workers: int, rows: int = 3, lethal: dict[int, str] | None = None) -> list[Batch]:
     numbers = np.arange(-(-manifest.shards[0].count // rows) * rows)
     source = FixedSampler(np.where(numbers < manifest.shards[0].count, numbers, -1).reshape(-1, rows))
     data = DataConfig(manifest="-", decode_workers=workers, clip=CLIP)
-    return list(load_batches(source, manifest=manifest, labels={"dog": 0}, data=data))
+    return list(load_batches(source, manifest=manifest, labels={"dog": 0}, data=data, lethal=lethal))
 
 
 @pytest.fixture
 def pool() -> Iterator[DecodePool]:
-    pool = DecodePool(LethalTransform(CLIP), SHAPES, 1)
+    pool = DecodePool(LethalTransform(CLIP), SHAPES, 1, {})
     yield pool
     pool.close()
 
@@ -55,8 +55,8 @@ def _target() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.zeros(SHAPES[0]), torch.zeros(SHAPES[1])
 
 
-def _clip(data: bytes, key: str = "dog") -> EncodedClip:
-    return EncodedClip(key, memoryview(data), None)
+def _clip(data: bytes, key: str = "dog", number: int = 0) -> EncodedClip:
+    return EncodedClip(number, key, memoryview(data), None)
 
 
 def test_clip_that_crashes_its_decoder_is_skipped_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,8 +65,13 @@ def test_clip_that_crashes_its_decoder_is_skipped_and_named(tmp_path: Path, monk
     monkeypatch.setattr(layout, "ClipTransform", LethalTransform)
     marker = tmp_path / "ended once"
     contents = [*good[:2], SEGFAULT, *good[3:5], DAMAGED, ONCE + os.fsencode(marker) + b"\n" + good[6], good[7]]
-    batches = _batches(_manifest(tmp_path / "bad", contents), 2)
+    lethal = dict[int, str]()
+    batches = _batches(_manifest(tmp_path / "bad", contents), 2, lethal=lethal)
     assert marker.exists()
+    assert lethal == {2: "dog-2: its decoder crashed (SIGSEGV)"}
+    [later] = _batches(_manifest(tmp_path / "later", good[:3]), 1, lethal=lethal)  # not tried, though it is good
+    assert later.valid.tolist() == [True, True, False]
+    assert later.faults == ("dog-2: its decoder crashed (SIGSEGV)",)
     assert [batch.faults for batch in batches] == [
         ("dog-2: its decoder crashed (SIGSEGV)",),
         ("dog-5: truncated",),
@@ -90,8 +95,8 @@ def test_clip_that_ended_two_processes_is_not_tried_again(pool: DecodePool) -> N
     for _ in range(2):
         fault = pool.submit(_clip(SEGFAULT), _target())()
         assert str(fault) == "dog: its decoder crashed (SIGSEGV)"
-    survivor = pool.submit(_clip(DAMAGED, "cat"), _target())
-    assert str(survivor()) == "cat: truncated"
+    survivor = pool.submit(_clip(DAMAGED, number=1), _target())  # keys are unique in a split of a class only
+    assert str(survivor()) == "dog: truncated"
     processes = psutil.Process().children(recursive=True)
     assert pool.submit(_clip(SEGFAULT), _target())() is not None
     assert {process.pid for process in processes} <= {
@@ -116,7 +121,7 @@ class _NoStart(LethalTransform):
 
 
 def test_process_that_ends_as_it_starts_is_an_error_of_the_setting() -> None:
-    pool = DecodePool(_NoStart(CLIP), SHAPES, 1)
+    pool = DecodePool(_NoStart(CLIP), SHAPES, 1, {})
     with pytest.raises(ConfigError, match=r"a decoding process ended as it started \(exit code 3\)"):
         pool.submit(_clip(tiny_clip()), _target())()
     pool.close()
@@ -143,8 +148,8 @@ from avcil_dist.data.decode_pool import DecodePool, EncodedClip
 from tests.unit.test_decode_pool import CLIP, DAMAGED, SHAPES, LethalTransform, _target
 
 if __name__ == "__main__":
-    pool = DecodePool(LethalTransform(CLIP), SHAPES, 1)
-    pool.submit(EncodedClip("dog", memoryview(DAMAGED), None), _target())()
+    pool = DecodePool(LethalTransform(CLIP), SHAPES, 1, {})
+    pool.submit(EncodedClip(0, "dog", memoryview(DAMAGED), None), _target())()
     sys.exit(3)
 """
 

@@ -151,8 +151,8 @@ def test_exemplars_that_have_no_room_are_a_fault_for_all_ranks(tmp_path: Path, m
 
 
 def test_decoding_process_that_gets_no_memory_is_one_line() -> None:
-    pool = DecodePool(ClipTransform(CLIP), ((2, 3, 32, 32), (32, 16)), 1)
-    clip = EncodedClip("dog", memoryview(tiny_clip()), None)
+    pool = DecodePool(ClipTransform(CLIP), ((2, 3, 32, 32), (32, 16)), 1, {})
+    clip = EncodedClip(0, "dog", memoryview(tiny_clip()), None)
     with limited(resource.RLIMIT_FSIZE, 100), pytest.raises(WorldError) as raised:
         pool.submit(clip, (np.zeros(1), np.zeros(1)))()  # type: ignore[arg-type]
     pool.close()

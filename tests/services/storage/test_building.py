@@ -67,7 +67,7 @@ def test_killed_repack_of_a_bucket_continues_without_reading_a_tar_again(s3: str
 
 
 def test_large_shard_goes_up_in_parts(s3: str) -> None:
-    data = bytes(range(256)) * 4096 * 60  # 60 MB: s3fs cuts from 50 MB on
+    data = bytes(range(256)) * 4096 * 60  # 60 MB: cut into parts of 8 MiB
     with storage.new_file(f"{s3}/large.tar") as file:
         file.write(data)
         assert not storage.exists(f"{s3}/large.tar")

@@ -63,10 +63,12 @@ def test_every_clip_comes_once_in_order_and_the_last_batch_is_padded(loads: list
             "noise": None,
             "device": torch.device("cpu"),
             "clip_cache": inference.clip_cache,
+            "lethal": {},
         }
     ]
-    [whole] = make_pass(1.0).batches(CLIPS)
+    [whole] = inference.batches(CLIPS)
     assert len(whole.clips) == 64
+    assert loads[-1]["lethal"] is inference.lethal  # one record for all passes
 
 
 @pytest.mark.parametrize("allowed", [0.3, 0.31])

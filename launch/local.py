@@ -12,6 +12,8 @@ import os
 import sys
 import time
 from contextlib import nullcontext
+from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
 from typing import Any
 
 from torch.multiprocessing.spawn import ProcessExitedException, start_processes
@@ -39,7 +41,16 @@ from launch.step_run import StepRun
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 4  # for ranks to end by themselves when one has failed, before they are terminated
 END_SECONDS = 10  # for ranks to end on request after an interrupt, before they are killed
-PRELOADED = ["torch", "deepspeed", "avcil_dist.training.step", "avcil_dist.tracking.mlflow_writer"]
+# Imported by the fork server, once for all ranks of all steps: seconds. Optimizers need `torch._dynamo`, and the sender
+# of rank 0 the store of a sqlite database.
+PRELOADED = [
+    "torch",
+    "torch._dynamo",
+    "deepspeed",
+    "avcil_dist.training.step",
+    "avcil_dist.tracking.mlflow_writer",
+    "mlflow.store.tracking.sqlalchemy_store",
+]
 
 _meetings = itertools.count()  # of the ranks of a launcher, which all count alike
 
@@ -60,6 +71,7 @@ def run_stream(
         outer if has_launcher else World(local_size=processes or 1, size=processes or 1, launcher="local"),
         config.engine.device,
     )
+    context = _rank_processes(device.type)
     check_interfaces(os.environ, interfaces())
     sizes = [outer.size if has_launcher else processes or 1]
     # Under a launcher the ranks check the shards together, in the first step, instead of each for itself.
@@ -84,28 +96,35 @@ def run_stream(
                     reset_optimizer=policy.reset_optimizer and is_first,
                     shard_check=("stream" if has_launcher else "none") if is_first else "step",
                 )
-                _run_step(run, worlds, stop, device.type, observer)
+                _run_step(run, worlds, stop, context, observer)
                 if stop.is_set() and step + 1 < num_steps:
                     raise StepStopped(f"stopped after step {step}; run the same command again to continue")
     return stream
 
 
+def _rank_processes(device_type: str) -> BaseContext:
+    """Return the context that starts the ranks; its fork server begins its imports, while this process goes on."""
+    name_accelerator(device_type)
+    if device_type == "cuda":  # a forked process cannot use a GPU that its parent has initialised
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with starting_process("the processes of the steps"), shielding():
+        forkserver.ensure_running()
+    return context
+
+
 def _run_step(
-    run: StepRun, worlds: tuple[World, ...], stop: StopRequest, device_type: str, observer: Observer | None
+    run: StepRun, worlds: tuple[World, ...], stop: StopRequest, context: BaseContext, observer: Observer | None
 ) -> None:
     """Run the step's ranks to their end, each in its own process; the first to fail ends the others.
 
     A stop signal of this process is forwarded to the ranks.
     """
-    # A forked process cannot use a GPU that its parent has initialised; without GPUs, forking saves seconds per step.
-    method = "spawn" if device_type == "cuda" else "forkserver"
-    context = multiprocessing.get_context(method)
-    context.set_forkserver_preload(PRELOADED)
-    name_accelerator(device_type)
     with starting_process(f"step {run.step}"):
         errors = context.SimpleQueue()
         calls = context.SimpleQueue() if observer else None
-    ranks = _start(run, worlds, errors, calls, method)
+    ranks = _start(run, worlds, errors, calls, context.get_start_method())
     try:
         is_stopping = False
         while not ranks.join(POLL_SECONDS, GRACE_SECONDS):

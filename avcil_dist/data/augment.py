@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torchaudio.transforms import FrequencyMasking, TimeMasking
-from torchvision.transforms import v2
 
 from avcil_dist.config.schema import AugmentConfig
 from avcil_dist.seeds import derive_seed
@@ -19,6 +17,9 @@ class Augmentation:
     """The augmentation of `config` for frames of `size` × `size` pixels."""
 
     def __init__(self, config: AugmentConfig, size: int) -> None:
+        from torchaudio.transforms import FrequencyMasking, TimeMasking
+        from torchvision.transforms import v2  # a second of imports, which features do not need
+
         crop = [v2.RandomResizedCrop(size, (config.crop, 1.0))] if config.crop < 1 else [v2.Resize(size)]
         colour_jitter = v2.ColorJitter(config.brightness, config.contrast, config.saturation, config.hue)
         self._transform = v2.Compose([*crop, v2.CenterCrop(size), v2.RandomHorizontalFlip(config.flip), colour_jitter])

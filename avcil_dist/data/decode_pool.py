@@ -31,7 +31,8 @@ from avcil_dist.system.signals import shielding
 TensorPair = tuple[Tensor, Tensor]
 LethalClips = dict[int, str]
 MAX_ENDS = 2  # processes that a clip may end
-PRELOADED = "avcil_dist.data.transforms"  # imported once by the fork server, not by every process
+# Imported once by the fork server, not by every process.
+PRELOADED = ["avcil_dist.data.transforms", "torchvision.transforms.v2", "torchaudio.compliance.kaldi"]
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class _Process:
 
     def __init__(self, transform: Transform, shapes: tuple[tuple[int, ...], ...]) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([PRELOADED])
+        context.set_forkserver_preload(PRELOADED)
         # it ignores stop signals: without it there would be no snapshot
         with starting_process("data.decode_workers"), shielding():
             self._memory = SharedMemory(sum(4 * math.prod(shape) for shape in shapes))

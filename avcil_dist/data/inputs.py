@@ -10,8 +10,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchaudio.compliance import kaldi
-from torchvision.transforms.v2 import functional as video
 
 from avcil_dist.config.schema import ClipConfig
 
@@ -42,6 +40,8 @@ class Pictures:
 
     def reduced(self, frames: Tensor) -> Tensor:
         """Return frames uint8 (…, 3, H, W) as (…, 3, size, size); the same for frames one by one and together."""
+        from torchvision.transforms.v2 import functional as video  # a second of imports, which features do not need
+
         return video.center_crop(video.resize(frames, [self.size], antialias=True), [self.size, self.size])
 
     def inputs(self, frames: Tensor) -> Tensor:
@@ -75,6 +75,8 @@ class Sound:
 
     def inputs(self, waveform: Tensor) -> Tensor:
         """Return mono sound (samples,) at `sample_rate` as input of the encoder, float32 of `shape`."""
+        from torchaudio.compliance import kaldi
+
         window = -(-self.sample_rate * WINDOW_MS // 1000)
         shift = self.sample_rate * FRAME_SHIFT_MS // 1000
         if waveform.numel():

@@ -4,12 +4,16 @@ A folder or file is trusted if it belongs to the user of this process and other 
 on the name itself: a symbolic link is not followed.
 """
 
+import logging
 import os
 import stat
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
 from avcil_dist.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 OTHERS_ENTER = stat.S_IXGRP | stat.S_IXOTH
@@ -25,6 +29,32 @@ def make_private_folder(folder: Path) -> Path:
         folder.mkdir(mode=0o700)
     check_trusted_folder(folder)
     return folder
+
+
+def private_cache(otherwise: str) -> Path | None:
+    """Return the user's cache folder; None if it cannot be written or is not trusted.
+
+    `otherwise`: the consequence, for the warning about a folder that is not trusted.
+    """
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "avcil-dist"
+        make_private_folder(folder)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except ConfigError as error:
+        log.warning("%s: %s", otherwise, error)
+    except (OSError, RuntimeError):  # no home
+        return None
+    return None
+
+
+def is_trusted_file(path: Path) -> bool:
+    """Whether the file is there and no other user can have written it."""
+    try:
+        check_trusted_file(path)
+    except (ConfigError, OSError):
+        return False
+    return True
 
 
 def check_trusted_folder(folder: Path) -> None:

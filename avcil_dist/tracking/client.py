@@ -4,15 +4,11 @@ All calls go through `MlflowClient`. MLflow's notion of a current run is never u
 process do not interfere.
 """
 
-import glob
 import logging
 import re
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import LifecycleStage, Run
 from mlflow.exceptions import MlflowException
@@ -23,12 +19,12 @@ from avcil_dist.errors import TrackingError
 from avcil_dist.text.redaction import redacted
 from avcil_dist.tracking import environment
 from avcil_dist.tracking.answers import bound_answers
+from avcil_dist.tracking.database import create_database, creation_lock
 from avcil_dist.tracking.faults import bounded, bounded_client, reported
 from avcil_dist.tracking.outcomes import RefusedError
 from avcil_dist.tracking.tags import STEP_TAG, STREAM_TAG, received_tags
-from avcil_dist.tracking.uris import SQLITE, database_path, is_server, local_folder
+from avcil_dist.tracking.uris import is_server, local_folder
 
-LOCK_SECONDS = 300
 # The view in which MLflow's pages open the experiment, "Model training"; MLflow's package has no name for it.
 KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
 
@@ -39,8 +35,8 @@ def connect(uri: str) -> MlflowClient:
     """Return a client whose requests are bounded. A missing sqlite database is created by one process, others wait."""
     environment.isolate()
     bound_answers()
-    with _creation_lock(uri):
-        _create_database(uri)
+    with creation_lock(uri):
+        create_database(uri)
         client = bounded(lambda: MlflowClient(tracking_uri=uri, registry_uri=uri), environment.REQUEST_SECONDS)
         client = bounded_client(client)
         client.search_experiments(max_results=1)
@@ -150,23 +146,3 @@ def _run_of_name(client: MlflowClient, uri: str, name: str) -> Run:
 
 def _experiments(client: MlflowClient) -> list[str]:
     return [experiment.experiment_id for experiment in client.search_experiments()]
-
-
-def _creation_lock(uri: str) -> AbstractContextManager[Any]:
-    database = database_path(uri)
-    if database is None:
-        return nullcontext()
-    database.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(f"{database}.lock", timeout=LOCK_SECONDS)
-
-
-def _create_database(uri: str) -> None:
-    """Create a sqlite database atomically: MLflow does not repair one that was only partly created."""
-    database = database_path(uri)
-    if database is None or database.exists():
-        return
-    for path in database.parent.glob(f"{glob.escape(database.name)}.new*"):
-        path.unlink()
-    new = Path(f"{database}.new")
-    MlflowClient(tracking_uri=f"{SQLITE}{new}").search_experiments(max_results=1)
-    new.replace(database)

@@ -13,15 +13,14 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
+from tempfile import mkdtemp, mkstemp
 
 import torch
 from torch import Tensor
 
-from avcil_dist.errors import ConfigError
 from avcil_dist.models.attention.kernels_torch import TeacherTerm
-from avcil_dist.system.trusted_files import check_trusted_file, make_private_folder
+from avcil_dist.system.trusted_files import is_trusted_file, private_cache
 
 SOURCE = Path(__file__).with_name("kernels_cpu.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
@@ -118,10 +117,10 @@ def _compiled() -> Path:
         raise OSError("no C++ compiler found: tried $CXX, c++, g++, clang++")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     identity = "\n".join((SOURCE.read_text(), *FLAGS, version, _processor()))
-    folder = _cache_folder()
+    folder = private_cache("the C++ kernels of the attention are compiled anew") or Path(mkdtemp(prefix="avcil-dist-"))
     library = folder / f"attention-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
-    if not _is_trusted(library):
-        handle, compiled = tempfile.mkstemp(suffix=".so", dir=folder)
+    if not is_trusted_file(library):
+        handle, compiled = mkstemp(suffix=".so", dir=folder)
         os.close(handle)
         try:
             command = [compiler, *FLAGS, "-o", compiled, str(SOURCE)]
@@ -130,29 +129,6 @@ def _compiled() -> Path:
         finally:
             Path(compiled).unlink(missing_ok=True)
     return library
-
-
-def _is_trusted(library: Path) -> bool:
-    """Whether the library is there and no other user can have written it; otherwise a new one replaces it."""
-    try:
-        check_trusted_file(library)
-    except (ConfigError, OSError):
-        return False
-    return True
-
-
-def _cache_folder() -> Path:
-    """Return the user's cache folder, or a new private folder if that cannot be written or is not trusted."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "avcil-dist"
-    try:
-        make_private_folder(folder)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except ConfigError as error:
-        log.warning("the C++ kernels of the attention are compiled anew: %s", error)
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="avcil-dist-"))
 
 
 def _processor() -> str:

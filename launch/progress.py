@@ -2,7 +2,6 @@
 
 import logging
 import math
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -11,7 +10,6 @@ from typing import Annotated, Self
 
 import click
 from pydantic import Field
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from avcil_dist import storage
@@ -20,6 +18,7 @@ from avcil_dist.streams.metrics import Count
 from avcil_dist.system.log import chosen_level
 from avcil_dist.text.visible import visible
 from avcil_dist.training.observer import Observer
+from launch.console import progress_console
 
 LOG_LINES = 5
 SECONDS_BETWEEN_WRITES = 2.0
@@ -69,8 +68,7 @@ class ProgressBar(Observer):
 
     def __init__(self, stream_name: str, num_steps: int) -> None:
         self.stream_name, self.num_steps = stream_name, num_steps
-        # FORCE_COLOR, as notebooks set it, makes no terminal of a pipe: a bar would fill the output
-        self.console = Console(stderr=True, force_terminal=None if sys.stderr.isatty() else False)
+        self.console = progress_console()
         self.is_quiet = chosen_level() > logging.INFO
         self.remaining = RemainingTime()
         self.bar = Progress(

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from avcil_dist.errors import WorldError
 from launch.bench.contenders import COPY_BYTES, BenchSetting, ContenderName, Measurement, serve
+from launch.console import progress_console
 
 WARM_UP = 2  # turns that are not counted
 
@@ -71,7 +72,7 @@ def measure(setting: BenchSetting, turns: int) -> dict[str, Any]:
     timed: dict[ContenderName, list[Measurement]] = {name: [] for name in names}
     peaks: dict[str, Measurement] = {}
     with _contenders(names, setting) as contenders:
-        for turn in track(range(WARM_UP + turns), "turns", console=Console(stderr=True), transient=True):
+        for turn in track(range(WARM_UP + turns), "turns", console=progress_console(), transient=True):
             for contender in contenders:
                 measurement = contender.run("time")
                 timed[contender.name] += [measurement] if turn >= WARM_UP else []

@@ -3,10 +3,10 @@
 import time
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from launch.cli.output import echo
+from launch.console import progress_console
 
 QUIET_SECONDS, LOG_SECONDS, SPEED_SECONDS = 3.0, 60.0, 180.0
 
@@ -19,7 +19,7 @@ class CountBar:
 
     def __init__(self, title: str) -> None:
         columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._console = Console(stderr=True)
+        self._console = progress_console()
         self._progress = Progress(*columns, console=self._console, speed_estimate_period=SPEED_SECONDS)
         self._title = title
         self._task: TaskID | None = None
@@ -32,7 +32,8 @@ class CountBar:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        if self._console.is_terminal:  # else it would print an empty line
+            self._progress.stop()
 
     def show(self, done: int, total: int) -> None:
         """Show `done` of `total`."""

@@ -20,7 +20,8 @@ from avcil_dist.errors import DataError, StorageError
 from avcil_dist.reporting.tables import WordTable, fitting_groups, plain, shared_widths
 from avcil_dist.system.signals import interrupted_once
 from avcil_dist.text.visible import visible
-from launch.cli import output
+from launch.cli import count_bar, output
+from launch.cli.count_bar import CountBar
 from launch.cli.main import cli
 from launch.progress import ProgressBar
 
@@ -222,10 +223,16 @@ def test_a_group_of_commands_leaves_bugs_their_traceback(monkeypatch: pytest.Mon
     assert isinstance(cli, click.Group)
 
 
-def test_a_pipe_is_no_terminal_whatever_the_colours_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pipe_is_no_terminal_whatever_the_colours_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A notebook sets FORCE_COLOR; a bar would fill its output with every redraw."""
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert not ProgressBar("demo", 1).console.is_terminal
+    monkeypatch.setattr(count_bar, "QUIET_SECONDS", -1.0)
+    with CountBar("clips") as bar:
+        bar.show(1, 2)
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("num_columns", [3, 9, 40])

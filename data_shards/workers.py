@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from avcil_dist.data.clip_bounds import limit_process
 from avcil_dist.errors import AvcilError, DataError
-from avcil_dist.system.process_start import starting_process
+from avcil_dist.system.process_start import settle_worker, starting_process
 from avcil_dist.system.signals import STOP_SIGNALS
 
 Item = TypeVar("Item")
@@ -197,7 +197,7 @@ def _run_worker(work: Work[Any, Any], connection: Any, shared_position: Any, num
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     import torch  # late: users of `exit_with_parent` alone need no torch
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and stops its workers
+    settle_worker()
     exit_with_parent()
     torch.set_num_threads(1)
     limit_process()

@@ -25,7 +25,7 @@ from torch import Tensor
 from avcil_dist.data.clip_bounds import MAX_DECODING_SECONDS, limit_process
 from avcil_dist.data.shared_memory import SharedMemory
 from avcil_dist.errors import ConfigError, DataError
-from avcil_dist.system.process_start import starting_process
+from avcil_dist.system.process_start import settle_worker, starting_process
 from avcil_dist.system.signals import shielding
 
 TensorPair = tuple[Tensor, Tensor]
@@ -226,7 +226,7 @@ def _decode_clips(
     connection: Connection, transform: Transform, memory: SharedMemory, shapes: tuple[tuple[int, ...], ...]
 ) -> None:
     """Main loop of a decoding process; it ends with the connection, and so with its parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the rank is interrupted too, and ends its processes
+    settle_worker()
     torch.set_num_threads(1)
     limit_process()
     result = _views(memory, shapes)

@@ -1,11 +1,13 @@
-"""Start of processes: faults of the system, and what a new process imports of the one that starts it."""
+"""Start of processes: faults of the system, the surroundings of a worker, and what it imports of its parent."""
 
+import signal
 import sys
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from avcil_dist.errors import WorldError
+from avcil_dist.system.standard_error import keep_standard_error
 
 
 @contextmanager
@@ -19,6 +21,12 @@ def starting_process(purpose: str) -> Iterator[None]:
             f"{purpose}: no process can be started ({reason}); is memory short, or a limit of processes or files "
             "reached (ulimit -a)? Run the same command again"
         ) from None
+
+
+def settle_worker() -> None:
+    """Prepare this worker process: a full or closed standard error ends nothing, and its parent handles interrupts."""
+    keep_standard_error()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager

@@ -2,12 +2,21 @@
 
 import os
 import signal
+import sys
 import time
 
 from avcil_dist.data.transforms import ClipTransform
 from avcil_dist.errors import DataError
 
 SEGFAULT, ONCE, BUG, DAMAGED = b"crash the decoder", b"crash it once: ", b"a bug", b"damaged"
+NOISY = b"a line on a full standard error"
+
+
+def write_to_full_standard_error() -> None:
+    """Write a line where the disk behind the standard error of this worker process is full."""
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+    sys.stderr.write("a line\n")
+    sys.stderr.flush()
 
 
 class LethalTransform(ClipTransform):
@@ -24,6 +33,9 @@ class LethalTransform(ClipTransform):
                 os.close(os.open(path, os.O_CREAT))
                 os.kill(os.getpid(), signal.SIGKILL)
                 time.sleep(60)
+        if content.startswith(NOISY):
+            write_to_full_standard_error()
+            content = content.removeprefix(NOISY)
         if content.startswith(BUG):
             raise ZeroDivisionError
         if content.startswith(DAMAGED):

@@ -22,7 +22,7 @@ from avcil_dist.data.manifest import Manifest, load_manifest
 from avcil_dist.data.sampler import FixedSampler
 from avcil_dist.errors import ConfigError
 from data_shards.shard_writer import write_shard
-from tests.helpers.lethal import BUG, DAMAGED, ONCE, SEGFAULT, LethalTransform
+from tests.helpers.lethal import BUG, DAMAGED, NOISY, ONCE, SEGFAULT, LethalTransform
 from tests.helpers.rendered import tiny_clip
 
 pytestmark = pytest.mark.slow  # every test starts processes
@@ -64,7 +64,15 @@ def test_clip_that_crashes_its_decoder_is_skipped_and_named(tmp_path: Path, monk
     expected = _batches(_manifest(tmp_path / "good", good), 0)
     monkeypatch.setattr(layout, "ClipTransform", LethalTransform)
     marker = tmp_path / "ended once"
-    contents = [*good[:2], SEGFAULT, *good[3:5], DAMAGED, ONCE + os.fsencode(marker) + b"\n" + good[6], good[7]]
+    contents = [
+        *good[:2],
+        SEGFAULT,
+        NOISY + good[3],
+        good[4],
+        DAMAGED,
+        ONCE + os.fsencode(marker) + b"\n" + good[6],
+        good[7],
+    ]
     lethal = dict[int, str]()
     batches = _batches(_manifest(tmp_path / "bad", contents), 2, lethal=lethal)
     assert marker.exists()

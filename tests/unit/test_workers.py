@@ -5,15 +5,18 @@ import pytest
 
 from avcil_dist.errors import DataError
 from data_shards.workers import MarkStart, map_in_workers
+from tests.helpers.lethal import write_to_full_standard_error
 
 
 def _double(item: list[int], crashed: frozenset[int], mark_start: MarkStart) -> list[int]:
-    """Twice each element; 13 crashes the process as a broken decoder does, 99 as a system without memory."""
+    """Twice each element; 13 crashes the process as a broken decoder does, 99 as a system without memory, 21 writes."""
     doubled = []
     for position, element in enumerate(item):
         mark_start(position)
         if position in crashed:
             continue
+        if element == 21:
+            write_to_full_standard_error()
         if element in (13, 99):
             os.kill(os.getpid(), signal.SIGSEGV if element == 13 else signal.SIGKILL)
         doubled.append(2 * element)
@@ -42,10 +45,10 @@ def test_results_are_in_the_order_of_the_items() -> None:
 
 @pytest.mark.slow
 def test_only_elements_that_crash_a_worker_are_left_out() -> None:
-    items = [[1, 2], [3, 13, 7], [8], [13, 13, 13, 13, 4]]
+    items = [[1, 2], [3, 13, 7], [21], [13, 13, 13, 13, 4]]
     crashes: list[tuple[int, frozenset[int]]] = []
     results = map_in_workers(_double, items, processes=2, on_crash=lambda *crash: crashes.append(crash))
-    assert results == [[2, 4], [6, 14], [16], [8]]
+    assert results == [[2, 4], [6, 14], [42], [8]]
     assert dict(crashes) == {1: {1}, 3: {0, 1, 2, 3}}
     assert len(crashes) == 5
 

@@ -10,7 +10,7 @@ from avcil_dist.streams.artifact import load_artifact
 from tests.helpers.ranks import run_ranks
 from tests.helpers.streams import run_streams, write_config
 
-METHODS = ("lwf", "icarl", "afc")
+METHODS = ("lwf", "icarl", "afc", "memo")
 STEPS = [2, 4]
 
 

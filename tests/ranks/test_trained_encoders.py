@@ -1,4 +1,4 @@
-"""Frozen, partly and fully trained encoders under DeepSpeed: every ZeRO stage updates them as plain torch does."""
+"""Frozen and trained parts and adapters of encoders under DeepSpeed: every ZeRO stage updates them as plain torch does."""
 
 from typing import NamedTuple
 
@@ -17,7 +17,8 @@ from tests.helpers.ranks import CPU, run_ranks
 CLIP = ClipConfig(frames=4, size=32, mel_frames=64, mel_bins=32)
 TINY = {"weights": "random", "dim": 24, "depth": 3, "heads": 2}
 FROZEN, PARTIAL, FULL = {"train": "frozen"}, {"train": "partial", "last_blocks": 1}, {"train": "full"}
-PAIRS = {"partial and full": (PARTIAL, FULL), "frozen and partial": (FROZEN, PARTIAL)}
+ADAPTERS = {"train": "adapters", "adapter_rank": 4}
+PAIRS = {"partial and full": (PARTIAL, FULL), "frozen and adapters": (FROZEN, ADAPTERS)}
 OPTIM = OptimConfig(lr=1e-3, layer_decay=0.5)
 STAGES = (0, 1, 2, 3)
 

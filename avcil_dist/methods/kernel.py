@@ -137,7 +137,7 @@ class Kernel(ClosedFormMethod):
             return self._solve_landmarks(ranks)[None]
         if ranks.size == 1 or count <= ROWS or self.options.keep_factor:
             return ranks.make_together(self._solve_whole)
-        return solve_in_row_blocks(self._block, self._targets(), ranks)[None]
+        return solve_in_row_blocks(self._block, self._targets(), ranks, rows=ROWS)[None]
 
     def _solve_whole(self) -> Tensor:
         """(1, N, C). The factor of the earlier steps' rows is extended by those of this step."""
@@ -177,7 +177,7 @@ class Kernel(ClosedFormMethod):
                 yield kernel(rows), targets[rows]
 
         factor = ranks.make_together(lambda: landmark_factor(kernel(landmarks)))
-        own = own_blocks(len(self.labels), ranks).values()
+        own = own_blocks(len(self.labels), ranks, ROWS).values()
         sums = landmark_sums(factor, batches(own), self.context.num_seen)
         for total in sums:
             ranks.add_up(total)

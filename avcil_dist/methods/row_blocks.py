@@ -16,12 +16,12 @@ from avcil_dist.methods.base import Ranks
 ROWS = 1024  # of a block
 
 
-def row_blocks(size: int, rows: int = ROWS) -> list[slice]:
+def row_blocks(size: int, rows: int) -> list[slice]:
     """Return the blocks of a matrix of `size` rows, in order."""
     return [slice(first, min(first + rows, size)) for first in range(0, size, rows)]
 
 
-def own_blocks(size: int, ranks: Ranks, rows: int = ROWS) -> dict[int, slice]:
+def own_blocks(size: int, ranks: Ranks, rows: int) -> dict[int, slice]:
     """Return the blocks of this rank by their numbers."""
     return {number: block for number, block in enumerate(row_blocks(size, rows)) if number % ranks.size == ranks.rank}
 
@@ -32,7 +32,7 @@ def cholesky(matrix: Tensor) -> Tensor:
     return _checked(factor.fill_(torch.nan) if info.item() else factor)
 
 
-def solve_in_row_blocks(make: Callable[[slice], Tensor], targets: Tensor, ranks: Ranks, *, rows: int = ROWS) -> Tensor:
+def solve_in_row_blocks(make: Callable[[slice], Tensor], targets: Tensor, ranks: Ranks, *, rows: int) -> Tensor:
     """Return A⁻¹Y (N, C) for targets Y (N, C), on all ranks; A is symmetric and positive definite.
 
     `make` returns the rows of a block, as new memory, (block, columns up to its diagonal). Raises ConfigError on all

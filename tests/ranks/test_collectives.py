@@ -7,8 +7,11 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from avcil_dist.errors import ConfigError, DataError
-from avcil_dist.methods.base import OneRank
+from avcil_dist.methods import kernel
+from avcil_dist.methods.base import OneRank, StepContext
 from avcil_dist.methods.row_blocks import solve_in_row_blocks
+from avcil_dist.models.outputs import Output
+from avcil_dist.scenario import Scenario
 from avcil_dist.training.collectives import (
     GroupRanks,
     broadcast_json,
@@ -52,14 +55,25 @@ def test_mean_of_gradients_over_ranks_is_the_gradient_of_the_global_loss() -> No
     assert run_ranks(_gradient_of_a_global_loss, 2) == [(loss.item(), weight.grad.item())] * 2
 
 
-def _solve(world: World) -> tuple[torch.Tensor, str]:
+def _solve(world: World) -> tuple[torch.Tensor, str, torch.Tensor]:
     matrix, targets = _system()
     ranks = GroupRanks(torch.device("cpu"))
     broken = matrix - 1e3 * torch.diag(torch.arange(23) == 22)  # in the last block, which rank 0 has
     with pytest.raises(ConfigError) as raised:
         solve_in_row_blocks(lambda rows: broken[rows, : rows.stop].clone(), targets, ranks, rows=5)
     found = solve_in_row_blocks(lambda rows: matrix[rows, : rows.stop].clone(), targets, ranks, rows=5)
-    return found, str(raised.value)
+    kernel.ROWS = 5  # so that few clips are several blocks, in this process alone
+    return found, str(raised.value), _method().solve_together(ranks)
+
+
+def _method() -> kernel.Kernel:
+    """The kernel method with 23 clips of three classes, before it solves."""
+    method, random = kernel.Kernel(kernel.Kernel.Options()), torch.Generator().manual_seed(0)
+    method.begin_step(StepContext(Scenario((("a", "b", "c"),)), 0))
+    sound, tokens = torch.randn(23, 6, generator=random), torch.randn(23, 2, 6, generator=random)
+    method.accumulate(Output(torch.zeros(23, 0), sound, tokens), torch.arange(23) % 3)
+    method.statistics()
+    return method
 
 
 def _system() -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,13 +85,15 @@ def _system() -> tuple[torch.Tensor, torch.Tensor]:
 def test_a_system_in_row_blocks_of_ranks_has_the_solution_of_one_process() -> None:
     matrix, targets = _system()
     expected = np.linalg.solve(matrix.numpy(), targets.numpy())
-    (one, fault), (two, fault_of_other) = run_ranks(_solve, 2)
+    (one, fault, weights), (two, fault_of_other, weights_of_other) = run_ranks(_solve, 2)
     np.testing.assert_allclose(one.numpy(), expected, rtol=1e-9, atol=1e-12)
     assert torch.equal(one, two)
     assert fault == fault_of_other
     assert fault.startswith("method.gamma is too small")
     alone = solve_in_row_blocks(lambda rows: matrix[rows, : rows.stop].clone(), targets, OneRank(), rows=5)
     assert torch.equal(alone, one)
+    assert torch.equal(weights, weights_of_other)
+    torch.testing.assert_close(weights, _method().solve(), rtol=1e-5, atol=1e-6)  # kernels are in float32
 
 
 def _decide(world: World) -> str:

@@ -1,4 +1,4 @@
-"""Frozen and trained parts and adapters of encoders under DeepSpeed: every ZeRO stage updates them as plain torch does."""
+"""Frozen, trained and adapted encoders under DeepSpeed: every ZeRO stage updates them as plain torch does."""
 
 from typing import NamedTuple
 

@@ -13,8 +13,9 @@ from avcil_dist.compose import load_config
 from avcil_dist.config.schema import MethodConfig
 from avcil_dist.errors import ArtifactError, ConfigError
 from avcil_dist.methods import make_method
-from avcil_dist.methods.base import StepContext
+from avcil_dist.methods.base import OneRank, StepContext
 from avcil_dist.methods.kernel import COMPARED, Kernel, median_distance
+from avcil_dist.methods.row_blocks import solve_in_row_blocks
 from avcil_dist.models.outputs import Output
 from avcil_dist.scenario import Scenario
 from avcil_dist.training.preflight import preflight
@@ -161,6 +162,16 @@ def test_equal_clips_as_landmarks_have_finite_scores() -> None:
     method.statistics()
     method.choose(method.solve(), [])
     assert method.scores(output_of(audio, None)).isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [1, 5, 23, 64])
+def test_a_system_is_solved_in_blocks_of_any_size(rows: int) -> None:
+    random = torch.Generator().manual_seed(0)
+    factor, targets = (torch.randn(23, width, generator=random, dtype=torch.float64) for width in (30, 3))
+    matrix, given = factor @ factor.T, targets.clone()
+    found = solve_in_row_blocks(lambda block: matrix[block, : block.stop].clone(), targets, OneRank(), rows=rows)
+    np.testing.assert_allclose(found.numpy(), np.linalg.solve(matrix.numpy(), given.numpy()), rtol=1e-9, atol=1e-12)
+    assert torch.equal(targets, given)
 
 
 @pytest.mark.parametrize("modality", ["audio", "visual"])

@@ -47,9 +47,13 @@ class Case(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Losses, weights, the first gradient, the rank's optimizer; the teacher before and after, and its share here."""
+    """Losses, weights, gradients, the rank's optimizer; the teacher before and after, and its share here.
+
+    `norms` are those that the engine reports, of each iteration; `gradient` is that of the first one.
+    """
 
     losses: list[float]
+    norms: list[float]
     weights: dict[str, Tensor]
     gradient: dict[str, Tensor]
     optimizer: dict[str, Tensor | float]
@@ -135,14 +139,16 @@ def run(world: World, case: Case) -> Run:
     rows = rows_at_a_time(first.num_current, len(first.labels) - first.num_current, config.micro_batch)
     optim = OptimConfig(lr=LR, weight_decay=0)
     engine = Engine(student, build_optimizer(student, optim), config=config, rows=rows, world=world, device=CPU)
-    losses, gradient, optimizer = [], {}, {}
+    losses, norms, gradient, optimizer = [], [], {}, {}
     take_step = engine.step
 
     def step(*, with_norm: bool = False) -> bool:
         if not losses:
             found = {name: safe_get_full_grad(value) for name, value in student.named_parameters()}
             gradient.update({name: value.clone() for name, value in found.items() if value is not None})
-        return take_step(with_norm=with_norm)
+        is_finite = take_step(with_norm=True)
+        norms.append(float(engine.gradient_norm))
+        return is_finite
 
     engine.step = step
     engine.network.train()
@@ -154,7 +160,7 @@ def run(world: World, case: Case) -> Run:
             optimizer = engine.optimizer_state()
     share = sum(getattr(value, "ds_tensor", value).numel() for value in old.parameters())
     share /= sum(value.numel() for value in before.values())
-    result = Run(losses, engine.state(), gradient, optimizer, (before, whole_state(teacher.network)), share)
+    result = Run(losses, norms, engine.state(), gradient, optimizer, (before, whole_state(teacher.network)), share)
     engine.close()
     return result
 
@@ -243,6 +249,18 @@ def test_the_gradient_is_clipped_by_its_norm_over_all_ranks(
         for runs in ([one[name]], shares):
             assert norm_of_first_moments(runs) == pytest.approx(0.1 * 0.01, rel=1e-3), name
     assert norm_of_first_moments([one["float32 0"]]) > 0.01
+
+
+def test_the_reported_gradient_norm_is_that_of_the_gradient_on_any_number_of_ranks(
+    one: Mapping[str, Run], two: list[Mapping[str, Run]]
+) -> None:
+    for name, case in CASES.items():
+        if case.encoders == "features" and case.method == "avcil":
+            exact = sum(gradient.square().sum() for gradient in one["float32 0"].gradient.values()) ** 0.5
+            tolerance = 0.05 if "precision" in case.settings else 1e-4
+            for found in (one, *two):
+                assert found[name].norms[0] == pytest.approx(float(exact), rel=tolerance), name
+                assert len(found[name].norms) == ITERATIONS
 
 
 def test_fp16_divides_the_gradient_by_the_loss_scale(one: Mapping[str, Run], two: list[Mapping[str, Run]]) -> None:

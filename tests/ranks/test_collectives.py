@@ -14,6 +14,7 @@ from avcil_dist.models.outputs import Output
 from avcil_dist.scenario import Scenario
 from avcil_dist.training.collectives import (
     GroupRanks,
+    Votes,
     broadcast_json,
     collect_texts,
     decide_together,
@@ -53,6 +54,18 @@ def test_mean_of_gradients_over_ranks_is_the_gradient_of_the_global_loss() -> No
     loss.backward()
     assert weight.grad is not None
     assert run_ranks(_gradient_of_a_global_loss, 2) == [(loss.item(), weight.grad.item())] * 2
+
+
+def _votes(world: World) -> tuple[tuple[bool, ...], list[float], int]:
+    votes = Votes(timeout_minutes=1)
+    any_rank = votes.any(world.rank == 1, False)
+    return any_rank, votes.maxima([float(world.rank), -2.5 * world.rank]), votes.total(3 + world.rank)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_votes_are_of_all_ranks(size: int) -> None:
+    expected = {1: ((False, False), [0.0, 0.0], 3), 2: ((True, False), [1.0, 0.0], 7)}
+    assert run_ranks(_votes, size) == [expected[size]] * size
 
 
 def _solve(world: World) -> tuple[torch.Tensor, str, torch.Tensor]:

@@ -42,6 +42,9 @@ OWN_OPTIONS: Mapping[str, str | None] = {
 Name = Annotated[str, StringConstraints(pattern=r"^[\w.@+][\w.,:@+-]*$")]
 Features = Annotated[str, StringConstraints(pattern=r"^[\w.,:@+&|*!()\[\]= -]+$")]
 Text = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f\\]*$")]
+# An image: a path, or a name in a registry; and a folder of the host, with one of the container, and with its rights.
+Image = Annotated[str, StringConstraints(pattern=r"^[\w./][\w./:@#+~=-]*$")]
+Mount = Annotated[str, StringConstraints(pattern=r"^/[\w./@+~=-]*(:/[\w./@+~=-]*(:(ro|rw))?)?$")]
 Gigabytes = Annotated[float, Field(gt=0, le=1e6)]
 Hours = Annotated[float, Field(gt=0, le=100_000)]
 OptionName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]*$")]
@@ -81,6 +84,16 @@ class ClusterConfig(Section):
     setup: Annotated[list[str], ShellLines] = Field(
         [], description="shell lines before the ranks start, such as `module load cuda`; they are executed as they are"
     )
+    container: Image | None = Field(
+        None, description="image that the ranks run in: a .sif or docker://… for Apptainer, a .sqsh or a name for Pyxis"
+    )
+    mounts: list[Mount] = Field(
+        [],
+        description="folders in the container, such as /data or /scratch/shards:/shards:ro",
+    )
+    python: PathText | None = Field(
+        None, description="interpreter of the ranks; default: that of the submission, in a container `python`"
+    )
     signal_seconds: PositiveInt = Field(120, description="time between the warning of a job and its time limit")
     max_requeues: int = Field(10, ge=0, description="restarts of a step's job before the step counts as failed")
     max_parallel: PositiveInt = Field(4, description="streams of a sweep that run at the same time")
@@ -107,6 +120,12 @@ class ClusterConfig(Section):
                     f"hours={hours:g} is {hours * 3600:.0f} s: a job is warned signal_seconds={self.signal_seconds} s "
                     f"before its limit and needs {START_SECONDS} s to start; raise hours, or lower signal_seconds"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _mount_in_a_container(self) -> "ClusterConfig":
+        if self.mounts and self.container is None:
+            raise ValueError("mounts are those of a container; set container too, or leave mounts out")
         return self
 
     @model_validator(mode="after")

@@ -50,7 +50,9 @@ def script(cluster: ClusterConfig, step: int, code: str | None, dependency: str 
         dependency=dependency,
     )
     folder = f"{JOBS}/step_{step:03d}"
-    return sbatch_text(parameters, folder=folder, command=rank_command(PYTHON, folder, "0123abcd.pkl"))
+    return sbatch_text(
+        parameters, folder=folder, command=rank_command(cluster.at(step), PYTHON, JOBS, folder, "0123abcd.pkl")
+    )
 
 
 @pytest.mark.parametrize(

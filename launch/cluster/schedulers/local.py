@@ -37,7 +37,10 @@ class LocalScheduler:
     """The local machine; a chain is identified by its folder."""
 
     def check(self, cluster: ClusterConfig) -> None:
-        """Raise ConfigError for more than one node."""
+        """Raise ConfigError for more than one node, and for a container."""
+        if cluster.container or cluster.python:
+            setting = "container" if cluster.container else "python"
+            raise ConfigError(f"cluster file: {setting}: kind: local runs jobs with this Python; use kind: slurm")
         for step in sorted({0, *cluster.steps}):
             nodes = cluster.at(step).nodes
             if nodes > 1:

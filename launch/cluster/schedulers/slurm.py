@@ -86,7 +86,7 @@ class SlurmScheduler:
     def script(self, chain: Chain, cluster: ClusterConfig, step: int, previous: str | None) -> str:
         """Return the script that sbatch receives."""
         dependency = f"afterok:{previous}" if previous else None
-        return _script(chain, step, _parameters(chain, cluster, step, dependency), "PICKLED_RANKS")
+        return _script(chain, cluster, step, _parameters(chain, cluster, step, dependency), "PICKLED_RANKS")
 
     def options(self, chain: Chain, cluster: ClusterConfig, step: int, previous: str | None) -> dict[str, str]:
         """See `Scheduler.options`."""
@@ -142,16 +142,17 @@ def _sbatch(run: StepRun, cluster: ClusterConfig, chain: Chain, dependency: str 
     DelayedSubmission(RankEntry(run, chain.folder, chain.kind)).dump(ranks)
     parameters = _parameters(chain, cluster, run.step, dependency)
     script = ranks.with_suffix(".sh")
-    script.write_text(_script(chain, run.step, parameters, ranks.name))
+    script.write_text(_script(chain, cluster, run.step, parameters, ranks.name))
     try:
         return slurm_commands.submit_script(script, sbatch_options(parameters))
     except SchedulerError as error:
         raise SchedulerError(f"step {run.step}: {error}") from None
 
 
-def _script(chain: Chain, step: int, parameters: dict[str, Any], ranks: str) -> str:
+def _script(chain: Chain, cluster: ClusterConfig, step: int, parameters: dict[str, Any], ranks: str) -> str:
     folder = str(chain.log_folder(step))
-    return sbatch_text(parameters, folder=folder, command=rank_command(sys.executable, folder, ranks))
+    command = rank_command(cluster.at(step), sys.executable, chain.folder, folder, ranks)
+    return sbatch_text(parameters, folder=folder, command=command)
 
 
 def _parameters(chain: Chain, cluster: ClusterConfig, step: int, dependency: str | None) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 import math
 import shlex
 import sys
+from pathlib import Path
 
+from launch.cluster.container import python_words, single_python_words, srun_words
 from launch.cluster.part_jobs import MERGE, PROGRAM, PartJobs
 from launch.cluster.resources import ClusterConfig
 
@@ -26,7 +28,13 @@ def merge_text(cluster: ClusterConfig, work: PartJobs, array: str) -> str:
         "dependency": f"afterok:{array}",
         "kill-on-invalid-dep": "yes",
     }
-    return _text(cluster, work, options, shlex.join([sys.executable, "-m", PROGRAM, *work.merge]), MERGE)
+    return _text(
+        cluster,
+        work,
+        options,
+        shlex.join([*single_python_words(cluster, _folders(work), sys.executable), "-m", PROGRAM, *work.merge]),
+        MERGE,
+    )
 
 
 def option_names(cluster: ClusterConfig, work: PartJobs) -> list[str]:
@@ -58,10 +66,15 @@ def _options(cluster: ClusterConfig, work: PartJobs) -> dict[str, str]:
 
 
 def _python(cluster: ClusterConfig, work: PartJobs) -> list[str]:
-    program = [sys.executable, "-m", PROGRAM]
+    folders = _folders(work)
     if work.ranks == cluster.nodes == 1:
-        return program
-    return ["srun", "--export=ALL", f"--cpus-per-task={cluster.cpus_per_task}", "--kill-on-bad-exit=1", *program]
+        return [*single_python_words(cluster, folders, sys.executable), "-m", PROGRAM]
+    srun = ["srun", "--export=ALL", f"--cpus-per-task={cluster.cpus_per_task}", "--kill-on-bad-exit=1"]
+    return [*srun, *srun_words(cluster, folders), *python_words(cluster, folders, sys.executable), "-m", PROGRAM]
+
+
+def _folders(work: PartJobs) -> list[Path]:
+    return [Path(folder) for folder in (work.folder, work.working, work.code) if folder]
 
 
 def _text(cluster: ClusterConfig, work: PartJobs, options: dict[str, str], command: str, name: str) -> str:

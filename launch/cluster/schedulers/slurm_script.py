@@ -5,10 +5,12 @@ Pure: it runs no command of SLURM and writes nothing.
 
 import math
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from avcil_dist.exit_codes import USER_ERROR
+from launch.cluster.container import python_words, single_python_words, srun_words
 from launch.cluster.resources import ClusterConfig
 
 WAIT_SECONDS = 3600  # rank 0 uploads results after the others have ended; a rank that still runs then is lost
@@ -18,14 +20,23 @@ LATE_SHARE = 4  # ranks have all but this part of the time between warning and l
 
 
 def sbatch_parameters(
-    cluster: ClusterConfig, step: int, *, name: str, code: str | None, prefix: str, python: str, dependency: str | None
+    cluster: ClusterConfig,
+    step: int,
+    *,
+    name: str,
+    code: str | None,
+    prefix: str,
+    python: str,
+    dependency: str | None,
 ) -> dict[str, Any]:
     """Return the parameters of submitit's SLURM executor for a step's job.
 
     `code`: the folder that comes first on Python's path. `prefix`: the path of the step's status files without
-    their ending. `python`: the interpreter. `dependency`: in the syntax of sbatch.
+    their ending. `python`: the interpreter of the submission. `dependency`: in the syntax of sbatch.
     """
     resources = cluster.at(step)
+    folders = job_folders(str(Path(prefix).parent))
+    end_python = single_python_words(resources, folders, python)
     parameters = {
         "job_name": name,
         "partition": resources.partition,
@@ -41,12 +52,13 @@ def sbatch_parameters(
         "dependency": dependency,
         "signal_delay_s": resources.signal_seconds,
         "setup": _setup(resources, code, step),
-        "teardown": _teardown(step, prefix, resources.max_requeues, python),
+        "teardown": _teardown(step, prefix, resources.max_requeues, end_python),
         "srun_args": [
             "--export=ALL",  # the script's environment, whatever `export` or SLURM_EXPORT_ENV the job has
             f"--cpus-per-task={resources.cpus_per_task}",  # srun does not take it from the job
             "--kill-on-bad-exit=1",
             f"--wait={WAIT_SECONDS}",
+            *srun_words(resources, folders),
         ],
         "stderr_to_stdout": True,
         "additional_parameters": {
@@ -66,9 +78,15 @@ def sbatch_options(parameters: dict[str, Any]) -> dict[str, str]:
     return {key: "" if value is True else str(value) for key, value in values.items()}
 
 
-def rank_command(python: str, folder: str, ranks: str) -> str:
+def job_folders(chain_folder: str) -> list[Path]:
+    """Return the folders of each container: that which holds the chain's, of the stream or of the cluster file."""
+    return [Path(chain_folder).parent]
+
+
+def rank_command(cluster: ClusterConfig, python: str, chain_folder: str, folder: str, ranks: str) -> str:
     """Return the command of a rank; `ranks` is the file in `folder` with the pickled ranks."""
-    return f"{shlex.quote(python)} -u -m launch.cluster.rank_main {shlex.quote(folder)} {ranks}"
+    words = python_words(cluster, job_folders(chain_folder), python)
+    return shlex.join([*words, "-u", "-m", "launch.cluster.rank_main", folder, ranks])
 
 
 def sbatch_text(parameters: dict[str, Any], *, folder: str, command: str) -> str:
@@ -114,7 +132,7 @@ def _setup(cluster: ClusterConfig, code: str | None, step: int) -> list[str]:
     ]
 
 
-def _teardown(step: int, prefix: str, max_requeues: int, python: str) -> list[str]:
+def _teardown(step: int, prefix: str, max_requeues: int, python: Sequence[str]) -> list[str]:
     """Shell lines after the ranks have ended: success, failure, or another start.
 
     srun's exit code is not enough: it is 0 where a node's daemon was lost. A job that SLURM itself is ending
@@ -131,7 +149,7 @@ def _teardown(step: int, prefix: str, max_requeues: int, python: str) -> list[st
         'if scontrol show job -o "$SLURM_JOB_ID" | grep -q " JobState=RUNNING "; then',
         '  again "exit code $code"',
         f'  starts="$((${{SLURM_RESTART_COUNT:-0}} + 1)) starts (exit code $code); max_requeues={max_requeues}"',
-        f"  {shlex.quote(python)} -m launch.cluster.mark_failed {folder} {step} "
+        f"  {shlex.join(python)} -m launch.cluster.mark_failed {folder} {step} "
         f'"step {step} is not done after $starts; see its log"',
         "fi",
         "exit 1",

@@ -117,8 +117,8 @@ def failed_file(folder: str, step: int) -> Path:
 
 
 def mark_failed(folder: str, step: int, text: str) -> None:
-    """Write the status file of a failed step, which ends the chain."""
-    failed_file(folder, step).write_text(f"{text}\n")
+    """Write the status file of a failed step, which ends the chain. Raises StorageError where it cannot be written."""
+    storage.write_bytes(str(failed_file(folder, step)), f"{text}\n".encode())
 
 
 def frozen_config(folder: str) -> Config:

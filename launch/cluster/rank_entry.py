@@ -13,7 +13,7 @@ from functools import partial
 
 from submitit.helpers import DelayedSubmission
 
-from avcil_dist.errors import AvcilError, RankError, StepStopped
+from avcil_dist.errors import AvcilError, RankError, StepStopped, StorageError
 from avcil_dist.exit_codes import REQUEUE, USER_ERROR
 from avcil_dist.streams.stream import stream_url
 from avcil_dist.streams.summary import is_committed
@@ -86,10 +86,13 @@ class RankEntry:
         print_fault(error)
         if isinstance(error, RankError):
             return
-        if is_main:
-            fail_stream(self.run.config, self.folder, self.run.step, str(error))
-        else:
-            mark_failed(self.folder, self.run.step, str(error))
+        try:
+            if is_main:
+                fail_stream(self.run.config, self.folder, self.run.step, str(error))
+            else:
+                mark_failed(self.folder, self.run.step, str(error))
+        except StorageError as fault:  # a full disk, which may be the first error too: the job is started again
+            print_fault(fault)
 
 
 def _end_with_parent() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from submitit.core.job_environment import JobEnvironment
 from submitit.core.submission import process_job
 
-from avcil_dist.errors import ConfigError
+from avcil_dist.errors import ConfigError, StorageError
 from avcil_dist.exit_codes import USER_ERROR
 from avcil_dist.system.signals import STOP_SIGNALS
 from avcil_dist.system.standard_error import keep_standard_error
@@ -45,7 +45,7 @@ def _check_trusted(folder: Path) -> None:
         check_trusted_folder(folder)
     except ConfigError as error:
         sys.stderr.write(f"avcil: {error}\n")
-        with suppress(OSError):  # a folder of another user
+        with suppress(StorageError):  # a folder of another user
             mark_failed(str(folder.parent), int(folder.name.removeprefix("step_")), str(error))
         sys.exit(USER_ERROR)
 

@@ -31,6 +31,7 @@ from avcil_dist.training.exemplar_copies import _try_to_copy
 from data_shards.clip_bytes import read_clip
 from data_shards.listings.listing import ClipFile, FrameSeries
 from data_shards.random_features import make_feature_shards
+from launch.cluster.chain_record import mark_failed
 from launch.cluster.submission_lock import submission_lock
 from tests.helpers.disks import read_only, small_disk
 from tests.helpers.pictures import series
@@ -201,3 +202,6 @@ def test_folder_of_jobs_that_takes_no_file_is_named(tmp_path: Path) -> None:
             submission_lock(stream, tmp_path / "jobs/y"),
         ):
             pass
+    (tmp_path / "chain").mkdir()
+    with read_only(tmp_path / "chain"), pytest.raises(StorageError, match=r"step_002\.failed: cannot be written"):
+        mark_failed(f"{tmp_path}/chain", 2, "an error")

@@ -103,7 +103,7 @@ def run_stream(
 
 
 def _rank_processes(device_type: str) -> BaseContext:
-    """Return the context that starts the ranks; its fork server begins its imports, while this process goes on."""
+    """Return the context that starts the ranks; its fork server begins its imports, while this process continues."""
     name_accelerator(device_type)
     if device_type == "cuda":  # a forked process cannot use a GPU that its parent has initialised
         return multiprocessing.get_context("spawn")

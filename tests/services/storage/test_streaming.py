@@ -82,10 +82,10 @@ def test_clips_are_built_to_s3_and_a_stream_is_trained_from_there(s3: str, tmp_p
     runs = client.search_runs([found.experiment_id for found in client.search_experiments()])
     [first] = [run.data.metrics for run in runs if run.data.tags.get("avcil.step") == "0"]
     trained_on = [shard for shard in shards if shard.split == "train" and shard.class_name == shards[0].class_name]
-    assert first["data/cache_misses"] == len(trained_on) == 2  # of both ranks together
-    assert first["data/fetched_bytes"] == sum(shard.bytes for shard in trained_on)
-    assert first["data/stall_seconds"] > 0
-    assert "data/retries" not in first  # a counter that is always zero is not logged
+    assert first["epoch_data/cache_misses"] == len(trained_on) == 2  # of both ranks together
+    assert first["epoch_data/fetched_bytes"] == sum(shard.bytes for shard in trained_on)
+    assert first["epoch_data/stall_seconds"] > 0
+    assert "epoch_data/retries" not in first  # a counter that is always zero is not logged
 
 
 def test_a_missing_shard_ends_the_command_with_one_line_and_exit_code_2(s3: str, tmp_path: Path) -> None:

@@ -165,9 +165,9 @@ class Kernel(ClosedFormMethod):
 
     def _solve_landmarks(self, ranks: Ranks, only: str | None = None) -> Tensor:
         """(m, C) of the landmarks; `only`: of the kernel of one modality. A rank sums over its blocks of rows."""
-        landmarks, targets = self.landmarks, self._targets()
-        assert landmarks is not None
-        landmarks = landmarks.to(self.labels.device)
+        assert self.landmarks is not None
+        device = self.features[only or next(iter(self.features))].device  # scores may have moved some
+        landmarks, targets = self.landmarks.to(device), self._targets().to(device)
 
         def kernel(rows: slice | Tensor) -> Tensor:
             return self._kernel(self._clips(rows, only), landmarks) + 1

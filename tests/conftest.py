@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from xdist.scheduler import LoadScopeScheduling
 
 TESTS = Path(__file__).parent
@@ -43,7 +45,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FileScheduli
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test by its folder; a unit test is fast unless it is marked as slow."""
+    """Mark each test by its folder; a unit test is fast unless it is marked as slow. The tests of SLURM come first.
+
+    They take the longest in one process.
+    """
+    items.sort(key=lambda item: item.path.parent.name != "slurm")
     for item in items:
         folder = item.path.relative_to(TESTS).parts[0]
         if folder != "unit":
@@ -60,6 +66,17 @@ def reference() -> Iterator[Any]:
     folder = Path(tempfile.mkdtemp(prefix="avcil-reference-"))  # other users cannot read pytest's own folders
     yield reference_run(folder)
     shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> Iterator[None]:
+    """A process group of this process alone. DeepSpeed keeps the first group that it sees, and is made to forget it."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+    for name, kept in (("deepspeed.comm.comm", "cdb"), ("deepspeed.utils.groups", "_WORLD_GROUP")):
+        if name in sys.modules:
+            setattr(sys.modules[name], kept, None)
 
 
 @pytest.fixture(autouse=True)

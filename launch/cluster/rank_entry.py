@@ -13,6 +13,7 @@ from functools import partial
 
 from submitit.helpers import DelayedSubmission
 
+from avcil_dist import storage
 from avcil_dist.errors import AvcilError, RankError, StepStopped, StorageError
 from avcil_dist.exit_codes import REQUEUE, USER_ERROR
 from avcil_dist.streams.stream import stream_url
@@ -69,16 +70,18 @@ class RankEntry:
                 run.run(world, report)
             elif world.is_main:
                 open_run(config)  # publishes the results of a job that was killed between commit and upload
+            if world.is_main:
+                if run.step + 1 == run.num_steps:
+                    close_run(config, None)
+                done = done_file(self.folder, run.step)
+                with storage.writing(done):
+                    done.touch()
         except StepStopped as stopped:
             _logger.info("avcil: %s", stopped)
             return REQUEUE
         except AvcilError as error:
             report(error)
             return REQUEUE if isinstance(error, RankError) else USER_ERROR
-        if world.is_main:
-            if run.step + 1 == run.num_steps:
-                close_run(config, None)
-            done_file(self.folder, run.step).touch()
         return 0
 
     def _report(self, error: AvcilError, *, is_main: bool) -> None:

@@ -34,7 +34,8 @@ class Daemons:
         """Start a daemon in a session of its own, unless it runs already; its output is written to log/NAME.out."""
         if self.is_running(name):
             return
-        with (self.folder / "log" / f"{name}.out").open("ab") as output:
+        log = self.folder / "log" / f"{name}.out"
+        with storage.writing(log, storage.REFUSED), log.open("ab") as output:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,

@@ -20,6 +20,8 @@ from avcil_dist.training.closed_form import train_closed_form
 from avcil_dist.training.exemplars import exemplar_clips, exemplar_features, update_memory
 from avcil_dist.training.inference_pass import ClassFeatures
 
+pytestmark = pytest.mark.usefixtures("one_rank")
+
 SCENARIO = Scenario((("a", "b"), ("c",)))
 # Clip numbers by class and split; the label is that of the class.
 CLIPS = {
@@ -104,13 +106,6 @@ class Recording(ClosedFormMethod):
 
     def choose(self, candidates: Tensor, accuracies: Sequence[float]) -> None:
         self.chosen = candidates[:, 0].tolist(), list(accuracies)
-
-
-@pytest.fixture(autouse=True)
-def _one_rank() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def make_step(method: object, number: int = 1, *, size: int = 4, selection: str = "published", **more: Any) -> Any:

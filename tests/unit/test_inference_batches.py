@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from avcil_dist.data.batch import Batch
 from avcil_dist.data.sampler import Request
@@ -16,14 +15,9 @@ from avcil_dist.training import inference_pass
 from avcil_dist.training.inference_pass import InferencePass
 from avcil_dist.world import World
 
+pytestmark = pytest.mark.usefixtures("one_rank")
+
 CLIPS = np.arange(100, 110)
-
-
-@pytest.fixture(autouse=True)
-def _one_rank() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture

@@ -1,11 +1,10 @@
 """Metrics of single iterations: their interval, and that they change no bit."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from avcil_dist.compose import load_config
 from avcil_dist.config.schema import Config
@@ -16,14 +15,7 @@ from avcil_dist.training.step import step_in_group
 from avcil_dist.world import World
 from tests.helpers.streams import weights_digest, write_config
 
-pytestmark = pytest.mark.slow  # DeepSpeed starts a compiler as it is imported
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_rank() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_rank")]  # DeepSpeed starts a compiler as it is imported
 
 
 class Iterations(Observer):

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
 import time
@@ -316,10 +317,13 @@ def test_jobs_of_other_machines_only_fill_the_queue_of_a_database_and_sync_sends
 
 
 @pytest.mark.slow
-def test_a_database_whose_creation_was_killed_is_created_again(tmp_path: Path) -> None:
+def test_a_database_whose_creation_was_killed_is_created_again(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     command = [sys.executable, "-c", f"from avcil_dist.tracking.client import connect; connect({uri!r})"]
-    with subprocess.Popen(command) as process:
+    without_a_copy = os.environ | {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
+    with subprocess.Popen(command, env=without_a_copy) as process:
         new = tmp_path / "mlflow.db.new"
         while not new.exists() or not new.stat().st_size:
             assert process.poll() is None

@@ -17,7 +17,8 @@ PROJECT = Path(__file__).parents[2]
 OWN = ("avcil_dist", "data_shards", "launch")
 # Imported where they are: triton comes with torch for NVIDIA GPUs, torchcodec is compared with in a benchmark.
 OPTIONAL = {"triton", "torchcodec"}
-PROVIDERS = packages_distributions()  # reads the records of all installed packages
+# From the records of all installed packages; those of the extra `gpu` need not be.
+PROVIDERS = {"pynvml": ["nvidia-ml-py"], **packages_distributions()}
 OF_EXTRAS = {
     "avcil_dist/tracking/trackers/tensorboard.py": "tensorboard",
     "avcil_dist/tracking/trackers/wandb.py": "wandb",

@@ -1,13 +1,11 @@
 """Faults of a step's surroundings, on one rank: one line that names the file, and a step that can be run again."""
 
 import shutil
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from avcil_dist.compose import load_config
 from avcil_dist.config.schema import Config
@@ -22,15 +20,7 @@ from avcil_dist.world import World
 from tests.helpers.disks import read_only
 from tests.helpers.streams import weights_digest, write_config
 
-pytestmark = pytest.mark.slow  # DeepSpeed starts a compiler as it is imported
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_rank() -> Iterator[None]:
-    """One process group for the module: DeepSpeed keeps the first that it sees."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_rank")]  # DeepSpeed starts a compiler as it is imported
 
 
 def _config(folder: Path, name: str = "runs") -> Config:

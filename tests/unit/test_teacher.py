@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from avcil_dist.config.schema import MethodConfig
@@ -24,6 +23,8 @@ from avcil_dist.training.inference_pass import InferencePass
 from avcil_dist.training.teacher import Teacher
 from avcil_dist.training.teacher_cache import TeacherCache, build_teacher_cache
 from avcil_dist.world import World
+
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 CPU, DIM, NOTHING = torch.device("cpu"), 4, None
 SCENARIO = Scenario((("a", "b", "c"), ("d", "e")))
@@ -44,13 +45,6 @@ class Names:
 
 
 MANIFEST: Any = Names()
-
-
-@pytest.fixture(autouse=True)
-def _one_rank() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def batch_of(clips: list[int], valid: list[bool] | None = None) -> Batch:

@@ -1,13 +1,11 @@
 """Training step on one rank: micro-batches give the loss and the gradient of the whole batch."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from avcil_dist.config.schema import MethodConfig
@@ -22,15 +20,10 @@ from avcil_dist.scenario import Scenario
 from avcil_dist.training.teacher import Teacher
 from avcil_dist.training.train_step import StepLosses, gather_batch, split, train_step
 
+pytestmark = pytest.mark.usefixtures("one_rank")
+
 CPU, DIM, CURRENT, EXEMPLARS = torch.device("cpu"), 6, 8, 4
 SCENARIO = Scenario((("a", "b", "c"), ("d", "e")))
-
-
-@pytest.fixture(autouse=True)
-def _one_rank() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 class EngineInOneProcess:

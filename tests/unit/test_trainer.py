@@ -1,14 +1,13 @@
 """Training loop on one rank: metrics of an epoch, the best epoch, and what a snapshot preserves of both."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from avcil_dist import storage
 from avcil_dist.compose import load_config
@@ -31,18 +30,10 @@ from data_shards.random_features import make_feature_shards
 from tests.helpers.features import damage
 from tests.helpers.streams import weights_digest, write_config
 
-pytestmark = pytest.mark.slow  # DeepSpeed starts a compiler as it is imported
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_rank")]  # DeepSpeed starts a compiler as it is imported
 
 CPU = torch.device("cpu")
 PER_EPOCH, EPOCHS = 6, 4  # 72 clips of 3 classes, 12 a batch
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_rank() -> Iterator[None]:
-    """One process group for the module: DeepSpeed keeps the first that it sees."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture
@@ -142,8 +133,9 @@ def test_the_loss_of_an_epoch_is_the_mean_of_its_iterations(config: Config, monk
 
 
 def test_losses_are_checked_in_groups_and_at_the_end_of_an_epoch(
-    config: Config, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    config = resolve(tmp_path, f"tracking.every={PER_EPOCH}")  # a report checks them, too
     sizes: list[int] = []
     check = trainer.Trainer._check_losses
 
@@ -184,7 +176,7 @@ def test_the_network_before_training_is_a_candidate_where_a_method_needs_it(
     accuracies(monkeypatch, [0.5, 0.4, 0.5, 0.4, 0.3])
     stop_after(config, 2 * PER_EPOCH + 3)
     recorder = run(config)
-    assert kept_line(recorder) == "step 0: keeps epoch 0/4, val 50.0%; 1 later ones are as good, the first is kept"
+    assert kept_line(recorder) == "step 0: keeps epoch 0/4, val 50.0%; 1 later one is as good, the first is kept"
     artifact = artifact_of(config)
     assert artifact.metrics.epoch == -1
     assert not artifact.model["classifier.weight"].any()

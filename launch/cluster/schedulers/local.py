@@ -16,6 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from avcil_dist import storage
 from avcil_dist.config.schema import Config
 from avcil_dist.errors import ConfigError, SchedulerError
 from avcil_dist.streams.stream import stream_url
@@ -181,7 +182,8 @@ def start_supervisor(
     command = shlex.join([sys.executable, "-u", "-m", *words])
     script = "\n".join(["set -e", *cluster.setup, f"exec {command}"])
     Path(folder, PID).unlink(missing_ok=True)  # of an earlier supervisor
-    with Path(folder, LOG).open("ab") as log:
+    log_file = Path(folder, LOG)
+    with storage.writing(log_file, storage.REFUSED), log_file.open("ab") as log:
         process = subprocess.Popen(
             ["/bin/bash", "-c", script],
             stdin=subprocess.DEVNULL,
@@ -195,5 +197,5 @@ def start_supervisor(
     deadline = time.monotonic() + START_SECONDS
     while not is_supervised(folder) and not Path(folder, PID).exists():  # a short one may have ended by now
         if process.poll() is not None or time.monotonic() > deadline:
-            raise SchedulerError(f"the jobs did not start; see {Path(folder, LOG)}")
+            raise SchedulerError(f"the jobs did not start; see {log_file}")
         time.sleep(POLL_SECONDS)

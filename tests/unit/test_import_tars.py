@@ -1,6 +1,4 @@
-import io
 import json
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -20,16 +18,7 @@ from data_shards.verify import verify_shards
 from launch.cli.shards import shards
 from tests.helpers.media import media
 from tests.helpers.rendered import render_tiny, tiny_clip
-
-
-def _tar(path: Path, files: dict[str, bytes], mode: str = "w") -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, mode) as tar:  # type: ignore[call-overload]
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return str(path)
+from tests.helpers.tars import write_tar
 
 
 def _json(label: str, split: str = "train") -> bytes:
@@ -71,14 +60,14 @@ def test_import_of_built_shards_gives_their_manifest(tmp_path: Path) -> None:
 
 
 def test_a_tar_that_is_not_below_the_folder_of_the_manifest_is_refused(tmp_path: Path) -> None:
-    url = _tar(tmp_path / "a.tar", {"x.mp4": b"1", "x.json": _json("dog")})
+    url = write_tar(tmp_path / "a.tar", {"x.mp4": b"1", "x.json": _json("dog")})
     with pytest.raises(ConfigError, match=r"a\.tar: not below .*/m, the folder of the manifest"):
         import_tars([url], f"{tmp_path}/m/manifest.json")
     assert not (tmp_path / "m").exists()
 
 
 def test_class_numbers_get_names_and_the_split_is_given(tmp_path: Path) -> None:
-    url = _tar(tmp_path / "a.tar", {"x.mp4": b"1", "x.cls": b"1", "y.mp4": b"22", "y.cls": b"1"})
+    url = write_tar(tmp_path / "a.tar", {"x.mp4": b"1", "x.cls": b"1", "y.mp4": b"22", "y.cls": b"1"})
     named = import_tars([url], f"{tmp_path}/named.json", split="train", classes=["dog", "cat"])
     assert named.classes == ("cat",)
     assert verify_shards(f"{tmp_path}/named.json") == []
@@ -89,7 +78,7 @@ def test_class_numbers_get_names_and_the_split_is_given(tmp_path: Path) -> None:
 
 def test_metadata_without_split_is_verified_by_its_label(tmp_path: Path) -> None:
     files = {"x.mp4": b"1", "x.json": b'{"label": 7}', "y.mp4": b"22", "y.json": b'{"label": 7}'}
-    url = _tar(tmp_path / "a.tar", files)
+    url = write_tar(tmp_path / "a.tar", files)
     assert import_tars([url], f"{tmp_path}/m.json", split="train").classes == ("7",)
     assert verify_shards(f"{tmp_path}/m.json") == []
 
@@ -112,7 +101,7 @@ def test_metadata_without_split_is_verified_by_its_label(tmp_path: Path) -> None
     ],
 )
 def test_tar_that_is_no_clip_shard_is_refused(tmp_path: Path, files: dict[str, bytes], words: str) -> None:
-    url = _tar(tmp_path / "a.tar", files)
+    url = write_tar(tmp_path / "a.tar", files)
     with pytest.raises(DataError, match=words) as raised:
         import_tars([url], f"{tmp_path}/manifest.json")
     if "more than one" in words or "one label" in words:
@@ -123,10 +112,10 @@ def test_tar_that_is_no_clip_shard_is_refused(tmp_path: Path, files: dict[str, b
 def test_compressed_missing_and_repeated_tars_are_refused(tmp_path: Path) -> None:
     files = {"x.mp4": bytes(1000), "x.json": _json("dog")}
     with pytest.raises(DataError, match="not a tar, or cut or compressed"):
-        import_tars([_tar(tmp_path / "a.tar.gz", files, "w:gz")], f"{tmp_path}/manifest.json")
+        import_tars([write_tar(tmp_path / "a.tar.gz", files, "w:gz")], f"{tmp_path}/manifest.json")
     with pytest.raises(DataError, match="missing"):
         import_tars([f"{tmp_path}/gone.tar"], f"{tmp_path}/manifest.json")
-    urls = [_tar(tmp_path / "a.tar", files), _tar(tmp_path / "b.tar", files)]
+    urls = [write_tar(tmp_path / "a.tar", files), write_tar(tmp_path / "b.tar", files)]
     with pytest.raises(DataError, match=r"clip 'x' is in a\.tar too"):
         import_tars(urls, f"{tmp_path}/manifest.json")
     cut = Path(urls[0])
@@ -136,7 +125,7 @@ def test_compressed_missing_and_repeated_tars_are_refused(tmp_path: Path) -> Non
 
 
 def test_manifest_is_never_overwritten(tmp_path: Path) -> None:
-    url = _tar(tmp_path / "a.tar", {"x.mp4": b"", "x.json": _json("dog")})
+    url = write_tar(tmp_path / "a.tar", {"x.mp4": b"", "x.json": _json("dog")})
     import_tars([url], f"{tmp_path}/manifest.json")
     with pytest.raises(ConfigError, match="the manifest exists already"):
         import_tars([url], f"{tmp_path}/manifest.json")
@@ -144,7 +133,7 @@ def test_manifest_is_never_overwritten(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_command_writes_the_manifest(tmp_path: Path) -> None:
-    url = _tar(tmp_path / "a.tar", {"x.mp4": b"", "x.cls": b"0"})
+    url = write_tar(tmp_path / "a.tar", {"x.mp4": b"", "x.cls": b"0"})
     (tmp_path / "names.txt").write_text("dog\n")
     words = [url, "--split", "val", "--classes", f"{tmp_path}/names.txt", "--output", f"{tmp_path}/m.json"]
     result = CliRunner().invoke(shards, ["import-tars", *words, "--processes", "1"])
@@ -161,7 +150,7 @@ def test_tars_of_other_tools_are_imported_by_their_visible_names(tmp_path: Path)
         "mac": {"._k1.cls": bytes(163), "k1.cls": b"0\n", "._k1.mp4": bytes(163), "k1.mp4": clip, ".DS_Store": b"x"},
     }
     for name, files in tars.items():
-        url = _tar(tmp_path / f"{name}.tar", files)
+        url = write_tar(tmp_path / f"{name}.tar", files)
         names = read_class_names(tmp_path / "names.txt")
         manifest = import_tars([url], f"{tmp_path}/{name}.json", split="train", classes=names)
         assert manifest.classes == ("dog",)
@@ -178,7 +167,7 @@ def test_tars_of_other_tools_are_imported_by_their_visible_names(tmp_path: Path)
 def test_damaged_clip_of_an_imported_tar_is_skipped_and_named(tmp_path: Path) -> None:
     clips = {"good": tiny_clip(), "many": media("mp4", seconds=1, rate=48_000, layout="7.1"), "bad": _nan_clip()}
     files = {f"{key}.{ending}": data for key, clip in clips.items() for ending, data in (("mp4", clip), ("cls", b"0"))}
-    manifest = import_tars([_tar(tmp_path / "a.tar", files)], f"{tmp_path}/m.json", split="train")
+    manifest = import_tars([write_tar(tmp_path / "a.tar", files)], f"{tmp_path}/m.json", split="train")
     data = DataConfig(
         decode_workers=0,
         manifest="x",

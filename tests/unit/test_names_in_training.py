@@ -3,9 +3,7 @@
 Each is read from a cut, which `shards build` makes of a csv or of a list of videos, and from a tar of others.
 """
 
-import io
 import json
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -21,6 +19,7 @@ from data_shards.listings.splits import SplitShares
 from data_shards.verify import verify_shards
 from tests.helpers.media import media
 from tests.helpers.reading import frame_numbers
+from tests.helpers.tars import write_tar
 
 torch.set_num_threads(1)
 SPELLINGS = ("caf\u00e9", "cafe\u0301", " caf\u00e9 ")
@@ -48,24 +47,15 @@ def _cuts(folder: Path, *rows: str) -> BuildReport:
     return build_shards(folder / "clips.csv", f"{folder}/out", clips_per_shard=8, min_seconds=0.5)
 
 
-def _tar(path: Path, files: dict[str, bytes]) -> str:
-    with tarfile.open(path, "w") as tar:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return str(path)
-
-
 def _imported(folder: Path, *tars: dict[str, bytes], **settings: object) -> Manifest:
-    urls = [_tar(folder / f"{number}.tar", files) for number, files in enumerate(tars)]
+    urls = [write_tar(folder / f"{number}.tar", files) for number, files in enumerate(tars)]
     import_tars(urls, f"{folder}/manifest.json", **settings)  # type: ignore[arg-type]
     assert verify_shards(f"{folder}/manifest.json") == []
     return load_manifest(f"{folder}/manifest.json")
 
 
 def _repacked(folder: Path, files: dict[str, bytes]) -> Manifest:
-    listing = read_mixed_tars([_tar(folder / "mixed.tar", files)], SampleRules(), SplitShares(1, 0, 0))
+    listing = read_mixed_tars([write_tar(folder / "mixed.tar", files)], SampleRules(), SplitShares(1, 0, 0))
     return build_listing(listing, f"{folder}/out", BuildSettings(8, 0.5, keep_muted=True)).manifest
 
 
@@ -143,7 +133,7 @@ def test_split_of_another_name_is_refused_in_a_csv_and_read_in_a_tar(tmp_path: P
     assert [shard.split for shard in manifest.shards] == ["val"]
     assert frame_numbers(manifest, "val") == _of_whole(0, 4, 8)
     for split in ("dev", ["val"]):
-        _tar(tmp_path / "a.tar", {"v.mp4": b"", "v.json": json.dumps({"label": "dog", "split": split}).encode()})
+        write_tar(tmp_path / "a.tar", {"v.mp4": b"", "v.json": json.dumps({"label": "dog", "split": split}).encode()})
         with pytest.raises(DataError, match=r"v\.json: split .* none of train, val, test; .* --split 0\.8,0\.1,0\.1$"):
             import_tars([f"{tmp_path}/a.tar"], f"{tmp_path}/other.json")
 

@@ -1,12 +1,10 @@
 """Tars in which classes are mixed become shards by class and split: whole, by parts, after a kill, from any url."""
 
-import io
 import json
 import os
 import signal
 import subprocess
 import sys
-import tarfile
 import uuid
 from collections import Counter
 from pathlib import Path
@@ -30,21 +28,12 @@ from data_shards.verify import verify_shards
 from launch.cli.shards import shards
 from tests.helpers.media import media
 from tests.helpers.rendered import remuxed, tiny_clip
+from tests.helpers.tars import write_tar
 
 torch.set_num_threads(1)
 
 SETTINGS = BuildSettings(clips_per_shard=2, min_seconds=0.5, keep_muted=True)
 CLIPS = [tiny_clip(number, index) for number in range(2) for index in range(2)]
-
-
-def _tar(path: Path, files: dict[str, bytes]) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return str(path)
 
 
 def _json(**values: object) -> bytes:
@@ -62,7 +51,7 @@ def mixed_tars(folder: Path, *, tars: int = 3, split: bool = False) -> list[str]
             files[f"{index:04d}.mp4"] = CLIPS[index]
             files[f"{index:04d}.json"] = _json(label=label, video_id=f"v{number}-{index // 2}", caption="x", **splits)
             files[f"{index:04d}.txt"] = b"a caption"
-        urls.append(_tar(folder / f"{number:05d}.tar", files))
+        urls.append(write_tar(folder / f"{number:05d}.tar", files))
     return urls
 
 
@@ -119,7 +108,7 @@ def test_clips_without_splits_are_split_by_source_within_each_class(tmp_path: Pa
     }
     assert {row.split for row in _listing(*urls, split=SplitShares(0, 0, 1)).rows} == {"test"}
     renamed = [
-        _tar(tmp_path / word / "0.tar", {"0.mp4": CLIPS[0], "0.cls": b"a"}) for word in ("train", "x-val", "test")
+        write_tar(tmp_path / word / "0.tar", {"0.mp4": CLIPS[0], "0.cls": b"a"}) for word in ("train", "x-val", "test")
     ]
     assert [row.split for row in _listing(*renamed, split=BY_PATH).rows] == ["train", "val", "test"]
     url = f"memory://{uuid.uuid4().hex}/0.tar"
@@ -164,7 +153,7 @@ def test_saved_index_is_read_in_place_of_the_tar_until_that_changes(
     assert sorted(read) == urls
     assert read_mixed_tars(urls, SampleRules(), saved=saved) == first
     assert len(read) == 3
-    _tar(Path(urls[0]), {"new.mp4": CLIPS[0], "new.cls": b"dog"})
+    write_tar(Path(urls[0]), {"new.mp4": CLIPS[0], "new.cls": b"dog"})
     assert len(read_mixed_tars(urls, SampleRules(), saved=saved).rows) == 9
     assert read[3:] == urls[:1]
     read_mixed_tars(urls, SampleRules(label="caption"), saved=saved)
@@ -225,7 +214,7 @@ def test_the_class_is_found_in_each_form(
     tmp_path: Path, texts: dict[str, bytes], rules: dict[str, object], label: str
 ) -> None:
     files = {"./k.mp4": b"x"} | {f"./k.{ending}": data for ending, data in texts.items()} | {"._k.mp4": b"mac"}
-    assert [row.label for row in _listing(_tar(tmp_path / "a.tar", files), **rules).rows] == [label]
+    assert [row.label for row in _listing(write_tar(tmp_path / "a.tar", files), **rules).rows] == [label]
 
 
 @pytest.mark.parametrize(
@@ -248,7 +237,7 @@ def test_the_class_is_found_in_each_form(
     ],
 )
 def test_a_sample_that_cannot_be_used_is_rejected_by_name(tmp_path: Path, files: dict[str, bytes], words: str) -> None:
-    url = _tar(tmp_path / "a.tar", {"good.mp4": CLIPS[0], "good.cls": b"0"} | files)
+    url = write_tar(tmp_path / "a.tar", {"good.mp4": CLIPS[0], "good.cls": b"0"} | files)
     listing = _listing(url, classes=("dog",))
     assert [row.clip.key for row in listing.rows] == ["good"]
     [rejection] = listing.rejected
@@ -268,7 +257,7 @@ def test_clips_are_checked_and_converted_as_by_a_build(tmp_path: Path) -> None:
         "two.webm": webm,
     }
     labels = {f"{Path(name).stem}.cls": b"dog" for name in clips}
-    report = _repack([_tar(tmp_path / "a.tar", clips | labels | {"no.mp4": b""})], f"{tmp_path}/out")
+    report = _repack([write_tar(tmp_path / "a.tar", clips | labels | {"no.mp4": b""})], f"{tmp_path}/out")
     assert report is not None
     assert sorted(key for shard in report.manifest.shards for key in shard.keys) == ["film", "good", "two", "web"]
     found = {rejection.path.removeprefix(f"{tmp_path}/"): rejection.kind for rejection in report.rejected}
@@ -326,7 +315,7 @@ def test_tars_that_cannot_be_read_are_an_error_before_any_clip_is(tmp_path: Path
     with pytest.raises(DataError, match="and 1 more tars cannot be read"):
         _listing(*urls)
     with pytest.raises(DataError, match="no sample in the tars"):
-        _listing(_tar(tmp_path / "hidden.tar", {"._a.mp4": b""}))
+        _listing(write_tar(tmp_path / "hidden.tar", {"._a.mp4": b""}))
 
 
 def test_a_tar_that_changes_during_the_build_ends_it(tmp_path: Path) -> None:
@@ -340,7 +329,7 @@ def test_a_tar_that_changes_during_the_build_ends_it(tmp_path: Path) -> None:
 
 def test_a_split_in_some_jsons_only_is_a_rejection(tmp_path: Path) -> None:
     files = {"a.mp4": b"", "a.json": _json(label="dog", split="test"), "b.mp4": b"", "b.json": _json(label="dog")}
-    listing = _listing(_tar(tmp_path / "a.tar", files))
+    listing = _listing(write_tar(tmp_path / "a.tar", files))
     assert [row.split for row in listing.rows] == ["test"]
     assert [(rejection.label, rejection.reason[:20]) for rejection in listing.rejected] == [
         ("dog", "no split in its json")

@@ -28,8 +28,7 @@ def own_blocks(size: int, ranks: Ranks, rows: int) -> dict[int, slice]:
 
 def cholesky(matrix: Tensor) -> Tensor:
     """Return the lower Cholesky factor. Raises ConfigError for a matrix that is not positive definite."""
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    return _checked(factor.fill_(torch.nan) if info.item() else factor)
+    return _checked(_factor(matrix))
 
 
 def solve_in_row_blocks(make: Callable[[slice], Tensor], targets: Tensor, ranks: Ranks, *, rows: int) -> Tensor:
@@ -77,9 +76,15 @@ def _corner(own: Tensor | None, panel: slice, like: Tensor) -> Tensor:
     width = panel.stop - panel.start
     if own is None:
         return like.new_zeros(width, width)
-    factor, info = torch.linalg.cholesky_ex(own[:, panel])
+    factor = _factor(own[:, panel])
     own[:, panel] = factor
-    return (factor.fill_(torch.nan) if info.item() else factor).contiguous()
+    return factor.contiguous()
+
+
+def _factor(matrix: Tensor) -> Tensor:
+    """The lower Cholesky factor; NaN where there is none."""
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    return factor.fill_(torch.nan) if info.item() else factor
 
 
 def _checked(factor: Tensor) -> Tensor:

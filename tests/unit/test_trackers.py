@@ -105,12 +105,19 @@ def values_of(name: str, folder: Path) -> dict[str, dict[str, list[tuple[int, fl
     return found
 
 
+def delivered(
+    name: str, tmp_path: Path, count: int
+) -> tuple[EventQueue, Path, dict[str, dict[str, list[tuple[int, float]]]]]:
+    """A queue that was sent whole, the tracker's folder, and the values there."""
+    queue, folder = EventQueue(tmp_path / "events"), tmp_path / name
+    fill(queue, count)
+    send(queue, name, folder)
+    return queue, folder, values_of(name, folder)
+
+
 @by_tracker
 def test_each_value_is_delivered_once_wherever_a_sender_was_killed(name: str, tmp_path: Path) -> None:
-    queue, folder = EventQueue(tmp_path / "events"), tmp_path / name
-    fill(queue, 30)
-    send(queue, name, folder)
-    whole = values_of(name, folder)
+    queue, folder, whole = delivered(name, tmp_path, 30)
     sent = queue.cursor(name)
     choices = random.Random(0)
     offsets = [0, *(offset for _, offset in queue.read(0, limit=100))]
@@ -128,10 +135,7 @@ def test_each_value_is_delivered_once_wherever_a_sender_was_killed(name: str, tm
 
 @by_tracker
 def test_all_is_sent_again_where_a_file_was_deleted(name: str, tmp_path: Path) -> None:
-    queue, folder = EventQueue(tmp_path / "events"), tmp_path / name
-    fill(queue, 5)
-    send(queue, name, folder)
-    whole = values_of(name, folder)
+    queue, folder, whole = delivered(name, tmp_path, 5)
     for path in [path for path in folder.rglob("*") if path.is_file() and "step" in str(path.relative_to(folder))]:
         path.unlink()
     queue.append("metrics", run="0", position=1, values={"loss/total": 9.0})

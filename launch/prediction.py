@@ -12,10 +12,10 @@ import torch
 
 from avcil_dist import storage
 from avcil_dist.compose import load_config
-from avcil_dist.data.manifest import EncoderRecord, load_manifest
+from avcil_dist.data.manifest import load_manifest
 from avcil_dist.errors import ConfigError, DataError
 from avcil_dist.inference.media import MediaFile, MediaPredictor, ScoredFile
-from avcil_dist.inference.predict import Modality, Predictor
+from avcil_dist.inference.predict import Modality, Predictor, StoredModel
 from avcil_dist.inference.step_predictions import last_step
 from avcil_dist.models.encoders.frozen import (
     FrozenEncoders,
@@ -23,7 +23,7 @@ from avcil_dist.models.encoders.frozen import (
     check_digests,
     recorded_encoders,
 )
-from avcil_dist.streams.artifact import StepArtifact, load_artifact
+from avcil_dist.streams.artifact import load_artifact
 from avcil_dist.streams.score_metrics import probabilities
 from avcil_dist.streams.summary import committed_steps, step_url
 from avcil_dist.training.device import DeviceSetting, local_device
@@ -53,33 +53,22 @@ class ModelRequest:
     uri: str | None = None
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """Stored weights, the shape of their features, the record of the encoders, and names for errors."""
-
-    artifact: StepArtifact
-    shape: dict[str, int]
-    record: EncoderRecord | None
-    where: str
-    manifest: str
-
-
 def load_predictor(request: ModelRequest, num_files: int, workers: int | None) -> MediaPredictor:
     """Load the weights, and the encoders where the model was trained on features.
 
     `workers`: decoding processes; None: one for each core but for a few files. Raises ArtifactError, DataError,
     ConfigError or TrackingError for a model or encoders that cannot be loaded.
     """
-    stored = _stored(request)
+    stored = _stored_model(request)
     device = local_device(World(), request.device)
-    predictor = Predictor(stored.artifact, stored.shape, stored.where, request.modality, device)
+    predictor = Predictor(stored.artifact, stored.shape, stored.source, request.modality, device)
     encoders = _encoders(stored, request.encoders, device) if predictor.takes_features else None
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if num_files > FEW_FILES else 0
     return MediaPredictor(predictor, encoders, workers)
 
 
-def _stored(request: ModelRequest) -> _Stored:
+def _stored_model(request: ModelRequest) -> StoredModel:
     folder = request.model.rstrip("/")
     if not request.model.startswith("models:/") and committed_steps(folder):
         step = last_step(folder) if request.step is None else request.step
@@ -89,7 +78,7 @@ def _stored(request: ModelRequest) -> _Stored:
             manifest = load_manifest(url)
         except DataError as error:
             raise DataError(f"{error}; --manifest names it where it is now") from None
-        return _Stored(artifact, manifest.shape, manifest.encoders, step_url(folder, step), url)
+        return StoredModel(artifact, manifest.shape, manifest.encoders, step_url(folder, step), url)
     from avcil_dist.config.schema import TrackingConfig
     from avcil_dist.tracking.registered import MODEL_NAME, load_registered
     from avcil_dist.tracking.uris import database_path, tracking_uri, with_uri
@@ -103,23 +92,22 @@ def _stored(request: ModelRequest) -> _Stored:
             f"{request.model}: no committed step in this folder, and no tracking database {database} that has a model "
             "of this name; give a stream's folder, or --uri"
         )
-    found = load_registered(server, request.model)
-    return _Stored(found.artifact, found.shape, found.encoders, found.where, found.where)
+    return load_registered(server, request.model)
 
 
-def _encoders(stored: _Stored, config: str | None, device: torch.device) -> FrozenEncoders:
+def _encoders(stored: StoredModel, config: str | None, device: torch.device) -> FrozenEncoders:
     """The encoders of a model of features, checked against what is recorded."""
-    record = stored.record
+    record = stored.encoders
     if config is not None:
         encoders = build_frozen_encoders(load_config(config, [NO_DATA]), device)
         if record is not None:
-            check_digests(encoders, record, stored.manifest)
+            check_digests(encoders, record, stored.recorded_in)
     elif record is not None:
-        encoders = recorded_encoders(record, load_config("features", BASE), stored.manifest, device)
+        encoders = recorded_encoders(record, load_config("features", BASE), stored.recorded_in, device)
     else:
         raise ConfigError(
-            f"{stored.where}: trained on features, and {stored.manifest} does not record their encoders (imported, or "
-            "of an earlier version); name a configuration of them by --encoders, such as one that extends features"
+            f"{stored.source}: trained on features, and {stored.recorded_in} does not record their encoders (imported, "
+            "or of an earlier version); name a configuration of them by --encoders, such as one that extends features"
         )
     if dict(encoders.shape) != stored.shape:
         raise ConfigError(f"--encoders: features of {dict(encoders.shape)}, and the model takes {stored.shape}")

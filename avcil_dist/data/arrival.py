@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from avcil_dist.config.schema import ScenarioConfig
-from avcil_dist.data.manifest import Manifest, Shard
+from avcil_dist.data.manifest import Manifest
 from avcil_dist.data.plan import NO_CLIPS
 from avcil_dist.scenario import Scenario
 from avcil_dist.seeds import generator
@@ -69,20 +69,9 @@ def part_of(manifest: Manifest, kept: np.ndarray) -> Manifest:
     shards = []
     for number, shard in enumerate(manifest.shards):
         rows = np.flatnonzero(kept[manifest.first_clips[number] : manifest.first_clips[number + 1]])
-        if len(rows) == shard.count:
-            shards.append(shard)
-        elif len(rows):
-            shards.append(_rows_of(shard, rows))
+        if len(rows):
+            shards.append(shard.of_rows(rows))
     return replace(manifest, shards=tuple(shards), whole_hash=manifest.content_hash)
-
-
-def _rows_of(shard: Shard, rows: np.ndarray) -> Shard:
-    return replace(
-        shard,
-        keys=tuple(shard.keys[row] for row in rows),
-        offsets={member: values[rows] for member, values in shard.offsets.items()},
-        sizes={member: values[rows] for member, values in shard.sizes.items()},
-    )
 
 
 def _kept_clips(manifest: Manifest, name: str, kept: np.ndarray) -> np.ndarray:

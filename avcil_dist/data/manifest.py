@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -118,6 +118,18 @@ class Shard:
     def count(self) -> int:
         """Number of clips in the shard."""
         return len(self.keys)
+
+    def of_rows(self, rows: np.ndarray) -> "Shard":
+        """Return the shard with the clips of these rows alone; its file, bytes and digest stay those of all."""
+        if len(rows) == self.count:
+            return self
+        return replace(
+            self,
+            keys=tuple(self.keys[row] for row in rows),
+            offsets={member: values[rows] for member, values in self.offsets.items()},
+            sizes={member: values[rows] for member, values in self.sizes.items()},
+            regions=None if self.regions is None else tuple(self.regions[row] for row in rows),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the shard as plain JSON values."""

@@ -3,9 +3,11 @@
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
+
 from avcil_dist import storage
 from avcil_dist.config.schema import DataConfig, LimitConfig
-from avcil_dist.data.manifest import Manifest, Shard, Split, load_manifest
+from avcil_dist.data.manifest import Manifest, Split, load_manifest
 from avcil_dist.errors import DataError
 
 
@@ -35,16 +37,5 @@ def limited(manifest: Manifest, limit: LimitConfig) -> Manifest:
         rows = shard.count if most is None else min(shard.count, most - taken[group])
         taken[group] += rows
         if rows:
-            shards.append(_first_rows(shard, rows))
+            shards.append(shard.of_rows(np.arange(rows)))
     return replace(manifest, shards=tuple(shards))
-
-
-def _first_rows(shard: Shard, rows: int) -> Shard:
-    if rows == shard.count:
-        return shard
-    return replace(
-        shard,
-        keys=shard.keys[:rows],
-        offsets={name: offsets[:rows] for name, offsets in shard.offsets.items()},
-        sizes={name: sizes[:rows] for name, sizes in shard.sizes.items()},
-    )

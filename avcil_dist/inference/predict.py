@@ -1,11 +1,13 @@
 """Inference from a committed step: its network and method, and class scores of new clips."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from avcil_dist.data.manifest import EncoderRecord
 from avcil_dist.data.transforms import ClipTransform
 from avcil_dist.errors import ConfigError
 from avcil_dist.methods import make_method
@@ -18,6 +20,21 @@ from avcil_dist.training.build import network_after
 
 CLIPS_PER_BATCH = 8
 Modality = Literal["audio", "visual"]
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """A committed step of a stream's folder or of a registered model, and the record of its inputs.
+
+    `shape` and `encoders` are those of its features. Errors name the step by `source`, and by `recorded_in` the file or
+    model that has the record of the encoders.
+    """
+
+    artifact: StepArtifact
+    shape: Mapping[str, int]
+    encoders: EncoderRecord | None
+    source: str
+    recorded_in: str
 
 
 def restore_step(

@@ -31,13 +31,18 @@ def make_private_folder(folder: Path) -> Path:
     return folder
 
 
+def user_cache() -> Path:
+    """Return the folder of the user's caches. Raises RuntimeError for a user without a home."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
 def private_cache(otherwise: str) -> Path | None:
     """Return the user's cache folder; None if it cannot be written or is not trusted.
 
     `otherwise`: the consequence, for the warning about a folder that is not trusted.
     """
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "avcil-dist"
+        folder = user_cache() / "avcil-dist"
         make_private_folder(folder)
         with tempfile.TemporaryFile(dir=folder):
             return folder

@@ -29,7 +29,6 @@ from avcil_dist.tracking.tags import STREAM_ID
 Event = dict[str, Any]
 FILE = "events.jsonl"
 FOLDER = "events"
-EXPERIMENT = "experiment"
 UNWRITTEN = 10_000  # events that are kept in memory
 
 _logger = logging.getLogger(__name__)
@@ -39,10 +38,9 @@ _logger = logging.getLogger(__name__)
 class DeliveryCursor:
     """Position of one server in the queue.
 
-    `offset`: bytes of the queue that the server has. `runs`: ids of the stream's runs there, and of their experiment
-    (EXPERIMENT). `unavailable_since`:
-    Unix time of the first failed call of an outage, with its `reason`. `rejected`: events that the server will never
-    take as they are; they were skipped.
+    `offset`: bytes of the queue that the server has. `runs`: ids of the stream's runs there. `experiment`: the id of
+    their experiment; none on a server without experiments. `unavailable_since`: Unix time of the first failed call of
+    an outage, with its `reason`. `rejected`: events that the server will never take as they are; they were skipped.
     """
 
     offset: Annotated[int, Field(ge=0)] = 0
@@ -50,6 +48,11 @@ class DeliveryCursor:
     unavailable_since: float | None = None
     reason: str = ""
     rejected: int = 0
+    experiment: str | None = None
+
+    def __post_init__(self) -> None:
+        # a file of an earlier version has the experiment among the runs
+        self.experiment = self.runs.pop("experiment", self.experiment)
 
 
 class _Line(TypedDict):

@@ -4,7 +4,7 @@ import re
 
 from avcil_dist.streams.identity import read_identity
 from avcil_dist.text.redaction import redacted
-from avcil_dist.tracking.event_queue import EXPERIMENT, EventQueue, queue_folder
+from avcil_dist.tracking.event_queue import EventQueue, queue_folder
 from avcil_dist.tracking.events import STREAM
 
 
@@ -21,7 +21,7 @@ def tracked_at(stream: str) -> str | None:
     if opened is None or "server" not in opened:
         return None
     server = str(opened["server"])
-    runs = queue.cursor(server).runs
-    if re.match("https?://", server) and STREAM in runs and EXPERIMENT in runs:
-        return f"{redacted(server).rstrip('/')}/#/experiments/{runs[EXPERIMENT]}/runs/{runs[STREAM]}"
+    cursor = queue.cursor(server)
+    if re.match("https?://", server) and STREAM in cursor.runs and cursor.experiment:
+        return f"{redacted(server).rstrip('/')}/#/experiments/{cursor.experiment}/runs/{cursor.runs[STREAM]}"
     return redacted(server)

@@ -21,7 +21,7 @@ from avcil_dist.text.redaction import redacted
 from avcil_dist.tracking.artifacts import transfer, upload_step
 from avcil_dist.tracking.batches import BatchWriter
 from avcil_dist.tracking.client import connect, experiment_id, find_by_stream_id, is_active
-from avcil_dist.tracking.event_queue import EXPERIMENT, Event
+from avcil_dist.tracking.event_queue import Event
 from avcil_dist.tracking.events import STREAM, as_metric_name
 from avcil_dist.tracking.faults import FAULTS, delivery_error
 from avcil_dist.tracking.outcomes import RefusedError, RejectedError, RunDeletedError, UnavailableError
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 class MlflowWriter:
-    """Writer of one stream to one server or database; `runs` holds the ids of the stream's runs there."""
+    """Writer of one stream to one server or database. `runs`, `experiment`: ids of its runs and of their experiment."""
 
     def __init__(
         self, uri: str, tracking: TrackingConfig, *, output: str, stream: str, stream_id: str, runs: dict[str, str]
@@ -44,10 +44,9 @@ class MlflowWriter:
         self._files: dict[str, set[str]] = {}
         self._client = self._set_up(lambda: connect(uri))
         self._batches = BatchWriter(self._client, redacted(uri), self._check_runs)
-        self._experiment = self._set_up(lambda: experiment_id(self._client, uri, tracking, output))
+        self.experiment = self._set_up(lambda: experiment_id(self._client, uri, tracking, output))
         if STREAM in runs and not self._set_up(lambda: is_active(self._client, runs[STREAM])):
             raise RunDeletedError
-        self.runs[EXPERIMENT] = self._experiment
 
     def write(self, events: Sequence[Event]) -> None:
         """Write events of one kind; metrics of one run and several positions go in one call."""
@@ -172,10 +171,10 @@ class MlflowWriter:
     def _stream_run(self, name: str, time: int | None = None) -> str:
         """The id of the stream's run, which is created when it is first needed."""
         if STREAM not in self.runs:
-            run = find_by_stream_id(self._client, [self._experiment], self.stream_id)
+            run = find_by_stream_id(self._client, [self.experiment], self.stream_id)
             if run is None:
                 tags = {STREAM_TAG: self.stream_id}
-                run = self._client.create_run(self._experiment, start_time=time, tags=tags, run_name=name)
+                run = self._client.create_run(self.experiment, start_time=time, tags=tags, run_name=name)
             self.runs[STREAM] = str(run.info.run_id)
         return self.runs[STREAM]
 
@@ -184,11 +183,11 @@ class MlflowWriter:
         parent = self._stream_run(PurePosixPath(self.stream).name)  # its open event may be missing, after a full disk
         if run not in self.runs:
             query = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent}' and tags.`{STEP_TAG}` = '{run}'"
-            runs = self._client.search_runs([self._experiment], query, max_results=1)
+            runs = self._client.search_runs([self.experiment], query, max_results=1)
             if not runs:
                 tags = {MLFLOW_PARENT_RUN_ID: parent, STEP_TAG: run}
                 name = name or f"{PurePosixPath(self.stream).name}-step{int(run):03d}"
-                runs = [self._client.create_run(self._experiment, start_time=time, tags=tags, run_name=name)]
+                runs = [self._client.create_run(self.experiment, start_time=time, tags=tags, run_name=name)]
             self.runs[run] = str(runs[0].info.run_id)
         return self.runs[run]
 
@@ -229,6 +228,5 @@ class MlflowWriter:
 
     def _check_runs(self) -> None:
         """Raise RunDeletedError if one of the stream's runs was deleted on the server."""
-        runs = [run_id for name, run_id in self.runs.items() if name != EXPERIMENT]
-        if not self._translated(lambda: all(is_active(self._client, run_id) for run_id in runs)):
+        if not self._translated(lambda: all(is_active(self._client, run_id) for run_id in self.runs.values())):
             raise RunDeletedError

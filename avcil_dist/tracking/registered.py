@@ -5,7 +5,6 @@ any name on a server.
 """
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 from mlflow import MlflowClient
@@ -13,9 +12,8 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from avcil_dist import storage
-from avcil_dist.data.manifest import EncoderRecord
 from avcil_dist.errors import ArtifactError, TrackingError
-from avcil_dist.streams.artifact import StepArtifact
+from avcil_dist.inference.predict import StoredModel
 from avcil_dist.text.redaction import redacted
 from avcil_dist.tracking.artifacts import transfer
 from avcil_dist.tracking.client import connect
@@ -28,17 +26,7 @@ MODEL_NAME = re.compile(
 LATEST = "latest"
 
 
-@dataclass(frozen=True)
-class Registered:
-    """A registered step, the shape of its features, and the record of their encoders. `where` names it in errors."""
-
-    artifact: StepArtifact
-    shape: dict[str, int]
-    encoders: EncoderRecord | None
-    where: str
-
-
-def load_registered(uri: str, model: str) -> Registered:
+def load_registered(uri: str, model: str) -> StoredModel:
     """Load `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `NAME`; the alias or version `latest` is the newest.
 
     Raises TrackingError for a name that is not registered on the server, ArtifactError for damaged files.
@@ -60,7 +48,7 @@ def load_registered(uri: str, model: str) -> Registered:
         if not found:
             raise ArtifactError(f"{where}: has no {ABOUT}; it is no model of this program")
         about, artifact, _ = load_described(str(found[0].parent))
-    return Registered(artifact, about.shape, about.encoders, where)
+    return StoredModel(artifact, about.shape, about.encoders, source=where, recorded_in=where)
 
 
 def _version(client: MlflowClient, uri: str, name: str, alias: str | None, number: str | None) -> ModelVersion:

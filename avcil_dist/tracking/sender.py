@@ -33,6 +33,10 @@ class EventWriter(Protocol):
     runs: dict[str, str]
     is_uploading: bool
 
+    @property
+    def experiment(self) -> str | None:
+        """The id of the experiment of the runs; None on a server without experiments."""
+
     def write(self, events: Sequence[Event]) -> None:
         """Write events of one kind to the server, without duplicating what it has.
 
@@ -140,6 +144,7 @@ class Sender:
             if cursor.unavailable_since is not None:
                 _logger.warning("%s: available again", self.shown)
             cursor.offset, cursor.runs = offsets[-1], dict(self._writer.runs)
+            cursor.experiment = self._writer.experiment
             cursor.unavailable_since, cursor.reason = None, ""
             self._save(cursor)
             if self._stop.is_set():

@@ -23,6 +23,7 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from avcil_dist import storage
+from avcil_dist.system.trusted_files import user_cache
 from launch.environments import slurm_client_environment
 from launch.sandbox.daemons import REMEDY, Daemons, SandboxError, command_of, processes_with, wait_until
 
@@ -51,7 +52,7 @@ class _Settings(TypedDict):
 
 def default_folder() -> Path:
     """Return the default folder of the sandbox."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "avcil-sandbox"
+    return user_cache() / "avcil-sandbox"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from avcil_dist.config.schema import TrackingConfig
 from avcil_dist.streams.commit import write_commit, write_files
 from avcil_dist.streams.metrics import StreamMetrics
-from avcil_dist.tracking.event_queue import EXPERIMENT, EventQueue
+from avcil_dist.tracking.event_queue import EventQueue
 from avcil_dist.tracking.mlflow_writer import MlflowWriter
 from avcil_dist.tracking.sender import Sender
 from avcil_dist.tracking.uris import tracking_uri
@@ -41,7 +41,7 @@ class StreamFolder:
     def send_all(self) -> dict[str, str]:
         """Send everything; return the ids of the runs."""
         assert self.send()
-        return {name: run for name, run in self.queue.cursor(self.uri).runs.items() if name != EXPERIMENT}
+        return self.queue.cursor(self.uri).runs
 
     def commit(self, metrics: StreamMetrics, **files: bytes) -> None:
         """A step's folder with these metrics."""

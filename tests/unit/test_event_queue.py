@@ -32,6 +32,7 @@ class MemoryWriter:
 
     def __init__(self, runs: dict[str, str]) -> None:
         self.runs = runs
+        self.experiment: str | None = None
         self.is_uploading = False
         self.events: list[Event] = []
 
@@ -114,6 +115,15 @@ def test_an_unreadable_cursor_starts_at_the_first_event(tmp_path: Path) -> None:
     ):
         path.write_text(damaged)
         assert not queue.is_sent("http://a")
+
+
+def test_a_cursor_of_an_earlier_version_has_its_experiment_among_the_runs(tmp_path: Path) -> None:
+    queue = EventQueue(tmp_path)
+    queue.save_cursor(SERVER, DeliveryCursor(runs={"stream": "a"}, experiment="7"))
+    [path] = tmp_path.glob("cursor-*.json")
+    for written in (path.read_text(), '{"offset": 0, "runs": {"stream": "a", "experiment": "7"}}'):
+        path.write_text(written)
+        assert queue.cursor(SERVER) == DeliveryCursor(runs={"stream": "a"}, experiment="7")
 
 
 def test_a_queue_that_cannot_be_written_does_not_stop_training(

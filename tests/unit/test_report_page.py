@@ -12,7 +12,7 @@ from avcil_dist.reporting.history import duration
 from avcil_dist.reporting.page import sparkline, write_page
 from avcil_dist.reporting.report import load_streams
 from avcil_dist.streams.identity import new_identity, write_identity
-from avcil_dist.tracking.event_queue import EXPERIMENT, DeliveryCursor, EventQueue, queue_folder
+from avcil_dist.tracking.event_queue import DeliveryCursor, EventQueue, queue_folder
 from avcil_dist.tracking.links import tracked_at
 from tests.helpers.browser import chromium, needs_chromium
 from tests.helpers.report_streams import write_streams
@@ -83,7 +83,7 @@ def test_the_page_links_to_the_run_on_its_server(tmp_path: Path) -> None:
     server = "https://tracking.example.org/"
     queue.append("open", name="a", parameters={}, tags={}, server=server)
     queue.append("begin", step=0)
-    queue.save_cursor(server, DeliveryCursor(queue.size(), {"stream": "abc", EXPERIMENT: "7"}))
+    queue.save_cursor(server, DeliveryCursor(queue.size(), {"stream": "abc"}, experiment="7"))
     link = tracked_at(stream.folder)
     assert link is not None
     write_page([stream], str(tmp_path / "page.html"), links={stream.folder: link})

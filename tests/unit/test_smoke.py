@@ -31,9 +31,8 @@ def _manifest(root: str = ".") -> Manifest:
                 }
                 sha256 = f"{len(shards):064x}"
                 url = f"{split}/{name}-{part}.tar"
-                shards.append(
-                    Shard(url, name, split, 1 << 20, sha256, keys, spans, {m: s // s for m, s in spans.items()})
-                )
+                sizes, regions = {m: s // s for m, s in spans.items()}, (None,) * rows
+                shards.append(Shard(url, name, split, 1 << 20, sha256, keys, spans, sizes, regions=regions))
     return Manifest("feature", CLASSES, tuple(shards), {"frames": 1, "positions": 2, "dim": 3}, root)
 
 
@@ -45,6 +44,8 @@ def test_a_subset_has_the_first_clips_of_each_class_and_split() -> None:
     whole = [manifest.key(int(clip)) for clip in manifest.clips(["c"], "train")]
     assert [subset.key(int(clip)) for clip in subset.clips(["c"], "train")] == whole[:10]
     assert subset.content_hash != manifest.content_hash
+    rows = [shard.count for shard in subset.shards]
+    assert [len(shard.regions or ()) for shard in subset.shards] == rows
     assert limited(manifest, LimitConfig()) is manifest
     assert limited(manifest, LimitConfig(train=1000)).content_hash == manifest.content_hash
 

@@ -60,6 +60,7 @@ class Tracker(ABC):
     """Writer of a stream to a folder. `runs`: the file of each run that the tracker has written before."""
 
     is_uploading = False
+    experiment = None
 
     def __init__(self, folder: Path, stream: StreamName, runs: dict[str, str]) -> None:
         self.folder, self.stream, self.runs = folder, stream, runs

@@ -4,7 +4,6 @@ The functions start the same processes as the command line and raise the same er
 needs an `if __name__ == "__main__"` around them. Call them from the main thread, as stop signals are handled there.
 """
 
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike, fspath
@@ -60,7 +59,7 @@ class Stream:
 
         `run` is the id or name of a stream's run, `uri` the server or database (by default MLFLOW_TRACKING_URI, else
         the database in `runs`), `folder` the place for the files, by default a temporary one. Raises TrackingError for
-        a run that is not found, ArtifactError for missing or damaged files.
+        a run that is not found, ArtifactError for missing or damaged files, StorageError for a full disk.
         """
         from avcil_dist.tracking.artifacts import download_step
         from avcil_dist.tracking.client import find_stream
@@ -69,7 +68,7 @@ class Stream:
 
         server = tracking_uri(with_uri(TrackingConfig(), uri), "runs")
         tracked = find_stream(server, run)
-        place = fspath(folder) if folder is not None else tempfile.mkdtemp(prefix="avcil-stream-")
+        place = fspath(folder if folder is not None else storage.new_temporary_folder())
         for step, step_run in sorted(tracked.steps.items()):
             if COMMITTED_TAG in step_run.data.tags:
                 download_step(tracked.client, server, step_run, step, place)

@@ -22,7 +22,7 @@ from avcil_dist.storage.files import (
     write_bytes,
 )
 from avcil_dist.storage.json_files import MAX_JSON_BYTES, describe, parse_json, read_json, write_json
-from avcil_dist.storage.local import REFUSED, file_lock, open_regular, temporary_folder, writing
+from avcil_dist.storage.local import REFUSED, file_lock, new_temporary_folder, open_regular, temporary_folder, writing
 from avcil_dist.storage.urls import check_url, inner_path, join, parent, path_below
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "local_copy",
     "local_path",
     "new_file",
+    "new_temporary_folder",
     "open_file",
     "open_filesystem",
     "open_regular",

@@ -15,6 +15,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 from avcil_dist.errors import DataError, StorageError
 from avcil_dist.storage.retry import NO_ROOM, cannot_write
 
+PREFIX = "avcil-"  # of temporary folders
 REFUSED = (*NO_ROOM, errno.EACCES, errno.EPERM, errno.ENOTDIR)  # of a disk or folder that takes no file
 
 
@@ -88,11 +89,8 @@ def temporary_folder(below: str | None = None) -> Iterator[Path]:
 
     Raises StorageError where that has no room, or is none.
     """
-    try:
-        folder = tempfile.TemporaryDirectory(prefix="avcil-", dir=below)
-    except OSError as error:
-        place = "TMPDIR" if below is None else below
-        raise StorageError(f"{place}: no temporary folder can be made ({error.strerror}); name another one") from None
+    with _making_temporary(below):
+        folder = tempfile.TemporaryDirectory(prefix=PREFIX, dir=below)
     with folder as path:
         try:
             yield Path(path)
@@ -100,6 +98,21 @@ def temporary_folder(below: str | None = None) -> Iterator[Path]:
             if error.errno not in NO_ROOM:
                 raise
             raise no_room_for_temporary(path, error) from None
+
+
+def new_temporary_folder() -> Path:
+    """Make a folder below TMPDIR that stays. Raises StorageError where that has no room, or is none."""
+    with _making_temporary(None):
+        return Path(tempfile.mkdtemp(prefix=PREFIX))
+
+
+@contextmanager
+def _making_temporary(below: str | None) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        place = "TMPDIR" if below is None else below
+        raise StorageError(f"{place}: no temporary folder can be made ({error.strerror}); name another one") from None
 
 
 def no_room_for_temporary(path: str | Path, error: OSError) -> StorageError:

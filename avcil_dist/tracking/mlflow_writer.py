@@ -5,7 +5,6 @@ tags, a metric that has a value at a position keeps it, files that were uploaded
 """
 
 import json
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
@@ -126,10 +125,10 @@ class MlflowWriter:
     def _upload_tables(self, run_id: str, step: int) -> dict[str, str]:
         """Upload tables and picture of a committed step; return the tag by which MLflow's pages find the tables."""
         metrics = load_metrics(self.stream, step)
-        with tempfile.TemporaryDirectory() as temporary:
-            tables = write_step_tables(Path(temporary), metrics, task_sizes(self.stream, step))
-            size = sum(path.stat().st_size for path in Path(temporary).iterdir())
-            transfer(lambda: self._client.log_artifacts(run_id, temporary), size)
+        with storage.temporary_folder() as folder:
+            tables = write_step_tables(folder, metrics, task_sizes(self.stream, step))
+            size = sum(path.stat().st_size for path in folder.iterdir())
+            transfer(lambda: self._client.log_artifacts(run_id, str(folder)), size)
         return {MLFLOW_LOGGED_ARTIFACTS: json.dumps([{"path": name, "type": "table"} for name in tables])}
 
     def _register(self, event: Event) -> None:

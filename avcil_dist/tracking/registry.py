@@ -16,7 +16,6 @@ A request that cannot be answered is a RequestError, whose line a server returns
 import io
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -73,7 +72,7 @@ def register_model(client: MlflowClient, run_id: str, stream: str, step: int, *,
     for existing in client.search_model_versions(f"name = '{name}'"):
         if existing.run_id == run_id and existing.tags.get(COMMITTED_TAG) == committed:
             return
-    with tempfile.TemporaryDirectory() as temporary:
+    with storage.temporary_folder() as temporary:
         folder = Path(temporary, MODEL_FOLDER)
         with storage.local_copy(step_url(stream, step)) as local:
             _save_model(folder, Path(local), stream, step, run_id, uri)
@@ -110,7 +109,7 @@ def _save_model(folder: Path, local: Path, stream: str, step: int, run_id: str, 
     committed = storage.sha256_file(str(local / COMMITTED))
     encoders = manifest.encoders and manifest.encoders.model_dump()
     about = {"step": step, "shape": manifest.shape, "uri": uri, "committed": committed, "encoders": encoders}
-    with tempfile.TemporaryDirectory() as temporary:
+    with storage.temporary_folder() as temporary:
         data = Path(temporary, "data")
         data.mkdir()
         (data / ABOUT).write_text(json.dumps(about, indent=1))

@@ -178,6 +178,13 @@ def test_pictures_are_not_rejected_where_the_temporary_folder_is_full(tmp_path: 
     assert list((tmp_path / "temporary").iterdir()) == []
 
 
+@pytest.mark.parametrize("make", [storage.new_temporary_folder, lambda: storage.temporary_folder().__enter__()])
+def test_missing_temporary_folder_is_one_line(tmp_path: Path, monkeypatch: Any, make: Any) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    with pytest.raises(StorageError, match="^TMPDIR: no temporary folder can be made .No such file or directory"):
+        make()
+
+
 def test_full_disk_of_downloads_is_not_taken_for_a_fault_of_the_network() -> None:
     words = "make room, or set HF_HOME to another folder"
     assert str(hub_fault("a/b", "main", FULL)) == f"{cache_folder()}: cannot be written ({FULL.strerror}); {words}"

@@ -181,7 +181,7 @@ def test_pictures_are_not_rejected_where_the_temporary_folder_is_full(tmp_path: 
 @pytest.mark.parametrize("make", [storage.new_temporary_folder, lambda: storage.temporary_folder().__enter__()])
 def test_missing_temporary_folder_is_one_line(tmp_path: Path, monkeypatch: Any, make: Any) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
-    with pytest.raises(StorageError, match="^TMPDIR: no temporary folder can be made .No such file or directory"):
+    with pytest.raises(StorageError, match=r"^TMPDIR: no temporary folder can be made \(No such file or directory\)"):
         make()
 
 

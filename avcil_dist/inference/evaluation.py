@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 
-from avcil_dist.errors import DataError
 from avcil_dist.inference.step_predictions import StepPredictions
 from avcil_dist.streams.metrics import (
     accuracy_row,
@@ -14,7 +13,7 @@ from avcil_dist.streams.metrics import (
     per_class_accuracy,
     seen_accuracy,
 )
-from avcil_dist.streams.resampling import DRAWS, LEVEL, bootstrap_means, compare_paired, interval
+from avcil_dist.streams.resampling import DRAWS, LEVEL, bootstrap_means, interval
 from avcil_dist.streams.score_metrics import TOP, correct_within_task, in_top, score_metrics
 
 
@@ -88,38 +87,6 @@ def stream_evaluation(by_step: Sequence[StepPredictions]) -> dict[str, Any]:
         "top5_accuracy": [found.top5_accuracy for found in scores],
         "mean_average_precision": [found.mean_average_precision for found in scores],
     }
-
-
-def paired(first: StepPredictions, second: StepPredictions, *, draws: int = DRAWS, seed: int = 0) -> dict[str, Any]:
-    """Return the difference of two steps' accuracy on the same clips. Raises DataError where their clips differ."""
-    of_second = dict(zip(_identities(second), second.correct.tolist(), strict=True))
-    own = _identities(first)
-    if set(own) != of_second.keys():
-        different = sorted(set(own) ^ of_second.keys())
-        raise DataError(
-            f"{first.request.stream} and {second.request.stream}: {len(different)} clips are in one of them only, such "
-            f"as {different[0][1]} of {different[0][0]}; compare steps that have seen the same classes, on one split"
-        )
-    aligned = np.array([of_second[clip] for clip in own])
-    found = compare_paired(first.correct, aligned, first.sources, seed=seed, draws=draws)
-    return {
-        "first": described(first) | {"seen_accuracy": float(first.correct.mean())},
-        "second": described(second) | {"seen_accuracy": float(second.correct.mean())},
-        "num_clips": len(first.correct),
-        "num_sources": len(set(first.sources)),
-        "difference": found.difference,
-        "interval": (found.low, found.high),
-        "level": LEVEL,
-        "draws": draws,
-        "only_first": found.only_first,
-        "only_second": found.only_second,
-        "mcnemar_p": found.p_value,
-    }
-
-
-def _identities(made: StepPredictions) -> list[tuple[str, str]]:
-    """Class and key of each clip: streams may have their classes in different orders, and a key in two classes."""
-    return [(made.classes[label], key) for label, key in zip(made.predicted.labels, made.keys, strict=True)]
 
 
 def _rows(labels: np.ndarray, task: slice) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,9 @@ from avcil_dist.config.serialization import flatten
 from avcil_dist.config.variant_names import ORDER, benchmark_name
 from avcil_dist.reporting.formats import Cell, Number, TextTable, print_table
 from avcil_dist.reporting.published import MetricName, Published, Result
-from avcil_dist.reporting.report import StreamReport, megabytes
+from avcil_dist.reporting.report import TIES_NOTE, StreamReport, megabytes
 from avcil_dist.reporting.significance import MIN_PAIRS, PairedTest, holm, paired_test
-from avcil_dist.streams.metrics import StreamMetrics
+from avcil_dist.streams.metrics import EpochChoice, StreamMetrics
 
 # Settings that have a column of their own and are left out of the variant.
 OWN_COLUMNS = ("name", "seed", "method.name", ORDER)
@@ -74,9 +75,11 @@ def compared(rows: Sequence[Row], *, significance: bool = False, published: Publ
     """
     shown = [name for name in COLUMNS if any(COLUMNS[name](s.metrics) is not None for row in rows for s in row.streams)]
     has_orders = any(_order(stream) is not None for row in rows for stream in row.streams)
+    epochs = [_selected_epochs(row.streams) for row in rows]
     table = TextTable("Streams (accuracy on test clips, %)", ["benchmark", "method", "variant"], [])
     table.headings += ["seeds", *(["class orders"] if has_orders else []), "steps", *shown, "memory, MB"]
-    for row in rows:
+    table.headings += ["selected epoch\nof each step"] if any(epochs) else []
+    for row, selected in zip(rows, epochs, strict=True):
         table.rows.append(
             [
                 benchmark_name(row.config),
@@ -87,8 +90,11 @@ def compared(rows: Sequence[Row], *, significance: bool = False, published: Publ
                 _listed(stream.progress for stream in row.streams),
                 *(Number.of([COLUMNS[name](stream.metrics) for stream in row.streams]) for name in shown),
                 _listed(megabytes(stream.metrics.memory) for stream in row.streams),
+                *([selected or "–"] if any(epochs) else []),
             ]
         )
+    if any("*" in selected for selected in epochs):
+        table.notes.append(TIES_NOTE)
     if significance:
         _add_significance(table, rows)
     if published:
@@ -123,12 +129,22 @@ def _add_significance(table: TextTable, rows: Sequence[Row]) -> None:
         numbers = [number for number, row in enumerate(rows) if benchmark_name(row.config) == benchmark]
         own = [tests[number] for number in numbers]
         for number, test, p in zip(numbers, own, holm([test.p_value if test else None for test in own]), strict=True):
-            cells[number] = "best" if test is None else f"{p:.3f}" if p is not None else f"– ({test.pairs} seeds)"
+            cells[number] = "best" if test is None else f"{p:.3f}" if p is not None else _in_common(test.pairs)
+    if all(test is None or test.p_value is None for test in tests):
+        table.notes.append(
+            f"no p against the best row of a benchmark: the paired test needs {MIN_PAIRS} common seeds with all steps, "
+            f"and there are at most {max((test.pairs for test in tests if test), default=0)}"
+        )
+        return
     table.add_column("p against the best", cells)
     table.notes.append(
         "p: two-sided paired t-test of the mean accuracies of equal seed and class order against the best row of the "
         f"benchmark, corrected for the number of rows (Holm); it needs {MIN_PAIRS} common seeds"
     )
+
+
+def _in_common(pairs: int) -> str:
+    return f"– ({pairs} seed{'s' * (pairs != 1)})"
 
 
 def _add_published(table: TextTable, rows: Sequence[Row], published: Published) -> None:
@@ -162,6 +178,24 @@ def _settings(config: Config) -> dict[str, Any]:
 def _order(stream: StreamReport) -> int | None:
     """The seed of the class order; None for the order of the lists."""
     return stream.config.scenario.shuffle_seed
+
+
+def _selected_epochs(streams: Sequence[StreamReport]) -> str:
+    """The epochs, counted from 1, whose weights the steps committed, such as `12–30  7*`: a range over the streams.
+
+    `*` marks a step in which later epochs were as good; – one without training. Empty where no step trained.
+    """
+    by_step = list(zip_longest(*(stream.metrics.choices for stream in streams)))
+    trained = [[choice for choice in step if choice and choice.num_epochs] for step in by_step]
+    return "  ".join(map(_range, trained)) if any(trained) else ""
+
+
+def _range(choices: Sequence[EpochChoice]) -> str:
+    if not choices:
+        return "–"
+    epochs = {choice.epoch + 1 for choice in choices}
+    text = str(min(epochs)) if len(epochs) == 1 else f"{min(epochs)}–{max(epochs)}"
+    return text + "*" * any(choice.num_ties for choice in choices)
 
 
 def _listed(values: Iterable[object]) -> str:

@@ -17,6 +17,8 @@ from avcil_dist.scenario import Scenario
 from avcil_dist.streams.metrics import MemoryUse, StreamMetrics
 from avcil_dist.streams.summary import committed_steps, load_summary
 
+TIES_NOTE = "* later epochs are as good on the validation clips; the first of them is kept"
+
 
 @dataclass(frozen=True)
 class StreamReport:
@@ -94,7 +96,7 @@ def print_report(streams: Sequence[StreamReport], console: Console) -> None:
         )
     console.print(summary)
     if any(choice and choice.num_ties for stream in streams for choice in stream.metrics.choices):
-        console.print("* later epochs are as good on the validation clips; the first of them is kept", highlight=False)
+        console.print(TIES_NOTE, highlight=False)
     for stream in streams:
         matrix = WordTable(f"{stream.label}: accuracy on each task, %")
         matrix.add_column("after step", justify="right")

@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from avcil_dist.errors import WorldError
+from avcil_dist.reporting.tables import WordTable
 from launch.bench.contenders import COPY_BYTES, BenchSetting, ContenderName, Measurement, serve
 from launch.console import progress_console
 
@@ -134,7 +134,7 @@ def show(figures: dict[str, Any], console: Console) -> None:
     """Print tables of whole iterations and of their parts, and the ceilings of the machine."""
     setting, contenders = figures["setting"], figures["contenders"]
     shape = "{current} + {replay} clips of ({frames}·{positions}, {dim})".format_map(setting)
-    table = Table(title=f"one iteration, {shape}, " + "{precision}, {device}, threads: {threads}".format_map(setting))
+    table = WordTable(f"one iteration, {shape}, " + "{precision}, {device}, threads: {threads}".format_map(setting))
     for column in ("", "ms", "best ms", "eager / it", "peak MB", "eager / it", "TFLOP/s", "of matmul", "GB/s", "loss"):
         table.add_column(column, justify="left" if not column else "right")
     for name, contender in contenders.items():
@@ -151,7 +151,7 @@ def show(figures: dict[str, Any], console: Console) -> None:
             f"{contender['first_loss']:.4f}",
         )
     console.print(table)
-    parts = Table(title="ms and peak MB beyond the inputs, by part")
+    parts = WordTable("ms and peak MB beyond the inputs, by part")
     names = list(dict.fromkeys(name for contender in contenders.values() for name in contender["seconds_by_part"]))
     for column in ("", *contenders):
         parts.add_column(column, justify="left" if not column else "right")

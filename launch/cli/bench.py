@@ -9,8 +9,6 @@ import click
 
 from launch.cli.output import echo
 
-WIDTH = 120  # characters of the tables, also without a terminal
-
 
 @click.group()
 def bench() -> None:
@@ -65,7 +63,7 @@ def step(device: str | None, threads: int | None, turns: int, path: str | None, 
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     cores = threads or len(os.sched_getaffinity(0))
     figures = measure(BenchSetting(**shape, device=chosen, threads=cores), turns)
-    show(figures, Console(width=WIDTH))
+    show(figures, Console())
     _write(figures, path)
 
 

@@ -17,7 +17,11 @@ FORMATS = ["table", "md", "csv", "latex", "json"]
 @click.option("--format", "kind", type=click.Choice(FORMATS), default="table", show_default=True)
 @click.option("--significance", is_flag=True, help="Paired t-test over seeds against the best row of a benchmark.")
 @click.option("--published", is_flag=True, help="Add published results with their sources, and the difference.")
-@click.option("--paired", is_flag=True, help="Compare two streams clip by clip, as JSON; predicts with both.")
+@click.option(
+    "--paired",
+    is_flag=True,
+    help="Compare two streams clip by clip, as JSON: predict with both, or read files of predictions.",
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the bootstrap of --paired.")
 @predicted_clips_options
 def compare(
@@ -33,13 +37,15 @@ def compare(
 
     RUN is a stream's folder, or a folder of several streams. With --paired two streams predict the clips of a split
     (--step, --split, --manifest, --modality and --device are for that): the difference in accuracy with a 95%
-    interval by bootstrap over source videos, and McNemar's exact test.
+    interval by bootstrap over source videos, and McNemar's exact test. There RUN may also be a file that `avcil eval
+    --predictions` wrote, .csv or .npz: nothing is predicted then.
 
     \b
     Examples:
       avcil compare runs --significance --published
       avcil compare runs --format latex > table.tex
       avcil compare runs/demo-avcil-seed0 runs/demo-finetune-seed0 --paired
+      avcil compare avcil.csv finetune.csv --paired
     """
     if paired:
         _compare_paired(folders, seed, **clips)
@@ -60,16 +66,21 @@ def compare(
 
 
 def _compare_paired(folders: tuple[str, ...], seed: int, *, modality: str | None, **clips: Any) -> None:
-    """Compare the predictions of two streams on the same clips."""
+    """Compare the predictions of two streams on the same clips, each predicted now or read from a file."""
     if len(folders) != 2:
-        raise ConfigError(f"--paired: give two streams' folders, not {len(folders)}")
-    from avcil_dist.inference.evaluation import paired
+        raise ConfigError(f"--paired: give two streams' folders or files of predictions, not {len(folders)}")
+    from avcil_dist.inference.paired import ClipOutcomes, outcomes_of_file, outcomes_of_step, paired
     from avcil_dist.inference.predict import Modality
+    from avcil_dist.inference.predictions_file import is_predictions_file
     from avcil_dist.inference.step_predictions import Condition, StepRequest, predict_step
     from launch.local_worlds import meetings
 
     condition, worlds = Condition(cast(Modality | None, modality)), meetings()
-    first, second = (
-        predict_step(StepRequest(folder, condition=condition, **clips), next(worlds)) for folder in folders
-    )
+
+    def outcomes(given: str) -> ClipOutcomes:
+        if is_predictions_file(given):
+            return outcomes_of_file(given)
+        return outcomes_of_step(predict_step(StepRequest(given, condition=condition, **clips), next(worlds)))
+
+    first, second = map(outcomes, folders)
     echo_once(json.dumps(paired(first, second, seed=seed), indent=1))

@@ -4,7 +4,7 @@ import shlex
 
 import click
 
-from launch.cli.options import resume_options, smoke_option, split_words
+from launch.cli.options import log_options, resume_options, smoke_option, split_words
 from launch.cli.output import echo
 
 
@@ -15,6 +15,7 @@ from launch.cli.output import echo
 @click.option("--dry-run", is_flag=True, help="Print a job script and the differences of the others; submit nothing.")
 @smoke_option
 @resume_options
+@log_options
 def submit(
     config: str,
     words: tuple[str, ...],

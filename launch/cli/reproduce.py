@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from launch.cli.options import processes_option, split_words
+from launch.cli.options import log_options, processes_option, split_words
 from launch.cli.output import echo, echo_progress, is_main_rank
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 @processes_option("Processes (ranks) of each stream.")
 @click.option("--parallel", type=click.IntRange(1), default=1, show_default=True, help="Streams at the same time.")
 @click.option("--cluster", help="Submit each stream as a chain of jobs; a cluster file, or a shipped one.")
+@log_options
 def reproduce(
     benchmark: str,
     words: tuple[str, ...],

@@ -23,7 +23,7 @@ from avcil_dist.reporting.published import Paper, Published, Result, load_publis
 from avcil_dist.reporting.report import StreamReport
 from avcil_dist.reporting.significance import paired_test
 from avcil_dist.scenario import Scenario
-from avcil_dist.streams.metrics import MemoryUse, StreamMetrics, SubsetMetrics
+from avcil_dist.streams.metrics import EpochChoice, MemoryUse, StreamMetrics, SubsetMetrics
 from launch.reproduce import reproduction_grid
 from launch.sweep import make_grid
 from tests.helpers.streams import avcil, write_config
@@ -180,7 +180,7 @@ def test_words_are_escaped_in_latex_and_markdown() -> None:
 
 
 def test_a_narrow_terminal_shows_every_column() -> None:
-    text = printed(STREAMS, width=80, significance=True)
+    text = printed([*seeds("joint", 0.8, 0.9, 0.8), *seeds("avcil", 0.7, 0.6, 0.5)], width=80, significance=True)
     table = [line for line in text.splitlines() if not line.startswith("p:")]  # a note is wrapped by the terminal
     assert max(map(len, table)) <= 80
     assert "…" not in text
@@ -213,9 +213,29 @@ def test_significance_is_the_paired_t_test_against_the_best_corrected_by_holm() 
 
 
 def test_fewer_than_three_common_seeds_have_no_p() -> None:
-    text = printed([*seeds("joint", 0.8, 0.9), *seeds("avcil", 0.7, 0.6, 0.5)], significance=True)
+    few, enough = seeds("avcil", 0.7, 0.6), seeds("lwf", 0.5, 0.6, 0.4)
+    text = printed([*seeds("joint", 0.8, 0.9, 0.8), *few, *enough], significance=True)
     assert "– (2 seeds)" in text
     assert "it needs 3 common seeds" in text
+    assert "– (1 seed)" in printed([*seeds("joint", 0.8, 0.9, 0.8), *few[:1], *enough], significance=True)
+    without = printed([*seeds("joint", 0.8), *few], significance=True)
+    assert "needs 3 common seeds with all steps, and there are at most 1" in without
+    assert "best │" not in without
+
+
+def test_the_selected_epochs_of_the_steps_are_a_range_over_the_seeds() -> None:
+    def trained(seed: int, *choices: EpochChoice | None) -> StreamReport:
+        report = stream(0.5, f"seed={seed}")
+        rows = tuple((0.5,) * (step + 1) for step in range(len(choices)))
+        metrics = StreamMetrics(len(rows) - 1, rows, (0.5,) * len(rows), {}, 10, 0, None, choices=choices)
+        return replace(report, metrics=metrics)
+
+    first = trained(0, EpochChoice(2, 10, 0.5), EpochChoice(0, 10, 0.5, 3), None)
+    second = trained(1, EpochChoice(4, 10, 0.5), EpochChoice(0, 10, 0.5))
+    [row] = json.loads(as_format("json", [first, second]))["rows"]
+    assert row["selected epoch of each step"] == "3–5  1*  –"
+    assert "the first of them is kept" in printed([first])
+    assert "selected epoch" not in printed([stream(0.5), trained(1, EpochChoice(0, 0))])
 
 
 def test_equal_differences_need_no_division_by_their_deviation() -> None:

@@ -107,6 +107,7 @@ def _draw(axes: Axes, curve: Curve) -> None:
         markersize=5,
         linewidth=0.7 if curve.faint else 1.8,
         alpha=0.55 if curve.faint else 1,
+        clip_on=False,  # whole markers at 0 and 100%
     )
     if curve.chosen:
         points = [curve.x[i] for i in curve.chosen], [curve.y[i] for i in curve.chosen]

@@ -180,7 +180,8 @@ def check_enough_clips(config: Config, step: int, num_batches: int, num_clips: i
     """Check that an epoch of a step has a batch. Raises ConfigError."""
     if not num_batches:
         raise ConfigError(
-            f"optim.global_batch={config.optim.global_batch}: step {step} has only {num_clips} training clips"
+            f"optim.global_batch={config.optim.global_batch}: step {step} has only {num_clips} training clips; "
+            f"choose at most {num_clips}"
         )
 
 

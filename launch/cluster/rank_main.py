@@ -4,6 +4,7 @@ Run as `python -m launch.cluster.rank_main FOLDER [FILE]`; FILE is the pickle in
 used, which contains the job's id.
 """
 
+import logging
 import os
 import signal
 import socket
@@ -29,6 +30,7 @@ def main(folder: str, file: str | None = None) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # pending until the step handles them, not submitit
     _check_trusted(Path(folder))
     set_short_socket_folder()
+    logging.getLogger("submitit").propagate = False  # it prints its lines itself
     if file is not None:
         os.environ["SUBMITIT_FOLDER"] = folder
         link = JobEnvironment().paths.submitted_pickle

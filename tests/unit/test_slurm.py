@@ -123,8 +123,8 @@ def test_past_jobs_are_the_newest_of_each_step(slurm: FakeSlurm, tmp_path: Path)
     past = scheduler_of("slurm").past_jobs({"runs/vs100": recorded})["runs/vs100"]
     assert "--jobs=81,82,83" in slurm.calls("sacct")[0][0]
     assert {step: (job.state, job.nodes, job.reason, job.elapsed, job.is_live) for step, job in past.items()} == {
-        1: ("CANCELLED", "", "exit code 0", "00:00:00", False),
-        2: ("FAILED", "node[1-2]", "exit code 2", "00:01:00", False),
+        1: ("CANCELLED", "", "exit code 0", "0:00", False),
+        2: ("FAILED", "node[1-2]", "exit code 2", "1:00", False),
     }
     assert scheduler_of("slurm").past_jobs({"runs/vs100": chain(tmp_path)}) == {"runs/vs100": {}}
     assert len(slurm.calls("sacct")) == 1

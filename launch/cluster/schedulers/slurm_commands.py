@@ -87,8 +87,15 @@ def past_jobs(ids: Iterable[str]) -> dict[str, JobState]:
             id, state, nodes, elapsed, limit, code = values
             reason = f"exit code {code.partition(':')[0]}"
             word = state.split()[0]  # CANCELLED by 1000
-            jobs[id] = JobState(id, word, _value(nodes), reason, is_live=False, elapsed=elapsed, limit=limit)
+            jobs[id] = JobState(
+                id, word, _value(nodes), reason, is_live=False, elapsed=_as_queued(elapsed), limit=_as_queued(limit)
+            )
     return jobs
+
+
+def _as_queued(time: str) -> str:
+    """Return a time of sacct, 00:01:00, in the form of squeue, 1:00."""
+    return re.sub("^(00:)?0?(?=[0-9])", "", time)
 
 
 def cancel_jobs(ids: Iterable[str]) -> None:

@@ -7,12 +7,11 @@ every process of the launcher supervises one rank.
 
 import itertools
 import logging
-import multiprocessing
 import os
+import signal
 import sys
 import time
 from contextlib import nullcontext
-from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from typing import Any
 
@@ -27,12 +26,12 @@ from avcil_dist.system.signals import StopRequest, interrupted_once, listening, 
 from avcil_dist.system.standard_error import keep_standard_error
 from avcil_dist.tracking.session import check_tracking, stream_run
 from avcil_dist.training.device import local_device
-from avcil_dist.training.engine import name_accelerator
 from avcil_dist.training.observer import Observer
 from avcil_dist.training.preflight import preflight
 from avcil_dist.training.rendezvous import check_interfaces, interfaces
 from avcil_dist.world import World
 from launch.call_queue import CallQueue, replay_calls
+from launch.fork_server import await_server, rank_processes
 from launch.local_worlds import launcher_world, local_worlds
 from launch.progress import print_warning
 from launch.resume_policy import KEEP_ALL, ResumePolicy, discard_state
@@ -41,16 +40,6 @@ from launch.step_run import StepRun
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 4  # for ranks to end by themselves when one has failed, before they are terminated
 END_SECONDS = 10  # for ranks to end on request after an interrupt, before they are killed
-# Imported by the fork server, once for all ranks of all steps: seconds. Optimizers need `torch._dynamo`, and the sender
-# of rank 0 the store of a sqlite database.
-PRELOADED = [
-    "torch",
-    "torch._dynamo",
-    "deepspeed",
-    "avcil_dist.training.step",
-    "avcil_dist.tracking.mlflow_writer",
-    "mlflow.store.tracking.sqlalchemy_store",
-]
 
 _meetings = itertools.count()  # of the ranks of a launcher, which all count alike
 
@@ -71,7 +60,7 @@ def run_stream(
         outer if has_launcher else World(local_size=processes or 1, size=processes or 1, launcher="local"),
         config.engine.device,
     )
-    context = _rank_processes(device.type)
+    context = rank_processes(device.type)
     check_interfaces(os.environ, interfaces())
     sizes = [outer.size if has_launcher else processes or 1]
     # Under a launcher the ranks check the shards together, in the first step, instead of each for itself.
@@ -100,18 +89,6 @@ def run_stream(
                 if stop.is_set() and step + 1 < num_steps:
                     raise StepStopped(f"stopped after step {step}; run the same command again to continue")
     return stream
-
-
-def _rank_processes(device_type: str) -> BaseContext:
-    """Return the context that starts the ranks; its fork server begins its imports, while this process continues."""
-    name_accelerator(device_type)
-    if device_type == "cuda":  # a forked process cannot use a GPU that its parent has initialised
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    with starting_process("the processes of the steps"), shielding():
-        forkserver.ensure_running()
-    return context
 
 
 def _run_step(
@@ -151,8 +128,14 @@ def _run_step(
 def _start(run: StepRun, worlds: tuple[World, ...], errors: Any, calls: Any, method: str) -> Any:
     """Start the ranks' processes. Raises WorldError when the system, or another process, prevents it."""
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # names each rank that it terminates
-    with starting_process(f"step {run.step}"), shielding():
-        return start_processes(_run_rank, (run, worlds, errors, calls), len(worlds), join=False, start_method=method)
+    with starting_process(f"step {run.step}"):
+        if method == "forkserver":
+            await_server()
+        # an interrupt amid the start of a rank would leave it without anybody who ends it
+        with shielding(signal.SIGINT):
+            return start_processes(
+                _run_rank, (run, worlds, errors, calls), len(worlds), join=False, start_method=method
+            )
 
 
 def _end(processes: list[Any]) -> None:

@@ -49,10 +49,13 @@ def listening() -> Iterator[StopRequest]:
 
 
 @contextmanager
-def shielding() -> Iterator[None]:
-    """Block stop signals in processes that are started in the block, unless they call `listening`."""
+def shielding(*others: signal.Signals) -> Iterator[None]:
+    """Block stop signals in processes that are started in the block, unless they call `listening`; and other signals.
+
+    A process that imports for seconds, and that its parent ends, is to be started with SIGINT among them.
+    """
     resource_tracker.ensure_running()  # its start, which may be that of the first process, unblocks SIGTERM
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (*STOP_SIGNALS, *others))
     try:
         yield
     finally:

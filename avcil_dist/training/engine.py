@@ -19,6 +19,7 @@ from avcil_dist.config.schema import EngineConfig
 from avcil_dist.errors import ArtifactError, TrainingError
 from avcil_dist.models.network import Network
 from avcil_dist.models.outputs import Output
+from avcil_dist.system.accelerator import VARIABLE, name_accelerator
 from avcil_dist.training.optim import LossScale
 from avcil_dist.world import World, threads_per_rank
 
@@ -279,17 +280,12 @@ def set_threads(world: World) -> None:
     torch.set_num_threads(threads_per_rank(world, os.environ, len(os.sched_getaffinity(0))))
 
 
-def name_accelerator(device_type: str) -> None:
-    """Set DeepSpeed's accelerator, `cuda` or `cpu`, before its import, which otherwise guesses it with a warning."""
-    os.environ["DS_ACCELERATOR"] = device_type
-
-
 def import_deepspeed(world: World) -> Any:
     """Import DeepSpeed late (it takes seconds), without its log messages, and initialise it with the process group."""
     for module in ("torch.distributed", "deepspeed"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    if "DS_ACCELERATOR" not in os.environ:
+    if VARIABLE not in os.environ:
         name_accelerator("cuda" if torch.cuda.is_available() else "cpu")
     os.environ["LOCAL_RANK"] = str(world.local_rank)  # DeepSpeed reads the rank's device from it
     for name in [name for name in os.environ if name.startswith("OMPI_COMM_WORLD_")]:

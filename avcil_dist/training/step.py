@@ -44,6 +44,7 @@ from avcil_dist.streams.region_shares import RegionShares
 from avcil_dist.streams.score_metrics import score_metrics
 from avcil_dist.streams.snapshots import snapshots_url
 from avcil_dist.streams.stream import scenario_of, shards_of, sole_writer, stream_url
+from avcil_dist.system.accelerator import name_accelerator
 from avcil_dist.system.signals import StopRequest
 from avcil_dist.system.source_version import source_version
 from avcil_dist.training.build import build_networks, network_of_state
@@ -52,7 +53,7 @@ from avcil_dist.training.clip_maps import region_shares
 from avcil_dist.training.closed_form import solve_anchor, train_closed_form
 from avcil_dist.training.collectives import decide_together, process_group
 from avcil_dist.training.device import device_name, local_device, out_of_memory_as_line
-from avcil_dist.training.engine import name_accelerator, set_threads, whole_state
+from avcil_dist.training.engine import set_threads, whole_state
 from avcil_dist.training.evaluation import ScoredPredictions, evaluate_scores, validation_logits
 from avcil_dist.training.exemplars import exemplar_clips, exemplar_features, update_memory
 from avcil_dist.training.failure_sync import Report, print_fault, propagate_failures

@@ -15,9 +15,9 @@ from typing import Any
 from avcil_dist.compose import load_config
 from avcil_dist.config.schema import Config
 from avcil_dist.errors import ConfigError
+from avcil_dist.system.accelerator import name_accelerator
 from avcil_dist.system.signals import StopRequest
 from avcil_dist.training.device import local_device
-from avcil_dist.training.engine import name_accelerator
 from avcil_dist.training.observer import Observer
 from avcil_dist.training.step import run_step
 from avcil_dist.world import World

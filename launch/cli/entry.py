@@ -1,5 +1,7 @@
 """Start of the command line: what this process and its workers need of their surroundings, before any command runs."""
 
+import atexit
+import gc
 import os
 import sys
 import warnings
@@ -15,6 +17,7 @@ from launch.socket_folder import set_short_socket_folder
 def run_command(root: Path) -> None:
     """Prepare this process and run the command line. `root` is the folder of this project's packages."""
     keep_standard_error()
+    atexit.register(gc.freeze)  # Python searches all objects for garbage as it ends: a second after imports of torch
     try:
         _check_working_folder()
         set_short_socket_folder()

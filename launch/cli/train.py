@@ -36,6 +36,10 @@ def train(
       avcil train demo method=finetune optim.lr=3e-4 seed=1
       torchrun --nproc-per-node 8 --no-python avcil train my.yaml engine=zero2
     """
+    from launch.fork_server import start_early
+
+    start_early()  # before the imports of this process, which take seconds too
+
     from avcil_dist.compose import load_config
     from launch.local import run_stream
     from launch.resume_policy import ResumePolicy

@@ -9,10 +9,10 @@ import torch
 from torch.multiprocessing.spawn import start_processes
 
 from avcil_dist.config.schema import EngineConfig
+from avcil_dist.system.accelerator import name_accelerator
 from avcil_dist.training.collectives import process_group
-from avcil_dist.training.engine import name_accelerator
 from avcil_dist.world import World
-from launch.local import PRELOADED
+from launch.fork_server import PRELOADED
 from launch.local_worlds import local_worlds
 
 CPU = torch.device("cpu")

@@ -19,7 +19,7 @@ from avcil_dist.training.collectives import process_group
 from avcil_dist.training.failure_sync import propagate_failures
 from avcil_dist.world import World
 from data_shards.random_features import make_feature_shards
-from launch.local import PRELOADED
+from launch.fork_server import PRELOADED
 from launch.local_worlds import local_worlds
 from tests.helpers.disks import small_disk
 from tests.helpers.ranks import CPU

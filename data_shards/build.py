@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from avcil_dist import storage
+from avcil_dist.data.clip_table import Region
 from avcil_dist.data.decode import ClipInfo, SilentClipError, decode_clip, probe_clip
-from avcil_dist.data.manifest import SPLITS, Region, Split
+from avcil_dist.data.shard import SPLITS, Split
 from avcil_dist.errors import ConfigError, DataError
 from data_shards.build_plan import (
     FORMAT,

@@ -16,16 +16,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, Field
 
 from avcil_dist import storage
-from avcil_dist.data.manifest import (
-    SPLITS,
-    EncoderRecord,
-    FeatureShape,
-    Manifest,
-    Shard,
-    ShardRecord,
-    Split,
-    load_manifest,
-)
+from avcil_dist.data.manifest import EncoderRecord, FeatureShape, Manifest, load_manifest
+from avcil_dist.data.shard import SPLITS, Shard, ShardRecord, Split
 from avcil_dist.errors import ConfigError, DataError
 from avcil_dist.scenario import ClassName
 from data_shards.rejections import Rejection, read_rejections, write_rejections

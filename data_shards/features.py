@@ -17,9 +17,10 @@ from avcil_dist.config.encoders import PlugInEncoderConfig
 from avcil_dist.config.schema import Config
 from avcil_dist.data.batch import Batch
 from avcil_dist.data.loader import load_batches
-from avcil_dist.data.manifest import Manifest, Shard
+from avcil_dist.data.manifest import Manifest
 from avcil_dist.data.plan import PADDING
 from avcil_dist.data.sampler import FixedSampler
+from avcil_dist.data.shard import Shard
 from avcil_dist.data.subset import load_data
 from avcil_dist.errors import ConfigError, DataError
 from avcil_dist.models.encoders.build import clip_inputs

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from avcil_dist.data.manifest import SPLITS, Manifest, Split
+from avcil_dist.data.manifest import Manifest
+from avcil_dist.data.shard import SPLITS, Split
 from avcil_dist.seeds import generator
 from data_shards.shard_writer import shard_url, write_shard
 

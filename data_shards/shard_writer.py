@@ -12,7 +12,8 @@ import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from avcil_dist import storage
-from avcil_dist.data.manifest import Region, Shard, Split, check_keys
+from avcil_dist.data.clip_table import Region
+from avcil_dist.data.shard import Shard, Split, check_keys
 from avcil_dist.errors import ConfigError, DataError
 
 
@@ -81,7 +82,7 @@ def write_shard(
                     sizes.setdefault(member, []).append(len(data))
         if not keys:
             raise DataError(f"{url}: a shard needs at least one clip")
-    return Shard(
+    return Shard.of(
         url=url,
         class_name=class_name,
         split=split,

@@ -4,7 +4,8 @@ from collections import Counter
 from collections.abc import Sequence
 from statistics import median
 
-from avcil_dist.data.manifest import SPLITS, Manifest
+from avcil_dist.data.manifest import Manifest
+from avcil_dist.data.shard import SPLITS
 from avcil_dist.reporting.tables import WordTable
 
 MAX_CLASSES_NAMED = 40

@@ -25,7 +25,8 @@ import numpy as np
 from pydantic import JsonValue
 
 from avcil_dist import storage
-from avcil_dist.data.manifest import SPLITS, Region
+from avcil_dist.data.clip_table import Region
+from avcil_dist.data.shard import SPLITS
 from avcil_dist.errors import ConfigError
 from avcil_dist.seeds import generator
 from data_shards.workers import exit_with_parent

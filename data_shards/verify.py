@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 
 from avcil_dist import storage
-from avcil_dist.data.manifest import SPLITS, Manifest, Shard, load_manifest
+from avcil_dist.data.manifest import Manifest, load_manifest
+from avcil_dist.data.shard import SPLITS, Shard
 from avcil_dist.errors import DataError
 from data_shards.listings.listing import clean_label
 from data_shards.listings.tar_labels import read_json, split_of_value
@@ -42,7 +43,9 @@ def verify_shards(manifest_url: str, *, processes: int = 0, progress: Progress |
     A shard is read once, a small part at a time, by one of `processes` (0: this one). `progress` is called with
     the number of shards done and their total. Raises DataError for a manifest that cannot be read.
     """
-    return [fault for faults in _faults(load_manifest(manifest_url), processes, progress) for fault in faults]
+    manifest = load_manifest(manifest_url)
+    found = [] if replace(manifest).content_hash == manifest.content_hash else [_wrong_hash(manifest_url)]
+    return found + [fault for faults in _faults(manifest_url, manifest, processes, progress) for fault in faults]
 
 
 def repair_manifest(
@@ -50,11 +53,12 @@ def repair_manifest(
 ) -> tuple[Manifest, list[str]]:
     """Rewrite a manifest so that it lists the intact shards only. Returns the new manifest and the faults.
 
-    The old manifest is saved beside it as `manifest.before-repair.json`. Without faults nothing is written.
+    The old manifest is saved beside it as `manifest.before-repair.json`, and its clip table stays. Without faults
+    nothing is written.
     Raises DataError when no shard is intact.
     """
     manifest = load_manifest(manifest_url)
-    faults_by_shard = _faults(manifest, processes, progress)
+    faults_by_shard = _faults(manifest_url, manifest, processes, progress)
     intact = tuple(shard for shard, faults in zip(manifest.shards, faults_by_shard, strict=True) if not faults)
     if not intact:
         raise DataError(f"{manifest_url}: no shard is intact; the manifest was not changed; build the shards again")
@@ -69,7 +73,11 @@ def repair_manifest(
     return repaired, all_faults
 
 
-def _faults(manifest: Manifest, processes: int, progress: Progress | None) -> list[list[str]]:
+def _wrong_hash(manifest_url: str) -> str:
+    return f"{manifest_url}: its content hash is not that of its shards and clips; build it again"
+
+
+def _faults(manifest_url: str, manifest: Manifest, processes: int, progress: Progress | None) -> list[list[str]]:
     """The faults of each shard."""
     total = len(manifest.shards)
 
@@ -77,10 +85,20 @@ def _faults(manifest: Manifest, processes: int, progress: Progress | None) -> li
         if progress:
             progress(min(count, total), total)
 
-    return map_in_workers(partial(_check_shard, manifest), range(total), processes=processes, on_start=on_start)
+    work = partial(_check_shard, manifest_url, manifest.content_hash)
+    return map_in_workers(work, range(total), processes=processes, on_start=on_start)
 
 
-def _check_shard(manifest: Manifest, number: int, crashed: frozenset[int], mark_start: MarkStart) -> list[str]:
+@lru_cache(maxsize=1)
+def _opened(manifest_url: str, content_hash: str) -> Manifest:
+    """Return the manifest, once per process: a worker maps its clips, they are not sent to it."""
+    return load_manifest(manifest_url)
+
+
+def _check_shard(
+    manifest_url: str, content_hash: str, number: int, crashed: frozenset[int], mark_start: MarkStart
+) -> list[str]:
+    manifest = _opened(manifest_url, content_hash)
     faults = _shard_faults(manifest.url(number), manifest.shards[number])
     mark_start(0)
     return faults

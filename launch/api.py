@@ -15,7 +15,8 @@ import torch
 from avcil_dist import compose, storage
 from avcil_dist.config.schema import Config, TrackingConfig
 from avcil_dist.data import manifest as manifests
-from avcil_dist.data.manifest import Manifest, Split
+from avcil_dist.data.manifest import Manifest
+from avcil_dist.data.shard import Split
 from avcil_dist.errors import ArtifactError
 from avcil_dist.streams.artifact import StepArtifact, load_artifact
 from avcil_dist.streams.metrics import StreamMetrics

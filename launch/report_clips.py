@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from avcil_dist import storage
 from avcil_dist.data.manifest import Manifest, load_manifest
 from avcil_dist.errors import ConfigError
@@ -54,9 +56,8 @@ def _choose(manifest: Manifest, stream: StreamReport, count: int) -> list[int]:
 
 
 def _clip_bytes(manifest: Manifest, number: int) -> bytes:
-    shard, row = manifest.locate(number)
-    start = int(manifest.shards[shard].offsets["mp4"][row])
-    return storage.read_range(manifest.url(shard), start, start + int(manifest.shards[shard].sizes["mp4"][row]))
+    start, size = (int(values[0]) for values in manifest.spans("mp4", np.array([number])))
+    return storage.read_range(manifest.url(manifest.locate(number)[0]), start, start + size)
 
 
 def _figure(clip: PreparedClip, name: str, rows: Sequence[AttentionRow], manifest: Manifest, number: int) -> ClipFigure:

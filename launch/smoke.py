@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from avcil_dist.config.schema import Config, LimitConfig
-from avcil_dist.data.manifest import Manifest, Split
+from avcil_dist.data.manifest import Manifest
+from avcil_dist.data.shard import Split
 from avcil_dist.data.subset import load_data
 from avcil_dist.scenario import Scenario
 from avcil_dist.streams.stream import scenario_of

@@ -45,9 +45,9 @@ def quota(size: int, num_classes: int) -> int:
     return size // num_classes
 
 
-def random_order(name: str, keys: Sequence[str], seed: int) -> list[str]:
-    """Return the keys of a class in a random order that depends only on its name and the seed."""
-    return [keys[i] for i in generator(seed, "memory", name).permutation(len(keys))]
+def random_order(name: str, clips: np.ndarray, seed: int) -> np.ndarray:
+    """Return the clips of a class in a random order that depends only on its name and the seed."""
+    return clips[generator(seed, "memory", name).permutation(len(clips))]
 
 
 def herding_order(features: np.ndarray, count: int) -> list[int]:

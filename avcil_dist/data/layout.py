@@ -19,12 +19,13 @@ from torch import Tensor
 from avcil_dist.config.schema import AugmentConfig
 from avcil_dist.data.decode_pool import ClipDecoder, DecodePool, EncodedClip, HereDecoder, LethalClips, TensorPair
 from avcil_dist.data.inputs import ClipInputs
-from avcil_dist.data.manifest import TAR_BLOCK, Manifest
+from avcil_dist.data.manifest import Manifest
 from avcil_dist.data.noise import InputNoise
 from avcil_dist.data.npy import parse_npy
 from avcil_dist.data.plan import PADDING
 from avcil_dist.data.reader import Segment
 from avcil_dist.data.sampler import AugmentSeeds
+from avcil_dist.data.shard import TAR_BLOCK
 from avcil_dist.data.transforms import ClipTransform
 from avcil_dist.errors import DataError
 

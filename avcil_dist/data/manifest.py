@@ -1,11 +1,13 @@
 """Manifest: the index of a set of shards, and the only list of them; folders are never listed.
 
-A shard contains clips of one split of one class. Per shard the manifest has url (relative to the manifest's folder),
-class, split, bytes and sha256; per clip its key, and offset and size of each member in the tar. Its content hash
-identifies the data set in every artifact and run.
+Per shard the manifest's JSON has url (relative to the manifest's folder), class, split, bytes and sha256. The clips are
+in a clip table beside it (`clip_table_file.py`), in the order of the shards: per clip its key, and offset and size of
+each member in the tar. The content hash of shards and clips identifies the data set in every artifact and run. It does
+not depend on the format: in manifests of format 1 the JSON has the clips too.
 """
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,25 +20,18 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from avcil_dist import storage
+from avcil_dist.config.schema import DataConfig
+from avcil_dist.data.clip_table import ClipTable, Region, join
+from avcil_dist.data.clip_table_file import TableRecord, open_table, write_table
+from avcil_dist.data.shard import MAX_SIZE, MEMBERS, Sha256, Shard, ShardRecord, ShardSummary, Split
 from avcil_dist.errors import DataError
 from avcil_dist.scenario import ClassName
 
-FORMAT = 1
-MAX_MANIFEST_BYTES = 4 << 30  # some 80 million clips
-MAX_SIZE = 1 << 53  # of a file in bytes; beyond it, JSON readers of other languages round
-MAX_KEY_LENGTH = 255
-KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]+")
-ALL_KEYS = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_KEY_LENGTH}}}(\n[A-Za-z0-9_-]{{1,{MAX_KEY_LENGTH}}})*")
-TAR_BLOCK = 512  # a member's bytes follow its header
-MEMBERS = {"clip": ("mp4", "json"), "feature": ("visual.npy", "audio.npy", "json")}
-Split = Literal["train", "val", "test"]
+FORMAT = 2
+FORMAT_1 = re.compile(rb'"format"\s*:\s*1\b')  # no string of JSON has an unescaped quote
+MAX_MANIFEST_BYTES = 4 << 30  # of format 1 some 80 million clips
 CONCURRENT_REQUESTS = 16
 REBUILD = "restore it, or make one with `avcil shards build`"
-SPLITS: tuple[Split, ...] = ("train", "val", "test")
-ClipKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=MAX_KEY_LENGTH)]
-Size = Annotated[int, Field(ge=0, lt=MAX_SIZE)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Region = tuple[Fraction, Fraction, Fraction, Fraction]  # top, left, bottom, right, as fractions
 FeatureShape = dict[Annotated[str, Field(pattern="^(frames|positions|dim)$")], Annotated[int, Field(ge=1, le=1 << 20)]]
 
 
@@ -52,129 +47,42 @@ Scalar = (
 )
 
 
-class ShardRecord(BaseModel):
-    """A shard as the manifest's JSON has it.
-
-    `members`: offsets and sizes of each member, one of each per clip. `regions`: the part of the central square of the
-    picture that makes the sound, per clip, of a data set with such regions.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    url: Annotated[str, Field(min_length=1, max_length=4096)]
-    class_name: ClassName = Field(alias="class")
-    split: Split
-    count: Size
-    bytes: Size
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    keys: list[str]  # `check_keys` checks them all at once
-    members: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$", max_length=100)], tuple[list[Size], list[Size]]]
-    regions: list[Region | None] | None = None
-
-
 class EncoderRecord(BaseModel):
     """The frozen encoders that made features: their settings by dotted key, and the sha256 of their weights."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     settings: dict[EncoderSetting, Scalar | Annotated[list[Scalar], Field(max_length=100)]] = Field(max_length=100)
-    sha256: dict[Literal["visual", "audio"], Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]
+    sha256: dict[Literal["visual", "audio"], Sha256]
 
 
-class ManifestRecord(BaseModel):
-    """A manifest as its JSON has it."""
+class ManifestHead(BaseModel):
+    """The part of a manifest's JSON that both formats have."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: Literal[1]
     kind: Literal["clip", "feature"]
     classes: tuple[ClassName, ...]
     shape: FeatureShape
     encoders: EncoderRecord | None = None
-    shards: list[ShardRecord]
     content_hash: str
 
 
-@dataclass(frozen=True)
-class Shard:
-    """One tar file. `offsets[member][i]` and `sizes[member][i]` locate the member of clip i.
+class OldManifestRecord(ManifestHead):
+    """A manifest of format 1 as its JSON has it: with the clips."""
 
-    `regions[i]` is the part of the picture that makes the sound of clip i, where it is known for any clip.
-    `root` is the folder of `url` where it is not the manifest's; it is never read from a manifest.
-    """
+    format: Literal[1]
+    shards: list[ShardRecord]
 
-    url: str
-    class_name: str
-    split: Split
-    bytes: int
-    sha256: str
-    keys: tuple[str, ...]
-    offsets: dict[str, np.ndarray]
-    sizes: dict[str, np.ndarray]
-    root: str | None = None
-    regions: tuple[Region | None, ...] | None = None
 
-    @property
-    def count(self) -> int:
-        """Number of clips in the shard."""
-        return len(self.keys)
+class ManifestRecord(ManifestHead):
+    """A manifest as its JSON has it. `hash` is the sha256 of the rest, which has the digest of the clip table."""
 
-    def of_rows(self, rows: np.ndarray) -> "Shard":
-        """Return the shard with the clips of these rows alone; its file, bytes and digest stay those of all."""
-        if len(rows) == self.count:
-            return self
-        return replace(
-            self,
-            keys=tuple(self.keys[row] for row in rows),
-            offsets={member: values[rows] for member, values in self.offsets.items()},
-            sizes={member: values[rows] for member, values in self.sizes.items()},
-            regions=None if self.regions is None else tuple(self.regions[row] for row in rows),
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the shard as plain JSON values."""
-        regions = {} if self.regions is None else {"regions": [region and list(region) for region in self.regions]}
-        return regions | {
-            "url": self.url,
-            "class": self.class_name,
-            "split": self.split,
-            "count": self.count,
-            "bytes": self.bytes,
-            "sha256": self.sha256,
-            "keys": list(self.keys),
-            "members": {name: [self.offsets[name].tolist(), self.sizes[name].tolist()] for name in self.offsets},
-        }
-
-    @classmethod
-    def from_record(cls, record: ShardRecord) -> "Shard":
-        """Return the shard of a record.
-
-        Raises DataError for keys that are not unique or not allowed, and for members beyond the shard's bytes.
-        """
-        shard = cls(
-            url=record.url,
-            class_name=record.class_name,
-            split=record.split,
-            bytes=record.bytes,
-            sha256=record.sha256,
-            keys=tuple(record.keys),
-            offsets={name: np.array(spans[0], dtype=np.int64) for name, spans in record.members.items()},
-            sizes={name: np.array(spans[1], dtype=np.int64) for name, spans in record.members.items()},
-            regions=None if record.regions is None else tuple(record.regions),
-        )
-        storage.inner_path(record.url)
-        check_keys(record.url, shard.keys)
-        if not len(set(shard.keys)) == shard.count == record.count or not shard.count:
-            raise DataError(f"{record.url}: count {record.count}, but {len(set(shard.keys))} different keys")
-        if shard.regions is not None and len(shard.regions) != shard.count:
-            raise DataError(f"{record.url}: {shard.count} clips, but {len(shard.regions)} regions")
-        for name, offsets in shard.offsets.items():
-            sizes = shard.sizes[name]
-            if not len(offsets) == len(sizes) == shard.count:
-                raise DataError(f"{record.url}: {shard.count} clips, but {len(offsets)} offsets of {name}")
-            if (offsets < TAR_BLOCK).any() or (offsets + sizes > shard.bytes).any():
-                raise DataError(f"{record.url}: {name}: an offset or size is beyond the shard's {shard.bytes} bytes")
-        return shard
+    format: Literal[2]
+    shards: list[ShardSummary]
+    clips: TableRecord
+    content_hash: Sha256
+    hash: Sha256
 
 
 @dataclass(frozen=True)
@@ -216,10 +124,15 @@ class Manifest:
 
     def shard_numbers(self, classes: Iterable[str], split: Split) -> list[int]:
         """Return the shards of these classes and this split, in the order of the manifest."""
-        wanted = set(classes)
-        return [
-            number for number, shard in enumerate(self.shards) if shard.split == split and shard.class_name in wanted
-        ]
+        found = (self._numbers.get((name, split), ()) for name in set(classes))
+        return sorted(itertools.chain.from_iterable(found))
+
+    @cached_property
+    def _numbers(self) -> dict[tuple[str, Split], list[int]]:
+        numbers: dict[tuple[str, Split], list[int]] = {}
+        for number, shard in enumerate(self.shards):
+            numbers.setdefault((shard.class_name, shard.split), []).append(number)
+        return numbers
 
     def clips(self, classes: Iterable[str], split: Split) -> np.ndarray:
         """Return the clip numbers of these classes and this split, in the order of the manifest."""
@@ -232,19 +145,26 @@ class Manifest:
 
     def spans(self, member: str, clips: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return offset and size of a member of each clip in its shard."""
-        offsets, sizes = self._spans[member]
-        return offsets[clips], sizes[clips]
+        places = self._places
+        if places.is_whole:
+            return places.tables[0].spans(member, clips)
+        clips = np.maximum(clips, 0)  # padding has any place
+        shards = self.shards_of(clips)
+        rows, numbers = clips - self.first_clips[shards] + places.first_rows[shards], places.numbers[shards]
+        offsets, sizes, order = np.empty_like(rows), np.empty_like(rows), np.argsort(numbers, kind="stable")
+        for own in np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1):
+            if len(own):
+                offsets[own], sizes[own] = places.tables[numbers[own[0]]].spans(member, rows[own])
+        return offsets, sizes
 
     @cached_property
-    def _spans(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        return {
-            member: (
-                np.concatenate([shard.offsets[member] for shard in self.shards]),
-                np.concatenate([shard.sizes[member] for shard in self.shards]),
-            )
-            for member in MEMBERS[self.kind]
-            if all(member in shard.offsets for shard in self.shards)
-        }
+    def _places(self) -> "_Places":
+        tables = {id(shard.table): shard.table for shard in self.shards}
+        number_of = {key: number for number, key in enumerate(tables)}
+        numbers = np.array([number_of[id(shard.table)] for shard in self.shards], dtype=np.int64)
+        first_rows = np.array([shard.first for shard in self.shards], dtype=np.int64)
+        is_whole = len(tables) == 1 and np.array_equal(first_rows, self.first_clips[:-1])
+        return _Places(tuple(tables.values()), numbers, first_rows, is_whole)
 
     def shard_labels(self, labels: Mapping[str, int]) -> np.ndarray:
         """Return the label of each shard's class, (shards,); -1 for a class without a label."""
@@ -257,14 +177,15 @@ class Manifest:
 
     def key(self, clip: int) -> str:
         """Return the key of a clip."""
-        shard, row = self.locate(clip)
-        return self.shards[shard].keys[row]
+        number, row = self.locate(clip)
+        shard = self.shards[number]
+        return shard.table.key(shard.first + row)
 
     def region(self, clip: int) -> Region | None:
         """Return the part of the picture that makes the sound of a clip; None where it is not known."""
-        shard, row = self.locate(clip)
-        regions = self.shards[shard].regions
-        return None if regions is None else regions[row]
+        number, row = self.locate(clip)
+        shard = self.shards[number]
+        return shard.table.region(shard.first + row) if shard.has_regions else None
 
     def class_of(self, clip: int) -> str:
         """Return the class of a clip."""
@@ -272,51 +193,125 @@ class Manifest:
 
     def clip_numbers(self, class_name: str, keys: Sequence[str]) -> np.ndarray:
         """Return the numbers of a class's training clips by key. Raises DataError for an unknown key."""
-        numbers = {self.key(clip): clip for clip in self.clips([class_name], "train")}
+        wanted, numbers = set(keys), dict[str, int]()
+        for shard in self.shard_numbers([class_name], "train") if wanted else ():
+            first = int(self.first_clips[shard])
+            numbers |= {key: first + row for row, key in enumerate(self.shards[shard].keys) if key in wanted}
         missing = [key for key in keys if key not in numbers]
         if missing:
             raise DataError(f"{self.root}: class {class_name!r} has no clip {missing[0]!r}; is it another data set?")
         return np.array([numbers[key] for key in keys], dtype=np.int64)
 
     def save(self, url: str) -> None:
-        """Write the manifest with its content hash."""
-        first, *others = self._json_parts()
-        with_hash = b'{"content_hash":' + json.dumps(self.content_hash).encode() + b"," + first.removeprefix(b"{")
-        storage.write_bytes(url, b"".join([with_hash, *others]))
+        """Write the clip table beside `url`, then the manifest with its content hash."""
+        table = write_table(storage.parent(url), [shard.rows for shard in self.shards])
+        content = self._head() | {
+            "format": FORMAT,
+            "shards": [shard.summary() for shard in self.shards],
+            "clips": table.model_dump(),
+            "content_hash": self.content_hash,
+        }
+        storage.write_bytes(url, _to_json(content | {"hash": storage.sha256(_to_json(content))}))
 
-    def _json_parts(self) -> Iterator[bytes]:
-        """Yield the content as JSON with sorted keys, one shard at a time to bound the memory."""
-        head = {"format": FORMAT, "kind": self.kind, "classes": list(self.classes), "shape": self.shape, "shards": []}
+    def _head(self) -> dict[str, Any]:
+        head: dict[str, Any] = {"kind": self.kind, "classes": list(self.classes), "shape": self.shape}
         if self.encoders is not None:  # manifests without it keep their hash
             head["encoders"] = self.encoders.model_dump()
-        yield _to_json(head).removesuffix(b"]}")
+        return head
+
+    def _json_parts(self) -> Iterator[bytes]:
+        """Yield the content as JSON of format 1 with sorted keys, one shard at a time to bound the memory."""
+        yield _to_json(self._head() | {"format": 1, "shards": []}).removesuffix(b"]}")
         for number, shard in enumerate(self.shards):
             yield (b"," if number else b"") + _to_json(shard.to_dict())
         yield b"]}"
 
 
-def load_manifest(url: str) -> Manifest:
-    """Read a manifest and verify its content hash.
+@dataclass(frozen=True)
+class _Places:
+    """Rows of the clips of each shard: the number of its table, and its first row there.
 
-    Raises DataError for a file that is not a manifest, was modified, or contains invalid keys.
+    `is_whole`: there is one table, and the number of each clip is its row there.
     """
-    what = f"a manifest of format {FORMAT}"
-    record = storage.read_json(url, ManifestRecord, what, remedy=REBUILD, max_bytes=MAX_MANIFEST_BYTES)
+
+    tables: tuple[ClipTable, ...]
+    numbers: np.ndarray
+    first_rows: np.ndarray
+    is_whole: bool
+
+
+def load_manifest(url: str, data: DataConfig | None = None) -> Manifest:
+    """Read a manifest, verify its hash, and open its clip table.
+
+    `data` has the cache of a large remote table, by default below TMPDIR. Raises DataError for a file that is not a
+    manifest, was modified, or contains invalid keys.
+    """
+    text = storage.read_bytes(url, max_bytes=MAX_MANIFEST_BYTES)
+    record: OldManifestRecord | ManifestRecord
+    if FORMAT_1.search(text):
+        record = storage.parse_json(text, OldManifestRecord, "a manifest of format 1", url, remedy=REBUILD)
+    else:
+        record = storage.parse_json(text, ManifestRecord, f"a manifest of format {FORMAT}", url, remedy=REBUILD)
+    del text
+    if isinstance(record, ManifestRecord) and record.hash != _hash(record):
+        raise _changed(url)
     try:
-        shards = tuple(map(Shard.from_record, record.shards))
+        shards = _old_shards(record) if isinstance(record, OldManifestRecord) else _shards(url, record, data)
         _check_shard_list(record, shards)
     except DataError as error:
         raise DataError(f"{url}: damaged manifest: {error}; {REBUILD}") from None
     root = storage.parent(url)
     manifest = Manifest(record.kind, record.classes, shards, dict(record.shape), root, encoders=record.encoders)
-    if manifest.content_hash != record.content_hash:
-        raise DataError(
-            f"{url}: its content does not match its hash; it was changed by hand or cut short: build it again"
-        )
+    if isinstance(record, ManifestRecord):
+        # the hash above covers it and the table's digest; it stays with this value, not with a changed copy of it
+        vars(manifest)["content_hash"] = record.content_hash
+    elif manifest.content_hash != record.content_hash:
+        raise _changed(url)
     return manifest
 
 
-def _check_shard_list(record: ManifestRecord, shards: Sequence[Shard]) -> None:
+def _hash(record: ManifestRecord) -> str:
+    content = record.model_dump(mode="json", by_alias=True, exclude={"hash"}, exclude_defaults=True)
+    return storage.sha256(_to_json(content))
+
+
+def _changed(url: str) -> DataError:
+    return DataError(f"{url}: its content does not match its hash; it was changed by hand or cut short: build it again")
+
+
+def _old_shards(record: OldManifestRecord) -> tuple[Shard, ...]:
+    shards = [Shard.from_record(shard) for shard in record.shards]
+    table = join([shard.rows for shard in shards])
+    firsts = itertools.accumulate((shard.count for shard in shards), initial=0)
+    return tuple(replace(shard, table=table, first=first) for shard, first in zip(shards, firsts, strict=False))
+
+
+def _shards(url: str, record: ManifestRecord, data: DataConfig | None) -> tuple[Shard, ...]:
+    """Return the shards of a manifest, whose clips are verified."""
+    count = sum(shard.count for shard in record.shards)
+
+    def with_clips(table: ClipTable) -> Iterator[Shard]:
+        first, lists = 0, {shard.members: shard.members for shard in record.shards}
+        for shard in record.shards:
+            members = lists[shard.members]  # one list for all shards
+            if missing := set(members).difference(table.members):
+                raise DataError(f"{record.clips.url}: no column of member {min(missing)}")
+            yield Shard(
+                *(shard.url, shard.class_name, shard.split, shard.bytes, shard.sha256, shard.count),
+                *(members, table, first, shard.regions),
+            )
+            first += shard.count
+
+    def check(table: ClipTable) -> None:
+        for shard in with_clips(table):
+            shard.check()
+
+    folder = storage.parent(url)
+    table = open_table(folder, record.clips, count=count, check=check, owner=record.hash, data=data)
+    return tuple(with_clips(table))
+
+
+def _check_shard_list(record: ManifestHead, shards: Sequence[Shard]) -> None:
     """Raise DataError for a shard that is listed twice, of an unknown class, or without the members of its kind."""
     classes = set(record.classes)
     if len(classes) != len(record.classes):
@@ -330,7 +325,7 @@ def _check_shard_list(record: ManifestRecord, shards: Sequence[Shard]) -> None:
             raise DataError(f"{shard.url}: listed twice, so its clips would count twice")
         if shard.class_name not in classes:
             raise DataError(f"{shard.url}: its class {shard.class_name!r} is none of the manifest's")
-        if missing := required - shard.offsets.keys():
+        if missing := required.difference(shard.members):
             raise DataError(f"{shard.url}: has no member {min(missing)}")
         urls.add(shard.url)
         contents.add(content)
@@ -340,14 +335,6 @@ def _check_shard_list(record: ManifestRecord, shards: Sequence[Shard]) -> None:
 
 def _to_json(value: object) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
-
-
-def check_keys(where: str, keys: Sequence[str]) -> None:
-    """Check clip keys. Raises DataError for a key that WebDataset would split or that is unsafe in a path."""
-    joined = "\n".join(keys)
-    if keys and not (joined.count("\n") == len(keys) - 1 and ALL_KEYS.fullmatch(joined)):
-        wrong = next(key for key in keys if not KEY_PATTERN.fullmatch(key) or len(key) > MAX_KEY_LENGTH)
-        raise DataError(f"{where}: clip key {wrong[:MAX_KEY_LENGTH]!r}; keys are letters, digits, '_' and '-'")
 
 
 def check_shards(manifest: Manifest, numbers: Iterable[int]) -> None:

@@ -11,7 +11,7 @@ data in every epoch.
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,31 +43,50 @@ def plan_epoch(
     canonical_nodes: int,
     window: int,
     exemplars: np.ndarray = NO_CLIPS,
+    columns: range | None = None,
 ) -> EpochPlan:
     """Plan one epoch over the training clips of `classes`, mixed with `exemplars` (clip numbers) of other classes.
 
-    `window` is the number of shards whose clips are shuffled together within a range. Raises
-    ConfigError when `global_batch` is not a multiple of `canonical_nodes`.
+    `window` is the number of shards whose clips are shuffled together within a range. `columns` are those columns of
+    the global batches that are planned, all by default; memory and time are those of the ranges that they are from,
+    and `rest` is of these ranges. Raises ConfigError when `global_batch` is not a multiple of `canonical_nodes`.
+    """
+    columns = range(global_batch) if columns is None else columns
+    segments: list[range | np.ndarray] = [*_whole_shards(manifest, classes), *_by_shard(manifest, exemplars)]
+    counts = np.array([len(segment) for segment in segments], dtype=np.int64)
+    num_batches = count_batches(int(counts.sum()), global_batch=global_batch, canonical_nodes=canonical_nodes)
+    names = [manifest.class_of(segment[0]) for segment in segments]
+    order = _spread(names, counts, generator(seed, "shards", step))
+    segments, counts = [segments[i] for i in order], counts[order]
+
+    share = global_batch // canonical_nodes
+    full = num_batches * share
+    numbers = range(columns.start // share, -(-columns.stop // share))
+    ranges = [
+        _shuffle_range(
+            manifest,
+            _part(segments, counts, number, canonical_nodes),
+            generator(seed, "clips", step, epoch, number),
+            window,
+        )
+        for number in numbers
+    ]
+    first = columns.start - numbers.start * share
+    batches = [part[:full].reshape(num_batches, share) for part in ranges]
+    return EpochPlan(
+        batches=np.concatenate(batches, axis=1)[:, first : first + len(columns)],
+        rest=np.concatenate([part[full:] for part in ranges]),
+    )
+
+
+def count_batches(num_clips: int, *, global_batch: int, canonical_nodes: int) -> int:
+    """Return the number of batches of an epoch over so many clips.
+
+    Raises ConfigError when `global_batch` is not a multiple of `canonical_nodes`.
     """
     if global_batch % canonical_nodes:
         raise ConfigError(f"batch {global_batch} is not a multiple of {canonical_nodes} canonical nodes")
-    spans = [*_shards_clips(manifest, manifest.shard_numbers(classes, "train")), *_by_shard(manifest, exemplars)]
-    counts = np.array([len(span) for span in spans], dtype=np.int64)
-    names = [manifest.class_of(span[0]) for span in spans]
-    order = _spread(names, counts, generator(seed, "shards", step))
-    clips = np.concatenate([NO_CLIPS, *(spans[i] for i in order)])
-
-    share = global_batch // canonical_nodes
-    ranges = [
-        _shuffle_range(manifest, part, generator(seed, "clips", step, epoch, number), window)
-        for number, part in enumerate(np.array_split(clips, canonical_nodes))
-    ]
-    num_batches = min(len(part) for part in ranges) // share
-    full = num_batches * share
-    return EpochPlan(
-        batches=np.concatenate([part[:full].reshape(num_batches, share) for part in ranges], axis=1),
-        rest=np.concatenate([part[full:] for part in ranges]),
-    )
+    return num_clips // canonical_nodes // (global_batch // canonical_nodes)
 
 
 def plan_replay(
@@ -106,9 +125,15 @@ def rank_share(batches: np.ndarray, rank: int, world_size: int) -> np.ndarray:
 
     Raises ConfigError when the ranks cannot have equal shares.
     """
-    check_batch_fits("global batch", batches.shape[1], world_size)
-    share = batches.shape[1] // world_size
-    return batches[:, rank * share : (rank + 1) * share]
+    columns = rank_columns(batches.shape[1], rank, world_size)
+    return batches[:, columns.start : columns.stop]
+
+
+def rank_columns(global_batch: int, rank: int, world_size: int) -> range:
+    """Return the numbers of a rank's columns of global batches. Raises ConfigError as `rank_share` does."""
+    check_batch_fits("global batch", global_batch, world_size)
+    share = global_batch // world_size
+    return range(rank * share, (rank + 1) * share)
 
 
 def check_batch_fits(setting: str, global_batch: int, world_size: int) -> None:
@@ -150,8 +175,26 @@ def _spread(names: Sequence[str], counts: np.ndarray, random: np.random.Generato
     return np.argsort(positions, kind="stable")
 
 
-def _shards_clips(manifest: Manifest, numbers: Sequence[int]) -> list[np.ndarray]:
-    return [np.arange(manifest.first_clips[number], manifest.first_clips[number + 1]) for number in numbers]
+def _whole_shards(manifest: Manifest, classes: Iterable[str]) -> Iterator[range]:
+    """Yield the training clips of each shard of the classes."""
+    firsts = manifest.first_clips.tolist()
+    return (range(firsts[number], firsts[number + 1]) for number in manifest.shard_numbers(classes, "train"))
+
+
+def _part(segments: Sequence[range | np.ndarray], counts: np.ndarray, number: int, parts: int) -> np.ndarray:
+    """Return part `number` of the clips of all segments, as `numpy.array_split` divides them into `parts`."""
+    ends = np.cumsum(counts)
+    size, larger = divmod(int(counts.sum()), parts)
+    start = number * size + min(number, larger)
+    stop = start + size + (number < larger)
+    pieces = []
+    for index in range(int(np.searchsorted(ends, start, side="right")), len(segments)):
+        first = int(ends[index] - counts[index])
+        if first >= stop:
+            break
+        own = segments[index][max(start - first, 0) : stop - first]
+        pieces.append(np.arange(own.start, own.stop) if isinstance(own, range) else own)
+    return np.concatenate([NO_CLIPS, *pieces])
 
 
 def _by_shard(manifest: Manifest, clips: np.ndarray) -> list[np.ndarray]:

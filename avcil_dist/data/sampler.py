@@ -8,7 +8,15 @@ import numpy as np
 from avcil_dist.config.optim import OptimConfig
 from avcil_dist.config.schema import DataConfig
 from avcil_dist.data.manifest import Manifest
-from avcil_dist.data.plan import NO_CLIPS, plan_epoch, plan_replay, rank_share, replay_passes
+from avcil_dist.data.plan import (
+    NO_CLIPS,
+    count_batches,
+    plan_epoch,
+    plan_replay,
+    rank_columns,
+    rank_share,
+    replay_passes,
+)
 from avcil_dist.seeds import derive_seed
 from avcil_dist.world import World
 
@@ -90,17 +98,31 @@ class TrainingSampler:
         `labels` are positions by class name.
         """
         of_shard = self.manifest.shard_labels(labels)
-        current = np.concatenate([self.manifest.clips(self.classes, "train"), self.joined])
+
+        def counts(clips: np.ndarray) -> np.ndarray:
+            return np.bincount(of_shard[self.manifest.shards_of(clips)], minlength=num_classes)
+
+        shards = self.manifest.shard_numbers(self.classes, "train")
+        current = counts(self.joined)
+        np.add.at(current, of_shard[shards], np.diff(self.manifest.first_clips)[shards])
         total = np.zeros(num_classes)
-        for clips, rows in ((current, self.optim.global_batch), (self.exemplars, self.optim.global_replay_batch)):
-            if len(clips):
-                total += (
-                    rows / len(clips) * np.bincount(of_shard[self.manifest.shards_of(clips)], minlength=num_classes)
-                )
+        for of_class, rows in (
+            (current, self.optim.global_batch),
+            (counts(self.exemplars), self.optim.global_replay_batch),
+        ):
+            if of_class.any():
+                total += rows / of_class.sum() * of_class
         return total
 
+    @property
+    def batches_per_epoch(self) -> int:
+        """Number of batches of an epoch."""
+        numbers = self.manifest.shard_numbers(self.classes, "train")
+        num_clips = int(np.diff(self.manifest.first_clips)[numbers].sum()) + len(self.joined)
+        return count_batches(num_clips, global_batch=self.optim.global_batch, canonical_nodes=self.data.canonical_nodes)
+
     def epoch_batches(self, epoch: int) -> np.ndarray:
-        """Return the global batches of an epoch, (batches, optim.global_batch)."""
+        """Return the rank's columns of the global batches of an epoch, (batches, optim.global_batch / ranks)."""
         return plan_epoch(
             self.manifest,
             self.classes,
@@ -111,17 +133,18 @@ class TrainingSampler:
             canonical_nodes=self.data.canonical_nodes,
             window=self.data.shuffle_window,
             exemplars=self.joined,
+            columns=rank_columns(self.optim.global_batch, self.world.rank, self.world.size),
         ).batches
 
     def __iter__(self) -> Iterator[Request]:
-        batches_per_epoch = len(self.epoch_batches(0))
+        batches_per_epoch = self.batches_per_epoch
         for epoch in range(self.start // batches_per_epoch, self.optim.epochs):
             yield from self._requests(epoch, first=max(self.start - epoch * batches_per_epoch, 0))
 
     def _requests(self, epoch: int, first: int) -> Iterator[Request]:
         """Yield the requests of an epoch from batch `first` on."""
         batches = self.epoch_batches(epoch)
-        current = self._share(batches[first:])
+        current = batches[first:]
         rows, epochs = [current], [np.full_like(current, epoch)]
         if len(self.exemplars):
             span = {

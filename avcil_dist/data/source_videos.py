@@ -17,7 +17,12 @@ def source_of(key: str) -> str:
 
 
 def source_disjoint(manifest: Manifest, classes: Sequence[str], clips: np.ndarray) -> np.ndarray:
-    """Mask (clips,): whether the video of a clip has no training clip of `classes`."""
-    numbers = manifest.shard_numbers(classes, "train")
-    trained = {source_of(key) for number in numbers for key in manifest.shards[number].keys}
-    return np.array([source_of(manifest.key(clip)) not in trained for clip in clips], dtype=bool)
+    """Mask (clips,): whether the video of a clip has no training clip of `classes`.
+
+    The videos of `clips` are in memory at a time, those of the training clips are not.
+    """
+    sources = [source_of(manifest.key(clip)) for clip in clips]
+    disjoint = set(sources)
+    for number in manifest.shard_numbers(classes, "train") if sources else ():
+        disjoint.difference_update(map(source_of, manifest.shards[number].keys))
+    return np.array([source in disjoint for source in sources], dtype=bool)

@@ -7,7 +7,8 @@ import numpy as np
 
 from avcil_dist import storage
 from avcil_dist.config.schema import DataConfig, LimitConfig
-from avcil_dist.data.manifest import Manifest, Split, load_manifest
+from avcil_dist.data.manifest import Manifest, load_manifest
+from avcil_dist.data.shard import Split
 from avcil_dist.errors import DataError
 
 
@@ -17,7 +18,7 @@ def load_data(data: DataConfig) -> Manifest:
     Raises DataError as `load_manifest` does; for a missing one it has the command that makes the data.
     """
     try:
-        manifest = load_manifest(data.manifest)
+        manifest = load_manifest(data.manifest, data)
     except DataError:
         if data.made_by is None or storage.exists(data.manifest):
             raise

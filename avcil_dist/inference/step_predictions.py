@@ -8,8 +8,9 @@ from functools import cached_property
 import numpy as np
 
 from avcil_dist import storage
-from avcil_dist.data.manifest import Manifest, Split, check_shards, load_manifest
+from avcil_dist.data.manifest import Manifest, check_shards, load_manifest
 from avcil_dist.data.noise import InputNoise
+from avcil_dist.data.shard import Split
 from avcil_dist.data.source_videos import source_of
 from avcil_dist.data.subset import load_data
 from avcil_dist.errors import ArtifactError, DataError

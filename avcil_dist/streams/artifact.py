@@ -18,7 +18,7 @@ from avcil_dist import storage
 from avcil_dist.config.schema import Config
 from avcil_dist.config.serialization import config_to_yaml
 from avcil_dist.data.exemplar_memory import ExemplarMemory
-from avcil_dist.data.manifest import ClipKey
+from avcil_dist.data.shard import ClipKey
 from avcil_dist.errors import ArtifactError
 from avcil_dist.scenario import ClassName, Scenario
 from avcil_dist.streams.commit import (

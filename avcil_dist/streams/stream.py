@@ -8,7 +8,8 @@ from filelock import Timeout
 
 from avcil_dist import storage
 from avcil_dist.config.schema import Config
-from avcil_dist.data.manifest import SPLITS, Manifest
+from avcil_dist.data.manifest import Manifest
+from avcil_dist.data.shard import SPLITS
 from avcil_dist.errors import ConfigError
 from avcil_dist.scenario import Scenario, configured_scenario
 from avcil_dist.streams.summary import is_committed

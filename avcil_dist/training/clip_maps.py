@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from avcil_dist.data.manifest import Region
+from avcil_dist.data.clip_table import Region
 from avcil_dist.methods.base import Method
 from avcil_dist.models.attention.maps import attention_map, evidence_map, token_weights
 from avcil_dist.models.attention.token_map import TokenMap
@@ -92,7 +92,7 @@ def _clips_with_region(step: Step) -> np.ndarray:
     """Numbers of the test clips of seen classes whose region is known, at most MAX_CLIPS."""
     manifest = step.manifest
     shards = manifest.shard_numbers(step.seen_classes, "test")
-    if all(manifest.shards[number].regions is None for number in shards):
+    if not any(manifest.shards[number].has_regions for number in shards):
         return np.empty(0, dtype=np.int64)
     clips = manifest.clips(step.seen_classes, "test")
     known = clips[[manifest.region(int(clip)) is not None for clip in clips]]

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from avcil_dist.data.manifest import Split
+from avcil_dist.data.shard import Split
 from avcil_dist.methods.base import Method
 from avcil_dist.models.network import Network
 from avcil_dist.models.outputs import Output

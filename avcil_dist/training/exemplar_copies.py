@@ -19,8 +19,9 @@ import numpy as np
 import torch.distributed as dist
 
 from avcil_dist import storage
-from avcil_dist.data.manifest import MEMBERS, TAR_BLOCK, Manifest, Shard, load_manifest
+from avcil_dist.data.manifest import Manifest, load_manifest
 from avcil_dist.data.sampler import Request, TrainingSampler
+from avcil_dist.data.shard import MEMBERS, TAR_BLOCK, Shard
 from avcil_dist.errors import DataError, StorageError
 from avcil_dist.training.collectives import gather_json
 
@@ -95,7 +96,7 @@ def copy_clips(manifest: Manifest, clips: np.ndarray, folder: Path, *, seconds: 
             lengths = lengths.reshape(len(copied_clips), len(members))
             starts = (np.cumsum(lengths) - lengths.ravel()).reshape(lengths.shape) + TAR_BLOCK
             shards.append(
-                Shard(
+                Shard.of(
                     url=path.name,
                     class_name=name,
                     split="train",
@@ -112,11 +113,9 @@ def copy_clips(manifest: Manifest, clips: np.ndarray, folder: Path, *, seconds: 
 
 def _read_member(manifest: Manifest, clip: int, member: str, seconds: float) -> bytes:
     """Return a member's tar header and its bytes."""
-    number, row = manifest.locate(clip)
-    shard = manifest.shards[number]
-    start = int(shard.offsets[member][row])
-    stop = start + int(shard.sizes[member][row])
-    return storage.read_range(manifest.url(number), start - TAR_BLOCK, stop, seconds=seconds)
+    start, size = (int(values[0]) for values in manifest.spans(member, np.array([clip])))
+    url = manifest.url(manifest.locate(clip)[0])
+    return storage.read_range(url, start - TAR_BLOCK, start + size, seconds=seconds)
 
 
 def with_copies(manifest: Manifest, copied: Manifest) -> tuple[Manifest, dict[int, int]]:

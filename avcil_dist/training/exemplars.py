@@ -26,7 +26,10 @@ def update_memory(step: Step, memory: ExemplarMemory, network: Network, inferenc
     candidates = {name: manifest.clips([name], "train") for name in step.new_classes}
     selection = needs.selection if config.memory.selection == "published" else config.memory.selection
     if selection == "random":
-        ranked = {name: random_order(name, _keys(manifest, clips), config.seed) for name, clips in candidates.items()}
+        share = quota(config.memory.size, len(memory.keys) + len(candidates))
+        ranked = {
+            name: _keys(manifest, random_order(name, clips, config.seed)[:share]) for name, clips in candidates.items()
+        }
     else:
         by_class = inference.class_features(network, candidates)
         count = quota(config.memory.size, step.context.num_seen)

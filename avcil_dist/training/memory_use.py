@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from avcil_dist.data.exemplar_memory import ExemplarMemory
-from avcil_dist.data.manifest import MEMBERS
+from avcil_dist.data.shard import MEMBERS
 from avcil_dist.streams.metrics import MemoryUse
 from avcil_dist.training.exemplars import exemplar_clips
 from avcil_dist.training.incremental_step import Step

@@ -5,8 +5,9 @@ from collections.abc import Collection
 from avcil_dist.config.encoders import trained_part
 from avcil_dist.config.schema import Config
 from avcil_dist.data.arrival import arrived
-from avcil_dist.data.manifest import Manifest, Split, check_shards
+from avcil_dist.data.manifest import Manifest, check_shards
 from avcil_dist.data.plan import check_batch_fits, rows_at_a_time
+from avcil_dist.data.shard import Split
 from avcil_dist.data.source_videos import source_disjoint
 from avcil_dist.data.subset import load_data
 from avcil_dist.errors import ConfigError

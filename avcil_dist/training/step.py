@@ -245,7 +245,7 @@ def training_sampler(step: Step, memory: ExemplarMemory) -> TrainingSampler:
         world=step.world,
     )
     if step.has_training:
-        check_enough_clips(step.config, step.number, len(sampler.epoch_batches(0)), len(sampler.clips))
+        check_enough_clips(step.config, step.number, sampler.batches_per_epoch, len(sampler.clips))
     return sampler
 
 

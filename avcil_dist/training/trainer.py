@@ -61,7 +61,7 @@ class Trainer:
     @cached_property
     def per_epoch(self) -> int:
         """Batches of an epoch."""
-        return len(self.sampler.epoch_batches(0))
+        return self.sampler.batches_per_epoch
 
     @property
     def num_iterations(self) -> int:

@@ -18,7 +18,7 @@ from typing import IO, Any, Protocol
 import numpy as np
 
 from avcil_dist import storage
-from avcil_dist.data.manifest import KEY_PATTERN, SPLITS, Split, check_keys
+from avcil_dist.data.shard import KEY_PATTERN, SPLITS, Split, check_keys
 from avcil_dist.errors import ConfigError, DataError
 from data_shards.build_plan import (
     FORMAT,

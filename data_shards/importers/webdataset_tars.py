@@ -11,7 +11,9 @@ from functools import partial
 import numpy as np
 
 from avcil_dist import storage
-from avcil_dist.data.manifest import Manifest, Region, Shard, Split, check_keys
+from avcil_dist.data.clip_table import Region
+from avcil_dist.data.manifest import Manifest
+from avcil_dist.data.shard import Shard, Split, check_keys
 from avcil_dist.errors import ConfigError, DataError
 from data_shards.listings.tar_labels import SPLIT_WORDS, label_of_text, label_of_value, read_json, split_of_value
 from data_shards.shard_writer import region_of
@@ -78,14 +80,18 @@ def _url_in_manifest(url: str, root: str) -> str:
 
 
 def _check_unique(shards: Sequence[Shard]) -> None:
-    seen: dict[tuple[str, str, str], str] = {}
+    groups: dict[tuple[str, str], list[Shard]] = {}
     for shard in shards:
-        for key in shard.keys:
-            other = seen.setdefault((shard.class_name, shard.split, key), shard.url)
-            if other != shard.url:
-                raise DataError(
-                    f"{shard.url}: clip {key!r} is in {other} too; keys are unique in a split of a class; {REBUILD}"
-                )
+        groups.setdefault((shard.class_name, shard.split), []).append(shard)
+    for group in groups.values():  # the keys of one group are in memory at a time
+        seen: dict[str, str] = {}
+        for shard in group:
+            for key in shard.keys:
+                other = seen.setdefault(key, shard.url)
+                if other != shard.url:
+                    raise DataError(
+                        f"{shard.url}: clip {key!r} is in {other} too; keys are unique in a split of a class; {REBUILD}"
+                    )
 
 
 def _import_tar(
@@ -108,7 +114,7 @@ def _import_tar(
             )
     members = list(next(iter(clips.values())).members)
     regions = tuple(clip.region for clip in clips.values())
-    return Shard(
+    return Shard.of(
         url=_url_in_manifest(url, root),
         class_name=metadata["label"][0],
         split=_split(metadata["split"][0], url),

@@ -6,7 +6,7 @@ AVE's files are the clips. StartTime and EndTime are those of the event within t
 from collections.abc import Iterator
 from pathlib import Path
 
-from avcil_dist.data.manifest import Split
+from avcil_dist.data.shard import Split
 from avcil_dist.errors import DataError
 from data_shards.listings.listing import (
     Listing,

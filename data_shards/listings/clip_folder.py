@@ -7,7 +7,7 @@ ending only are alternatives of one clip. A clip may also be a folder of picture
 from dataclasses import replace
 from pathlib import Path
 
-from avcil_dist.data.manifest import SPLITS
+from avcil_dist.data.shard import SPLITS
 from avcil_dist.errors import DataError
 from data_shards.listings.frame_folders import frame_folder, is_frame_folder
 from data_shards.listings.listing import (

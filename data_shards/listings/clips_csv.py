@@ -10,7 +10,7 @@ the file.
 import os
 from pathlib import Path
 
-from avcil_dist.data.manifest import Region
+from avcil_dist.data.clip_table import Region
 from avcil_dist.errors import DataError
 from data_shards.listings.frame_folders import frame_folder, is_frame_folder
 from data_shards.listings.listing import (

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import NamedTuple, get_args
 
 from avcil_dist import storage
-from avcil_dist.data.manifest import SPLITS, Region, Split
+from avcil_dist.data.clip_table import Region
+from avcil_dist.data.shard import SPLITS, Split
 from avcil_dist.errors import ConfigError, DataError
 from data_shards.listings.splits import DEFAULT_SHARES, SplitShares, split_sources
 from data_shards.listings.text_files import read_lines

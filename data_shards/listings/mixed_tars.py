@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from avcil_dist import storage
-from avcil_dist.data.manifest import Split
+from avcil_dist.data.shard import Split
 from avcil_dist.errors import DataError
 from data_shards.listings.listing import (
     MP4_ENDINGS,

@@ -7,7 +7,7 @@ from typing import TypeVar
 from pydantic import StrictInt, StrictStr, TypeAdapter, ValidationError
 
 from avcil_dist import storage
-from avcil_dist.data.manifest import SPLITS, Split
+from avcil_dist.data.shard import SPLITS, Split
 from avcil_dist.errors import DataError
 from data_shards.listings.listing import Listing, ListingRow, clean_label, refuse_shares
 from data_shards.listings.pickled_dict import read_pickled_dict

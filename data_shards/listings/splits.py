@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
-from avcil_dist.data.manifest import SPLITS, Split
+from avcil_dist.data.shard import SPLITS, Split
 from avcil_dist.errors import ConfigError
 from avcil_dist.seeds import derive_seed
 

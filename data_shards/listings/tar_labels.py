@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import JsonValue
 
 from avcil_dist import storage
-from avcil_dist.data.manifest import Split
+from avcil_dist.data.shard import Split
 from avcil_dist.errors import DataError
 from data_shards.listings.listing import clean_label
 

@@ -52,7 +52,8 @@ def list_shards(manifest: str) -> None:
 
     Example: avcil shards ls s3://bucket/vggsound/manifest.json
     """
-    from avcil_dist.data.manifest import SPLITS, load_manifest
+    from avcil_dist.data.manifest import load_manifest
+    from avcil_dist.data.shard import SPLITS
     from data_shards.verify import TableRow, shard_table
 
     loaded = load_manifest(manifest)

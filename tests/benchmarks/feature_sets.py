@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from avcil_dist.data.manifest import SPLITS, Manifest, Split
+from avcil_dist.data.manifest import Manifest
+from avcil_dist.data.shard import SPLITS, Split
 from avcil_dist.seeds import generator
 from data_shards.shard_writer import feature_members, shard_url, write_shard
 

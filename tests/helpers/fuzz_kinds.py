@@ -28,6 +28,7 @@ from data_shards.verify import shard_table, verify_shards
 from launch.cluster.resources import ClusterConfig
 from tests.helpers.hostile_tars import HOSTILE, tar_of
 from tests.helpers.mutations import CHANGES, EDITS, changed, damaged, to_json
+from tests.helpers.old_manifests import save_old
 from tests.helpers.published_forms import make_benchmark
 
 
@@ -115,31 +116,48 @@ class Yaml(Kind):
 
 
 class Manifests(Kind):
-    """Manifests with changed values and the hash of them, and with damaged bytes."""
+    """Manifests of both formats with changed values and the hash of them, and with damaged bytes."""
 
-    values = st.one_of(st.tuples(st.just("bytes"), EDITS), st.tuples(st.just("values"), CHANGES))
+    values = st.one_of(
+        st.tuples(st.sampled_from(["bytes", "table"]), EDITS), st.tuples(st.sampled_from(["values", "old"]), CHANGES)
+    )
 
     def prepare(self, folder: Path) -> None:
         self.url = make_feature_shards(folder / "data", classes=2, clips={"train": 4, "test": 1}, clips_per_shard=3)
         self.data = Path(self.url).read_bytes()
+        old = Path(self.url).with_name("old.json")
+        save_old(load_manifest(self.url), str(old))
+        self.old = old.read_bytes()
+        self.table = next(old.parent.glob("clips-*.npz")).read_bytes()
 
     def run(self, folder: Path, value: Any) -> None:
         mode, changes = value
         path = Path(self.url).with_name("changed.json")
         if mode == "bytes":
             path.write_bytes(damaged(self.data, changes))
+        elif mode == "table":
+            table = damaged(self.table, changes)
+            path.with_name("changed.npz").write_bytes(table)
+            document = json.loads(self.data)
+            document["clips"] |= {"url": "changed.npz", "bytes": len(table), "sha256": storage.sha256(table)}
+            path.write_bytes(self._hashed(document, "hash"))
+        elif mode == "old":
+            path.write_bytes(self._hashed(changed(json.loads(self.old), changes), "content_hash"))
         else:
-            document = changed(json.loads(self.data), changes)
-            if isinstance(document, dict):
-                document.pop("content_hash", None)
-                content = json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
-                document["content_hash"] = storage.sha256(content)
-            path.write_bytes(to_json(document))
+            path.write_bytes(self._hashed(changed(json.loads(self.data), changes), "hash"))
         manifest = load_manifest(str(path))
         shard_table(manifest)
         verify_shards(str(path))
         check_shards(manifest, range(len(manifest.shards)))
         FeatureLayout(manifest, pin=False).allocate(np.arange(manifest.first_clips[-1]))
+
+    @staticmethod
+    def _hashed(document: Any, name: str) -> bytes:
+        if isinstance(document, dict):
+            document.pop(name, None)
+            content = json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
+            document[name] = storage.sha256(content)
+        return to_json(document)
 
 
 class Tars(Kind):

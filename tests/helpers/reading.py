@@ -12,8 +12,9 @@ from avcil_dist.config.schema import ClipConfig, DataConfig
 from avcil_dist.data.batch import Batch
 from avcil_dist.data.inputs import IMAGENET_MEAN, IMAGENET_STD
 from avcil_dist.data.loader import load_batches
-from avcil_dist.data.manifest import Manifest, Split, load_manifest
+from avcil_dist.data.manifest import Manifest, load_manifest
 from avcil_dist.data.sampler import FixedSampler, TrainingSampler
+from avcil_dist.data.shard import Split
 from avcil_dist.world import World
 from tests.helpers.media import frame_number
 

@@ -10,9 +10,19 @@ import numpy as np
 import pytest
 
 from avcil_dist import storage
-from avcil_dist.data.manifest import Manifest, Shard, check_keys, check_shards, load_manifest
+from avcil_dist.data.clip_table import ClipTable
+from avcil_dist.data.manifest import Manifest, check_shards, load_manifest
+from avcil_dist.data.shard import Shard, check_keys
 from avcil_dist.errors import ConfigError, DataError
 from data_shards.random_features import make_feature_shards
+from tests.helpers.old_manifests import save_old
+
+
+@pytest.fixture
+def old_url(url: str) -> str:
+    """The same data set with a manifest of format 1."""
+    save_old(load_manifest(url), url)
+    return url
 
 
 @pytest.fixture
@@ -57,11 +67,12 @@ def test_the_content_hash_does_not_depend_on_the_folder(url: str, tmp_path: Path
 def test_the_content_hash_depends_on_the_content(url: str) -> None:
     manifest = load_manifest(url)
     first = manifest.shards[0]
+    moved = replace(first, table=ClipTable.of(first.keys, first.sizes, first.sizes))
     others = [
         replace(manifest, classes=manifest.classes[::-1]),
         replace(manifest, shards=manifest.shards[::-1]),
         replace(manifest, shards=(replace(first, sha256="0" * 64), *manifest.shards[1:])),
-        replace(manifest, shards=(replace(first, offsets=first.sizes), *manifest.shards[1:])),
+        replace(manifest, shards=(moved, *manifest.shards[1:])),
         replace(manifest, shape={"dim": 17}),
     ]
     assert len({manifest.content_hash, *(other.content_hash for other in others)}) == 1 + len(others)
@@ -86,12 +97,56 @@ def _set(document: dict[str, Any], *path: str | int, value: Any) -> None:
     ],
     ids=["key", "offset", "order-of-classes", "shard-taken-out", "hash"],
 )
+def test_an_old_manifest_changed_by_hand_is_refused(old_url: str, change: Callable[[dict[str, Any]], None]) -> None:
+    document = json.loads(storage.read_bytes(old_url))
+    change(document)
+    storage.write_json(old_url, document)
+    with pytest.raises(DataError, match=r"manifest\.json: its content does not match its hash"):
+        load_manifest(old_url)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: _set(d, "shards", 0, "sha256", value="0" * 64),
+        lambda d: _set(d, "clips", "sha256", value="0" * 64),
+        lambda d: _set(d, "clips", "columns", "offset.json", "offset", value=64),
+        lambda d: d["classes"].reverse(),
+        lambda d: d["shards"].pop(),
+        lambda d: d.update(content_hash="0" * 64),
+        lambda d: d.update(hash="0" * 64),
+    ],
+    ids=["shard", "table", "column", "order-of-classes", "shard-taken-out", "content-hash", "hash"],
+)
 def test_a_manifest_changed_by_hand_is_refused(url: str, change: Callable[[dict[str, Any]], None]) -> None:
     document = json.loads(storage.read_bytes(url))
+    storage.write_json(url, document)
+    load_manifest(url)  # spelled in another way
     change(document)
     storage.write_json(url, document)
     with pytest.raises(DataError, match=r"manifest\.json: its content does not match its hash"):
         load_manifest(url)
+
+
+def test_a_manifest_of_format_1_is_the_same_data_set(url: str, tmp_path: Path) -> None:
+    manifest = load_manifest(url)
+    save_old(manifest, f"{tmp_path}/data/old.json")
+    old = load_manifest(f"{tmp_path}/data/old.json")
+    assert old.content_hash == manifest.content_hash
+    assert [shard.to_dict() for shard in old.shards] == [shard.to_dict() for shard in manifest.shards]
+    everything = np.arange(int(old.first_clips[-1]))
+    for member in manifest.shards[0].members:
+        np.testing.assert_array_equal(old.spans(member, everything), manifest.spans(member, everything))
+    old.save(f"{tmp_path}/data/new.json")
+    assert storage.read_bytes(f"{tmp_path}/data/new.json") == storage.read_bytes(url)
+
+
+def test_the_identity_of_a_data_set_stays_the_same_in_every_version(url: str) -> None:
+    assert (
+        load_manifest(url).content_hash  # as the releases with format 1 computed it
+        == replace(load_manifest(url)).content_hash
+        == "b9da3292ac8d87a82ef3cb8b5b352647a66b9b8958dc331f9c0d7f7942faa977"
+    )
 
 
 @pytest.mark.parametrize("kept", [0, 1, 100, -1])
@@ -101,10 +156,12 @@ def test_a_cut_manifest_is_refused(url: str, kept: int) -> None:
         load_manifest(url)
 
 
-@pytest.mark.parametrize("document", [[], {}, {"format": 2}, "x"])
-def test_json_that_is_no_manifest_is_refused(url: str, document: Any) -> None:
+@pytest.mark.parametrize(
+    ("document", "number"), [([], 2), ({}, 2), ({"format": 1}, 1), ({"format": 2}, 2), ({"format": 3}, 2), ("x", 2)]
+)
+def test_json_that_is_no_manifest_is_refused(url: str, document: Any, number: int) -> None:
     storage.write_json(url, document)
-    with pytest.raises(DataError, match=r"not a manifest of format 1 \(.*\); restore it, or make one with"):
+    with pytest.raises(DataError, match=rf"not a manifest of format {number} \(.*\); restore it, or make one with"):
         load_manifest(url)
 
 
@@ -120,12 +177,14 @@ def test_json_that_is_no_manifest_is_refused(url: str, document: Any) -> None:
     ],
     ids=["no-shards", "shards-a-number", "no-members", "offset-a-word", "members-a-list", "no-sizes"],
 )
-def test_a_manifest_of_wrong_shape_is_refused_in_one_line(url: str, change: Callable[[dict[str, Any]], None]) -> None:
-    document = json.loads(storage.read_bytes(url))
+def test_an_old_manifest_of_wrong_shape_is_refused_in_one_line(
+    old_url: str, change: Callable[[dict[str, Any]], None]
+) -> None:
+    document = json.loads(storage.read_bytes(old_url))
     change(document)
-    storage.write_json(url, document)
+    storage.write_json(old_url, document)
     with pytest.raises(DataError, match=r"manifest\.json: not a manifest of format 1 \(shards") as caught:
-        load_manifest(url)
+        load_manifest(old_url)
     assert "\n" not in str(caught.value)
 
 
@@ -159,14 +218,14 @@ def test_a_manifest_of_wrong_shape_is_refused_in_one_line(url: str, change: Call
     ],
 )  # fmt: skip
 def test_a_value_that_no_shard_can_have_is_refused_in_one_line(
-    url: str, change: Callable[[dict[str, Any]], None], message: str
+    old_url: str, change: Callable[[dict[str, Any]], None], message: str
 ) -> None:
-    document = json.loads(storage.read_bytes(url))
+    document = json.loads(storage.read_bytes(old_url))
     change(document)
-    storage.write_json(url, document)
+    storage.write_json(old_url, document)
     with pytest.raises(DataError, match=re.escape(message)) as caught:
-        load_manifest(url)
-    assert str(caught.value).startswith(f"{url}: ")
+        load_manifest(old_url)
+    assert str(caught.value).startswith(f"{old_url}: ")
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -237,7 +296,7 @@ def test_a_key_that_a_tar_must_not_have_is_refused(tmp_path: Path, key: str) -> 
     with pytest.raises(DataError, match="x: clip key "):
         check_keys("x", ["fine_1-A", key])
     spans = {"mp4": np.array([512])}
-    shard = Shard("a.tar", "dog", "train", 2000, "0" * 64, (key,), spans, spans)
+    shard = Shard.of("a.tar", "dog", "train", 2000, "0" * 64, (key,), spans, spans)
     Manifest("clip", ("dog",), (shard,), {}).save(f"{tmp_path}/m.json")
     with pytest.raises(DataError, match=r"m\.json: damaged manifest: a\.tar: clip key "):
         load_manifest(f"{tmp_path}/m.json")
@@ -248,7 +307,7 @@ def test_a_pipe_url_is_refused_and_runs_nothing(tmp_path: Path, command: str) ->
     marker = tmp_path / "ran"
     spans = {"mp4": np.array([512])}
     pipe = "pipe:" + command.replace("MARKER", str(marker))
-    Manifest("clip", ("dog",), (Shard(pipe, "dog", "train", 2000, "0" * 64, ("k",), spans, spans),), {}).save(
+    Manifest("clip", ("dog",), (Shard.of(pipe, "dog", "train", 2000, "0" * 64, ("k",), spans, spans),), {}).save(
         f"{tmp_path}/m.json"
     )
     with pytest.raises(DataError, match="not a plain path below"):

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from avcil_dist.data.manifest import Manifest, Shard
+from avcil_dist.data.manifest import Manifest
 from avcil_dist.data.plan import (
     PADDING,
     EpochPlan,
@@ -25,6 +25,7 @@ from avcil_dist.data.plan import (
     replay_passes,
     rows_at_a_time,
 )
+from avcil_dist.data.shard import Shard
 from avcil_dist.errors import ConfigError
 
 PROJECT = Path(__file__).parents[2]
@@ -45,7 +46,7 @@ def make_manifest(data_set: Sequence[Sequence[int]]) -> Manifest:
         for part, count in enumerate([*counts, 2]):
             split = "train" if part < len(counts) else "test"
             keys = tuple(f"k{number}_{part}_{row}" for row in range(count))
-            shards.append(Shard(f"{number}-{part}.tar", f"c{number}", split, 0, "", keys, {}, {}))
+            shards.append(Shard.of(f"{number}-{part}.tar", f"c{number}", split, 0, "", keys, {}, {}))
     return Manifest("clip", tuple(f"c{number}" for number in range(len(data_set))), tuple(shards), {})
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from avcil_dist.data.manifest import Manifest, Shard, load_manifest
+from avcil_dist.data.manifest import Manifest, load_manifest
 from avcil_dist.data.plan import EpochPlan, plan_epoch, rank_share
+from avcil_dist.data.shard import Shard
 
 PROJECT = Path(__file__).parents[2]
 CLIPS, CLASSES, PER_SHARD = 199_176, 309, 64
@@ -47,7 +48,7 @@ def manifest_url(tmp_path_factory: pytest.TempPathFactory) -> str:
             starts = np.cumsum([0, *(512 + size for size in sizes.values())])
             step = int(starts[-1]) + 512
             shards.append(
-                Shard(
+                Shard.of(
                     url=f"train/c{number:03d}-{part:04d}.tar",
                     class_name=f"class {number}",
                     split="train",

@@ -15,7 +15,8 @@ import torch
 
 from avcil_dist import storage
 from avcil_dist.data import reader
-from avcil_dist.data.manifest import Manifest, Shard, load_manifest
+from avcil_dist.data.manifest import Manifest, load_manifest
+from avcil_dist.data.shard import Shard
 from data_shards.random_features import make_feature_shards
 from data_shards.shard_writer import write_shard
 from tests.helpers.reading import clips_in_order, digests, rows, total, training_batches, training_source

@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from avcil_dist.config.optim import OptimConfig
 from avcil_dist.config.schema import DataConfig
 from avcil_dist.data.manifest import load_manifest
+from avcil_dist.data.plan import NO_CLIPS, plan_epoch, rank_share
 from avcil_dist.data.sampler import AugmentSeeds, Request, TrainingSampler
 from avcil_dist.world import World
 from data_shards.random_features import make_feature_shards
@@ -64,3 +66,29 @@ def test_the_clips_of_each_class_in_a_mean_batch_are_those_of_the_plan(tmp_path:
     found = np.bincount(manifest.shard_labels(labels)[manifest.shards_of(np.concatenate(batches))]) / len(batches)
     np.testing.assert_allclose(sampler.expected_counts(labels, 4), found)
     assert found.tolist() == [6, 2, 6, 6]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 6, 12])
+def test_the_batches_of_a_rank_are_planned_without_those_of_others(tmp_path: Path, ranks: int) -> None:
+    manifest = load_manifest(make_feature_shards(tmp_path, classes=3, clips={"train": 43}, clips_per_shard=9))
+    classes = manifest.classes[1:]
+    late = manifest.clips(["class_000"], "train")[[12, 0, 5]]
+    plan = {"global_batch": 12, "canonical_nodes": 3}
+    whole = plan_epoch(manifest, classes, seed=3, step=1, epoch=2, window=2, exemplars=late, **plan)
+    for rank in range(ranks):
+        sampler = TrainingSampler(
+            manifest=manifest,
+            classes=classes,
+            exemplars=NO_CLIPS,
+            joined=late,
+            data=DataConfig(manifest="unused", canonical_nodes=3, shuffle_window=2),
+            optim=OptimConfig(global_batch=12, epochs=3),
+            seed=3,
+            step=1,
+            world=World(rank=rank, size=ranks, local_rank=0, local_size=1),
+            start=2 * len(whole.batches) + 4,
+        )
+        assert sampler.batches_per_epoch == len(whole.batches)
+        own = rank_share(whole.batches, rank, ranks)
+        np.testing.assert_array_equal(sampler.epoch_batches(2), own)
+        np.testing.assert_array_equal([request.clips for request in sampler], own[4:])

@@ -10,7 +10,8 @@ from avcil_dist.config.compat import result_changes
 from avcil_dist.config.loader import shipped_configs
 from avcil_dist.config.schema import LimitConfig
 from avcil_dist.config.serialization import flatten
-from avcil_dist.data.manifest import SPLITS, Manifest, Shard
+from avcil_dist.data.manifest import Manifest
+from avcil_dist.data.shard import SPLITS, Shard
 from avcil_dist.data.subset import limited, load_data
 from avcil_dist.errors import DataError
 from launch.smoke import clips_per_class, smoke_config
@@ -32,7 +33,7 @@ def _manifest(root: str = ".") -> Manifest:
                 sha256 = f"{len(shards):064x}"
                 url = f"{split}/{name}-{part}.tar"
                 sizes, regions = {m: s // s for m, s in spans.items()}, (None,) * rows
-                shards.append(Shard(url, name, split, 1 << 20, sha256, keys, spans, sizes, regions=regions))
+                shards.append(Shard.of(url, name, split, 1 << 20, sha256, keys, spans, sizes, regions=regions))
     return Manifest("feature", CLASSES, tuple(shards), {"frames": 1, "positions": 2, "dim": 3}, root)
 
 

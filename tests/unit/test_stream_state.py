@@ -11,7 +11,7 @@ import pytest
 from avcil_dist import storage
 from avcil_dist.compose import load_config
 from avcil_dist.config.schema import Config
-from avcil_dist.data.manifest import SPLITS
+from avcil_dist.data.shard import SPLITS
 from avcil_dist.errors import ArtifactError, ConfigError
 from avcil_dist.streams import stream as stream_module
 from avcil_dist.streams.artifact import save_artifact

@@ -15,7 +15,8 @@ from click.testing import CliRunner
 from rich.console import Console
 
 import launch
-from avcil_dist.data.manifest import Manifest, Shard
+from avcil_dist.data.manifest import Manifest
+from avcil_dist.data.shard import Shard
 from avcil_dist.errors import DataError, StorageError
 from avcil_dist.reporting.tables import WordTable, fitting_groups, plain, shared_widths
 from avcil_dist.system.signals import interrupted_once
@@ -33,7 +34,7 @@ def make_manifest_of_classes(folder: Path, classes: list[str]) -> str:
     """A manifest of one shard with one clip per class; the shards themselves are not needed."""
     span = {"mp4": np.array([512])}
     shards = tuple(
-        Shard(f"train/{number}.tar", name, "train", 10240, "0" * 64, ("k",), span, span)
+        Shard.of(f"train/{number}.tar", name, "train", 10240, "0" * 64, ("k",), span, span)
         for number, name in enumerate(classes)
     )
     Manifest("clip", tuple(classes), shards, {}).save(f"{folder}/manifest.json")

@@ -170,13 +170,14 @@ def _encode(
 ) -> Iterator[Members]:
     """Key and members of each clip of a shard: its features, and its metadata as in the clip shard."""
     source, row = manifest.shards[number], 0
+    all_keys = source.keys
     metadata = _read_metadata(manifest, number)
 
     def reject(key: str, reason: str) -> None:
         rejected.append(Rejection(key, source.class_name, source.split, "corrupt", reason.removeprefix(f"{key}: ")))
 
     for batch in batches:
-        keys = source.keys[row : row + len(batch.valid)]
+        keys = all_keys[row : row + len(batch.valid)]
         visual, audio = _features(encoders, batch) if batch.valid.any() else _NO_FEATURES
         faults, encoded = iter(batch.faults), 0
         for position, key in enumerate(keys):

@@ -122,10 +122,11 @@ def _shard_faults(url: str, shard: Shard) -> list[str]:
 
 def _tar_faults(url: str, shard: Shard, reader: DigestingReader) -> list[str]:
     """Members that are not at their offset, and metadata with another class or split."""
+    keys, offsets, sizes = shard.keys, shard.offsets, shard.sizes
     expected = {
-        f"{key}.{member}": (int(shard.offsets[member][row]), int(shard.sizes[member][row]))
-        for member in shard.offsets
-        for row, key in enumerate(shard.keys)
+        f"{key}.{member}": (int(offsets[member][row]), int(sizes[member][row]))
+        for member in offsets
+        for row, key in enumerate(keys)
     }
     actual: dict[str, tuple[int, int]] = {}
     faults: list[str] = []

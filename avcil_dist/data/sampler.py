@@ -90,7 +90,8 @@ class TrainingSampler:
     def clips(self) -> np.ndarray:
         """All clips that may occur in a batch, ascending."""
         current = self.manifest.clips(self.classes, "train")
-        return np.unique(np.concatenate([current, self.exemplars, self.joined]))
+        others = np.concatenate([self.exemplars, self.joined])
+        return np.union1d(current, others) if len(others) else current
 
     def expected_counts(self, labels: Mapping[str, int], num_classes: int) -> np.ndarray:
         """Return the clips of each class in a global batch, on average, (num_classes,) float64.

@@ -84,9 +84,9 @@ def write_mds(manifest: Manifest, folder: Path) -> None:
     columns = {"visual": f"ndarray:float16:{FRAMES * POSITIONS},{DIM}", "audio": f"ndarray:float16:{DIM}"}
     with MDSWriter(out=str(folder), columns=columns) as writer:
         for number, shard in enumerate(manifest.shards):
-            data = Path(manifest.url(number)).read_bytes()
+            data, offsets = Path(manifest.url(number)).read_bytes(), shard.offsets
             for row in range(shard.count):
-                members = (io.BytesIO(data[shard.offsets[f"{name}.npy"][row] :]) for name in columns)
+                members = (io.BytesIO(data[offsets[f"{name}.npy"][row] :]) for name in columns)
                 writer.write(dict(zip(columns, map(np.load, members), strict=True)))
 
 

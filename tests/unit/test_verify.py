@@ -150,6 +150,14 @@ def test_manifest_changed_by_hand_is_refused(url: str) -> None:
         verify_shards(url)
 
 
+def test_a_content_hash_that_is_not_of_the_clips_is_a_fault(url: str) -> None:
+    document = json.loads(Path(url).read_text()) | {"content_hash": "0" * 64}
+    del document["hash"]
+    digest = storage.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode())
+    storage.write_json(url, document | {"hash": digest})
+    assert verify_shards(url) == [f"{url}: its content hash is not that of its shards and clips; build it again"]
+
+
 def test_repair_lists_the_intact_shards_and_keeps_the_old_manifest(url: str) -> None:
     before = load_manifest(url)
     _path(url, 0).unlink()

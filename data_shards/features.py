@@ -98,7 +98,10 @@ def _build_encoders(config: Config, manifest: Manifest, device: torch.device) ->
 
 
 def _plan(config: Config, manifest: Manifest, encoders: FrozenEncoders) -> Plan:
-    """A job for each clip shard. Its digest covers the clips, the clip settings, and the weights of the encoders."""
+    """A job for each clip shard.
+
+    Its digest covers the clips, the clip settings, the weights of the encoders, and their precision.
+    """
     weights = encoders.digests
     settings = [
         FORMAT,
@@ -106,6 +109,7 @@ def _plan(config: Config, manifest: Manifest, encoders: FrozenEncoders) -> Plan:
         weights["visual"],
         weights["audio"],
         *_plug_in_settings(config),
+        *([config.engine.precision] if config.engine.precision != "float32" else []),
     ]
     digests = [storage.sha256(json.dumps([settings, shard.sha256]).encode()) for shard in manifest.shards]
     urls = [f"{shard.split}/{shard.url.rsplit('/', 1)[-1]}" for shard in manifest.shards]

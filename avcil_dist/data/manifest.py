@@ -36,7 +36,10 @@ FeatureShape = dict[Annotated[str, Field(pattern="^(frames|positions|dim)$")], A
 
 
 EncoderSetting = Annotated[
-    str, Field(pattern=r"^(seed|(data\.clip|model\.visual|model\.audio)(\.[A-Za-z0-9_]+)+)$", max_length=200)
+    str,
+    Field(
+        pattern=r"^(seed|engine\.precision|(data\.clip|model\.visual|model\.audio)(\.[A-Za-z0-9_]+)+)$", max_length=200
+    ),
 ]
 Scalar = (
     bool

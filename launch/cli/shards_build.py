@@ -302,7 +302,7 @@ def features(
 
     The configuration has the encoders and the preparation of clips for them. Under torchrun or srun each process
     encodes its share of the shards on its own GPU, and `avcil shards merge OUTPUT` completes the data set. Shards
-    that an interrupted run finished are not encoded again.
+    that an interrupted run finished are not encoded again. With engine.precision=bf16 a GPU is several times as fast.
 
     \b
     Examples:

@@ -13,6 +13,7 @@ from avcil_dist.data.loader import load_batches
 from avcil_dist.data.manifest import Manifest, load_manifest
 from avcil_dist.data.sampler import FixedSampler
 from avcil_dist.errors import ConfigError, DataError
+from avcil_dist.models.encoders.frozen import recorded_encoders
 from data_shards.build import build_shards
 from data_shards.build_plan import Part, merge_parts
 from data_shards.features import make_features, make_features_part
@@ -141,6 +142,23 @@ def test_batch_size_changes_features_by_rounding_only(clips: str, tmp_path: Path
         for one, other in zip(*(_members(report.manifest, number) for report in reports), strict=True):
             for name in ("visual.npy", "audio.npy"):
                 np.testing.assert_allclose(np.load(io.BytesIO(one[name])), np.load(io.BytesIO(other[name])), atol=4e-3)
+
+
+def test_precision_changes_features_by_rounding_only_and_is_recorded(clips: str, tmp_path: Path) -> None:
+    reports = [
+        make_features(_config(clips, f"engine.precision={name}"), f"{tmp_path}/{name}", batch=2, device=CPU)
+        for name in ("float32", "bf16")
+    ]
+    full, half = (_members(report.manifest, 1) for report in reports)
+    for name in ("visual.npy", "audio.npy"):
+        pair = [np.load(io.BytesIO(members[0][name])).astype(np.float32) for members in (full, half)]
+        error = np.abs(pair[0] - pair[1]).max() / np.abs(pair[0]).max()
+        assert 0 < error < 0.05
+
+    stream = _config(clips, "engine.precision=bf16")  # of another precision than the features
+    for report, precision in zip(reports, ("float32", "bf16"), strict=True):
+        assert report.manifest.encoders is not None
+        assert recorded_encoders(report.manifest.encoders, stream, "m", CPU).precision == precision
 
 
 class _KilledError(Exception):

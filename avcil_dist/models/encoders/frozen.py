@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from avcil_dist import storage
 from avcil_dist.config.encoders import trained_part
-from avcil_dist.config.schema import Config
+from avcil_dist.config.schema import Config, Precision
 from avcil_dist.config.serialization import config_from_yaml, config_to_yaml, flatten
 from avcil_dist.config.yaml_text import parse_yaml
 from avcil_dist.data.inputs import ClipInputs
@@ -22,26 +22,33 @@ from avcil_dist.data.manifest import EncoderRecord
 from avcil_dist.errors import ConfigError, DataError
 from avcil_dist.models.encoders.base import Encoder
 from avcil_dist.models.encoders.build import build_audio_encoder, build_visual_encoder, clip_inputs
+from avcil_dist.models.precision import precision_context
 from avcil_dist.seeds import derive_seed
 
 RECORDED = ("data.clip.", "model.visual.", "model.audio.")  # beginnings of the settings that decide on the features
 SEED = "seed"  # of random weights
+PRECISION = "engine.precision"
 
 
 @dataclass(frozen=True)
 class FrozenEncoders:
-    """The two encoders on their device, the preparation of their inputs, and the shape of their features."""
+    """The two encoders on their device, the preparation of their inputs, and the shape of their features.
+
+    They compute in `precision`.
+    """
 
     visual: Encoder
     audio: Encoder
     inputs: ClipInputs
     device: torch.device
     shape: Mapping[str, int]
+    precision: Precision = "float32"
 
     @torch.inference_mode()
     def encode(self, visual: Tensor, audio: Tensor) -> tuple[Tensor, Tensor]:
         """Return visual (B, T, S, D) and audio (B, D) features of prepared clips, float32."""
-        return self.visual(visual.to(self.device)).float(), self.audio(audio.to(self.device)).float()
+        with precision_context(self.precision, self.device):
+            return self.visual(visual.to(self.device)).float(), self.audio(audio.to(self.device)).float()
 
     @property
     def digests(self) -> dict[str, str]:
@@ -69,12 +76,14 @@ def build_frozen_encoders(config: Config, device: torch.device) -> FrozenEncoder
     with torch.inference_mode():
         tokens = visual(torch.zeros(1, *inputs.pictures.shape, device=device))
     shape = {"frames": tokens.shape[1], "positions": tokens.shape[2], "dim": tokens.shape[3]}
-    return FrozenEncoders(visual, audio, inputs, device, shape)
+    return FrozenEncoders(visual, audio, inputs, device, shape, config.engine.precision)
 
 
 def record_encoders(config: Config, digests: Mapping[str, str]) -> EncoderRecord:
     """Return the record of the encoders of a configuration, whose weights have these digests."""
     settings = {key: value for key, value in flatten(config).items() if key.startswith(RECORDED) or key == SEED}
+    if config.engine.precision != "float32":
+        settings[PRECISION] = config.engine.precision
     return EncoderRecord(settings=settings, sha256=dict(digests))
 
 
@@ -87,6 +96,7 @@ def recorded_encoders(record: EncoderRecord, base: Config, where: str, device: t
     document = parse_yaml(config_to_yaml(base))
     for section in ("visual", "audio"):
         document["model"][section] = {}
+    document["engine"]["precision"] = "float32"
     for key, value in record.settings.items():
         *sections, leaf = key.split(".")
         node = document

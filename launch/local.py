@@ -82,7 +82,6 @@ def run_stream(
                     step,
                     num_steps,
                     run_id,
-                    reset_optimizer=policy.reset_optimizer and is_first,
                     shard_check=("stream" if has_launcher else "none") if is_first else "step",
                 )
                 _run_step(run, worlds, stop, context, observer)

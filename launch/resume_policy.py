@@ -12,13 +12,11 @@ from avcil_dist.training.snapshot import discard_stale
 class ResumePolicy:
     """Existing state to discard before a stream continues; by default none.
 
-    `restart`: all committed steps and snapshots. `restart_step`: the snapshots of the next step. `reset_optimizer`:
-    the optimizer's state in the snapshot of the next step, where it does not fit the ranks or the ZeRO stage.
+    `restart`: all committed steps and snapshots. `restart_step`: the snapshots of the next step.
     """
 
     restart: bool = False
     restart_step: bool = False
-    reset_optimizer: bool = False
 
 
 KEEP_ALL = ResumePolicy()

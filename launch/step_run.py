@@ -57,7 +57,7 @@ class StepRun:
     """Arguments of a step's run, the same for all ranks. Picklable, without state.
 
     `run_id` is the stream's id, as `open_run` returns it; None turns tracking and progress off.
-    `reset_optimizer` and `shard_check` are as in `run_step`. Rank 0 writes its progress to `progress_file`.
+    `shard_check` is as in `run_step`. Rank 0 writes its progress to `progress_file`.
     `plug_ins`: the references to code that the process which makes the run trusts.
     """
 
@@ -65,7 +65,6 @@ class StepRun:
     step: int
     num_steps: int
     run_id: str | None
-    reset_optimizer: bool = False
     progress_file: str | None = None
     shard_check: Literal["none", "step", "stream"] = "step"
     plug_ins: tuple[str, ...] = field(default_factory=trusted)
@@ -121,6 +120,5 @@ class StepRun:
             observers=observers,
             stop=stop,
             report=report,
-            reset_optimizer=self.reset_optimizer,
             shard_check=self.shard_check,
         )

@@ -68,28 +68,10 @@ def is_of_step(commit: SnapshotCommit, identity: Mapping[str, str | None]) -> bo
     return all(getattr(commit, key) == value for key, value in identity.items())
 
 
-def optimizer_fits(commit: SnapshotCommit, zero_stage: int, world_size: int) -> bool:
-    """Whether `world_size` ranks at this ZeRO stage can load the optimizer state of a snapshot."""
-    return commit.zero_stage == zero_stage and (zero_stage == 0 or commit.world_size == world_size)
-
-
-def check_snapshot_fits(
-    folder: str, commit: SnapshotCommit, config: Config, step: int, world_size: int, *, reset_optimizer: bool
-) -> None:
-    """Raise ConfigError for a snapshot with other settings, or whose optimizer state does not fit these ranks.
-
-    `reset_optimizer` permits a fresh optimizer in the second case.
-    """
+def check_snapshot_fits(folder: str, commit: SnapshotCommit, config: Config, step: int) -> None:
+    """Raise ConfigError for a snapshot with other settings. The number of ranks and the ZeRO stage may change."""
     for change in result_changes(commit.settings, flatten(config)):
         raise ConfigError(
             f"{folder}: step {step} was begun with {change.key}={change.before}, not {change.after}; "
             "choose another name=, or begin the step anew with --restart-step"
-        )
-    stage = config.engine.zero_stage
-    if not optimizer_fits(commit, stage, world_size) and not reset_optimizer:
-        raise ConfigError(
-            f"{folder}: its optimizer state is that of {commit.world_size} processes at ZeRO stage "
-            f"{commit.zero_stage}, these are {world_size} at stage {stage}; start "
-            "it as it was, keep weights and position with --reset-optimizer, or begin the step anew with "
-            "--restart-step"
         )

@@ -37,9 +37,14 @@ def read_state(folder: str, name: str, commit: Commit) -> dict[str, Any]:
 
 def encode_state(name: str, state: Mapping[str, Any]) -> dict[str, bytes]:
     """Encode a state of tensors and plain values as two files: `name.safetensors` and `name.json`."""
-    tensors = {key: value.contiguous() for key, value in state.items() if isinstance(value, Tensor)}
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     plain = {key: value for key, value in state.items() if key not in tensors}
-    return {f"{name}.safetensors": safetensors.torch.save(tensors), f"{name}.json": encode_json(plain)}
+    return {f"{name}.safetensors": encode_tensors(tensors), f"{name}.json": encode_json(plain)}
+
+
+def encode_tensors(tensors: Mapping[str, Tensor]) -> bytes:
+    """Encode tensors as a safetensors file."""
+    return safetensors.torch.save({key: value.contiguous() for key, value in tensors.items()})
 
 
 def _one_line(error: Exception) -> str:

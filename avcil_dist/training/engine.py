@@ -6,8 +6,7 @@ The head must have grown before the engine is built: parameters added later are 
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -19,14 +18,27 @@ from avcil_dist.config.schema import EngineConfig
 from avcil_dist.errors import ArtifactError, TrainingError
 from avcil_dist.models.network import Network
 from avcil_dist.models.outputs import Output
+from avcil_dist.streams.tensor_parts import RESTART, Parts, part_key, share, split_key
 from avcil_dist.system.accelerator import VARIABLE, name_accelerator
+from avcil_dist.training.deepspeed_private import (
+    Place,
+    clear_gradients,
+    covered_parameters,
+    disable_compiled_all_reduce,
+    forget,
+    has_overflowed,
+    set_loss_scale,
+    zero_places,
+)
 from avcil_dist.training.optim import LossScale
+from avcil_dist.training.optimizer_parts import load_optimizer_parts, optimizer_parts
+from avcil_dist.training.weights import weight_parts
 from avcil_dist.world import World, threads_per_rank
 
 NEVER = 10**9
 # Elements of a ZeRO buffer. DeepSpeed's default is for billions of parameters and hardly shards smaller models.
 BUCKET = 20_000_000
-RESTART = "begin the step anew with --restart-step"
+LOSS_SCALE = "loss_scale"
 BETTER_GRADIENT = "lower optim.lr, set engine.max_grad_norm, or use engine.precision=float32 or bf16"
 
 
@@ -49,6 +61,8 @@ class Engine:
         """Build the engine. `rows` is the number of clips in a micro-batch of a rank."""
         deepspeed = import_deepspeed(world)
         self._trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        self._sizes = {name: value.numel() for name, value in network.named_parameters() if value.requires_grad}
+        self._world = world
         self._optimizer = optimizer
         self._rates = [float(group["lr"]) for group in optimizer.param_groups]
         self._engine = deepspeed.initialize(
@@ -92,7 +106,7 @@ class Engine:
         self._engine.set_gradient_accumulation_boundary(is_last)
         if self._scale:
             if self.zero_stage:
-                self._engine.optimizer.override_loss_scale(self._scale.value)
+                set_loss_scale(self._engine, self._scale.value)
             else:
                 loss = loss * self._scale.value
         self._engine.backward(loss)
@@ -114,10 +128,9 @@ class Engine:
         self.gradient_norm = self._norm() if with_norm and self.zero_stage == 0 else None
         self._engine.step()
         if self.zero_stage == 3:
-            # Otherwise a parameter that the next iteration does not use is updated with this gradient again.
-            self._engine.optimizer.grad_partitions_flat_buffer.zero_()
+            clear_gradients(self._engine)
         if self.zero_stage:
-            is_finite = not self._engine.optimizer.overflow
+            is_finite = not has_overflowed(self._engine)
             self.gradient_norm = self._engine.get_global_grad_norm() if with_norm else None
         if self._scale:
             if not is_finite and self._scale.is_smallest:
@@ -125,10 +138,10 @@ class Engine:
             self._scale.update(overflowed=not is_finite)
         return is_finite
 
-    def state(self) -> dict[str, Tensor]:
-        """Return the student's whole weights and buffers in host memory, on every rank."""
+    def weight_parts(self) -> dict[str, Tensor]:
+        """Return this rank's parts of the student's weights and buffers: views, valid until the next step."""
         self._check_covered()
-        return whole_state(self.network)
+        return weight_parts(self.network, self._world)
 
     def _norm(self) -> Tensor:
         gradients = [parameter.grad for parameter in self._trainable if parameter.grad is not None]
@@ -147,89 +160,65 @@ class Engine:
 
     def _check_covered(self) -> None:
         """Assert that every trainable parameter is in the optimizer: one added later would never be updated."""
-        groups: dict[int, Any] = {0: [group["params"] for group in self._optimizer.param_groups]}
+        parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         if self.zero_stage:
-            groups[self.zero_stage] = getattr(
-                self._engine.optimizer, "fp16_groups" if self.zero_stage == 3 else "bit16_groups"
-            )
-        covered = {id(parameter) for group in groups[self.zero_stage] for parameter in group}
+            parameters = list(covered_parameters(self._engine, self.zero_stage))
+        covered = {id(parameter) for parameter in parameters}
         trainable = {name: value for name, value in self.network.named_parameters() if value.requires_grad}
         missing = [name for name, value in trainable.items() if id(value) not in covered]
         assert not missing, f"not in the optimizer: {', '.join(missing)}"
 
-    def optimizer_state(self) -> dict[str, Tensor | float]:
-        """Return the optimizer state and the loss scale in host memory.
-
-        With ZeRO, the optimizer state is this rank's shard: it fits the same stage, world size and rank only.
-        """
-        with self._whole_groups():
-            state = self._optimizer.state_dict()["state"]
+    def optimizer_parts(self) -> dict[str, Tensor]:
+        """Return this rank's parts of the optimizer's state, views, and the loss scale."""
         scale = asdict(self._scale) if self._scale else {}
-        return {f"loss_scale.{name}": value for name, value in scale.items()} | {
-            f"{number}.{name}": value.detach().cpu().clone() if isinstance(value, Tensor) else value
-            for number, values in state.items()
-            for name, value in values.items()
-        }
+        return {
+            part_key(f"{LOSS_SCALE}/{name}", 0): torch.tensor([value], dtype=torch.float64)
+            for name, value in scale.items()
+        } | optimizer_parts(self._optimizer, self._places(cut=True))
 
-    def load_optimizer_state(self, state: Mapping[str, Tensor | float]) -> None:
-        """Load the result of `optimizer_state()` of the same rank, ZeRO stage and world size.
+    def load_optimizer(self, files: Iterable[Parts], source: str) -> None:
+        """Load the state of all ranks' `optimizer_parts()`, of any number of ranks and any ZeRO stage.
 
-        With the weights of that moment too, training continues to the same bits. Raises ArtifactError for any other
-        state.
+        `files` are read until this rank's state is there. With the weights of that moment too, training continues: to
+        the same bits on the same number of ranks. Raises ArtifactError, naming `source`, for any other state.
         """
-        values: dict[int, dict[str, Tensor | float]] = {}
-        scale = asdict(self._scale) if self._scale else {}
-        for key, value in state.items():
-            owner, _, name = key.partition(".")
-            if owner == "loss_scale" and isinstance(value, type(scale.get(name))):
-                setattr(self._scale, name, value)
-            elif owner.isascii() and owner.isdigit() and name:
-                values.setdefault(int(owner), {})[name] = value
+        without_scale = (self._load_scale(parts, source) for parts in files)
+        load_optimizer_parts(self._optimizer, self._places(), self._sizes, without_scale, source)
+
+    def _load_scale(self, parts: Parts, source: str) -> dict[str, Tensor]:
+        """Load the loss scale, if it is among `parts`, and return the others."""
+        others, names = {}, set(asdict(self._scale)) if self._scale else set()
+        for key, values in parts.items():
+            name, _ = split_key(key, source)
+            if not name.startswith(f"{LOSS_SCALE}/"):
+                others[key] = values
+            elif (name := name.removeprefix(f"{LOSS_SCALE}/")) in names and values.numel() == 1:
+                setattr(self._scale, name, type(getattr(self._scale, name))(values.item()))
             else:
-                raise ArtifactError(
-                    f"snapshot: {key} is not of this optimizer; begin the step anew with --restart-step"
-                )
-        with self._whole_groups():
-            groups = self._optimizer.state_dict()["param_groups"]
-            parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
-            for number, entries in values.items():
-                shape = parameters[number].shape if number < len(parameters) else None
-                if not all(getattr(value, "shape", ()) in ((), shape) for value in entries.values()):
-                    raise ArtifactError(f"snapshot: its optimizer's parameter {number} has another shape; {RESTART}")
-            self._optimizer.load_state_dict({"state": values, "param_groups": groups})
+                raise ArtifactError(f"{source}: {key} is not of this optimizer; {RESTART}")
+        return others
 
-    @contextmanager
-    def _whole_groups(self) -> Iterator[None]:
-        """Attach the parameters to the optimizer while the block runs: ZeRO 3 does so only during a step."""
-        if self.zero_stage < 3:
-            yield
-            return
-        self._engine.optimizer._set_fp32_optimizer_param_groups()
-        try:
-            yield
-        finally:
-            self._engine.optimizer._clear_fp32_optimizer_param_groups()
+    def _places(self, *, cut: bool = False) -> dict[str, Place]:
+        """The places of this rank's parameters in the optimizer.
+
+        Without ZeRO each rank has all of them: if `cut`, only its share, so that each element is in one rank's.
+        """
+        parameters = {name: value for name, value in self.network.named_parameters() if value.requires_grad}
+        if self.zero_stage:
+            return zero_places(self._engine, self.zero_stage, self._optimizer, parameters, self._world.rank)
+        rank, size = (self._world.rank, self._world.size) if cut else (0, 1)
+        ranges = share(self._sizes, rank, size)
+        return {name: Place(parameters[name], start, start, count) for name, (start, count) in ranges.items()}
 
     def close(self) -> None:
         """Release the engine's memory."""
         release(self._engine)
 
 
-def whole_state(network: Network) -> dict[str, Tensor]:
-    """Return a copy of a network's weights and buffers in host memory. At ZeRO 3 all ranks must call it."""
-    state = {}
-    for name, value in network.state_dict(keep_vars=True).items():
-        with _whole(value):
-            state[name] = value.detach().cpu().clone()
-    return state
-
-
 def release(engine: Any) -> None:
-    """Release a DeepSpeed engine. At ZeRO 3 a global stack would keep it, and its network, alive."""
+    """Release the memory of a DeepSpeed engine."""
     engine.destroy()
-    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
-
-    FWD_MODULE_STACK[:] = [module for module in FWD_MODULE_STACK if module is not engine.module]
+    forget(engine)
 
 
 def shard_out(network: Network, world: World) -> Any:
@@ -246,16 +235,6 @@ def shard_out(network: Network, world: World) -> Any:
         },
         dist_init_required=False,
     )[0]
-
-
-def _whole(value: Tensor) -> AbstractContextManager[object]:
-    """Gather a tensor that ZeRO 3 may have sharded while the block runs, one at a time to save memory."""
-    if not hasattr(value, "ds_id"):
-        return nullcontext()
-    import deepspeed
-
-    gathered: AbstractContextManager[object] = deepspeed.zero.GatheredParameters([value])
-    return gathered
 
 
 def zero_section(config: EngineConfig) -> dict[str, Any]:
@@ -294,7 +273,6 @@ def import_deepspeed(world: World) -> Any:
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
     if not deepspeed.comm.is_initialized():
-        # An all-reduce for inference only, which every new process would compile.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        disable_compiled_all_reduce(deepspeed)
         deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
     return deepspeed

@@ -1,20 +1,19 @@
 """Snapshots: checkpoints within a step. A killed step continues from its newest one and ends in the same bits.
 
-`step_003/000000120/`, named by the number of iterations done, holds `model.safetensors`, `best.safetensors` (the
-weights of the best epoch so far), `average.safetensors` (the moving average of the weights, if there is one),
-`training.json`, the optimizer's state (one file, or one per rank where ZeRO shards it), and `COMMITTED.json`, which is
-written last. The newest two are kept until the step is committed.
-Nothing in them is ever unpickled.
+`step_003/000000120/`, named by the number of iterations done, holds `training.json` and for each rank a file
+`model_000.safetensors`, `optimizer_000.safetensors`, `best_000.safetensors` (the weights of the best epoch so far) and
+`average_000.safetensors` (the moving average of the weights), if there are any. They have the rank's parts of these
+tensors (`streams/tensor_parts.py`), so that any number of ranks can continue. `COMMITTED.json` is written last. The
+newest two are kept until the step is committed. Nothing in them is ever unpickled.
 """
 
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Self
 
-import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
@@ -24,6 +23,7 @@ from avcil_dist.config.compat import result_changes
 from avcil_dist.config.schema import Config
 from avcil_dist.config.serialization import flatten
 from avcil_dist.errors import ArtifactError
+from avcil_dist.models.network import Network
 from avcil_dist.streams.commit import (
     FileDigests,
     encode_json,
@@ -39,17 +39,17 @@ from avcil_dist.streams.snapshots import (
     SnapshotCommit,
     check_snapshot_fits,
     is_of_step,
-    optimizer_fits,
     snapshot_identity,
     snapshots_url,
 )
-from avcil_dist.streams.tensors import encode_state, read_committed_tensors, read_state
+from avcil_dist.streams.tensor_parts import Assembly, Parts, Target, cut, flat_view, part_key, share
+from avcil_dist.streams.tensors import encode_state, encode_tensors, read_committed_tensors, read_state
 from avcil_dist.training.collectives import decide_together, gather_json
 from avcil_dist.training.engine import Engine
 from avcil_dist.training.incremental_step import Step
+from avcil_dist.training.weights import to_host
 
 NUM_KEPT = 2
-AVERAGE = "average.safetensors"
 SECONDS_PER_MINUTE = 60
 
 _logger = logging.getLogger(__name__)
@@ -88,13 +88,14 @@ class TrainingRecord(BaseModel):
 
 @dataclass(frozen=True)
 class BestEpoch:
-    """Weights of the epoch that becomes the step's result, its number and its accuracy on the validation clips.
+    """The epoch that becomes the step's result: its number and its accuracy on the validation clips.
 
-    `num_ties` later epochs have the same accuracy. `num_epochs`: those that were trained, once training is over, and
-    `epochs` their metrics.
+    `parts` are this rank's parts of its weights, in host memory: no rank has more than its share. `num_ties` later
+    epochs have the same accuracy. `num_epochs`: those that were trained, once training is over, and `epochs` their
+    metrics.
     """
 
-    state: dict[str, Tensor]
+    parts: Parts
     epoch: int
     val_accuracy: float | None
     num_ties: int = 0
@@ -154,13 +155,13 @@ class TrainingState:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A loaded snapshot. `optimizer` is this rank's state, or None for a fresh optimizer.
+    """A loaded snapshot; its weights are in the network.
 
-    `average` is the moving average of the weights, if there is one.
+    `average` is the moving average of the weights, if there is one. The optimizer's state is still in `folder`.
     """
 
-    model: dict[str, Tensor]
-    optimizer: dict[str, Any] | None
+    folder: str
+    commit: SnapshotCommit
     state: TrainingState
     average: dict[str, Tensor] | None
 
@@ -177,15 +178,10 @@ def discard_stale(config: Config, step: int, *, own: bool) -> None:
 
 
 class SnapshotManager:
-    """Writes, finds and loads the snapshots of one step. All ranks call it together.
+    """Writes, finds and loads the snapshots of one step. All ranks call it together."""
 
-    A snapshot whose optimizer state does not fit the ranks or the ZeRO stage is an error, unless `reset_optimizer`
-    permits a fresh optimizer in that case. A state that fits is always loaded: a job that is requeued with the same
-    arguments must not lose it again.
-    """
-
-    def __init__(self, step: Step, reset_optimizer: bool = False) -> None:
-        self.step, self.reset_optimizer = step, reset_optimizer
+    def __init__(self, step: Step) -> None:
+        self.step = step
         self.folder = snapshots_url(step.config, step.number)
         self._iteration, self._saved_at = 0, time.monotonic()
         self._started, self._earlier_seconds = self._saved_at, 0.0
@@ -211,39 +207,80 @@ class SnapshotManager:
         `average` is the moving average of the weights, if there is one.
         """
         folder = storage.join(self.folder, f"{state.iteration:09d}")
-        model = engine.state()
-        files = self._optimizer_files(engine)
-        if self.step.world.is_main:
-            files |= _encode(model, state, totals, average, self.seconds)
+        world = self.step.world
+        kinds: dict[str, Parts | None] = {
+            "model": engine.weight_parts(),
+            "optimizer": engine.optimizer_parts(),
+            "best": state.best.parts if state.best else None,
+            "average": cut(average, world.rank, world.size) if average is not None else None,
+        }
+        copies = {kind: to_host(parts) for kind, parts in kinds.items() if parts is not None}
+        files = {_file(kind, world.rank): encode_tensors(parts) for kind, parts in copies.items()}
+        if world.is_main:
+            files["training.json"] = _encode(state, totals, self.seconds)
         decide_together(lambda: storage.remove_tree(folder))  # an earlier one of the same name may be damaged
         digests: list[FileDigests] = gather_json(write_files(folder, files))
         decide_together(lambda: self._commit_snapshot(folder, {name: part[name] for part in digests for name in part}))
         self._iteration, self._saved_at = state.iteration, time.monotonic()
 
-    def load_newest(self) -> Snapshot | None:
-        """Load the newest whole snapshot; None where there is none. A damaged one is skipped with a warning.
+    def load_newest(self, student: Network) -> Snapshot | None:
+        """Load the newest whole snapshot, its weights into `student`; None where there is none.
 
-        Raises ConfigError for a snapshot with other settings, or whose optimizer state does not fit these ranks.
+        A damaged one is skipped with a warning. Raises ConfigError for a snapshot with other settings, ArtifactError
+        for one of another network.
         """
         folder: str | None = decide_together(self._find_newest)
         if folder is None:
             return None
         commit = read_commit(folder, SnapshotCommit)
         training = read_committed_json(folder, "training.json", commit, TrainingRecord, "the state of a training")
+        weights = student.state_dict()
+        self._read("model", folder, commit, _whole_targets(weights))
         best = None
         if training.best is not None:
-            weights = read_committed_tensors(folder, "best.safetensors", commit)
-            best = BestEpoch(weights, training.best.epoch, training.best.val_accuracy, training.best.num_ties)
+            parts = self._read_best(folder, commit, weights)
+            best = BestEpoch(parts, training.best.epoch, training.best.val_accuracy, training.best.num_ties)
+        average = None
+        if _file("average", 0) in commit.files:
+            average = {
+                name: torch.empty_like(value) for name, value in student.named_parameters() if value.requires_grad
+            }
+            self._read("average", folder, commit, _whole_targets(average))
         totals = EpochTotals.from_record(training.totals, self.step.device, is_main=self.step.world.is_main)
         self._iteration, self._earlier_seconds = training.iteration, training.seconds
-        model = read_committed_tensors(folder, "model.safetensors", commit)
-        optimizer = None
-        if self._optimizer_fits(commit):
-            optimizer = read_state(folder, self._optimizer_name(), commit)
-        has_average = AVERAGE in commit.files
-        average = read_committed_tensors(folder, AVERAGE, commit) if has_average else None
         state = TrainingState(training.iteration, best, totals, set(training.counters), list(training.epochs))
-        return Snapshot(model, optimizer, state, average)
+        return Snapshot(folder, commit, state, average)
+
+    def load_optimizer(self, snapshot: Snapshot, engine: Engine) -> None:
+        """Load the optimizer's state of a snapshot. Raises ArtifactError for that of another optimizer or network."""
+        engine.load_optimizer(self._files("optimizer", snapshot.folder, snapshot.commit), snapshot.folder)
+
+    def _files(self, kind: str, folder: str, commit: SnapshotCommit) -> Iterator[Parts]:
+        """Read the parts of a kind, one rank's after the other; first those that this rank would have written."""
+        own = _file(kind, self.step.world.rank)
+        for name in sorted(commit.files, key=lambda name: (name != own, name)):
+            if name.startswith(f"{kind}_"):
+                yield read_committed_tensors(folder, name, commit)
+
+    def _read(self, kind: str, folder: str, commit: SnapshotCommit, targets: Mapping[str, Target]) -> None:
+        assembly = Assembly(targets, folder)
+        for parts in self._files(kind, folder, commit):
+            assembly.add(parts)
+        assembly.check_complete()
+
+    def _read_best(self, folder: str, commit: SnapshotCommit, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Read this rank's share of the best epoch's weights."""
+        world = self.step.world
+        ranges = share({name: value.numel() for name, value in weights.items()}, world.rank, world.size)
+        parts, targets = {}, {}
+        for name, value in weights.items():
+            start, count = ranges.get(name, (0, 0))
+            own = torch.empty(count, dtype=value.dtype)
+            targets[name] = Target(own, start, value.numel())
+            if count:
+                parts[part_key(name, start)] = own
+        self._read("best", folder, commit, targets)
+        return parts
 
     def save_extra(self, name: str, state: dict[str, Any]) -> None:
         """Commit a state that is made once per step, beside the snapshots. It is the same on all ranks."""
@@ -275,19 +312,6 @@ class SnapshotManager:
 
     def _is_of_this_step(self, commit: SnapshotCommit) -> bool:
         return is_of_step(commit, self._identity())
-
-    def _optimizer_name(self) -> str:
-        is_sharded = self.step.config.engine.zero_stage
-        return f"optimizer_rank{self.step.world.rank:03d}" if is_sharded else "optimizer"
-
-    def _optimizer_files(self, engine: Engine) -> dict[str, bytes]:
-        """Without ZeRO, rank 0 alone writes the state, which any number of ranks can read."""
-        if not (self.step.world.is_main or self.step.config.engine.zero_stage):
-            return {}
-        return encode_state(self._optimizer_name(), engine.optimizer_state())
-
-    def _optimizer_fits(self, commit: SnapshotCommit) -> bool:
-        return optimizer_fits(commit, self.step.config.engine.zero_stage, self.step.world.size)
 
     def _extra_folder(self, name: str) -> str:
         return storage.join(storage.parent(self.folder), f"{name}_{self.step.number:03d}")
@@ -332,30 +356,29 @@ class SnapshotManager:
             if not self._is_of_this_step(commit):
                 _logger.warning("%s: of other data or of another previous step; skipping this snapshot", folder)
                 continue
-            step, size = self.step, self.step.world.size
-            check_snapshot_fits(folder, commit, step.config, step.number, size, reset_optimizer=self.reset_optimizer)
+            check_snapshot_fits(folder, commit, self.step.config, self.step.number)
             return folder
         return None
 
 
-def _encode(
-    model: dict[str, Tensor],
-    state: TrainingState,
-    totals: dict[str, Any],
-    average: dict[str, Tensor] | None,
-    seconds: float,
-) -> dict[str, bytes]:
+def _file(kind: str, rank: int) -> str:
+    return f"{kind}_{rank:03d}.safetensors"
+
+
+def _whole_targets(tensors: Mapping[str, Tensor]) -> dict[str, Target]:
+    return {name: Target(flat_view(value), 0, value.numel()) for name, value in tensors.items()}
+
+
+def _encode(state: TrainingState, totals: dict[str, Any], seconds: float) -> bytes:
     best = state.best
     epoch = best and {"epoch": best.epoch, "val_accuracy": best.val_accuracy, "num_ties": best.num_ties}
-    training = {
-        "iteration": state.iteration,
-        "best": epoch,
-        "totals": totals,
-        "counters": sorted(state.counters),
-        "epochs": list(map(asdict, state.epochs)),
-        "seconds": seconds,
-    }
-    weights = {"model.safetensors": model, "best.safetensors": best.state if best else None, AVERAGE: average}
-    return {"training.json": encode_json(training)} | {
-        name: safetensors.torch.save(tensors) for name, tensors in weights.items() if tensors is not None
-    }
+    return encode_json(
+        {
+            "iteration": state.iteration,
+            "best": epoch,
+            "totals": totals,
+            "counters": sorted(state.counters),
+            "epochs": list(map(asdict, state.epochs)),
+            "seconds": seconds,
+        }
+    )

@@ -53,7 +53,7 @@ from avcil_dist.training.clip_maps import region_shares
 from avcil_dist.training.closed_form import solve_anchor, train_closed_form
 from avcil_dist.training.collectives import decide_together, process_group
 from avcil_dist.training.device import device_name, local_device, out_of_memory_as_line
-from avcil_dist.training.engine import set_threads, whole_state
+from avcil_dist.training.engine import set_threads
 from avcil_dist.training.evaluation import ScoredPredictions, evaluate_scores, validation_logits
 from avcil_dist.training.exemplars import exemplar_clips, exemplar_features, update_memory
 from avcil_dist.training.failure_sync import Report, print_fault, propagate_failures
@@ -66,6 +66,7 @@ from avcil_dist.training.preflight import check_enough_clips
 from avcil_dist.training.snapshot import BestEpoch, SnapshotManager
 from avcil_dist.training.system_metrics import observed_load
 from avcil_dist.training.trainer import Trainer
+from avcil_dist.training.weights import gather_whole, whole_forms, whole_state
 from avcil_dist.world import World
 
 # Shards whose presence and size are checked before a step trains: none, where a preflight has just checked them;
@@ -81,14 +82,12 @@ def run_step(
     observers: Sequence[Observer],
     stop: StopRequest,
     report: Report = print_fault,
-    reset_optimizer: bool = False,
     shard_check: ShardCheck = "step",
 ) -> StepArtifact:
     """Train, test and commit step `number`; every rank calls it. Returns the committed artifact.
 
     `shard_check` selects the shards whose presence and size rank 0 checks first, for all ranks.
-    A step with a snapshot continues from its newest one. `reset_optimizer` permits a fresh optimizer where the
-    snapshot's does not fit the ranks or the ZeRO stage. Raises StepStopped, on all ranks, when `stop` is set on one
+    A step with a snapshot continues from its newest one. Raises StepStopped, on all ranks, when `stop` is set on one
     and a snapshot is committed. Raises an AvcilError, the same on all ranks, for faults in settings, data or
     artifacts; an error that a rank cannot raise is passed to `report`, and the process ends.
     """
@@ -109,7 +108,6 @@ def run_step(
             observers=observers,
             device=device,
             stop=stop,
-            reset_optimizer=reset_optimizer,
             shard_check=shard_check,
         )
 
@@ -127,7 +125,6 @@ def step_in_group(
     observers: Sequence[Observer],
     device: torch.device,
     stop: StopRequest,
-    reset_optimizer: bool = False,
     shard_check: ShardCheck = "step",
 ) -> StepArtifact:
     """`run_step` in an existing process group."""
@@ -144,25 +141,26 @@ def step_in_group(
     inference = step.inference(_clip_cache(step, sampler, observer), FaultLog(observer, number).add)
     student, teacher = build_networks(step, previous, inference)
     weights = _pretrained_weights(step, previous)
-    snapshots = SnapshotManager(step, reset_optimizer)
+    snapshots = SnapshotManager(step)
     _begin_training(step, student, sampler, inference)
     if step.has_training:
+        forms = whole_forms(student)
         best = Trainer(step, teacher, inference, sampler, snapshots, observer, stop).train(student)
-        best = replace(best, state=_committed_weights(step, best, inference))
-        student = network_of_state(step, best.state)
+        model = _committed_weights(step, gather_whole(best.parts, forms, device), inference)
+        student = network_of_state(step, model)
     else:
         observer.begin(number, 0, 0, 0)
-        best = BestEpoch(whole_state(student), epoch=0, val_accuracy=None)
+        best, model = BestEpoch({}, epoch=0, val_accuracy=None), whole_state(student)
     if isinstance(step.method, ClosedFormMethod):
         best = replace(best, val_accuracy=train_closed_form(step, student, inference, observer.message))
     memory = update_memory(step, memory, student, inference)
     step.method.end_step(exemplar_features(step, memory, student, inference) if step.needs.means else None)
 
     tested = evaluate_scores(step, student, "test", inference, on_batch=observer.advance)
-    used, regions = memory_use(step, memory, best.state), region_shares(step, student, inference)
+    used, regions = memory_use(step, memory, model), region_shares(step, student, inference)
     artifact = StepArtifact(
         step=number,
-        model=best.state,
+        model=model,
         method=step.method.state_dict(),
         memory=memory,
         scenario=scenario,
@@ -201,14 +199,14 @@ def _begin_training(step: Step, student: Network, sampler: TrainingSampler, infe
         step.method.begin_training(torch.from_numpy(counts))
 
 
-def _committed_weights(step: Step, best: BestEpoch, inference: InferencePass) -> dict[str, Tensor]:
+def _committed_weights(step: Step, best: dict[str, Tensor], inference: InferencePass) -> dict[str, Tensor]:
     """The weights that the step commits: those of the best epoch, adapters merged, as the method changes them."""
     calibration: list[float] = []
     if step.needs.calibration and step.context.num_old:
-        logits, labels = validation_logits(step, network_of_state(step, best.state), inference)
+        logits, labels = validation_logits(step, network_of_state(step, best), inference)
         # Rank 0 decides: the last digits of a sum may differ between types of machine.
         calibration = decide_together(lambda: step.method.calibrate(logits, labels))
-    return step.method.committed_weights(merge_adapters(best.state), calibration)
+    return step.method.committed_weights(merge_adapters(best), calibration)
 
 
 def _last_line(artifact: StepArtifact) -> str:

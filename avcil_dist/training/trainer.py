@@ -17,7 +17,7 @@ from avcil_dist.data.plan import rows_at_a_time
 from avcil_dist.data.reader import COUNTS
 from avcil_dist.data.sampler import TrainingSampler
 from avcil_dist.errors import ArtifactError, DataError, StepStopped, TrainingError
-from avcil_dist.models.network import Network, load_whole_state
+from avcil_dist.models.network import Network
 from avcil_dist.streams.metrics import EpochMetrics
 from avcil_dist.system.signals import StopRequest
 from avcil_dist.training.collectives import Votes, collect_texts, gather_rows
@@ -34,6 +34,7 @@ from avcil_dist.training.teacher import Teacher
 from avcil_dist.training.teacher_cache import TeacherCache, build_teacher_cache
 from avcil_dist.training.train_step import StepLosses, train_step
 from avcil_dist.training.weight_average import WeightAverage
+from avcil_dist.training.weights import to_host
 
 ITERATIONS_PER_CHECK = 16  # reading a loss waits for the device, so losses are checked in groups
 
@@ -73,10 +74,9 @@ class Trainer:
 
         Raises StepStopped on all ranks when one of them received a stop signal.
         """
-        snapshot = self.snapshots.load_newest()
+        snapshot = self.snapshots.load_newest(student)
         state = TrainingState()
         if snapshot:
-            load_whole_state(student, snapshot.model, self.snapshots.folder)
             state = snapshot.state
             self._check_position(state)
         if self.teacher and not self.step.config.data.augment.is_on:  # an augmented clip is new in each epoch
@@ -86,10 +86,8 @@ class Trainer:
             local_exemplars(replace(self.sampler, start=state.iteration)) as (source, manifest),
             closing(self._make_engine(student)) as engine,
         ):
-            if snapshot and snapshot.optimizer is None:
-                self.observer.message("continues with a fresh optimizer: the snapshot's does not fit these ranks")
-            elif snapshot and snapshot.optimizer is not None:
-                engine.load_optimizer_state(snapshot.optimizer)
+            if snapshot:
+                self.snapshots.load_optimizer(snapshot, engine)
             if (decay := self.step.config.optim.ema) is not None:
                 self._average = WeightAverage(engine.network, decay, snapshot.average if snapshot else None)
             batches = load_on_device(
@@ -120,7 +118,7 @@ class Trainer:
         engine.network.train()
         if self.step.needs.untrained and state.iteration == 0 and self.step.config.optim.keep_epoch == "best_val":
             accuracy = evaluate(self.step, engine.network, "val", self.inference).accuracy
-            state.best = BestEpoch(engine.state(), epoch=-1, val_accuracy=accuracy)
+            state.best = BestEpoch(to_host(engine.weight_parts()), epoch=-1, val_accuracy=accuracy)
         metrics = IterationMetrics(self.step, self.observer, self.votes, self.per_epoch)
         while state.iteration < self.num_iterations and not self._is_out_of_patience(state):
             started, is_due = time.monotonic(), metrics.is_due(state.iteration + 1)
@@ -270,11 +268,11 @@ class Trainer:
             return best
         with self._average.applied() if self._average else nullcontext():
             if optim.keep_epoch == "last":
-                return BestEpoch(engine.state(), epoch, None)
+                return BestEpoch(to_host(engine.weight_parts()), epoch, None)
             accuracy = evaluate(self.step, engine.network, "val", self.inference).accuracy
             values["val/accuracy"] = accuracy
             if best is None or best.val_accuracy is None or accuracy > best.val_accuracy:
-                return BestEpoch(engine.state(), epoch, accuracy)
+                return BestEpoch(to_host(engine.weight_parts()), epoch, accuracy)
         return replace(best, num_ties=best.num_ties + (accuracy == best.val_accuracy))
 
     def _is_out_of_patience(self, state: TrainingState) -> bool:

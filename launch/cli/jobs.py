@@ -24,7 +24,6 @@ def submit(
     smoke: bool,
     restart: bool,
     restart_step: bool,
-    reset_optimizer: bool,
 ) -> None:
     """Submit the stream of CONFIG as a chain of jobs: one for each step, each after the one before it succeeded.
 
@@ -57,9 +56,7 @@ def submit(
         if note:
             echo(note, err=True)
         return
-    submission = submit_stream(
-        resolved, resources, policy=ResumePolicy(restart or smoke, restart_step, reset_optimizer)
-    )
+    submission = submit_stream(resolved, resources, policy=ResumePolicy(restart or smoke, restart_step))
     chain, stream = submission.chain, submission.stream
     if submission.new and not chain.code:
         echo("avcil-dist is installed here; jobs run the installed package, no code is copied", err=True)

@@ -16,11 +16,6 @@ def resume_options(command: Callable[..., None]) -> Callable[..., None]:
     options = (
         click.option("--restart", is_flag=True, help="Delete the stream's committed steps and begin at step 0."),
         click.option("--restart-step", is_flag=True, help="Delete the snapshots of the next step and begin it again."),
-        click.option(
-            "--reset-optimizer",
-            is_flag=True,
-            help="Permit a fresh optimizer where the snapshot's state is of other ranks or another ZeRO stage.",
-        ),
     )
     for option in reversed(options):
         command = option(command)

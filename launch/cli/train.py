@@ -20,7 +20,6 @@ def train(
     smoke: bool,
     restart: bool,
     restart_step: bool,
-    reset_optimizer: bool,
 ) -> None:
     """Train all steps of the stream of CONFIG.
 
@@ -48,7 +47,7 @@ def train(
     resolved = load_config(config, overrides)
     if smoke:
         resolved = smoke_config(resolved)
-    policy = ResumePolicy(restart or smoke, restart_step, reset_optimizer)
+    policy = ResumePolicy(restart or smoke, restart_step)
     stream = run_stream(resolved, processes=processes, policy=policy)
     if smoke:
         echo_once(f"{stream}: the smoke run is done, all steps work; its accuracies mean nothing")

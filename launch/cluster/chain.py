@@ -88,10 +88,10 @@ def submit_stream(
         new = tuple(step for step in range(first, chain.num_steps) if step not in live)
         if new:
             if new[0] == first:
-                _check_snapshot(config, first, cluster.at(first).world_size, policy)
+                _check_snapshot(config, first)
             chain = _freeze(config, cluster, chain)
             run_id = run_id or open_run(config, is_elsewhere=cluster.is_elsewhere)
-            start = JobStart(run_id, first, after, policy.reset_optimizer, lane.gpus)
+            start = JobStart(run_id, first, after, lane.gpus)
             chain = scheduler.submit(config, cluster, chain, new, start)
         return Submission(stream, chain, new, tuple(live), scheduler.last_job(chain) if new or live else None)
 
@@ -205,12 +205,11 @@ def _of_cluster(cluster: ClusterConfig) -> dict[str, Any]:
     return {f"cluster.{key}": value for key, value in cluster.model_dump(exclude={"max_parallel"}).items()}
 
 
-def _check_snapshot(config: Config, step: int, world_size: int, policy: ResumePolicy) -> None:
+def _check_snapshot(config: Config, step: int) -> None:
     """Raise ConfigError when the job of a step could not continue from its newest snapshot."""
     found = newest_snapshot(config, step)
     if found is None:
         return
     identity = snapshot_identity(config, step, load_data(config.data).content_hash)
     if is_of_step(found.commit, identity):
-        reset = policy.reset_optimizer
-        check_snapshot_fits(found.folder, found.commit, config, step, world_size, reset_optimizer=reset)
+        check_snapshot_fits(found.folder, found.commit, config, step)

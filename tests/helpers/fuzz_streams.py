@@ -18,7 +18,6 @@ from avcil_dist.config.serialization import flatten
 from avcil_dist.data.manifest import load_manifest
 from avcil_dist.inference.predict import restore_step
 from avcil_dist.models.encoders.build import build_visual_encoder
-from avcil_dist.models.network import load_whole_state
 from avcil_dist.reporting.report import load_streams
 from avcil_dist.streams.artifact import load_artifact
 from avcil_dist.streams.commit import COMMITTED, encode_json
@@ -26,10 +25,13 @@ from avcil_dist.streams.identity import new_identity, read_identity, write_ident
 from avcil_dist.streams.snapshots import newest_snapshot
 from avcil_dist.streams.stream import scenario_of
 from avcil_dist.streams.summary import recorded_changes
-from avcil_dist.streams.tensors import encode_state
+from avcil_dist.streams.tensor_parts import cut, part_key
+from avcil_dist.streams.tensors import encode_tensors, read_committed_tensors
 from avcil_dist.tracking.event_queue import EventQueue
+from avcil_dist.training.deepspeed_private import Place
 from avcil_dist.training.incremental_step import make_step
-from avcil_dist.training.snapshot import SnapshotManager
+from avcil_dist.training.optimizer_parts import load_optimizer_parts
+from avcil_dist.training.snapshot import Snapshot, SnapshotManager
 from avcil_dist.world import World
 from data_shards.build_plan import JobResult, Plan
 from data_shards.rejections import Rejection, read_rejections, write_rejections
@@ -115,11 +117,10 @@ class Snapshots(Kind):
     """Snapshots whose files fit their commit, and commits."""
 
     names = (
-        "model.safetensors",
+        "model_000.safetensors",
         "training.json",
-        "optimizer.safetensors",
-        "optimizer.json",
-        "best.safetensors",
+        "optimizer_000.safetensors",
+        "best_000.safetensors",
         COMMITTED,
     )
     values = st.tuples(st.sampled_from(names), MODES)
@@ -138,9 +139,17 @@ class Snapshots(Kind):
         totals = {"losses": {"loss": 1.5}, "reading": {}, "num_bad": 0, "faults": [], "seconds": 1.0}
         best = {"epoch": 0, "val_accuracy": 0.5, "num_ties": 0}
         training = {"iteration": 3, "best": best, "totals": totals, "counters": []}
-        model = safetensors.torch.save(artifact.model)
-        files = {"model.safetensors": model, "best.safetensors": model, "training.json": encode_json(training)}
-        files |= encode_state("optimizer", {"0.exp_avg": torch.zeros(3), "0.step": torch.zeros(()), "0.x": 1.5})
+        model = encode_tensors(cut(artifact.model, 0, 1))
+        trained = dict(self.network.named_parameters())
+        self.places = {name: Place(value, 0, 0, value.numel()) for name, value in trained.items()}
+        moments = {
+            f"{kind}/{name}": torch.ones_like(value)
+            for kind in ("exp_avg", "exp_avg_sq")
+            for name, value in trained.items()
+        }
+        state = cut(moments, 0, 1) | {part_key(f"step/{name}", 0): torch.ones(1) for name in trained}
+        files = {"model_000.safetensors": model, "best_000.safetensors": model, "training.json": encode_json(training)}
+        files |= {"optimizer_000.safetensors": encode_tensors(state)}
         path = Path(self.manager.folder, "000000003")
         path.mkdir(parents=True)
         for name, data in files.items():
@@ -150,18 +159,26 @@ class Snapshots(Kind):
         commit = {"format": 1, "files": digests, "settings": flatten(self.config), "world_size": 1, "zero_stage": 0}
         (path / COMMITTED).write_bytes(to_json(commit | identity))
         self.content = Folder.of(path)
-        assert self.manager.load_newest() is not None
+        assert self.load() is not None
 
     def run(self, folder: Path, value: Any) -> None:
         name, change = value
         self.content.write(name, change)
         try:
             newest_snapshot(self.config, 0)
-            snapshot = self.manager.load_newest()
-            if snapshot:
-                load_whole_state(self.network, snapshot.model, "snapshot")
+            self.load()
         finally:
             self.content.restore(name)
+
+    def load(self) -> Snapshot | None:
+        """Load the newest snapshot, with the optimizer's state."""
+        snapshot = self.manager.load_newest(self.network)
+        if snapshot:
+            optimizer = torch.optim.Adam(self.network.parameters())
+            sizes = {name: place.length for name, place in self.places.items()}
+            files = [read_committed_tensors(snapshot.folder, "optimizer_000.safetensors", snapshot.commit)]
+            load_optimizer_parts(optimizer, self.places, sizes, files, snapshot.folder)
+        return snapshot
 
 
 class Records(Kind):

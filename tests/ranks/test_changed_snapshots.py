@@ -34,19 +34,30 @@ CHANGES: dict[str, tuple[str, Change, str]] = {
     "over-without-best": ("training.json", of_json(lambda t: t | {"iteration": 24, "best": None}), "of iteration 24"),
     "no-totals": ("training.json", of_json(lambda t: t | {"totals": 3}), "totals: Input should be an object"),
     "other-type": (
-        "model.safetensors",
+        "model_000.safetensors",
         of_tensors(lambda w: {name: values.half() for name, values in w.items()}),
         "of another type",
     ),
     "optimizer-of-words": (
-        "optimizer.safetensors",
+        "optimizer_000.safetensors",
         of_tensors(lambda w: {f"x{name}": values for name, values in w.items()}),
-        "is not of this optimizer",
+        "is not of this network and optimizer",
     ),
     "optimizer-of-another-shape": (
-        "optimizer.safetensors",
+        "optimizer_000.safetensors",
         of_tensors(lambda w: {name: values.flatten()[:1] for name, values in w.items()}),
         "has another shape",
+    ),
+    "longer-than-the-network": (
+        "model_000.safetensors",
+        of_tensors(lambda w: {name: torch.cat([values, values]) for name, values in w.items()}),
+        "has another shape",
+    ),
+    "not-a-part": ("best_000.safetensors", of_tensors(lambda w: {"x": torch.zeros(2)}), "x is no part of a tensor"),
+    "no-updates": (
+        "optimizer_000.safetensors",
+        of_tensors(lambda w: {name: values for name, values in w.items() if not name.startswith("step/")}),
+        "has no number of updates",
     ),
 }
 

@@ -21,6 +21,7 @@ from avcil_dist.scenario import make_scenario
 from avcil_dist.training.engine import Engine
 from avcil_dist.training.optim import build_optimizer
 from avcil_dist.training.train_step import train_step
+from avcil_dist.training.weights import whole_state
 from avcil_dist.world import World
 from tests.helpers.ranks import CPU, run_ranks
 
@@ -73,7 +74,7 @@ def a_replaced_head(world: World, stage: int) -> str:
     engine = engine_of(world, stage, student())
     engine.network.classifier = nn.Linear(DIM, 7)
     try:
-        engine.state()
+        engine.weight_parts()
     except AssertionError as error:
         return str(error)
     finally:
@@ -90,7 +91,7 @@ def frozen_parameters(world: World, stage: int) -> tuple[bool, bool, bool]:
     engine = engine_of(world, stage, network)
     engine.backward(loss_of(engine, world))
     engine.step()
-    after = engine.state()
+    after = whole_state(engine.network)
     engine.close()
     same = {name for name, value in after.items() if torch.equal(value, before[name])}
     frozen = {name for name in before if name.startswith(("attention.", "counter"))}
@@ -110,7 +111,7 @@ def unused_parameters(world: World, stage: int) -> dict[str, Tensor]:
         uses[0] = number % 2 == 0
         engine.backward(loss_of(engine, world, number))
         engine.step()
-    state = engine.state()
+    state = whole_state(engine.network)
     engine.close()
     return {name: value for name, value in state.items() if name.startswith("audio_proj.")}
 
@@ -120,15 +121,16 @@ def an_overflow(world: World, stage: int) -> tuple[list[bool], list[float], bool
     network = student()
     network.precision = "fp16"
     engine = engine_of(world, stage, network)
-    engine.load_optimizer_state({"loss_scale.value": 2.0**40, "loss_scale.num_good": 7})
+    scale = {"loss_scale/value/0": 2.0**40, "loss_scale/num_good/0": 7.0}
+    engine.load_optimizer([{key: torch.tensor([value]) for key, value in scale.items()}], "here")
     taken, scales, as_told = [], [], True
     for _ in range(30):
-        before = engine.state()
+        before = whole_state(engine.network)
         engine.backward(loss_of(engine, world))
         taken.append(engine.step())
-        after = engine.state()
+        after = whole_state(engine.network)
         as_told &= any(not torch.equal(after[name], before[name]) for name in before) == taken[-1]
-        scales.append(float(engine.optimizer_state()["loss_scale.value"]))
+        scales.append(float(engine.optimizer_parts()["loss_scale/value/0"]))
     engine.close()
     return taken, scales, as_told
 
@@ -136,10 +138,10 @@ def an_overflow(world: World, stage: int) -> tuple[list[bool], list[float], bool
 def a_gradient_that_is_not_finite(world: World, stage: int) -> tuple[bool, bool]:
     """Whether the step was taken, and whether weights moved."""
     engine = engine_of(world, stage, student())
-    before = engine.state()
+    before = whole_state(engine.network)
     engine.backward((engine(*batch_of(world, 0)).logits.sum() * 0).sqrt())
     taken = engine.step()
-    moved = any(not torch.equal(value, before[name]) for name, value in engine.state().items())
+    moved = any(not torch.equal(value, before[name]) for name, value in whole_state(engine.network).items())
     engine.close()
     return taken, moved
 
@@ -167,7 +169,7 @@ def a_closed_engine(world: World, stage: int) -> bool:
     engine = engine_of(world, stage, network)
     engine.backward(loss_of(engine, world))
     engine.step()
-    engine.state()
+    whole_state(engine.network)
     alive = weakref.ref(network)
     engine.close()
     del network, engine

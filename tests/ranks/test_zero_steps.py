@@ -17,9 +17,9 @@ from avcil_dist.streams.artifact import load_artifact
 from avcil_dist.streams.stream import scenario_of, stream_url
 from avcil_dist.system.signals import StopRequest
 from avcil_dist.training.build import network_after
-from avcil_dist.training.engine import whole_state
 from avcil_dist.training.observer import Observer
 from avcil_dist.training.step import step_in_group
+from avcil_dist.training.weights import whole_state
 from avcil_dist.world import World
 from tests.helpers.ranks import CPU, run_ranks
 from tests.helpers.streams import write_config

@@ -103,9 +103,9 @@ def commit_steps(config: Config, count: int) -> None:
 
 
 def test_a_new_stream_gets_a_job_for_each_step(config: Config, scheduler: RecordingScheduler) -> None:
-    done = submit(config, ResumePolicy(reset_optimizer=True), after="before")
+    done = submit(config, after="before")
     assert (done.new, done.kept, done.last) == ((0, 1, 2, 3), (), "new-3")
-    assert scheduler.starts == [JobStart("id", 0, "before", reset_optimizer=True)]
+    assert scheduler.starts == [JobStart("id", 0, "before")]
     assert read_chain(done.stream).config() == config
 
 
@@ -189,7 +189,7 @@ def test_operational_settings_are_not_dropped_either(config: Config, scheduler: 
 
 
 @pytest.mark.parametrize(("changes", "is_refused"), [({}, True), ({"manifest_hash": "of other data"}, False)])
-def test_a_number_of_ranks_that_cannot_continue_a_snapshot_is_refused(
+def test_settings_that_cannot_continue_a_snapshot_are_refused_and_other_ranks_are_not(
     config: Config,
     scheduler: RecordingScheduler,
     monkeypatch: pytest.MonkeyPatch,
@@ -197,8 +197,6 @@ def test_a_number_of_ranks_that_cannot_continue_a_snapshot_is_refused(
     is_refused: bool,
 ) -> None:
     monkeypatch.setattr(chain_module, "load_data", lambda _: SimpleNamespace(content_hash="of this data"))
-    engine = config.engine.model_copy(update={"zero_stage": 2})
-    config = config.model_copy(update={"engine": engine})
     commit_steps(config, 1)
     write_commit(
         f"{snapshots_url(config, 1)}/000000676",
@@ -208,17 +206,16 @@ def test_a_number_of_ranks_that_cannot_continue_a_snapshot_is_refused(
         world_size=1,
         **snapshot_identity(config, 1, "of this data") | changes,
     )
-    two_nodes = CLUSTER.model_copy(update={"nodes": 2})
+    changed = config.model_copy(update={"optim": config.optim.model_copy(update={"lr": 0.5})})
     if is_refused:
-        with pytest.raises(ConfigError, match=r"of 1 processes at ZeRO stage 2, these are 2 at stage 2; .*--reset-opt"):
-            submit_stream(config, two_nodes, run_id="id")
+        with pytest.raises(ConfigError, match=r"step 1 was begun with optim.lr=.*, not 0.5; .*--restart-step"):
+            submit_stream(changed, CLUSTER, run_id="id")
         assert not scheduler.starts
     else:
-        assert submit_stream(config, two_nodes, run_id="id").new == (1, 2, 3)
-    reset = ResumePolicy(reset_optimizer=True)
-    assert submit_stream(config, two_nodes, run_id="id", policy=reset).new == (1, 2, 3)
-    assert submit_stream(config, CLUSTER, run_id="id").new == (1, 2, 3)
-    assert submit_stream(config, two_nodes, run_id="id", policy=ResumePolicy(restart_step=True)).new == (1, 2, 3)
+        assert submit_stream(changed, CLUSTER, run_id="id").new == (1, 2, 3)
+    two_nodes = CLUSTER.model_copy(update={"nodes": 2})
+    assert submit_stream(config, two_nodes, run_id="id").new == (1, 2, 3)
+    assert submit_stream(changed, CLUSTER, run_id="id", policy=ResumePolicy(restart_step=True)).new == (1, 2, 3)
 
 
 @pytest.mark.parametrize("name", ["100%jb", "a:b", "back\\slash"])
@@ -295,7 +292,7 @@ def test_restart_of_a_step_keeps_committed_steps(config: Config, scheduler: Reco
     snapshots = Path(storage.parent(snapshots_url(config, 0)))
     for name in ("step_002", "teacher_002"):
         (snapshots / name).mkdir(parents=True)
-    assert submit(config, ResumePolicy(reset_optimizer=True)).new == (2, 3)
+    assert submit(config).new == (2, 3)
     assert sorted(path.name for path in snapshots.iterdir()) == ["step_002", "teacher_002"]
     assert submit(config, ResumePolicy(restart_step=True)).new == (2, 3)
     assert not snapshots.exists()

@@ -195,12 +195,12 @@ def test_a_job_has_its_ranks_and_its_script_before_it_is_submitted(slurm: FakeSl
         assert f"#SBATCH --{line}\n" in text
     ranks = Path(script).with_suffix(".pkl")
     assert f"{record.log_folder(2)} {ranks.name}\n" in text
-    run = StepRun(load_config("demo", [f"output={tmp_path}"]), 2, 4, "id", False, record.progress_file(2))
+    run = StepRun(load_config("demo", [f"output={tmp_path}"]), 2, 4, "id", record.progress_file(2))
     assert pickle.loads(ranks.read_bytes()).function == RankEntry(run, record.folder, "slurm")
 
 
 def test_each_job_waits_for_the_one_before_it_and_is_recorded_at_once(slurm: FakeSlurm, tmp_path: Path) -> None:
-    start = JobStart("id", first_step=1, after="77", reset_optimizer=True)
+    start = JobStart("id", first_step=1, after="77")
     submit(tmp_path, ClusterConfig(kind="slurm"), start, 1, 2, 3)
     texts = [Path(arguments[1]).read_text() for arguments, _ in slurm.calls("sbatch")]
     waits_for = [[line for line in text.splitlines() if "--dependency" in line] for text in texts]
@@ -209,7 +209,7 @@ def test_each_job_waits_for_the_one_before_it_and_is_recorded_at_once(slurm: Fak
         pickle.loads(Path(arguments[1]).with_suffix(".pkl").read_bytes()).function.run
         for arguments, _ in slurm.calls("sbatch")
     ]
-    assert [(run.step, run.reset_optimizer) for run in runs] == [(1, True), (2, False), (3, False)]
+    assert [run.step for run in runs] == [1, 2, 3]
     stream = stream_url(load_config("demo", [f"output={tmp_path}"]))
     assert read_chain(stream).jobs == {1: ("1",), 2: ("2",), 3: ("3",)}
 

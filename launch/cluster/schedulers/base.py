@@ -50,15 +50,13 @@ class JobStart:
     """Conditions under which a chain's jobs start.
 
     `run_id`: the stream's id, see `open_run`. `first_step`: the first step that is not committed. `after`: the
-    `last_job` of another chain; the first step starts once it has ended, successfully or not. `reset_optimizer`:
-    the first step may continue from its snapshot with a fresh optimizer, in each start of its job. `gpus`: the names
-    of the GPUs of the chain's lane.
+    `last_job` of another chain; the first step starts once it has ended, successfully or not. `gpus`:
+    the names of the GPUs of the chain's lane.
     """
 
     run_id: str
     first_step: int
     after: str | None = None
-    reset_optimizer: bool = False
     gpus: tuple[str, ...] = ()
 
 

@@ -47,8 +47,8 @@ class _Executor(LocalExecutor):
 class Supervisor:
     """Runs a chain's jobs in order, each again until its step is done or has failed for good."""
 
-    def __init__(self, stream: str, run_id: str, reset_optimizer: bool) -> None:
-        self.stream, self.run_id, self.reset_optimizer = stream, run_id, reset_optimizer
+    def __init__(self, stream: str, run_id: str) -> None:
+        self.stream, self.run_id = stream, run_id
         self.chain = read_own_chain(stream)
         self.config, self.cluster = self.chain.config(), self.chain.cluster()
         self.first_step = next_step(stream, self.chain.num_steps)
@@ -89,8 +89,7 @@ class Supervisor:
             stderr_to_stdout=True,
         )
         num_steps, progress_file = self.chain.num_steps, self.chain.progress_file(step)
-        reset_optimizer = self.reset_optimizer and step == self.first_step  # in each start of the first step's job
-        run = StepRun(self.config, step, num_steps, self.run_id, reset_optimizer, progress_file)
+        run = StepRun(self.config, step, num_steps, self.run_id, progress_file)
         port = local_worlds(resources.tasks)[0].master_port
         job = executor.submit(RankEntry(run, self.chain.folder, self.chain.kind, port))
         self.chain = self.chain.with_job(step, str(job.job_id))
@@ -108,13 +107,13 @@ class Supervisor:
         self.stop_requested = True
 
 
-def main(stream: str, run_id: str, after: str, reset_optimizer: str) -> None:
+def main(stream: str, run_id: str, after: str) -> None:
     """Run the chain of a stream; the arguments are those of the command line."""
     keep_standard_error()
     folder = Path(read_own_chain(stream).folder)
     with FileLock(folder / LOCK, timeout=0):
         storage.write_bytes(str(folder / PID), str(os.getpid()).encode())  # whole at once
-        Supervisor(stream, run_id, bool(int(reset_optimizer))).run(after)
+        Supervisor(stream, run_id).run(after)
 
 
 if __name__ == "__main__":

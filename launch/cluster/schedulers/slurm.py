@@ -46,8 +46,7 @@ class SlurmScheduler:
         for step in steps:
             after = f"afterany:{start.after}" if start.after else None
             dependency = after if step == start.first_step else f"afterok:{chain.jobs[step - 1][-1]}"
-            reset_optimizer = start.reset_optimizer and step == start.first_step
-            run = StepRun(config, step, chain.num_steps, start.run_id, reset_optimizer, chain.progress_file(step))
+            run = StepRun(config, step, chain.num_steps, start.run_id, chain.progress_file(step))
             chain = chain.with_job(step, _sbatch(run, cluster, chain, dependency))
             write_chain(stream_url(config), chain)  # at once, so that an interrupted submission can be continued
         return chain

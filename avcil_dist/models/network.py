@@ -204,7 +204,7 @@ class AudioVisualNetwork(HeadedNetwork):
         num_frames = self.fusion.num_frames
         if divergence is not None:
             divergence = Divergence(*(part.view(len(part) // num_frames, -1).sum(dim=1) for part in divergence))
-        mixed, frames = self.fusion(sound, pooled.view(len(sound), num_frames, -1))
+        mixed, frames = self.fusion(sound, pooled.unflatten(0, (-1, num_frames)))
         return self.project_and_classify(mixed, frames, divergence)
 
     @torch.no_grad()
@@ -282,9 +282,9 @@ class PooledTokens(Network):
         """Return encoded `audio` (B, D) and pooled `visual` (B, cells, D); `logits` are empty, (B, 0)."""
         sound = None if self.audio_encoder is None else self.audio_encoder(audio)
         if self.visual_encoder is None:
-            return Output(audio.new_zeros(len(audio), 0), sound, None)
+            return Output(audio.new_zeros(audio.shape[0], 0), sound, None)
         cells = pool_tokens(self.visual_encoder(visual), self.grid)
-        return Output(cells.new_zeros(len(cells), 0), sound, cells)
+        return Output(cells.new_zeros(cells.shape[0], 0), sound, cells)
 
 
 def build_network(

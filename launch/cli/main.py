@@ -16,6 +16,7 @@ from launch.cli.config import config
 from launch.cli.data import data
 from launch.cli.doctor import doctor, doctor_ranks
 from launch.cli.evaluate import evaluate
+from launch.cli.export import export
 from launch.cli.jobs import cancel, logs, status, submit
 from launch.cli.output import echo_error, prepare_output
 from launch.cli.predict import predict
@@ -70,6 +71,7 @@ for _command in (
     config,
     data,
     evaluate,
+    export,
     logs,
     methods,
     report,

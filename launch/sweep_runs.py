@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from avcil_dist.errors import ConfigError
 from avcil_dist.world import world_from_environment
-from launch.cluster.chain import submit_stream
+from launch.cluster.chain import kept_events_note, submit_stream
 from launch.cluster.resources import ClusterConfig
-from launch.cluster.schedulers.base import Lane
+from launch.cluster.schedulers.base import Lane, scheduler_of
 from launch.local import run_stream
 from launch.parallel_streams import make_lanes, run_streams
 from launch.resume_policy import KEEP_ALL, ResumePolicy
@@ -50,17 +51,45 @@ def check_parallel(cluster: str | None) -> None:
         raise ConfigError(f"--parallel: {launcher} started this process; start the sweep without it")
 
 
-def submit_points(
+class GridSubmission(NamedTuple):
+    """Submitted streams, the number of their jobs that wait or run, and a line on tracking events that jobs keep."""
+
+    points: Sequence[GridPoint]
+    num_jobs: int
+    note: str | None
+
+    @property
+    def output(self) -> str:
+        """The folder of the streams."""
+        return self.points[0].config.output
+
+
+def submit_grid(
+    make_points: Callable[[int], Sequence[GridPoint]],
+    num_streams: int,
+    resources: ClusterConfig,
+    show: Callable[[str], None],
+    policy: ResumePolicy = KEEP_ALL,
+) -> GridSubmission:
+    """Submit streams as chains, in lanes of chains that follow one another.
+
+    `make_points` returns the streams for a number of ranks, which the lanes of `num_streams` determine. `show` is
+    called with a line for each stream.
+    """
+    lanes = scheduler_of(resources.kind).lanes(resources, num_streams)
+    points = make_points(lanes[0].cluster.world_size)
+    num_jobs = _submit(points, resources, lanes, show, policy)
+    first = points[0].config
+    return GridSubmission(points, num_jobs, kept_events_note(first, resources, first.output) if num_jobs else None)
+
+
+def _submit(
     points: Sequence[GridPoint],
     resources: ClusterConfig,
     lanes: Sequence[Lane],
     show: Callable[[str], None],
-    policy: ResumePolicy = KEEP_ALL,
+    policy: ResumePolicy,
 ) -> int:
-    """Submit the streams as chains, in lanes of chains that follow one another. Returns the number of jobs.
-
-    `show` is called with a line for each stream.
-    """
     last_jobs: list[str | None] = [None] * len(lanes)
     jobs = 0
     for number, point in enumerate(points):

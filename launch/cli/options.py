@@ -73,6 +73,27 @@ def processes_option(description: str) -> Callable[[Callable[..., None]], Callab
     return click.option("--processes", "-n", type=click.IntRange(1), help=f"{description}  [default: 1]")
 
 
+def grid_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of commands that train many streams: `--processes`, `--parallel`, `--cluster`."""
+    options = (
+        processes_option("Processes (ranks) of each stream."),
+        click.option(
+            "--parallel",
+            type=click.IntRange(1),
+            default=1,
+            metavar="N",
+            help="N streams at a time on this machine, which share its cores and GPUs.",
+        ),
+        click.option(
+            "--cluster",
+            help="Submit each stream as a chain of jobs; a cluster file, or a shipped one: slurm, local.",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def smoke_option(command: Callable[..., None]) -> Callable[..., None]:
     """Add `--smoke`."""
     return click.option(

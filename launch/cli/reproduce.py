@@ -2,12 +2,12 @@
 
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import click
 
-from launch.cli.options import log_options, processes_option, split_words
+from launch.cli.options import grid_options, log_options, split_words
 from launch.cli.output import echo, echo_progress, is_main_rank
 
 if TYPE_CHECKING:
@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 @click.option("--seeds", type=click.IntRange(1, 1000), default=3, show_default=True, help="Seeds 0 to N - 1.")
 @click.option("--page", metavar="FILE", help="Page to write.  [default: BENCHMARK-tables.html in the output folder]")
 @click.option("--dry-run", is_flag=True, help="List the streams; train nothing and read no data.")
-@processes_option("Processes (ranks) of each stream.")
-@click.option("--parallel", type=click.IntRange(1), default=1, show_default=True, help="Streams at the same time.")
-@click.option("--cluster", help="Submit each stream as a chain of jobs; a cluster file, or a shipped one.")
+@grid_options
 @log_options
 def reproduce(
     benchmark: str,
@@ -49,28 +47,27 @@ def reproduce(
     """
     from launch.local_worlds import num_ranks
     from launch.reproduce import reproduction_grid
+    from launch.sweep_runs import check_parallel, run_points
 
     settings, of_cluster = split_words(words, cluster)
     if parallel > 1:
-        from launch.sweep_runs import check_parallel
-
         check_parallel(cluster)
+
+    def grid(ranks: int, *, checked: bool = True) -> "list[GridPoint]":
+        return reproduction_grid(benchmark, settings, seeds=seeds, processes=ranks, checked=checked)
+
     if dry_run:
-        points = reproduction_grid(benchmark, settings, seeds=seeds, processes=1, checked=False)
-        for point in points:
+        listed = grid(1, checked=False)
+        for point in listed:
             echo(f"{point.config.stream_name}  {' '.join(point.overrides)}")
-        echo(f"{len(points)} streams", err=True)
+        echo(f"{len(listed)} streams", err=True)
         return
     if cluster is not None:
-        points, has_jobs = _submit(benchmark, settings, seeds, cluster, of_cluster)
-        if has_jobs:
-            folder = shlex.quote(points[0].config.output)
-            echo(f"see all with: avcil status {folder}; the same command writes the page once they are done")
+        points = _submit(grid, len(grid(1, checked=False)), cluster, of_cluster)
+        if not points:
             return
     else:
-        from launch.sweep_runs import run_points
-
-        points = reproduction_grid(benchmark, settings, seeds=seeds, processes=num_ranks(os.environ, processes))
+        points = grid(num_ranks(os.environ, processes))
         run_points(benchmark, points, processes, echo_progress, parallel=parallel)
     if is_main_rank():
         from avcil_dist.streams.stream import stream_url
@@ -81,19 +78,20 @@ def reproduce(
 
 
 def _submit(
-    benchmark: str, settings: Sequence[str], seeds: int, cluster: str, of_cluster: Sequence[str]
-) -> "tuple[list[GridPoint], bool]":
-    """Submit the streams as chains. Returns them, and whether any job is there: none, if all steps are committed."""
+    grid: "Callable[[int], Sequence[GridPoint]]", num_streams: int, cluster: str, of_cluster: Sequence[str]
+) -> "Sequence[GridPoint]":
+    """Submit the streams as chains. Returns them once all their steps are committed, and none before."""
     from launch.cluster.resources import load_cluster
-    from launch.cluster.schedulers.base import scheduler_of
-    from launch.reproduce import reproduction_grid
-    from launch.sweep_runs import submit_points
+    from launch.sweep_runs import submit_grid
 
-    resources = load_cluster(cluster, of_cluster)
-    num_streams = len(reproduction_grid(benchmark, settings, seeds=seeds, processes=1, checked=False))
-    lanes = scheduler_of(resources.kind).lanes(resources, num_streams)
-    points = reproduction_grid(benchmark, settings, seeds=seeds, processes=lanes[0].cluster.world_size)
-    return points, bool(submit_points(points, resources, lanes, echo))
+    submission = submit_grid(grid, num_streams, load_cluster(cluster, of_cluster), echo)
+    if not submission.num_jobs:
+        return submission.points
+    if submission.note:
+        echo(submission.note, err=True)
+    folder = shlex.quote(submission.output)
+    echo(f"see all with: avcil status {folder}; the same command writes the page once they are done")
+    return []
 
 
 def _show(folders: Sequence[str], page: str) -> None:

@@ -3,16 +3,17 @@
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from launch.cli.options import log_options, processes_option, smoke_option, split_words
+from launch.cli.options import grid_options, log_options, smoke_option, split_words
 from launch.cli.output import echo, echo_progress, is_main_rank
 
 if TYPE_CHECKING:
     from avcil_dist.methods.base import Method
+    from launch.sweep import GridPoint
 
 
 @click.command()
@@ -58,17 +59,7 @@ def _list_method(name: str, kind: "type[Method]") -> None:
     metavar="N",
     help="N random orders of the classes, of the seeds 0 to N - 1; compared as mean ± deviation over them.",
 )
-@processes_option("Processes (ranks) of each stream.")
-@click.option(
-    "--parallel",
-    type=click.IntRange(min=1),
-    default=1,
-    metavar="N",
-    help="N streams at a time on this machine, which share its cores and GPUs.",
-)
-@click.option(
-    "--cluster", help="Submit each stream as a chain of jobs; a cluster file, or a shipped one: slurm, local."
-)
+@grid_options
 @smoke_option
 @log_options
 def sweep(
@@ -99,56 +90,43 @@ def sweep(
     from avcil_dist.reporting.compare import group_by_config, print_comparison
     from avcil_dist.reporting.report import load_streams
     from launch.local_worlds import num_ranks
-    from launch.sweep import make_grid
+    from launch.sweep import make_grid, num_points
     from launch.sweep_runs import check_parallel, run_points
 
     settings, of_cluster = split_words(words, cluster)
     if parallel > 1:
         check_parallel(cluster)
+
+    def grid(ranks: int) -> "list[GridPoint]":
+        return make_grid(config, settings, ablation=ablation, processes=ranks, class_orders=class_orders, smoke=smoke)
+
     if cluster is not None:
-        _submit_grid(config, settings, cluster, of_cluster, ablation=ablation, class_orders=class_orders, smoke=smoke)
+        num_streams = num_points(settings, ablation=ablation, class_orders=class_orders)
+        _submit(grid, num_streams, cluster, of_cluster, smoke=smoke)
         return
-    points = make_grid(
-        config,
-        settings,
-        ablation=ablation,
-        processes=num_ranks(os.environ, processes),
-        class_orders=class_orders,
-        smoke=smoke,
-    )
+    points = grid(num_ranks(os.environ, processes))
     folders = run_points(config, points, processes, echo_progress, parallel=parallel, smoke=smoke)
     if is_main_rank():
         print_comparison(group_by_config(load_streams(folders)), Console())
 
 
-def _submit_grid(
-    config: str,
-    settings: Sequence[str],
+def _submit(
+    grid: "Callable[[int], Sequence[GridPoint]]",
+    num_streams: int,
     cluster: str,
     of_cluster: Sequence[str],
     *,
-    ablation: bool,
-    class_orders: int,
     smoke: bool,
 ) -> None:
-    """Submit the streams of all combinations as chains, in lanes of chains that follow one another."""
-    from launch.cluster.chain import kept_events_note
+    """Submit the streams of a grid as chains of jobs."""
     from launch.cluster.resources import load_cluster
-    from launch.cluster.schedulers.base import scheduler_of
     from launch.resume_policy import ResumePolicy
-    from launch.sweep import make_grid, num_points
-    from launch.sweep_runs import submit_points
+    from launch.sweep_runs import submit_grid
 
-    resources = load_cluster(cluster, of_cluster)
-    num_streams = num_points(settings, ablation=ablation, class_orders=class_orders)
-    lanes = scheduler_of(resources.kind).lanes(resources, num_streams)
-    ranks = lanes[0].cluster.world_size
-    points = make_grid(config, settings, ablation=ablation, processes=ranks, class_orders=class_orders, smoke=smoke)
-    output = points[0].config.output
-    submit_points(points, resources, lanes, echo, ResumePolicy(restart=smoke))
-    if note := kept_events_note(points[0].config, resources, output):
-        echo(note, err=True)
-    folder = shlex.quote(output)
+    submission = submit_grid(grid, num_streams, load_cluster(cluster, of_cluster), echo, ResumePolicy(restart=smoke))
+    if submission.note:
+        echo(submission.note, err=True)
+    folder = shlex.quote(submission.output)
     echo(f"see all with: avcil status {folder}; compare them once they are done: avcil compare {folder}")
 
 

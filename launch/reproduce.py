@@ -21,7 +21,7 @@ TABLES: tuple[tuple[tuple[str, ...], bool], ...] = (  # words of a grid, and whe
 
 
 def reproduction_grid(
-    config: str, words: Sequence[str], *, seeds: int, processes: int, checked: bool = True
+    config: str, words: Sequence[str], *, seeds: int, processes: int, smoke: bool = False, checked: bool = True
 ) -> list[GridPoint]:
     """Return the streams of both tables, each once, for seeds 0 to `seeds` - 1, in order of the seed.
 
@@ -32,7 +32,12 @@ def reproduction_grid(
     for seed in range(seeds):
         for table, ablation in TABLES:
             grid = make_grid(
-                config, (*table, f"seed={seed}", *words), ablation=ablation, processes=processes, checked=checked
+                config,
+                (*table, f"seed={seed}", *words),
+                ablation=ablation,
+                processes=processes,
+                smoke=smoke,
+                checked=checked,
             )
             for point in grid:
                 points.setdefault(point.config.stream_name, point)

@@ -12,6 +12,8 @@ from avcil_dist.errors import StorageError
 from avcil_dist.text.visible import visible
 from avcil_dist.world import world_from_environment
 
+SMOKE_NOTE = "the smoke run is done, all steps work; its accuracies mean nothing"
+
 
 def echo(text: str, *, err: bool = False, nl: bool = True) -> None:
     """Print text on standard output, or on standard error. Control characters but line breaks are shown as escapes."""

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from launch.cli.options import grid_options, log_options, split_words
-from launch.cli.output import echo, echo_progress, is_main_rank
+from launch.cli.options import grid_options, log_options, smoke_option, split_words
+from launch.cli.output import SMOKE_NOTE, echo, echo_progress, is_main_rank
 
 if TYPE_CHECKING:
     from launch.sweep import GridPoint
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 @click.option("--page", metavar="FILE", help="Page to write.  [default: BENCHMARK-tables.html in the output folder]")
 @click.option("--dry-run", is_flag=True, help="List the streams; train nothing and read no data.")
 @grid_options
+@smoke_option
 @log_options
 def reproduce(
     benchmark: str,
@@ -31,6 +32,7 @@ def reproduce(
     processes: int | None,
     parallel: int,
     cluster: str | None,
+    smoke: bool,
 ) -> None:
     """Train all streams of the paper's tables on BENCHMARK: ave_ci, ks_ci, vs100_ci, or a file of the same form.
 
@@ -42,6 +44,7 @@ def reproduce(
     \b
     Examples:
       avcil reproduce ave_ci --dry-run
+      avcil reproduce ave_ci --seeds 1 --smoke
       avcil reproduce ave_ci --seeds 3
       avcil reproduce vs100_ci --cluster my-cluster.yaml cluster.max_parallel=8
     """
@@ -54,7 +57,7 @@ def reproduce(
         check_parallel(cluster)
 
     def grid(ranks: int, *, checked: bool = True) -> "list[GridPoint]":
-        return reproduction_grid(benchmark, settings, seeds=seeds, processes=ranks, checked=checked)
+        return reproduction_grid(benchmark, settings, seeds=seeds, processes=ranks, smoke=smoke, checked=checked)
 
     if dry_run:
         listed = grid(1, checked=False)
@@ -63,28 +66,37 @@ def reproduce(
         echo(f"{len(listed)} streams", err=True)
         return
     if cluster is not None:
-        points = _submit(grid, len(grid(1, checked=False)), cluster, of_cluster)
+        points = _submit(grid, len(grid(1, checked=False)), cluster, of_cluster, smoke=smoke)
         if not points:
             return
     else:
         points = grid(num_ranks(os.environ, processes))
-        run_points(benchmark, points, processes, echo_progress, parallel=parallel)
+        run_points(benchmark, points, processes, echo_progress, parallel=parallel, smoke=smoke)
     if is_main_rank():
         from avcil_dist.streams.stream import stream_url
 
         first = points[0].config
         path = page or f"{first.output.rstrip('/')}/{first.name}-tables.html"
         _show([stream_url(point.config) for point in points], path)
+        if smoke:
+            echo(SMOKE_NOTE)
 
 
 def _submit(
-    grid: "Callable[[int], Sequence[GridPoint]]", num_streams: int, cluster: str, of_cluster: Sequence[str]
+    grid: "Callable[[int], Sequence[GridPoint]]",
+    num_streams: int,
+    cluster: str,
+    of_cluster: Sequence[str],
+    *,
+    smoke: bool,
 ) -> "Sequence[GridPoint]":
     """Submit the streams as chains. Returns them once all their steps are committed, and none before."""
     from launch.cluster.resources import load_cluster
+    from launch.resume_policy import ResumePolicy
     from launch.sweep_runs import submit_grid
 
-    submission = submit_grid(grid, num_streams, load_cluster(cluster, of_cluster), echo)
+    policy = ResumePolicy(restart=smoke)
+    submission = submit_grid(grid, num_streams, load_cluster(cluster, of_cluster), echo, policy)
     if not submission.num_jobs:
         return submission.points
     if submission.note:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from launch.cli.options import grid_options, log_options, smoke_option, split_words
-from launch.cli.output import echo, echo_progress, is_main_rank
+from launch.cli.output import SMOKE_NOTE, echo, echo_progress, is_main_rank
 
 if TYPE_CHECKING:
     from avcil_dist.methods.base import Method
@@ -108,6 +108,8 @@ def sweep(
     folders = run_points(config, points, processes, echo_progress, parallel=parallel, smoke=smoke)
     if is_main_rank():
         print_comparison(group_by_config(load_streams(folders)), Console())
+        if smoke:
+            echo(SMOKE_NOTE)
 
 
 def _submit(

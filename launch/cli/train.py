@@ -3,7 +3,7 @@
 import click
 
 from launch.cli.options import log_options, processes_option, resume_options, smoke_option
-from launch.cli.output import echo_once
+from launch.cli.output import SMOKE_NOTE, echo_once
 
 
 @click.command()
@@ -50,6 +50,6 @@ def train(
     policy = ResumePolicy(restart or smoke, restart_step)
     stream = run_stream(resolved, processes=processes, policy=policy)
     if smoke:
-        echo_once(f"{stream}: the smoke run is done, all steps work; its accuracies mean nothing")
+        echo_once(f"{stream}: {SMOKE_NOTE}")
     else:
         echo_once(f"{stream}: all steps are committed; see them with: avcil report {stream}")

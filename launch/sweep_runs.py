@@ -98,5 +98,6 @@ def _submit(
         last_jobs[queue] = submission.last or last_jobs[queue]
         new, kept = len(submission.new), len(submission.kept)
         jobs += new + kept
-        show(f"{submission.stream}: {new} submitted, {kept} wait or run already")
+        jobs_line = f"{new} submitted, {kept} wait or run already" if new or kept else "all steps are committed"
+        show(f"{submission.stream}: {jobs_line}")
     return jobs

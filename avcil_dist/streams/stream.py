@@ -15,6 +15,7 @@ from avcil_dist.scenario import Scenario, configured_scenario
 from avcil_dist.streams.summary import is_committed
 
 LOCK_SECONDS = 60
+ARTIFACT_FOLDER = "mlartifacts"  # in an output folder: the copies of artifacts that a database of MLflow refers to
 
 
 def stream_url(config: Config) -> str:

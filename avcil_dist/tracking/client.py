@@ -16,6 +16,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from avcil_dist.config.schema import TrackingConfig
 from avcil_dist.errors import TrackingError
+from avcil_dist.streams.stream import ARTIFACT_FOLDER
 from avcil_dist.text.redaction import redacted
 from avcil_dist.tracking import environment
 from avcil_dist.tracking.answers import bound_answers
@@ -52,7 +53,7 @@ def experiment_id(client: MlflowClient, uri: str, tracking: TrackingConfig, outp
     if experiment is None:
         location = None
         if not is_server(uri):
-            folder = local_folder(output) / "mlartifacts"
+            folder = local_folder(output) / ARTIFACT_FOLDER
             folder.mkdir(parents=True, exist_ok=True)
             location = folder.as_uri()
         try:

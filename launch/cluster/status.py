@@ -8,7 +8,7 @@ from pathlib import Path
 from avcil_dist import storage
 from avcil_dist.errors import AvcilError, ConfigError, DataError, SchedulerError
 from avcil_dist.streams.snapshots import newest_snapshot
-from avcil_dist.streams.stream import next_step
+from avcil_dist.streams.stream import ARTIFACT_FOLDER, next_step
 from avcil_dist.streams.summary import committed_steps, is_committed, load_metrics
 from avcil_dist.tracking.session import close_run
 from launch.cluster.chain_record import Chain, has_chain, read_chain, read_own_chain
@@ -67,7 +67,7 @@ def streams_below(folder: str, depth: int = FOLDER_DEPTH) -> list[str]:
     return [
         stream
         for name in names
-        if not name.startswith(".")
+        if not (name.startswith(".") or name == ARTIFACT_FOLDER)
         for stream in streams_below(storage.join(folder, name), depth - 1)
     ]
 
@@ -85,15 +85,31 @@ def chain_statuses(chains: Mapping[str, Chain]) -> dict[str, ChainStatus]:
     found: dict[str, ChainStatus] = {}
     for kind in sorted({chain.kind for chain in chains.values()}):
         of_kind = {stream: chain for stream, chain in chains.items() if chain.kind == kind}
-        scheduler = scheduler_of(kind)
-        live, unknown = scheduler.live_jobs(of_kind), None
-        try:
-            past = scheduler.past_jobs(of_kind)
-        except SchedulerError as error:  # such as a cluster without accounting
-            past, unknown = {stream: {} for stream in of_kind}, str(error)
+        jobs, unknown = _jobs(kind, of_kind)
         for stream, chain in of_kind.items():
-            found[stream] = ChainStatus(stream, chain, _steps(stream, chain, past[stream] | live[stream]), unknown)
+            found[stream] = ChainStatus(stream, chain, _steps(stream, chain, jobs[stream]), unknown)
     return {stream: found[stream] for stream in chains}
+
+
+def _jobs(kind: str, chains: Mapping[str, Chain]) -> tuple[dict[str, dict[int, JobState]], str | None]:
+    """Return the newest job of each step, by stream, and why those that ended are unknown; None where they are known.
+
+    Raises SchedulerError without the scheduler, unless all steps are committed, as on a machine that results were
+    copied to.
+    """
+    scheduler = scheduler_of(kind)
+    none: dict[str, dict[int, JobState]] = {stream: {} for stream in chains}
+    try:
+        live = scheduler.live_jobs(chains)
+    except SchedulerError as error:
+        if any(next_step(stream, chain.num_steps) < chain.num_steps for stream, chain in chains.items()):
+            raise
+        return none, str(error)
+    try:
+        past = scheduler.past_jobs(chains)
+    except SchedulerError as error:  # such as a cluster without accounting
+        return live, str(error)
+    return {stream: {**past[stream], **live[stream]} for stream in chains}, None
 
 
 def cancel_chains(streams: Sequence[str]) -> dict[str, int]:
@@ -212,10 +228,11 @@ def _progress(chain: Chain, step: int) -> str:
     except DataError:
         return ""
     age = max(0, int(time.time() - progress.time))
-    share = progress.done / max(1, progress.total)
+    # the batches of the test come after those of the training; a step without training has no share
+    share = f"{min(progress.done / progress.total, 1):.0%}  " if progress.total else ""
     left = None if progress.remaining is None else max(0.0, progress.remaining - age)
     remaining = f"  {duration(left)} left" if left else ""
-    return f"{share:.0%}  {progress.values}".strip() + remaining + (f"  ({age} s ago)" if age > AGE_SECONDS else "")
+    return f"{share}{progress.values}".strip() + remaining + (f"  ({age} s ago)" if age > AGE_SECONDS else "")
 
 
 def _continues_from(chain: Chain, step: int) -> int | None:

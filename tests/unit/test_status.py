@@ -96,6 +96,18 @@ def test_the_first_cancelled_step_shows_the_iteration_that_it_continues_from(
     assert "continues from" not in shown(stream)
 
 
+def test_without_the_scheduler_committed_streams_have_a_status(stream: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(chains: object) -> dict[str, dict[int, JobState]]:
+        raise SchedulerError("squeue: not found")
+
+    monkeypatch.setattr(status_module, "scheduler_of", lambda kind: SimpleNamespace(live_jobs=unreachable))
+    with pytest.raises(SchedulerError, match="squeue: not found"):
+        chain_status(stream)
+    for step in range(1, 4):
+        storage.write_bytes(f"{stream}/step_{step:03d}/COMMITTED.json", b"{}")
+    assert states(stream) == [("COMMITTED", "", False)] * 4
+
+
 def test_without_accounting_the_states_of_ended_jobs_are_said_to_be_unknown(
     stream: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,7 +151,8 @@ def test_a_folder_of_streams_has_a_row_for_each(stream: str, monkeypatch: pytest
     chain = read_chain(stream)
     for name in ("sweep/a", "sweep/deep/b"):
         write_chain(f"{tmp_path}/{name}", replace(chain, folder=f"{tmp_path}/{name}/jobs"))
-    storage.write_bytes(f"{tmp_path}/plain/step_000/COMMITTED.json", b"{}")
+    for name in ("plain", "mlartifacts/0123/artifacts"):  # the second is MLflow's copy
+        storage.write_bytes(f"{tmp_path}/{name}/step_000/COMMITTED.json", b"{}")
     storage.write_bytes(f"{tmp_path}/damaged/jobs.json", b"[]")
     (tmp_path / "something else").mkdir()
     set_jobs(monkeypatch, {1: job(11, "RUNNING", is_live=True)}, {})
@@ -163,6 +176,16 @@ def test_cancelled_steps_name_the_step_that_failed(stream: str, monkeypatch: pyt
     assert [reason for _, reason, _ in states(stream)[1:]] == ["reason", "step 1 failed", "step 1 failed"]
     set_jobs(monkeypatch, {1: job(11, "RUNNING", is_live=True)}, cancelled)
     assert [reason for _, reason, _ in states(stream)[1:]] == ["reason", "", ""]
+
+
+@pytest.mark.parametrize(("done", "total", "shown"), [(5, 20, "25%"), (22, 20, "100%"), (3, 0, "")])
+def test_the_share_of_the_training_is_no_more_than_all(
+    stream: str, monkeypatch: pytest.MonkeyPatch, done: int, total: int, shown: str
+) -> None:
+    set_jobs(monkeypatch, {1: job(11, "RUNNING", is_live=True)}, {})
+    progress = {"done": done, "total": total, "values": "", "time": time.time()}
+    Path(read_chain(stream).progress_file(1)).write_text(json.dumps(progress))
+    assert chain_status(stream).steps[1].progress == shown
 
 
 @pytest.mark.parametrize(("age", "shown"), [(0, "25%  loss 1"), (120, "25%  loss 1  (120 s ago)")])

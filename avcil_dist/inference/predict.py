@@ -14,7 +14,8 @@ from avcil_dist.methods import make_method
 from avcil_dist.methods.base import Method, StepContext
 from avcil_dist.models.encoders.base import Encoder
 from avcil_dist.models.encoders.build import clip_inputs
-from avcil_dist.models.network import Network, load_whole_state
+from avcil_dist.models.network import Network
+from avcil_dist.models.state_dict import load_whole_state
 from avcil_dist.streams.artifact import StepArtifact
 from avcil_dist.training.build import network_after
 

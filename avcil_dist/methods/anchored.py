@@ -58,7 +58,7 @@ class Anchored(Method):
         super().begin_step(context)
         self._analytic.begin_step(context)
 
-    def begin_training(self, expected_counts: Tensor) -> None:
+    def begin_training(self, expected_counts: Tensor, num_batches: int) -> None:
         """Keep log π."""
         self._log_counts = expected_counts.log().float()
 

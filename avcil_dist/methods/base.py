@@ -125,8 +125,11 @@ class Method(ABC):
         """
         raise AssertionError(f"{type(self).__name__} needs a head of proxies and does not define imprint")
 
-    def begin_training(self, expected_counts: Tensor) -> None:  # noqa: B027 - most methods do not weight classes
-        """Begin the training by gradients. `expected_counts` (C,) are the clips of each class in a mean batch."""
+    def begin_training(self, expected_counts: Tensor, num_batches: int) -> None:  # noqa: B027 - most weight no classes
+        """Begin the training by gradients.
+
+        `expected_counts` (C,) are the clips of each class in a mean batch, one of the `num_batches` of an epoch.
+        """
 
     @abstractmethod
     def loss(self, targets: Targets, output: Output, teacher: Output | None) -> dict[str, Tensor]:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from avcil_dist.config.encoders import ModelConfig
 from avcil_dist.config.schema import ClipConfig, Precision
-from avcil_dist.errors import ArtifactError, ConfigError
+from avcil_dist.errors import ConfigError
 from avcil_dist.models.anchor import Anchor, pool_tokens
 from avcil_dist.models.attention.module import AudioGuidedAttention, TeacherView
+from avcil_dist.models.booster import Booster
 from avcil_dist.models.branches import Branches
 from avcil_dist.models.encoders.base import Encoder, VisualEncoder
 from avcil_dist.models.encoders.build import build_audio_encoder, build_visual_encoder
@@ -25,7 +26,6 @@ from avcil_dist.models.heads import Head, LinearHead, ProxyHead, grow_linear, gr
 from avcil_dist.models.network_spec import DEFAULT_SPEC, NetworkSpec
 from avcil_dist.models.outputs import Divergence, Output, sum_present
 from avcil_dist.models.precision import precision_context
-from avcil_dist.models.state_dict import mismatches
 
 PROJECTIONS = ("audio_proj", "visual_proj")
 
@@ -77,6 +77,8 @@ class HeadedNetwork(Network):
         self.anchor: Anchor | None = None
         self.extension: Extension | None = None
         self.branches: Branches | None = None
+        self.has_booster = False
+        self.booster: Booster | None = None  # of the steps after the first
         self.freezes_shared = False  # whether layers below the branches are frozen after step 0
 
     @property
@@ -91,6 +93,8 @@ class HeadedNetwork(Network):
         """
         if isinstance(self.classifier, LinearHead):
             num_old, width = self.num_classes, None
+            if self.has_booster:
+                self.booster = Booster(self.projections, num_classes)
             if self.branches is not None:
                 self._add_branch(num_classes - num_old)
                 width = self.classifier.in_features // (self.branches.count - 1) * self.branches.count
@@ -149,6 +153,8 @@ class HeadedNetwork(Network):
                 audio = self.branches.join("audio_proj", sound, audio)
             if pooled is not None and visual is not None:
                 visual = self.branches.join("visual_proj", pooled, visual)
+        if self.booster is not None and self.training:
+            auxiliary = self.booster(sound, pooled)
         logits = self.classifier(sum_present(audio, visual))
         return Output(logits, audio, visual, pooled, divergence, auxiliary=auxiliary)
 
@@ -302,8 +308,8 @@ def build_network(
 
     With `state_keys`, the keys of a whole state that the caller loads, no weights are read. `feature_shape` is the
     manifest's: frames, positions and dim of features, empty for clips. In a head of proxies, those of the first
-    `num_frozen` of the `num_classes` are frozen. `num_earlier` is the number of earlier steps, for branches. Raises
-    ConfigError when the encoders do not fit the data or each other.
+    `num_frozen` of the `num_classes` are frozen. `num_earlier` is the number of earlier steps, for branches and
+    the booster. Raises ConfigError when the encoders do not fit the data or each other.
     """
     dim = feature_shape.get("dim")
 
@@ -340,13 +346,23 @@ def build_network(
         network = VisualNetwork(visual, num_classes, head(visual.dim), fusion)
     else:
         network = AudioVisualNetwork(visual, audio, num_classes, head(visual.dim), fusion)
-    if network_spec.anchor is not None:
-        _add_anchor(network, min(network_spec.anchor, num_frames))
-    if network_spec.extension is not None:
-        network.extension = network_spec.extension((visual or audio).dim, num_classes)  # type: ignore[union-attr]
-    if network_spec.branches:
-        _add_branches(network, network_spec, num_earlier, num_classes - num_frozen)
+    _add_parts(network, network_spec, num_frames, num_earlier, num_classes - num_frozen)
     return network
+
+
+def _add_parts(network: HeadedNetwork, spec: NetworkSpec, num_frames: int, num_earlier: int, num_new: int) -> None:
+    """Add what a method has beside encoders, projections and head."""
+    if spec.anchor is not None:
+        _add_anchor(network, min(spec.anchor, num_frames))
+    if spec.extension is not None:
+        encoder = network.visual_encoder or network.audio_encoder
+        assert encoder is not None
+        network.extension = spec.extension(encoder.dim, network.num_classes)
+    network.has_booster = spec.booster
+    if spec.booster and num_earlier:
+        network.booster = Booster(network.projections, network.num_classes)
+    if spec.branches:
+        _add_branches(network, spec, num_earlier, num_new)
 
 
 def _add_branches(network: HeadedNetwork, network_spec: NetworkSpec, num_earlier: int, num_new: int) -> None:
@@ -379,17 +395,3 @@ def _num_frames(visual: Encoder, feature_shape: Mapping[str, int]) -> int:
         return feature_shape["frames"]
     assert isinstance(visual, VisualEncoder)
     return visual.num_frames
-
-
-def load_whole_state(network: Network, weights: Mapping[str, Tensor], source: str) -> None:
-    """Load a complete state dict, frozen parts and buffers included, into a network.
-
-    Raises ArtifactError, naming `source` and some of the names, for weights that do not fit.
-    """
-    problems = mismatches(network, weights, exact_types=True)
-    if problems:
-        raise ArtifactError(
-            f"{source}: its weights are not those of the network: {problems}; use the configuration and the "
-            "version of the program that made it, or begin anew with --restart"
-        )
-    network.load_state_dict(dict(weights))

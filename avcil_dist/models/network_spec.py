@@ -17,7 +17,7 @@ class NetworkSpec:
     and of visual tokens, pooled over these parts, added to them, and rows of the linear head begin as zeros.
     `extension` makes the method's own parameters, from the dimension D and the number of classes. With `branches`, each
     step has projections of its own, and the linear head is on those of all steps; with `freeze_shared`, no other layer
-    is trained after step 0.
+    is trained after step 0. With `booster`, from step 1 on the network in training also gives the logits of a booster.
     """
 
     head: Literal["linear", "proxies"] = "linear"
@@ -27,6 +27,7 @@ class NetworkSpec:
     extension: Callable[[int, int], Extension] | None = None
     branches: bool = False
     freeze_shared: bool = False
+    booster: bool = False
 
 
 DEFAULT_SPEC = NetworkSpec()

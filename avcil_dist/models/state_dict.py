@@ -1,9 +1,11 @@
-"""Comparison of a state dict with the module that it is for."""
+"""State dicts: compared with the module that they are for, and loaded into it."""
 
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+
+from avcil_dist.errors import ArtifactError
 
 
 def mismatches(module: nn.Module, state: Mapping[str, Tensor], *, exact_types: bool) -> str:
@@ -23,6 +25,20 @@ def mismatches(module: nn.Module, state: Mapping[str, Tensor], *, exact_types: b
         "not finite": [name for name in known if name in typed and not is_finite(state[name])],
     }
     return "; ".join(f"{len(names)} {kind} ({', '.join(names[:3])})" for kind, names in kinds.items() if names)
+
+
+def load_whole_state(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Load a complete state dict, frozen parts and buffers included, into a network.
+
+    Raises ArtifactError, naming `source` and some of the names, for weights that do not fit.
+    """
+    problems = mismatches(network, weights, exact_types=True)
+    if problems:
+        raise ArtifactError(
+            f"{source}: its weights are not those of the network: {problems}; use the configuration and the "
+            "version of the program that made it, or begin anew with --restart"
+        )
+    network.load_state_dict(dict(weights))
 
 
 def is_finite(values: Tensor) -> bool:

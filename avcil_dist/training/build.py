@@ -10,7 +10,8 @@ from avcil_dist.errors import DataError
 from avcil_dist.methods.base import Method
 from avcil_dist.models.encoders.base import Encoder
 from avcil_dist.models.heads import ProxyHead
-from avcil_dist.models.network import AudioVisualNetwork, HeadedNetwork, Network, build_network, load_whole_state
+from avcil_dist.models.network import AudioVisualNetwork, HeadedNetwork, Network, build_network
+from avcil_dist.models.state_dict import load_whole_state
 from avcil_dist.scenario import Scenario
 from avcil_dist.seeds import derive_seed
 from avcil_dist.streams.artifact import StepArtifact

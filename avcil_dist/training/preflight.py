@@ -87,6 +87,7 @@ def describe_needs(needs: Needs) -> list[str]:
         "gradients of the teacher": needs.importance,
         "a head of proxies": needs.network_spec.head == "proxies",
         "projections for each step": needs.network_spec.branches,
+        "a booster": needs.network_spec.booster,
         "all data of seen classes": needs.all_data,
         "whole classes": needs.whole_classes,
         "a fresh network each step": needs.fresh_network,

@@ -196,7 +196,7 @@ def _begin_training(step: Step, student: Network, sampler: TrainingSampler, infe
         solve_anchor(step, student, inference)
     if step.has_training:
         counts = sampler.expected_counts(step.scenario.labels, step.context.num_seen)
-        step.method.begin_training(torch.from_numpy(counts))
+        step.method.begin_training(torch.from_numpy(counts), sampler.batches_per_epoch)
 
 
 def _committed_weights(step: Step, best: dict[str, Tensor], inference: InferencePass) -> dict[str, Tensor]:

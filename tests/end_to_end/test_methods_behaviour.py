@@ -12,7 +12,7 @@ from data_shards.random_features import make_feature_shards
 from tests.helpers.ranks import run_ranks
 from tests.helpers.streams import avcil, run_streams, write_config
 
-REPLAY = ("er", "derpp", "wa", "bic", "memo", "anchored")
+REPLAY = ("er", "derpp", "wa", "bic", "memo", "foster", "anchored")
 SUMS = ("analytic", "kernel", "ncm", "slda", "ranpac", "acil", "air")  # without training
 METHODS = ("finetune", "joint", "lwf", "ssil", "avcil", "icarl", "afc", *REPLAY, *SUMS)
 STEPS = [1, 2, 3]

@@ -31,6 +31,8 @@ VARIANTS = {
     "wa": [],
     "bic": [],
     "memo": [],
+    "foster": [],
+    "foster audio": ["model.modality=audio"],
     "memo concat frozen": ["model.fusion=concat", "method.train_shared=false"],
     "anchored": ["method.parts=1"],
     "anchored audio": ["model.modality=audio", "optim.keep_epoch=last"],
@@ -62,7 +64,7 @@ VARIANTS = {
 # Adam divides by the size of the gradient: where that is near zero, rounding errors become steps of the order of the
 # learning rate, and a small one keeps them below the tolerance. A step of one class comes first: later, a softmax over
 # new classes alone would have nothing to choose from, and all of its gradient would be rounding errors.
-WITH_MEMORY = ("avcil", "ssil", "icarl", "afc", "er", "derpp", "wa", "bic", "memo", "anchored")
+WITH_MEMORY = ("avcil", "ssil", "icarl", "afc", "er", "derpp", "wa", "bic", "memo", "foster", "anchored")
 SIZES = (1, 2, 3)
 FIRST_PART = 2
 

@@ -12,7 +12,7 @@ from avcil_dist.config.schema import Config
 from avcil_dist.data.manifest import load_manifest
 from avcil_dist.errors import ArtifactError
 from avcil_dist.methods import make_method
-from avcil_dist.models.network import load_whole_state
+from avcil_dist.models.state_dict import load_whole_state
 from avcil_dist.streams.artifact import load_artifact
 from avcil_dist.streams.stream import scenario_of, stream_url
 from avcil_dist.system.signals import StopRequest

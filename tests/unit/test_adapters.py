@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from avcil_dist.config.encoders import ModelConfig
 from avcil_dist.config.schema import ClipConfig
 from avcil_dist.models.encoders.adapters import merge_adapters
-from avcil_dist.models.network import Network, build_network, load_whole_state
+from avcil_dist.models.network import Network, build_network
+from avcil_dist.models.state_dict import load_whole_state
 
 CLIP = ClipConfig(frames=4, size=32, mel_frames=64, mel_bins=32)
 RANK, DEPTH = 3, 2

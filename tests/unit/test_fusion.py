@@ -21,10 +21,10 @@ from avcil_dist.models.network import (
     Network,
     VisualNetwork,
     build_network,
-    load_whole_state,
 )
 from avcil_dist.models.network_spec import NetworkSpec
 from avcil_dist.models.outputs import Output
+from avcil_dist.models.state_dict import load_whole_state
 from avcil_dist.training.preflight import preflight
 from tests.helpers.streams import write_config
 

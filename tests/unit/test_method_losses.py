@@ -25,15 +25,15 @@ SEPARATED = (LOG4 + math.log(4 / 3) + LOG2) / 3
 TEACHER = Output(torch.tensor([[4 * LOG3, 0.0]] * 3))
 DISTILLATION = 16 * (0.75 * math.log(1.5) + 0.25 * math.log(0.5))
 METHODS = [
-    *("acil", "afc", "air", "analytic", "anchored", "avcil", "bic", "derpp", "er", "finetune", "icarl", "joint"),
-    *("kernel", "lwf", "memo", "ncm", "ranpac", "slda", "ssil", "wa"),
+    *("acil", "afc", "air", "analytic", "anchored", "avcil", "bic", "derpp", "er", "finetune", "foster", "icarl"),
+    *("joint", "kernel", "lwf", "memo", "ncm", "ranpac", "slda", "ssil", "wa"),
 ]
 
 
 def method_of(name: str, step: int = 1, **options: Any) -> Method:
     method = make_method(MethodConfig.model_validate({"name": name} | options))
     method.begin_step(StepContext(SCENARIO, step))
-    method.begin_training(torch.ones(4, dtype=torch.float64))
+    method.begin_training(torch.ones(4, dtype=torch.float64), 5)
     return method
 
 
@@ -55,7 +55,7 @@ def test_methods_without_distillation_are_cross_entropy_in_every_step(name: str)
 
 def test_anchored_is_balanced_softmax_and_task_distillation() -> None:
     method = method_of("anchored", distillation_temperature=4)
-    method.begin_training(torch.tensor([1.0, 2.0, 3.0, 2.0]))
+    method.begin_training(torch.tensor([1.0, 2.0, 3.0, 2.0]), 5)
     losses = method.loss(TARGETS, Output(LOGITS), TEACHER)
     # Exponentials of the logits times the counts are (1, 2, 3, 6) twice, and (1, 2, 6, 8).
     balanced = (math.log(12 / 3) + math.log(12 / 6) + math.log(17 / 1)) / 3

@@ -58,6 +58,10 @@ NEEDS: list[tuple[dict[str, Any], Needs]] = [
         {"name": "memo", "train_shared": False},
         Needs(memory="join", selection="herding", network_spec=NetworkSpec(branches=True, freeze_shared=True)),
     ),
+    (
+        {"name": "foster"},
+        Needs(teacher=True, memory="join", selection="herding", network_spec=NetworkSpec(booster=True)),
+    ),
     ({"name": "acil"}, Needs(training="never", validation=True, network_spec=GRID)),
     ({"name": "air"}, Needs(training="never", validation=True, whole_classes=True, network_spec=GRID)),
     ({"name": "ranpac"}, Needs(training="never", validation=True, network_spec=GRID)),

@@ -178,6 +178,7 @@ def test_every_need_of_a_method_is_described() -> None:
         "gradients of the teacher": Needs(importance=True),
         "a head of proxies": Needs(network_spec=NetworkSpec(head="proxies")),
         "projections for each step": Needs(network_spec=NetworkSpec(branches=True)),
+        "a booster": Needs(network_spec=NetworkSpec(booster=True)),
         "all data of seen classes": Needs(all_data=True),
         "whole classes": Needs(whole_classes=True),
         "a fresh network each step": Needs(fresh_network=True),

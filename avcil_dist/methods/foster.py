@@ -1,0 +1,96 @@
+"""FOSTER: a booster learns what the previous step's network lacks, and both together teach a network of one size.
+
+The boosted logits F are those of the teacher, 0 for new classes, plus the booster's. Source: Wang et al. 2022
+(arXiv 2204.04662). There the booster is a backbone that is trained first, and the network is compressed after it; here
+it is projections above shared layers, and both losses are minimised in one training: no gradient passes from the second
+to the booster.
+"""
+
+from typing import Annotated
+
+from pydantic import Field, PositiveFloat
+from torch import Tensor
+from torch.nn import functional as F
+
+from avcil_dist.config.section import Section
+from avcil_dist.methods.base import Method, Needs, Targets
+from avcil_dist.methods.losses import cross_entropy, soft_cross_entropy
+from avcil_dist.models.network_spec import NetworkSpec
+from avcil_dist.models.outputs import Output
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Foster(Method):
+    """CE(F / w) + CE(own head) + λ KD(F, teacher) for the booster, and balanced distillation of F for the network."""
+
+    class Options(Section):
+        """Temperature, balance of rare classes, and the weight of the distillation."""
+
+        distillation_temperature: PositiveFloat = 2.0
+        lambda_distillation: float = Field(1.0, ge=0, description="λ: weight of the teacher's distillation into F")
+        beta_boosting: Share = Field(0.97, description="β of the class weights w in the cross-entropy of F")
+        beta_compression: Share = Field(0.97, description="β of the class weights in the distillation of F")
+
+    _counts: Tensor | None = None
+
+    @property
+    def needs(self) -> Needs:
+        """A teacher, exemplars among the current clips, and a network with a booster."""
+        return Needs(teacher=True, memory="join", selection="herding", network_spec=NetworkSpec(booster=True))
+
+    def begin_training(self, expected_counts: Tensor, num_batches: int) -> None:
+        """Keep the clips of each class in an epoch."""
+        self._counts = expected_counts * num_batches
+
+    def loss(self, targets: Targets, output: Output, teacher: Output | None) -> dict[str, Tensor]:
+        """Return CE_all at step 0, afterwards the losses of booster and network."""
+        if teacher is None:
+            return {"loss": cross_entropy(output.logits, targets.labels)}
+        assert output.auxiliary is not None
+        options, old = self.options, self.context.num_old
+        residual, own = output.auxiliary.chunk(2, dim=1)
+        boosted = residual + F.pad(teacher.logits.detach(), (0, self.context.num_seen - old))
+        aligned = cross_entropy(boosted / self._weights(options.beta_boosting, boosted), targets.labels)
+        enhancement = cross_entropy(own, targets.labels)
+        distillation = soft_cross_entropy(boosted[:, :old], teacher.logits, options.distillation_temperature)
+        compression = balanced_distillation(
+            output.logits,
+            boosted,
+            self._weights(options.beta_compression, boosted),
+            options.distillation_temperature,
+        )
+        return {
+            "loss": aligned + enhancement + options.lambda_distillation * distillation + compression,
+            "boosting": aligned,
+            "enhancement": enhancement,
+            "distillation": distillation,
+            "compression": compression,
+        }
+
+    def _weights(self, beta: float, like: Tensor) -> Tensor:
+        assert self._counts is not None
+        return class_weights(self._counts, beta).to(like)
+
+
+def class_weights(counts: Tensor, beta: float) -> Tensor:
+    """Return the weight (C,) of each class, the inverse of its effective number (1 − βⁿ) / (1 − β); their mean is 1.
+
+    Source: Cui et al. 2019 (arXiv 1901.05555). A class without clips counts as if it had one.
+    """
+    effective = (1 - beta ** counts.clamp(min=1)) / (1 - beta)
+    return len(counts) / effective / (1 / effective).sum()
+
+
+def balanced_distillation(logits: Tensor, teacher_logits: Tensor, weights: Tensor, temperature: float) -> Tensor:
+    """Cross-entropy of logits (B, C) with the teacher's probabilities, each times its class's weight; mean over rows.
+
+    The products are normalised to probabilities. Source: Wang et al. 2022, balanced distillation.
+    """
+    student = F.log_softmax(logits / temperature, dim=1)
+    products = F.softmax(teacher_logits.detach() / temperature, dim=1) * weights
+    teacher = products / products.sum(dim=1, keepdim=True)
+    return -(teacher * student).sum() / max(1, len(logits))
+
+
+METHOD = Foster

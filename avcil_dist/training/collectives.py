@@ -75,7 +75,7 @@ def _join(store: TCPStore, world: World, device: torch.device, timeout: datetime
 
 
 class Votes:
-    """Votes of all ranks: sums and disjunctions of small numbers.
+    """Votes of all ranks: sums and disjunctions of small numbers, and small values of each.
 
     They use gloo on the CPU: a vote over NCCL would wait for the computations of the GPUs.
     """
@@ -109,6 +109,10 @@ class Votes:
         counts = torch.tensor([count])
         dist.all_reduce(counts, group=self._group)
         return int(counts)
+
+    def gather_json(self, value: Any) -> list[Any]:
+        """Return the values of all ranks, as the function `gather_json` does."""
+        return gather_json(value, self._group)
 
 
 class _AllGather(torch.autograd.Function):
@@ -156,19 +160,19 @@ def broadcast_json(value: Any) -> Any:
     return _from_bytes(data)
 
 
-def gather_json(value: Any) -> list[Any]:
+def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Return the values of all ranks, as JSON carries them, in rank order. Tuples become lists."""
     if dist.get_world_size() == 1:
         return [json.loads(json.dumps(value))]
-    data = _as_bytes(value)
-    sizes = _all_gather(torch.tensor([len(data)], device=data.device)).tolist()
-    parts = _all_gather(torch.nn.functional.pad(data, (0, max(sizes) - len(data)))).split(max(sizes))
+    data = _as_bytes(value, group)
+    sizes = _all_gather(torch.tensor([len(data)], device=data.device), group).tolist()
+    parts = _all_gather(torch.nn.functional.pad(data, (0, max(sizes) - len(data))), group).split(max(sizes))
     return [_from_bytes(part[:size]) for part, size in zip(parts, sizes, strict=True)]
 
 
-def _as_bytes(value: Any) -> Tensor:
+def _as_bytes(value: Any, group: dist.ProcessGroup | None = None) -> Tensor:
     """A value's JSON as a tensor (bytes,) on the device of the group's backend."""
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
     return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
 
 
@@ -232,8 +236,8 @@ def collect_texts(texts: tuple[str, ...]) -> list[str]:
     return [text for part in gather_json(texts) for text in part]
 
 
-def _all_gather(rows: Tensor) -> Tensor:
+def _all_gather(rows: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     rows = rows.contiguous()
     parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, rows)
+    dist.all_gather(parts, rows, group=group)
     return torch.cat(parts)

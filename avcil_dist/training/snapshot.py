@@ -9,13 +9,12 @@ newest two are kept until the step is committed. Nothing in them is ever unpickl
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any, Self
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from avcil_dist import storage
@@ -26,7 +25,6 @@ from avcil_dist.errors import ArtifactError
 from avcil_dist.models.network import Network
 from avcil_dist.streams.commit import (
     FileDigests,
-    encode_json,
     has_commit,
     read_commit,
     read_committed_json,
@@ -34,7 +32,6 @@ from avcil_dist.streams.commit import (
     write_commit,
     write_files,
 )
-from avcil_dist.streams.metrics import Accuracy, Count, Epoch, EpochMetrics
 from avcil_dist.streams.snapshots import (
     SnapshotCommit,
     check_snapshot_fits,
@@ -43,114 +40,24 @@ from avcil_dist.streams.snapshots import (
     snapshots_url,
 )
 from avcil_dist.streams.tensor_parts import Assembly, Parts, Target, cut, flat_view, part_key, share
-from avcil_dist.streams.tensors import encode_state, encode_tensors, read_committed_tensors, read_state
-from avcil_dist.training.collectives import decide_together, gather_json
+from avcil_dist.streams.tensors import encode_state, read_committed_tensors, read_state, write_tensors
+from avcil_dist.training.background_writer import BackgroundWriter
+from avcil_dist.training.collectives import Votes, decide_together
 from avcil_dist.training.engine import Engine
 from avcil_dist.training.incremental_step import Step
-from avcil_dist.training.weights import to_host
+from avcil_dist.training.training_state import (
+    BestEpoch,
+    EpochTotals,
+    TrainingRecord,
+    TrainingState,
+    encode_training,
+)
+from avcil_dist.training.weights import begin_copy
 
 NUM_KEPT = 2
 SECONDS_PER_MINUTE = 60
 
 _logger = logging.getLogger(__name__)
-
-
-class BestEpochRecord(BaseModel):
-    """Number and validation accuracy of the best epoch, as `training.json` has them."""
-
-    epoch: Epoch
-    val_accuracy: Accuracy | None
-    num_ties: Count
-
-
-class TotalsRecord(BaseModel):
-    """Totals of an unfinished epoch, as `training.json` has them (see `EpochTotals`)."""
-
-    model_config = ConfigDict(allow_inf_nan=False)
-
-    losses: dict[str, float]
-    reading: dict[str, float]
-    num_bad: Count
-    faults: list[str]
-    seconds: Annotated[float, Field(ge=0)]
-
-
-class TrainingRecord(BaseModel):
-    """Content of `training.json`."""
-
-    iteration: Count
-    best: BestEpochRecord | None
-    totals: TotalsRecord
-    counters: list[str]
-    epochs: tuple[EpochMetrics, ...] = ()
-    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-
-
-@dataclass(frozen=True)
-class BestEpoch:
-    """The epoch that becomes the step's result: its number and its accuracy on the validation clips.
-
-    `parts` are this rank's parts of its weights, in host memory: no rank has more than its share. `num_ties` later
-    epochs have the same accuracy. `num_epochs`: those that were trained, once training is over, and `epochs` their
-    metrics.
-    """
-
-    parts: Parts
-    epoch: int
-    val_accuracy: float | None
-    num_ties: int = 0
-    num_epochs: int = 0
-    epochs: tuple[EpochMetrics, ...] = ()
-
-
-@dataclass
-class EpochTotals:
-    """Sums over the iterations of an unfinished epoch.
-
-    `losses` are sums of the loss and its parts, scalars, equal on all ranks. `reading` holds this rank's counts of
-    reading. `num_bad` is the number of damaged clips of all ranks, `faults` are the descriptions of this rank's.
-    `seconds` is the time spent.
-    """
-
-    losses: dict[str, Tensor] = field(default_factory=dict)
-    reading: Counter[str] = field(default_factory=Counter)
-    num_bad: int = 0
-    faults: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-
-    def to_dict(self, reading: Mapping[str, float], faults: list[str]) -> dict[str, Any]:
-        """The JSON form, with `reading` and `faults` of all ranks. A float32 is a JSON number, to the last bit."""
-        losses = {name: value.item() for name, value in self.losses.items()}
-        return {
-            "losses": losses,
-            "reading": dict(reading),
-            "num_bad": self.num_bad,
-            "faults": faults,
-            "seconds": self.seconds,
-        }
-
-    @classmethod
-    def from_record(cls, totals: TotalsRecord, device: torch.device, *, is_main: bool) -> Self:
-        """The inverse of `to_dict`. Rank 0 takes over the sums over the ranks."""
-        losses = {name: torch.tensor(value, device=device) for name, value in totals.losses.items()}
-        reading = Counter(totals.reading) if is_main else Counter()
-        faults = totals.faults if is_main else []
-        return cls(losses, reading, totals.num_bad, faults, totals.seconds)
-
-
-@dataclass
-class TrainingState:
-    """Progress of a step's training: `iteration` iterations are done, `best` is the best epoch so far.
-
-    `counters` are the names of the reading counters that were not zero in some epoch so far: only these are
-    reported. `epochs` are the metrics of the finished epochs.
-    """
-
-    iteration: int = 0
-    best: BestEpoch | None = None
-    epoch: EpochTotals = field(default_factory=EpochTotals)
-    counters: set[str] = field(default_factory=set)
-    epochs: list[EpochMetrics] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -183,8 +90,18 @@ class SnapshotManager:
     def __init__(self, step: Step) -> None:
         self.step = step
         self.folder = snapshots_url(step.config, step.number)
+        self._is_begun = False
         self._iteration, self._saved_at = 0, time.monotonic()
         self._started, self._earlier_seconds = self._saved_at, 0.0
+
+    @cached_property
+    def votes(self) -> Votes:
+        """Decisions that any rank can take for all."""
+        return Votes(self.step.config.engine.timeout_minutes)
+
+    @cached_property
+    def _writer(self) -> BackgroundWriter:
+        return BackgroundWriter(self.votes.gather_json)
 
     @property
     def seconds(self) -> float:
@@ -202,26 +119,64 @@ class SnapshotManager:
     def save(
         self, engine: Engine, state: TrainingState, totals: dict[str, Any], average: dict[str, Tensor] | None = None
     ) -> None:
-        """Commit a snapshot; `totals` are the epoch's totals over all ranks, as `EpochTotals.to_dict` returns them.
+        """Begin a snapshot; `totals` are the epoch's totals over all ranks, as `EpochTotals.to_dict` returns them.
 
-        `average` is the moving average of the weights, if there is one.
+        `average` is the moving average of the weights, if there is one. Training waits only while the tensors are
+        copied to host memory; a thread writes them. `advance` commits the snapshot when all ranks have.
         """
-        folder = storage.join(self.folder, f"{state.iteration:09d}")
-        world = self.step.world
+        folder, world = storage.join(self.folder, f"{state.iteration:09d}"), self.step.world
+        self._writer.finish()
+        if not self._is_begun:
+            decide_together(lambda: self._remove_from(state.iteration))
+            self._is_begun = True
         kinds: dict[str, Parts | None] = {
             "model": engine.weight_parts(),
             "optimizer": engine.optimizer_parts(),
-            "best": state.best.parts if state.best else None,
             "average": cut(average, world.rank, world.size) if average is not None else None,
         }
-        copies = {kind: to_host(parts) for kind, parts in kinds.items() if parts is not None}
-        files = {_file(kind, world.rank): encode_tensors(parts) for kind, parts in copies.items()}
-        if world.is_main:
-            files["training.json"] = _encode(state, totals, self.seconds)
-        decide_together(lambda: storage.remove_tree(folder))  # an earlier one of the same name may be damaged
-        digests: list[FileDigests] = gather_json(write_files(folder, files))
-        decide_together(lambda: self._commit_snapshot(folder, {name: part[name] for part in digests for name in part}))
+        copies = {kind: begin_copy(parts) for kind, parts in kinds.items() if parts is not None}
+        best = state.best.parts if state.best else None  # in host memory, and never changed
+        training = {"training.json": encode_training(state, totals, self.seconds)} if world.is_main else {}
+
+        def write() -> FileDigests:
+            digests = {} if best is None else self._write("best", folder, best)
+            for kind, copy in copies.items():
+                digests |= self._write(kind, folder, copy())
+            copies.clear()  # the memory is not needed any more
+            return digests | write_files(folder, training)
+
+        self._writer.begin(write, lambda digests: self._commit_snapshot(folder, digests))
         self._iteration, self._saved_at = state.iteration, time.monotonic()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether this rank is writing a snapshot."""
+        return self._writer.is_busy
+
+    def advance(self) -> None:
+        """Commit a snapshot that all ranks have written. Called when no rank `is_busy`.
+
+        Raises, on all ranks, the StorageError of a snapshot that could not be written; the one before stays.
+        """
+        self._writer.advance()
+
+    def finish(self) -> None:
+        """Wait until the newest snapshot is committed. Raises as `advance` does."""
+        self._writer.finish()
+
+    def close(self) -> None:
+        """End the thread that writes."""
+        self._writer.close()
+
+    def _write(self, kind: str, folder: str, parts: Parts) -> FileDigests:
+        name = _file(kind, self.step.world.rank)
+        return {name: write_tensors(storage.join(folder, name), parts)}
+
+    def _remove_from(self, iteration: int) -> None:
+        """Remove what is left of snapshots from `iteration` on: unfinished, damaged, or of other data."""
+        for name in storage.list_folder(self.folder):
+            if not name.isdecimal() or int(name) >= iteration:
+                storage.remove_tree(storage.join(self.folder, name))
 
     def load_newest(self, student: Network) -> Snapshot | None:
         """Load the newest whole snapshot, its weights into `student`; None where there is none.
@@ -367,18 +322,3 @@ def _file(kind: str, rank: int) -> str:
 
 def _whole_targets(tensors: Mapping[str, Tensor]) -> dict[str, Target]:
     return {name: Target(flat_view(value), 0, value.numel()) for name, value in tensors.items()}
-
-
-def _encode(state: TrainingState, totals: dict[str, Any], seconds: float) -> bytes:
-    best = state.best
-    epoch = best and {"epoch": best.epoch, "val_accuracy": best.val_accuracy, "num_ties": best.num_ties}
-    return encode_json(
-        {
-            "iteration": state.iteration,
-            "best": epoch,
-            "totals": totals,
-            "counters": sorted(state.counters),
-            "epochs": list(map(asdict, state.epochs)),
-            "seconds": seconds,
-        }
-    )

@@ -63,9 +63,10 @@ from avcil_dist.training.inference_pass import InferencePass
 from avcil_dist.training.memory_use import memory_use
 from avcil_dist.training.observer import Observer, ObserverList
 from avcil_dist.training.preflight import check_enough_clips
-from avcil_dist.training.snapshot import BestEpoch, SnapshotManager
+from avcil_dist.training.snapshot import SnapshotManager
 from avcil_dist.training.system_metrics import observed_load
 from avcil_dist.training.trainer import Trainer
+from avcil_dist.training.training_state import BestEpoch
 from avcil_dist.training.weights import gather_whole, whole_forms, whole_state
 from avcil_dist.world import World
 

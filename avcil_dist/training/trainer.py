@@ -29,10 +29,11 @@ from avcil_dist.training.inference_pass import InferencePass
 from avcil_dist.training.iteration_metrics import IterationMetrics
 from avcil_dist.training.observer import Observer
 from avcil_dist.training.optim import build_optimizer, lr_factor
-from avcil_dist.training.snapshot import BestEpoch, EpochTotals, SnapshotManager, TrainingState
+from avcil_dist.training.snapshot import SnapshotManager
 from avcil_dist.training.teacher import Teacher
 from avcil_dist.training.teacher_cache import TeacherCache, build_teacher_cache
 from avcil_dist.training.train_step import StepLosses, train_step
+from avcil_dist.training.training_state import BestEpoch, EpochTotals, TrainingState
 from avcil_dist.training.weight_average import WeightAverage
 from avcil_dist.training.weights import to_host
 
@@ -57,7 +58,7 @@ class Trainer:
     @cached_property
     def votes(self) -> Votes:
         """Decisions that any rank can take for all."""
-        return Votes(self.step.config.engine.timeout_minutes)
+        return self.snapshots.votes
 
     @cached_property
     def per_epoch(self) -> int:
@@ -85,6 +86,7 @@ class Trainer:
         with (
             local_exemplars(replace(self.sampler, start=state.iteration)) as (source, manifest),
             closing(self._make_engine(student)) as engine,
+            closing(self.snapshots),
         ):
             if snapshot:
                 self.snapshots.load_optimizer(snapshot, engine)
@@ -133,16 +135,22 @@ class Trainer:
                 metrics.report(state.iteration, losses.parts, engine.gradient_norm, self._rate(state.iteration - 1))
             if state.iteration % self.per_epoch == 0:
                 self._end_epoch(engine, state)
-            is_stopping, is_due = self.votes.any(self.stop.is_set(), self.snapshots.is_due(state.iteration))
+            is_stopping, is_due, is_busy = self.votes.any(
+                self.stop.is_set(), self.snapshots.is_due(state.iteration), self.snapshots.is_busy
+            )
+            if not is_busy:
+                self.snapshots.advance()
             if is_stopping or is_due:
                 self._check_losses(state, manifest)
                 self._save(engine, state)
             if is_stopping:
+                self.snapshots.finish()
                 raise StepStopped(
                     f"step {self.step.number} stopped after {state.iteration} of {self.num_iterations} iterations; "
                     "run the same command again to continue"
                 )
             self.observer.advance()
+        self.snapshots.finish()
         assert state.best is not None
         return replace(state.best, num_epochs=state.iteration // self.per_epoch, epochs=tuple(state.epochs))
 

@@ -1,6 +1,6 @@
 """Weights of a network on the ranks: whole, or as the parts that each rank holds."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -56,9 +56,29 @@ def weight_parts(network: Network, world: World) -> dict[str, Tensor]:
     return parts | cut(whole, world.rank, world.size)
 
 
+def begin_copy(parts: Parts) -> Callable[[], dict[str, Tensor]]:
+    """Begin a copy of `parts` to host memory; the returned function waits for it and returns it.
+
+    From a GPU the copy runs in the order of its stream: training may go on at once, and does not change what is copied.
+    """
+    on_gpu = any(value.is_cuda for value in parts.values())
+    copies = {
+        key: torch.empty_like(value, device="cpu", pin_memory=value.is_cuda).copy_(value, non_blocking=True)
+        for key, value in parts.items()
+    }
+    copied = torch.cuda.current_stream().record_event() if on_gpu else None
+
+    def result() -> dict[str, Tensor]:
+        if copied is not None:
+            copied.synchronize()
+        return copies
+
+    return result
+
+
 def to_host(parts: Parts) -> dict[str, Tensor]:
     """Return a copy of `parts` in host memory."""
-    return {key: value.to("cpu", copy=True) for key, value in parts.items()}
+    return begin_copy(parts)()
 
 
 def gather_whole(parts: Parts, forms: dict[str, Form], device: torch.device) -> dict[str, Tensor]:

@@ -1,18 +1,25 @@
-"""Snapshots of one number of ranks continue on any other, at every ZeRO stage and from one stage to another."""
+"""Snapshots of a number of ranks continue on any other, at every ZeRO stage; a kill amid a write is harmless."""
 
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from torch import Tensor
+from torch.multiprocessing.spawn import ProcessException
 
+from avcil_dist import storage
 from avcil_dist.compose import load_config
 from avcil_dist.config.schema import Config
 from avcil_dist.errors import StepStopped
 from avcil_dist.streams.metrics import StreamMetrics
+from avcil_dist.streams.snapshots import newest_snapshot, snapshots_url
 from avcil_dist.streams.stream import stream_url
+from avcil_dist.streams.tensors import write_tensors
 from avcil_dist.system.signals import StopRequest
+from avcil_dist.training import snapshot
 from avcil_dist.training.observer import Observer
 from avcil_dist.training.step import step_in_group
 from avcil_dist.world import World
@@ -83,3 +90,36 @@ def test_a_step_continues_on_other_numbers_of_ranks_with_the_losses_of_an_undist
     for name, (curve, ours) in found.items():
         assert curve == pytest.approx(expected, rel=1e-5), name
         check_same_metrics(ours, metrics)
+
+
+def killed_while_writing(world: World, config: Config) -> None:
+    """Train the first step; rank 1 is killed in its second snapshot, in the middle of a file."""
+
+    def write(url: str, tensors: Mapping[str, Tensor]) -> dict[str, object]:
+        if world.rank == 1 and "/000000004/optimizer_" in url:
+            Path(url).write_bytes(b"half")
+            os._exit(9)
+        return write_tensors(url, tensors)
+
+    snapshot.write_tensors = write
+    run_steps(world, config, [0])
+
+
+def test_a_kill_while_a_snapshot_is_written_leaves_the_one_before(tmp_path: Path) -> None:
+    file = write_config(tmp_path, snapshot={"every_iterations": 2}, tracking={"every": 1})
+    config = load_config(str(file), ["engine.zero_stage=2"])
+    with pytest.raises(ProcessException):
+        run_ranks(killed_while_writing, 2, config)
+    found = newest_snapshot(config, 0)
+    assert found is not None
+    assert found.iteration == 2
+    assert "000000004" in storage.list_folder(snapshots_url(config, 0))
+    [curve] = run_ranks(first_step, 1, config)
+    assert min(curve) == 3
+
+
+def first_step(world: World, config: Config) -> Curve:
+    """The losses of the first step, from its newest snapshot on."""
+    observer = Losses(None)
+    step_in_group(config, 0, world=world, observers=[observer], device=CPU, stop=observer.stop)
+    return observer.losses

@@ -31,6 +31,7 @@ class ClipTable:
 
     def __init__(self, columns: Mapping[str, np.ndarray], rows: np.ndarray | None = None) -> None:
         self.columns, self._rows = columns, rows
+        self._keys, self._ends = columns[KEYS], columns[KEY_ENDS]
         self.members = tuple(name.removeprefix(OFFSET) for name in columns if name.startswith(OFFSET))
 
     @classmethod
@@ -42,11 +43,9 @@ class ClipTable:
         regions: Sequence[Region | None] | None = None,
     ) -> "ClipTable":
         """Return the table of clips by key, with offsets and sizes by member."""
-        encoded = [key.encode("utf-8", "replace") + LINE_FEED for key in keys]
-        columns = {
-            KEYS: np.frombuffer(b"".join(encoded), dtype=np.uint8),
-            KEY_ENDS: _compact(np.cumsum([len(key) for key in encoded], dtype=np.int64)),
-        }
+        text = "".join(f"{key}\n" for key in keys).encode("ascii", "replace")  # as long as the keys; others are refused
+        lengths = np.fromiter(map(len, keys), dtype=np.int64, count=len(keys))
+        columns = {KEYS: np.frombuffer(text, dtype=np.uint8), KEY_ENDS: _compact(np.cumsum(lengths + 1))}
         columns |= {f"{OFFSET}{member}": _compact(np.asarray(values)) for member, values in offsets.items()}
         columns |= {f"{SIZE}{member}": _compact(np.asarray(values)) for member, values in sizes.items()}
         if regions is not None:
@@ -55,7 +54,7 @@ class ClipTable:
         return cls(columns)
 
     def __len__(self) -> int:
-        return len(self.columns[KEY_ENDS] if self._rows is None else self._rows)
+        return len(self._ends if self._rows is None else self._rows)
 
     def select(self, rows: np.ndarray) -> "ClipTable":
         """Return the table of these rows. Its columns are not copied; a row takes 4 bytes."""
@@ -63,11 +62,11 @@ class ClipTable:
 
     def key(self, row: int) -> str:
         """Return the key of a row."""
-        return self._key_bytes(self._row(row))[:-1].decode("utf-8", "replace")
+        return self._key_bytes(self._row(row))[:-1].decode("ascii", "replace")
 
     def keys(self, first: int, count: int) -> list[str]:
         """Return the keys of `count` rows from row `first` on."""
-        return self.piece(KEYS, first, count).tobytes().decode("utf-8", "replace").split("\n")[:-1]
+        return self.piece(KEYS, first, count).tobytes().decode("ascii", "replace").split("\n")[:-1]
 
     def spans(self, member: str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return offset and size of a member of each row in its shard, int64. Raises KeyError for no such member."""
@@ -105,15 +104,13 @@ class ClipTable:
             if name == KEYS:
                 return np.frombuffer(b"".join(keys), dtype=np.uint8)
             return np.cumsum([len(key) for key in keys], dtype=np.int64)
-        ends = self.columns[KEY_ENDS]
-        start = int(ends[first - 1]) if first else 0
+        start = int(self._ends[first - 1]) if first else 0
         if name == KEYS:
-            return self.columns[KEYS][start : int(ends[first + count - 1]) if count else start]
-        return ends[first : first + count].astype(np.int64) - start
+            return self._keys[start : int(self._ends[first + count - 1]) if count else start]
+        return self._ends[first : first + count].astype(np.int64) - start
 
     def _key_bytes(self, row: int) -> bytes:
-        ends = self.columns[KEY_ENDS]
-        return self.columns[KEYS][int(ends[row - 1]) if row else 0 : int(ends[row])].tobytes()
+        return self._keys[int(self._ends[row - 1]) if row else 0 : int(self._ends[row])].tobytes()
 
     def _row(self, row: int) -> int:
         return row if self._rows is None else int(self._rows[row])

@@ -180,6 +180,9 @@ class Manifest:
 
     def key(self, clip: int) -> str:
         """Return the key of a clip."""
+        places = self._places
+        if places.is_whole:
+            return places.tables[0].key(clip)
         number, row = self.locate(clip)
         shard = self.shards[number]
         return shard.table.key(shard.first + row)

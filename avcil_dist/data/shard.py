@@ -64,7 +64,7 @@ class ShardRecord(BaseModel):
     count: Size
     bytes: Size
     sha256: Sha256
-    keys: list[str]  # `check_keys` checks them all at once
+    keys: list[str]  # `Shard.check` checks them all at once
     members: dict[MemberName, tuple[list[Size], list[Size]]]
     regions: list[Region | None] | None = None
 
@@ -121,7 +121,6 @@ class Shard:
                 raise DataError(f"{record.url}: {len(record.keys)} clips, but {len(starts)} offsets of {name}")
         if record.regions is not None and len(record.regions) != len(record.keys):
             raise DataError(f"{record.url}: {len(record.keys)} clips, but {len(record.regions)} regions")
-        check_keys(record.url, record.keys)
         shard = cls.of(
             record.url,
             record.class_name,
@@ -198,10 +197,9 @@ class Shard:
         is_whole = self.count and (np.diff(ends, prepend=0) > 0).all() and len(text) == ends[-1]
         if not is_whole or (keys[ends - 1] != LINE_FEED[0]).any():
             raise DataError(f"{self.url}: no clip in it, or not {self.count} keys")
-        parts = text.split(LINE_FEED)[:-1]
-        if len(parts) != self.count:  # a key with a line feed, for `check_keys` to name
-            parts = [text[start : end - 1] for start, end in pairwise([0, *ends.tolist()])]
-        names = [part.decode("utf-8", "replace") for part in parts]
+        names = text.decode("ascii", "replace").split("\n")[:-1]
+        if len(names) != self.count:  # a key with a line feed, for `check_keys` to name
+            names = [text[start : end - 1].decode("ascii", "replace") for start, end in pairwise([0, *ends.tolist()])]
         check_keys(self.url, names)
         if len(set(names)) != self.count:
             raise DataError(f"{self.url}: count {self.count}, but {len(set(names))} different keys")

@@ -4,6 +4,7 @@ The teacher does not change within a step. Without random augmentation a clip gi
 epoch, and so the same teacher output.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -61,9 +62,9 @@ class TeacherCache:
         )
 
     def to_state(self, manifest: Manifest) -> dict[str, Any]:
-        """Return tensors and plain values for a snapshot, with the clips' keys instead of their numbers."""
+        """Return tensors and plain values for a snapshot, with a digest of the clips' keys for their numbers."""
         present = {name: values for name, values in self.output._asdict().items() if values is not None}
-        return {"keys": _keys(self.clips, manifest), "valid": torch.from_numpy(self.valid)} | present
+        return {"clips": _digest(self.clips, manifest), "valid": torch.from_numpy(self.valid)} | present
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], clips: np.ndarray, manifest: Manifest) -> "TeacherCache | None":
@@ -74,7 +75,7 @@ class TeacherCache:
             return None
         if any(tensor.shape[:1] != (len(clips),) for tensor in (valid, *tensors.values())):
             return None
-        if state.get("keys") != _keys(clips, manifest):
+        if state.get("clips") != _digest(clips, manifest):
             return None
         output: dict[str, Any] = {name: tensors.get(name) for name in Output._fields}
         return cls(clips, valid.numpy(), Output(**output))
@@ -104,8 +105,12 @@ def build_teacher_cache(
     return TeacherCache(clips, torch.cat(valid)[: len(clips)].numpy(), output)
 
 
-def _keys(clips: np.ndarray, manifest: Manifest) -> list[str]:
-    return [f"{manifest.class_of(int(clip))}/{manifest.key(int(clip))}" for clip in clips]
+def _digest(clips: np.ndarray, manifest: Manifest) -> str:
+    """Return the sha256 of the classes and keys of the clips, one line each."""
+    digest = hashlib.sha256()
+    for clip in clips.tolist():
+        digest.update(f"{manifest.class_of(clip)}/{manifest.key(clip)}\n".encode())
+    return digest.hexdigest()
 
 
 def _to(values: Tensor, device: torch.device) -> Tensor:

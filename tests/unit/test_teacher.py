@@ -1,5 +1,6 @@
 """Teacher, teacher cache and class features on one rank, without reading any shard."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -138,8 +139,10 @@ def test_a_stored_cache_is_the_same_and_is_refused_for_other_clips(inference: In
     head = ProxyHead(DIM, 3, 0, num_proxies=2)
     cache, _ = make_cache(inference, make_teacher(head), method_of("afc"))
     state = cache.to_state(MANIFEST)
-    assert state.keys() == {"keys", "valid", "logits", "audio", "visual", "pooled", "importance"}
-    assert state["keys"][:2] == ["odd/clip11", "even/clip13"]
+    assert state.keys() == {"clips", "valid", "logits", "audio", "visual", "pooled", "importance"}
+    names = "".join(f"{MANIFEST.class_of(clip)}/{MANIFEST.key(clip)}\n" for clip in CLIPS.tolist())
+    assert names.startswith("odd/clip11\neven/clip13\n")
+    assert state["clips"] == hashlib.sha256(names.encode()).hexdigest()
     loaded = TeacherCache.from_state(state, CLIPS, MANIFEST)
     assert loaded is not None
     assert loaded.clips is CLIPS

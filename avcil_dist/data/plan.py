@@ -9,7 +9,6 @@ global batch takes an equal share of each range. A machine serves whole ranges, 
 data in every epoch.
 """
 
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -62,21 +61,18 @@ def plan_epoch(
     share = global_batch // canonical_nodes
     full = num_batches * share
     numbers = range(columns.start // share, -(-columns.stop // share))
-    ranges = [
-        _shuffle_range(
+    batches, rest = [], []
+    for number in numbers:
+        stream, shuffled = _shuffle_range(
             manifest,
             _part(segments, counts, number, canonical_nodes),
             generator(seed, "clips", step, epoch, number),
             window,
         )
-        for number in numbers
-    ]
-    first = columns.start - numbers.start * share
-    batches = [part[:full].reshape(num_batches, share) for part in ranges]
-    return EpochPlan(
-        batches=np.concatenate(batches, axis=1)[:, first : first + len(columns)],
-        rest=np.concatenate([part[full:] for part in ranges]),
-    )
+        own = slice(max(columns.start - number * share, 0), columns.stop - number * share)
+        batches.append(stream[shuffled[:full].reshape(num_batches, share)[:, own]])
+        rest.append(stream[shuffled[full:]])
+    return EpochPlan(np.concatenate(batches, axis=1), np.concatenate(rest))
 
 
 def count_batches(num_clips: int, *, global_batch: int, canonical_nodes: int) -> int:
@@ -181,20 +177,19 @@ def _whole_shards(manifest: Manifest, classes: Iterable[str]) -> Iterator[range]
     return (range(firsts[number], firsts[number + 1]) for number in manifest.shard_numbers(classes, "train"))
 
 
-def _part(segments: Sequence[range | np.ndarray], counts: np.ndarray, number: int, parts: int) -> np.ndarray:
-    """Return part `number` of the clips of all segments, as `numpy.array_split` divides them into `parts`."""
+def _part(
+    segments: Sequence[range | np.ndarray], counts: np.ndarray, number: int, parts: int
+) -> Iterator[range | np.ndarray]:
+    """Yield part `number` of the clips of all segments, as `numpy.array_split` divides them into `parts`."""
     ends = np.cumsum(counts)
     size, larger = divmod(int(counts.sum()), parts)
     start = number * size + min(number, larger)
     stop = start + size + (number < larger)
-    pieces = []
     for index in range(int(np.searchsorted(ends, start, side="right")), len(segments)):
         first = int(ends[index] - counts[index])
         if first >= stop:
-            break
-        own = segments[index][max(start - first, 0) : stop - first]
-        pieces.append(np.arange(own.start, own.stop) if isinstance(own, range) else own)
-    return np.concatenate([NO_CLIPS, *pieces])
+            return
+        yield segments[index][max(start - first, 0) : stop - first]
 
 
 def _by_shard(manifest: Manifest, clips: np.ndarray) -> list[np.ndarray]:
@@ -204,17 +199,29 @@ def _by_shard(manifest: Manifest, clips: np.ndarray) -> list[np.ndarray]:
     return [part for part in np.split(ordered, np.flatnonzero(np.diff(shards)) + 1) if len(part)]
 
 
-def _shuffle_range(manifest: Manifest, clips: np.ndarray, random: np.random.Generator, window: int) -> np.ndarray:
-    """Reorder the segments of a range (its parts of shards), then shuffle clips over `window` segments."""
-    shards = np.searchsorted(manifest.first_clips, clips, side="right") - 1
-    bounds = [0, *(np.flatnonzero(np.diff(shards)) + 1), len(clips)]
-    segments = [clips[a:b] for a, b in itertools.pairwise(bounds) if b > a]
+def _shuffle_range(
+    manifest: Manifest, parts: Iterable[range | np.ndarray], random: np.random.Generator, window: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Reorder the parts of shards of a range, and shuffle their clips over `window` parts.
+
+    Returns the clips in the order of the parts, and the positions there of the shuffled clips.
+    """
+    segments: list[np.ndarray] = []
+    shards: list[int] = []
+    for part in parts:
+        clips = np.arange(part.start, part.stop) if isinstance(part, range) else part
+        shard = manifest.locate(int(clips[0]))[0]
+        if shards and shards[-1] == shard:
+            segments[-1] = np.concatenate([segments[-1], clips])
+        else:
+            segments.append(clips)
+            shards.append(shard)
     if not segments:
-        return clips
-    names = [manifest.shards[manifest.locate(segment[0])[0]].class_name for segment in segments]
+        return NO_CLIPS, NO_CLIPS
     counts = np.array([len(segment) for segment in segments])
-    stream = np.concatenate([segments[i] for i in _spread(names, counts, random)])
-    return stream[_mix(len(stream), window * len(stream) / len(segments), random)]
+    order = _spread([manifest.shards[shard].class_name for shard in shards], counts, random)
+    stream = np.concatenate([segments[i] for i in order])
+    return stream, _mix(len(stream), window * len(stream) / len(segments), random)
 
 
 def _mix(count: int, reach: float, random: np.random.Generator) -> np.ndarray:
@@ -225,5 +232,10 @@ def _mix(count: int, reach: float, random: np.random.Generator) -> np.ndarray:
     """
     if reach >= count:
         return random.permutation(count)
-    shifted = np.abs(np.arange(count) + 0.5 + reach * (random.random(count) - 0.5))
-    return np.argsort(np.where(shifted > count, 2 * count - shifted, shifted), kind="stable")
+    shifted = random.random(count)  # changed in place: a range may have millions of clips
+    shifted -= 0.5
+    shifted *= reach
+    shifted += np.arange(0.5, count)
+    np.abs(shifted, out=shifted)
+    np.subtract(2 * count, shifted, out=shifted, where=shifted > count)
+    return np.argsort(shifted, kind="stable")

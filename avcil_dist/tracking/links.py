@@ -7,6 +7,8 @@ from avcil_dist.text.redaction import redacted
 from avcil_dist.tracking.event_queue import EventQueue, queue_folder
 from avcil_dist.tracking.events import STREAM
 
+VIEW = "?workflowType=machine_learning"  # newer pages of MLflow have a view of language models, too
+
 
 def tracked_at(stream: str) -> str | None:
     """Return the url of a stream's run in MLflow, or the uri of its database; None for a stream that is not tracked.
@@ -23,5 +25,5 @@ def tracked_at(stream: str) -> str | None:
     server = str(opened["server"])
     cursor = queue.cursor(server)
     if re.match("https?://", server) and STREAM in cursor.runs and cursor.experiment:
-        return f"{redacted(server).rstrip('/')}/#/experiments/{cursor.experiment}/runs/{cursor.runs[STREAM]}"
+        return f"{redacted(server).rstrip('/')}/#/experiments/{cursor.experiment}/runs/{cursor.runs[STREAM]}{VIEW}"
     return redacted(server)

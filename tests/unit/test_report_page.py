@@ -88,7 +88,7 @@ def test_the_page_links_to_the_run_on_its_server(tmp_path: Path) -> None:
     assert link is not None
     write_page([stream], str(tmp_path / "page.html"), links={stream.folder: link})
     page = (tmp_path / "page.html").read_text()
-    assert 'href="https://tracking.example.org/#/experiments/7/runs/abc"' in page
+    assert 'href="https://tracking.example.org/#/experiments/7/runs/abc?workflowType=machine_learning"' in page
     assert "8 × NVIDIA H100" in page
     assert "1.0 0123456789ab" in page
 

@@ -19,7 +19,8 @@ REQUIRED = [
     "torchaudio>=2.11.0,<3",  # resampling, Kaldi filterbank
     "deepspeed>=0.19.8,<0.20",  # ZeRO, the training engine
     "webdataset>=1.0.2,<2",  # the loader's pipeline
-    "mlflow>=3.17.2,<4",  # runs, metrics, artifacts
+    "mlflow-skinny>=3.17.2,<4",  # runs, metrics, artifacts; without MLflow's own server and pages, see UI
+    "alembic>=1.20.1,<2",  # MLflow's sqlite database, which mlflow-skinny leaves to its users
     "requests>=2.34.2,<3",  # MLflow's connections: their errors, the bound on answers
     "sqlalchemy>=2.1.9,<3",  # MLflow's databases: their uris and errors
     "pandas>=3.1.1,<4",  # inputs and outputs of registered models
@@ -47,6 +48,7 @@ REQUIRED = [
     "psutil>=7.2.2,<8",  # load of the machines during training
     "tenacity>=9.2.1,<10",  # retries of remote storage
 ]
+UI = ["mlflow>=3.17.2,<4"]  # `mlflow ui`, `mlflow server` and `mlflow models serve`
 S3 = ["s3fs>=2026.9.0"]  # s3:// urls
 GS = ["gcsfs>=2026.8.2"]  # gs:// urls
 AZ = ["adlfs>=2026.8.0"]  # az:// urls
@@ -64,6 +66,7 @@ DOCS = [
     "mkdocs-material>=9.8.2,<10",  # its theme
 ]
 TEST = [
+    *UI,
     *S3,
     *HDF5,
     *DOCS,
@@ -146,6 +149,7 @@ setup(
     },
     install_requires=REQUIRED,
     extras_require={
+        "ui": UI,
         "s3": S3,
         "gs": GS,
         "az": AZ,

@@ -2,7 +2,7 @@
 # Demonstration from videos to a report: render videos, pack shards, train two methods on 2 processes, report.
 # Usage: bash launch/demo.sh [FOLDER]     (default: runs/demo; the second run continues the first)
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-ensure_environment
+ensure_environment "[ui]"
 
 cd "$PROJECT"
 folder=${1:-runs/demo}

@@ -58,7 +58,7 @@ ABOUT_MODEL = (
 )
 CLIPS = "AVCIL_CLIPS"  # the folder or url of the clips that a request may name
 # Packages that prediction needs, pinned to the versions in use when the weights were trained.
-MODEL_PACKAGES = ("mlflow", "torch", "torchvision", "torchaudio", "transformers", "timm", "safetensors", "av", "numpy")
+MODEL_PACKAGES = ("torch", "torchvision", "torchaudio", "transformers", "timm", "safetensors", "av", "numpy")
 BASE_PACKAGES = ("pandas", "fsspec", "pydantic", "pyyaml", "deepspeed", "webdataset", "filelock", "tenacity")
 
 
@@ -184,7 +184,7 @@ def _made_clip() -> bytes:
 
 def _requirements() -> list[str]:
     """Pinned requirements of the installed versions. This package is among them; install it from its wheel."""
-    pinned = [f"avcil-dist=={avcil_dist.__version__}"]
+    pinned = [f"avcil-dist=={avcil_dist.__version__}", f"mlflow=={mlflow.__version__}"]
     for name in (*MODEL_PACKAGES, *BASE_PACKAGES):
         try:
             pinned.append(f"{name}=={version(name).split('+')[0]}")

@@ -11,7 +11,8 @@ from avcil_dist.config.schema import Config
 from avcil_dist.system.source_version import source_version
 from avcil_dist.world import World
 
-PACKAGES = ("torch", "deepspeed", "webdataset", "mlflow")
+# Distributions by the name of their tag. MLflow is installed whole or as its part mlflow-skinny, of the same version.
+PACKAGES = {"torch": "torch", "deepspeed": "deepspeed", "webdataset": "webdataset", "mlflow": "mlflow-skinny"}
 # MLflow's own names (mlflow.utils.mlflow_tags), without its import.
 USER, SOURCE, SOURCE_TYPE = "mlflow.user", "mlflow.source.name", "mlflow.source.type"
 COMMIT, DIRTY = "mlflow.source.git.commit", "mlflow.source.git.dirty"
@@ -21,9 +22,9 @@ def stream_facts(config: Config) -> dict[str, str]:
     """Return the facts of a stream: what it trains, who started it, and the versions of the code."""
     facts = {"method": config.method.name, "benchmark": config.name, "seed": str(config.seed)}
     facts |= {"version.python": platform.python_version(), "version.avcil-dist": avcil_dist.__version__}
-    for name in PACKAGES:
+    for name, distribution in PACKAGES.items():
         try:
-            facts[f"version.{name}"] = version(name)
+            facts[f"version.{name}"] = version(distribution)
         except PackageNotFoundError:
             continue
     facts |= {USER: _user(), SOURCE: "avcil", SOURCE_TYPE: "LOCAL"}

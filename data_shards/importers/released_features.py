@@ -9,58 +9,29 @@ array is in memory at a time.
 import json
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import numpy as np
 
 from avcil_dist import storage
-from avcil_dist.data.shard import KEY_PATTERN, SPLITS, Split, check_keys
+from avcil_dist.data.shard import KEY_PATTERN
 from avcil_dist.errors import ConfigError, DataError
-from data_shards.build_plan import (
-    FORMAT,
-    WHOLE,
-    BuildReport,
-    Plan,
-    ShardJob,
-    load_finished,
-    merge_parts,
-    run_shard_job,
-    start_part,
-)
+from data_shards.build_plan import FORMAT, BuildReport, load_finished
+from data_shards.importers.feature_importer import Arrays, ForeignFeatures
+from data_shards.importers.feature_writer import write_features
 from data_shards.importers.input_digests import input_digests
 from data_shards.listings.pickled_dict import read_pickled_dict
-from data_shards.listings.published_lists import PublishedLists, read_published_lists
+from data_shards.listings.published_lists import read_published_lists
 from data_shards.output_lock import sole_build
-from data_shards.rejections import ClipRejectedError, Rejection
-from data_shards.shard_writer import feature_members, shard_url
+from data_shards.rejections import ClipRejectedError
 from data_shards.workers import Progress
 
 HDF5_ENDINGS = (".h5", ".hdf5")
 HDF5_FAULTS = (OSError, RuntimeError, TypeError, ValueError, LookupError, OverflowError, MemoryError)
 MAX_NUMBERS = 1 << 26  # of a clip: 55 times the features of the reference setting
-
-
-class _Arrays(Protocol):
-    """One array per clip, on disk."""
-
-    def __contains__(self, key: str) -> bool: ...
-
-    def read(self, key: str) -> np.ndarray:
-        """Read the array of a clip."""
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """The clips of one shard, before any is read."""
-
-    job: ShardJob
-    class_name: str
-    split: Split
-    keys: tuple[str, ...]
 
 
 def import_features(
@@ -90,24 +61,13 @@ def import_features(
         return unchanged
     with ExitStack() as files:
         files.enter_context(sole_build(output))
-        visual_arrays, audio_arrays = (files.enter_context(_open_arrays(path)) for path in (visual, audio))
-        shape = _shape(lists, visual_arrays, audio_arrays, frames, visual)
-        chunks, rejected = _chunks(lists, visual_arrays, audio_arrays, clips_per_shard, digest)
-        plan = Plan("feature", lists.classes, shape, digest, tuple(chunk.job for chunk in chunks), tuple(rejected))
-        numbers = start_part(output, plan, WHOLE)
-        done = plan.clips - sum(plan.jobs[number].clips for number in numbers)
-        for number in numbers:
-            chunk, shard_rejected = chunks[number], list[Rejection]()
-            clips = _clips(chunk, visual_arrays, audio_arrays, shape, shard_rejected)
-            run_shard_job(output, chunk.job, chunk.class_name, chunk.split, clips, shard_rejected)
-            done += plan.jobs[number].clips
-            if progress:
-                progress(done, plan.clips)
-        return merge_parts(output)
+        tokens, sound = (files.enter_context(_open_arrays(path)) for path in (visual, audio))
+        features = ForeignFeatures(lists.classes, lists.labels, tokens, sound, frames)
+        return write_features(features, visual, output, digest, clips_per_shard, progress)
 
 
 @contextmanager
-def _open_arrays(path: Path) -> Iterator[_Arrays]:
+def _open_arrays(path: Path) -> Iterator[Arrays]:
     if path.suffix in HDF5_ENDINGS:
         try:
             import h5py
@@ -177,68 +137,3 @@ class _CopiedArrays:
         self._copy.seek(offset)
         data = self._copy.read(2 * math.prod(shape))
         return np.frombuffer(data, dtype=np.float16).reshape(shape)
-
-
-def _shape(lists: PublishedLists, visual: _Arrays, audio: _Arrays, frames: int, where: Path) -> dict[str, int]:
-    """The shape of the first clip whose features both read."""
-    keys = (key for split in SPLITS for key in lists.labels[split] if key in visual and key in audio)
-    for first in keys:
-        try:
-            num_visual, dim = visual.read(first).size, audio.read(first).size
-            break
-        except ClipRejectedError:
-            continue
-    else:
-        raise DataError(f"{where}: has no clip of the lists; give features and lists of the same benchmark")
-    tokens, rest = divmod(num_visual, max(1, dim))
-    if not tokens or rest or tokens % frames:
-        raise ConfigError(f"{where}: {first}: {tokens} tokens of {dim} numbers are not {frames} frames; give --frames")
-    return {"frames": frames, "positions": tokens // frames, "dim": dim}
-
-
-def _chunks(
-    lists: PublishedLists, visual: _Arrays, audio: _Arrays, clips_per_shard: int, digest: str
-) -> tuple[list[_Chunk], list[Rejection]]:
-    chunks, rejected = [], []
-    groups: dict[tuple[str, Split], list[str]] = {(name, split): [] for name in lists.classes for split in SPLITS}
-    for split in SPLITS:
-        for key, label in lists.labels[split].items():
-            if key in visual and key in audio:
-                groups[label, split].append(key)
-            else:
-                modality = "audio" if key in visual else "visual"
-                rejected.append(Rejection(key, label, split, "missing", f"no {modality} features"))
-    class_numbers = {name: number for number, name in enumerate(lists.classes)}
-    for (label, split), keys in groups.items():
-        check_keys("the published lists", keys)
-        for first in range(0, len(keys), clips_per_shard):
-            taken = tuple(keys[first : first + clips_per_shard])
-            name = shard_url(split, class_numbers[label], label, first // clips_per_shard).removesuffix(".tar")
-            chunks.append(_Chunk(ShardJob(name, digest, len(taken)), label, split, taken))
-    return chunks, rejected
-
-
-def _clips(
-    chunk: _Chunk, visual: _Arrays, audio: _Arrays, shape: Mapping[str, int], rejected: list[Rejection]
-) -> Iterator[tuple[str, dict[str, bytes]]]:
-    dim, tokens = shape["dim"], shape["frames"] * shape["positions"]
-    for key in chunk.keys:
-        try:
-            tokens_of_clip, sound_of_clip = visual.read(key), audio.read(key)
-            if tokens_of_clip.size != tokens * dim or sound_of_clip.size != dim:
-                shapes = f"features of {tokens_of_clip.shape} and {sound_of_clip.shape}"
-                raise ClipRejectedError("format", f"{shapes}, not of {(tokens, dim)} and {(dim,)}")
-            # the files do not have the times of clips
-            metadata = {"label": chunk.class_name, "split": chunk.split, "source": _source_video(key)}
-            members = feature_members(tokens_of_clip.reshape(tokens, dim), sound_of_clip.reshape(dim), metadata)
-        except DataError as error:
-            kind = error.kind if isinstance(error, ClipRejectedError) else "corrupt"
-            rejected.append(Rejection(key, chunk.class_name, chunk.split, kind, str(error)))
-            continue
-        yield key, members
-
-
-def _source_video(key: str) -> str:
-    """The source video of a key: `ID` for VGGSound's `ID_000030`, the key itself for any other form."""
-    video, _, second = key.rpartition("_")
-    return video if video and len(second) == 6 and second.isdigit() else key

@@ -11,6 +11,7 @@ from typing import Protocol
 from avcil_dist.errors import ConfigError, DataError
 from data_shards.listings import ave, clip_folder, clips_csv, published_lists, vggsound
 from data_shards.listings.frame_folders import FrameOptions, with_frame_options
+from data_shards.listings.importer import ClipImporter
 from data_shards.listings.listing import Listing, clean_label, distinct_keys
 from data_shards.listings.splits import SplitShares
 from data_shards.listings.text_files import first_row
@@ -42,8 +43,9 @@ def read_listing(
     videos: Path | None = None,
     shares: SplitShares | None = None,
     frames: FrameOptions = NO_OPTIONS,
+    form: ListingForm | ClipImporter | None = None,
 ) -> Listing:
-    """The listing at `path`, in the first of `FORMS` that matches; each module describes its form.
+    """The listing at `path` in this form, or in the first of `FORMS` that matches; each module describes its form.
 
     `videos` is the folder of the files of a listing that names videos by id. `shares` are those of the splits of each
     class, for a listing without splits (None: 0.8, 0.1 and 0.1). `frames` are options of clips that are folders of
@@ -51,16 +53,18 @@ def read_listing(
     ConfigError where `videos` is missing, or given to a listing that has paths, or `shares` to one that has splits.
     """
     try:
-        listing = _read_listing(path, videos, shares)
+        listing = _read_listing(path, videos, shares, form)
         return replace(listing, rows=tuple(with_frame_options(listing.rows, frames)))
     except OSError as error:  # of a folder or a file of it, such as one without permission
         raise DataError(f"{error.filename or path}: cannot be read ({error.strerror})") from None
 
 
-def _read_listing(path: Path, videos: Path | None, shares: SplitShares | None) -> Listing:
+def _read_listing(
+    path: Path, videos: Path | None, shares: SplitShares | None, form: ListingForm | ClipImporter | None
+) -> Listing:
     if not path.exists():
         raise DataError(f"{path}: missing; give a csv with the header path,label,split, or a folder of clips")
-    form = next((form for form in FORMS if form.matches(path)), None)
+    form = form or next((form for form in FORMS if form.matches(path)), None)
     if form is None:
         raise DataError(f"{path}: its header is {','.join(first_row(path))[:200]!r}; make it path,label,split")
     if videos is not None and not form.NEEDS_VIDEOS:

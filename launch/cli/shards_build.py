@@ -16,6 +16,7 @@ from launch.cli.shards_cluster import ClusterJobs, cluster_options, is_built, ru
 
 if TYPE_CHECKING:
     from data_shards.build_plan import BuildReport
+    from data_shards.importers.feature_importer import FeatureImporter
     from data_shards.listings.listing import Listing
 
 CORES = len(os.sched_getaffinity(0))
@@ -46,6 +47,8 @@ again. In FOLDER, files without the ending of a video are passed over and counte
 Every clip is decoded once. Clips that are missing, damaged, silent, too short, no mp4 or duplicate are left out and
 listed with the reason in OUTPUT/rejected.csv. An interrupted build continues when it is started again. An OUTPUT
 with a manifest is never overwritten; with the same clips and settings it is left unchanged.
+
+A layout that is none of these is read by an importer of another package (--importer), clips or features.
 
 With --cluster, each part is a job, and a last job merges them. The command shows their progress; Ctrl-C leaves the
 jobs, and the same command shows them again, or continues with the shards that are not done.
@@ -162,6 +165,11 @@ def check_part(part: str | None, strict: bool) -> None:
 @click.option(
     "--audio", type=click.Path(path_type=Path), help="Folder of the wav files of such clips; default: beside them."
 )
+@click.option(
+    "--importer",
+    metavar="NAME",
+    help="Read SOURCE by this importer: a form of listing, one of an installed package, or package.module:Class.",
+)
 @click.argument("words", nargs=-1, metavar="[cluster.KEY=VALUE]...")
 @clip_options
 @cluster_options
@@ -172,6 +180,7 @@ def build(
     split: str | None,
     fps: float | None,
     audio: Path | None,
+    importer: str | None,
     words: tuple[str, ...],
     part: str | None,
     strict: bool,
@@ -179,6 +188,8 @@ def build(
     **settings: Any,
 ) -> None:
     """Build shards of the clips of a listing; see `BUILD_HELP`."""
+    from data_shards.importers.feature_importer import FeatureImporter
+    from data_shards.importers.plug_in import load_importer
     from data_shards.listings.frame_folders import FrameOptions
     from data_shards.listings.read import read_listing
     from data_shards.listings.splits import SplitShares
@@ -188,11 +199,32 @@ def build(
     if own:
         raise ConfigError(f"{own[0]}: left over after SOURCE and OUTPUT")
     shares = SplitShares.parse(split) if split is not None else None
-    listing = read_listing(source, videos, shares, FrameOptions(fps, audio))
+    form = load_importer(importer) if importer else None
+    if isinstance(form, FeatureImporter):
+        if given := [name for name, value in {"--part": part, "--cluster": jobs, "--videos": videos}.items() if value]:
+            raise ConfigError(f"{given[0]}: {importer} reads features, which one process imports; leave it out")
+        _import_features(form, source, output, settings["clips_per_shard"])
+        return
+    listing = read_listing(source, videos, shares, FrameOptions(fps, audio), form)
     if jobs and not is_built(output):
         print_report(run_on_cluster(jobs, output, title="building shards", strict=strict, words=words))
     else:
         run_build(listing, output, part=part, strict=strict, **settings)
+
+
+def _import_features(importer: "FeatureImporter", source: Path, output: str, clips_per_shard: int) -> None:
+    from data_shards.importers.feature_writer import import_foreign_features
+
+    with CountBar("reading files (MiB)") as reading, CountBar("importing features") as bar:
+        report = import_foreign_features(
+            importer,
+            source,
+            output,
+            clips_per_shard=clips_per_shard,
+            digest_progress=reading.show,
+            progress=bar.show,
+        )
+    print_report(report)
 
 
 @click.command(short_help="Sort tars of mixed classes into shards by class and split.")

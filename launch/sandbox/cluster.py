@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import subprocess
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,13 +166,11 @@ class Sandbox:
             (self.folder / name).mkdir(exist_ok=True)
 
     def _write_hosts(self, names: tuple[str, ...]) -> None:
-        """Replace this sandbox's line of the hosts file; lines of other sandboxes stay."""
-        mark = f"{MARK} {self.folder}"
+        """Replace this sandbox's line of the hosts file."""
         text = HOSTS.read_text()
-        lines = [line for line in text.splitlines() if not line.endswith(mark)]
-        lines += [f"127.0.0.1 {' '.join(names)} {mark}"] if names else []
-        if lines != text.splitlines():
-            HOSTS.write_text("\n".join([*lines, ""]))
+        changed = hosts_of(text, self.folder, names)
+        if changed != text:
+            HOSTS.write_text(changed)
 
     def _start_accounting(self) -> None:
         daemons, environment, folder = self.daemons, self.environment(), self.folder
@@ -215,6 +214,20 @@ class Sandbox:
         """Whether the controller accepts jobs for the node."""
         state = self.run("sinfo", "--noheader", f"--nodes={node}", "--partition=low", "--format=%T", check=False).stdout
         return state.strip() in ("idle", "mixed", "allocated", "completing")
+
+
+def hosts_of(text: str, folder: Path, names: Sequence[str]) -> str:
+    """Return the hosts file `text` with these names of the sandbox in `folder`.
+
+    Lines of other sandboxes stay while their folders are there: one that was killed and deleted left its line.
+    """
+    lines = []
+    for line in text.splitlines():
+        _, mark, other = line.partition(f" {MARK} ")
+        if not mark or (other != str(folder) and Path(other).is_dir()):
+            lines.append(line)
+    lines += [f"127.0.0.1 {' '.join(names)} {MARK} {folder}"] if names else []
+    return "\n".join([*lines, ""])
 
 
 def _check_machine(folder: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from avcil_dist import storage
-from avcil_dist.data.clip_table import KEY_ENDS, KEYS, LINE_FEED, ClipTable, Region, Rows
+from avcil_dist.data.clip_table import KEY_ENDS, KEYS, LINE_FEED, REGION, REGION_NUMBERS, ClipTable, Region, Rows
 from avcil_dist.errors import DataError
 from avcil_dist.scenario import ClassName
 
@@ -205,8 +205,13 @@ class Shard:
             raise DataError(f"{self.url}: count {self.count}, but {len(set(names))} different keys")
         for name in self.members:
             offsets, sizes = self._spans(name)
-            if (offsets < TAR_BLOCK).any() or (sizes < 0).any() or (offsets + sizes > self.bytes).any():
+            # no sum: it may have more than 64 bits
+            if ((offsets < TAR_BLOCK) | (offsets > self.bytes) | (sizes < 0) | (sizes > self.bytes - offsets)).any():
                 raise DataError(f"{self.url}: {name}: an offset or size is beyond the shard's {self.bytes} bytes")
+
+        regions = self.rows.piece(REGION).reshape(-1, REGION_NUMBERS) if self.has_regions else np.empty((0, 1))
+        if not (((regions >= 0) & (regions <= 1)).all(axis=1) | np.isnan(regions).all(axis=1)).all():
+            raise DataError(f"{self.url}: a region that is not four fractions")
 
     def _spans(self, member: str) -> tuple[np.ndarray, np.ndarray]:
         return self.table.spans(member, np.arange(self.first, self.first + self.count))

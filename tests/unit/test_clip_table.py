@@ -169,6 +169,25 @@ def test_a_remote_table_is_fetched_into_the_shard_cache_once(url: str, tmp_path:
     storage.remove_tree(remote)
 
 
+@pytest.mark.parametrize(
+    ("place", "size", "region", "message"),
+    [
+        (512, (1 << 63) - 100, None, "mp4: an offset or size is beyond the shard's 2000 bytes"),
+        ((1 << 63) - 100, 200, None, "mp4: an offset or size is beyond the shard's 2000 bytes"),
+        (512, -1, None, "mp4: an offset or size is beyond the shard's 2000 bytes"),
+        (512, 100, (0.0, 0.5, 1.5, 1.0), "a region that is not four fractions"),
+        (512, 100, (0.0, float("nan"), 1.0, 1.0), "a region that is not four fractions"),
+    ],
+)
+def test_values_that_no_clip_can_have_are_refused(place: int, size: int, region: Any, message: str) -> None:
+    good = {"mp4": np.array([512, 1024])}, {"mp4": np.array([488, 488])}
+    Shard.of("a.tar", "dog", "train", 2000, "0" * 64, ["a", "b"], *good, [None, (0.0, 0.0, 1.0, 1.0)]).check()
+    spans = {"mp4": np.array([512, place])}, {"mp4": np.array([488, size])}
+    shard = Shard.of("a.tar", "dog", "train", 2000, "0" * 64, ["a", "b"], *spans, [None, region])
+    with pytest.raises(DataError, match=message):
+        shard.check()
+
+
 def test_the_clips_of_several_tables_are_found(url: str) -> None:
     manifest = load_manifest(url)
     first, *others = manifest.shards

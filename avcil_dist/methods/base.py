@@ -152,6 +152,8 @@ class Method(ABC):
     def committed_weights(self, weights: Mapping[str, Tensor], calibration: Sequence[float]) -> dict[str, Tensor]:
         """Return the weights that the step commits, from those of the selected epoch, by name.
 
+        `weights` are in memory that the ranks of a node share, and must not be changed.
+
         `calibration` are the numbers of `calibrate`, none where it is not called.
         """
         return dict(weights)

@@ -77,8 +77,8 @@ def save_artifact(stream: str, artifact: StepArtifact) -> str:
     return folder
 
 
-def load_artifact(stream: str, step: int) -> StepArtifact:
-    """Read a committed artifact and verify each of its files.
+def load_artifact(stream: str, step: int, *, with_model: bool = True) -> StepArtifact:
+    """Read a committed artifact and verify each file that is read. Its `model` is empty if not `with_model`.
 
     Raises ArtifactError, naming the file, when one is missing, damaged or not readable, and for a step that is
     not committed.
@@ -92,10 +92,16 @@ def load_artifact(stream: str, step: int) -> StepArtifact:
         raise ArtifactError(f"{folder}/memory.json: has exemplars of {min(strangers)!r}, which is no class seen so far")
     return StepArtifact(
         **vars(summary),
-        model=read_committed_tensors(folder, "model.safetensors", commit),
+        model=read_committed_tensors(folder, "model.safetensors", commit) if with_model else {},
         method=read_state(folder, "method", commit),
         memory=ExemplarMemory(memory),
     )
+
+
+def load_model(stream: str, step: int) -> dict[str, Tensor]:
+    """Read the weights of a committed artifact, verified. Raises ArtifactError as `load_artifact` does."""
+    folder, commit = committed_folder(stream, step)
+    return read_committed_tensors(folder, "model.safetensors", commit)
 
 
 def _encode(artifact: StepArtifact) -> dict[str, bytes]:

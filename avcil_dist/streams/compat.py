@@ -12,11 +12,14 @@ from avcil_dist.streams.summary import StepSummary, load_summary, step_url
 
 
 def load_previous(config: Config, manifest: Manifest, step: int) -> StepArtifact | None:
-    """The artifact that the step starts from; None at step 0. Raises ConfigError as `check_continues` does."""
+    """The artifact that the step starts from, without its weights (`load_model`); None at step 0.
+
+    Raises ConfigError as `check_continues` does.
+    """
     if step == 0:
         return None
     check_continues(config, manifest, step)
-    artifact = load_artifact(stream_url(config), step - 1)
+    artifact = load_artifact(stream_url(config), step - 1, with_model=False)
     check_manifest_scenario(stream_url(config), artifact, manifest)
     return artifact
 

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -30,7 +31,7 @@ from avcil_dist.methods.base import ClosedFormMethod
 from avcil_dist.models.encoders.adapters import merge_adapters
 from avcil_dist.models.network import Network
 from avcil_dist.scenario import Scenario
-from avcil_dist.streams.artifact import StepArtifact, save_artifact
+from avcil_dist.streams.artifact import StepArtifact, load_model, save_artifact
 from avcil_dist.streams.compat import load_previous
 from avcil_dist.streams.metrics import (
     MemoryUse,
@@ -61,6 +62,7 @@ from avcil_dist.training.fault_log import FaultLog
 from avcil_dist.training.incremental_step import Step, make_step
 from avcil_dist.training.inference_pass import InferencePass
 from avcil_dist.training.memory_use import memory_use
+from avcil_dist.training.node_tensors import load_on_node
 from avcil_dist.training.observer import Observer, ObserverList
 from avcil_dist.training.preflight import check_enough_clips
 from avcil_dist.training.snapshot import SnapshotManager
@@ -133,7 +135,7 @@ def step_in_group(
     observer.message(f"device: {device_name(device)}; ranks: {world.size}; threads: {torch.get_num_threads()}")
     manifest = load_data(config.data)
     scenario = scenario_of(config, manifest)
-    previous = load_previous(config, manifest, number)
+    previous = _load_previous(config, manifest, number, world)
     _check_shards(manifest, scenario, number, shard_check)
     manifest = arrived(manifest, scenario, config.scenario, number)
     step = make_step(config, manifest, scenario, number, previous, world=world, device=device)
@@ -141,13 +143,15 @@ def step_in_group(
     sampler = training_sampler(step, memory)
     inference = step.inference(_clip_cache(step, sampler, observer), FaultLog(observer, number).add)
     student, teacher = build_networks(step, previous, inference)
+    if previous:
+        previous = replace(previous, model={})  # the networks have copies of the weights
     weights = _pretrained_weights(step, previous)
     snapshots = SnapshotManager(step)
     _begin_training(step, student, sampler, inference)
     if step.has_training:
         forms = whole_forms(student)
         best = Trainer(step, teacher, inference, sampler, snapshots, observer, stop).train(student)
-        model = _committed_weights(step, gather_whole(best.parts, forms, device), inference)
+        model = _committed_weights(step, gather_whole(best.parts, forms, device, world), inference)
         student = network_of_state(step, model)
     else:
         observer.begin(number, 0, 0, 0)
@@ -178,6 +182,14 @@ def step_in_group(
     observer.message(_last_line(artifact))
     snapshots.discard()
     return artifact
+
+
+def _load_previous(config: Config, manifest: Manifest, number: int, world: World) -> StepArtifact | None:
+    """The artifact that the step starts from, its weights once in the memory of each node; None at step 0."""
+    previous = load_previous(config, manifest, number)
+    if previous is None:
+        return None
+    return replace(previous, model=load_on_node(partial(load_model, stream_url(config), previous.step), world))
 
 
 def _pretrained_weights(step: Step, previous: StepArtifact | None) -> Mapping[str, str]:

@@ -1,8 +1,7 @@
 """Weights of a network on the ranks: whole, or as the parts that each rank holds."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,19 +11,13 @@ from avcil_dist.models.network import Network
 from avcil_dist.streams.tensor_parts import Parts, cut, flat_view, part_key, split_key
 from avcil_dist.training.collectives import gather_json
 from avcil_dist.training.deepspeed_private import is_partitioned, partition
+from avcil_dist.training.node_tensors import Form, node_tensors
 from avcil_dist.world import World
-
-
-class Form(NamedTuple):
-    """Shape and type of a whole tensor."""
-
-    shape: torch.Size
-    dtype: torch.dtype
 
 
 def whole_forms(network: Network) -> dict[str, Form]:
     """Return the forms of a network's weights and buffers, which must not be partitioned, by name."""
-    return {name: Form(value.shape, value.dtype) for name, value in network.state_dict().items()}
+    return {name: Form.of(value) for name, value in network.state_dict().items()}
 
 
 def whole_state(network: Network) -> dict[str, Tensor]:
@@ -81,12 +74,12 @@ def to_host(parts: Parts) -> dict[str, Tensor]:
     return begin_copy(parts)()
 
 
-def gather_whole(parts: Parts, forms: dict[str, Form], device: torch.device) -> dict[str, Tensor]:
-    """Return the whole tensors of all ranks' `parts`, in host memory, on every rank.
+def gather_whole(parts: Parts, forms: Mapping[str, Form], device: torch.device, world: World) -> dict[str, Tensor]:
+    """Return the whole tensors of all ranks' `parts`, in host memory that the ranks of a node share: not to be changed.
 
-    They are sent one part at a time through `device`, so no rank has more than the whole and one part.
+    They are sent one part at a time through `device`, so no rank has more than one part beside them.
     """
-    state = {name: torch.empty(form.shape, dtype=form.dtype) for name, form in forms.items()}
+    state, is_own = node_tensors(forms, world)
     listed: list[list[tuple[str, int]]] = gather_json([(key, len(value)) for key, value in parts.items()])
     for rank, entries in enumerate(listed):
         for key, count in entries:
@@ -94,13 +87,14 @@ def gather_whole(parts: Parts, forms: dict[str, Form], device: torch.device) -> 
             place = flat_view(state[name])[start : start + count]
             if not count:
                 continue
-            if dist.get_world_size() == 1:
+            if world.size == 1:
                 place.copy_(parts[key])
                 continue
-            sent = parts[key] if rank == dist.get_rank() else place
-            buffer = sent.to(device)
-            dist.broadcast(buffer, src=rank)
-            place.copy_(buffer)
+            sent = parts[key].to(device) if rank == world.rank else place.new_empty(count, device=device)
+            dist.broadcast(sent, src=rank)
+            if is_own:
+                place.copy_(sent)
+    gather_json(None)  # until then they are not whole
     return state
 
 

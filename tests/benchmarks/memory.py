@@ -98,8 +98,8 @@ def measure_copies(world: World, dim: int, depth: int, folder: str) -> tuple[lis
     empty = pss()
     best = whole_state(network)
     with_best = pss()
-    written = {name: value.clone() for name, value in whole_state(network).items()}
-    data = safetensors.torch.save(written)
+    written = whole_state(network)
+    data = safetensors.torch.save(written) if world.is_main else b""
     with_snapshot = pss()
     del written, data
     whole = {name: value.clone() for name, value in best.items()}

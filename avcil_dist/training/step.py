@@ -143,15 +143,12 @@ def step_in_group(
     sampler = training_sampler(step, memory)
     inference = step.inference(_clip_cache(step, sampler, observer), FaultLog(observer, number).add)
     student, teacher = build_networks(step, previous, inference)
-    if previous:
-        previous = replace(previous, model={})  # the networks have copies of the weights
+    previous = previous and replace(previous, model={})  # the networks have copies of the weights
     weights = _pretrained_weights(step, previous)
     snapshots = SnapshotManager(step)
     _begin_training(step, student, sampler, inference)
     if step.has_training:
-        forms = whole_forms(student)
-        best = Trainer(step, teacher, inference, sampler, snapshots, observer, stop).train(student)
-        model = _committed_weights(step, gather_whole(best.parts, forms, device, world), inference)
+        best, model = _train(Trainer(step, teacher, inference, sampler, snapshots, observer, stop), student)
         student = network_of_state(step, model)
     else:
         observer.begin(number, 0, 0, 0)
@@ -210,6 +207,14 @@ def _begin_training(step: Step, student: Network, sampler: TrainingSampler, infe
     if step.has_training:
         counts = sampler.expected_counts(step.scenario.labels, step.context.num_seen)
         step.method.begin_training(torch.from_numpy(counts), sampler.batches_per_epoch)
+
+
+def _train(trainer: Trainer, student: Network) -> tuple[BestEpoch, dict[str, Tensor]]:
+    """Train the student. Returns the best epoch and the weights that the step commits, shared by a node's ranks."""
+    step, forms = trainer.step, whole_forms(student)
+    best = trainer.train(student)
+    weights = gather_whole(best.parts, forms, step.device, step.world)
+    return best, _committed_weights(step, weights, trainer.inference)
 
 
 def _committed_weights(step: Step, best: dict[str, Tensor], inference: InferencePass) -> dict[str, Tensor]:

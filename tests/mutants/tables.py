@@ -81,7 +81,7 @@ EQUIVALENT = {
         "(alphas.log() - previous.log()).abs().max() <= CONVERGED",
     ): "no change is the limit to the last digit",
     ("methods/kernel", "zip(*self._collected", "True -> False"): "each entry is a pair",
-    ("data/plan", "np.where(shifted > count", "shifted > count -> shifted >= count"): "count is reflected to itself",
+    ("data/plan", "where=shifted > count", "shifted > count -> shifted >= count"): "count is reflected to itself",
     ("data/plan", "range(1, global_batch + 1)", "1 -> 2"): "of the end: no batch is divided by the next number",
     (
         "data/plan",

@@ -17,8 +17,10 @@ from avcil_dist.system.accelerator import name_accelerator
 from avcil_dist.system.process_start import starting_process
 from avcil_dist.system.signals import shielding
 
-# Optimizers need `torch._dynamo`, and the sender of rank 0 the store of a sqlite database.
+# `avcil_dist.tracking` sets what MLflow reads when DeepSpeed imports it. Optimizers need `torch._dynamo`, and the
+# sender of rank 0 the store of a sqlite database.
 PRELOADED = [
+    "avcil_dist.tracking",
     "torch",
     "torch._dynamo",
     "deepspeed",

@@ -8,6 +8,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from launch.fork_server import PRELOADED
+
 SCRIPT = """\
 import os, signal, sys, threading, time
 from multiprocessing import forkserver
@@ -32,3 +34,7 @@ def test_the_server_starts_before_torch_is_imported_and_ends_with_the_command_at
     assert ended.returncode == -signal.SIGINT
     assert ended.stderr.count("KeyboardInterrupt") == 1  # of the command alone
     assert not psutil.pid_exists(int(server)) or psutil.Process(int(server)).status() == psutil.STATUS_ZOMBIE
+
+
+def test_what_mlflow_reads_is_set_before_any_package_can_import_it() -> None:
+    assert PRELOADED[0] == "avcil_dist.tracking"

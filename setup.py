@@ -14,7 +14,8 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "avcil_dist" / "__init__.py").read_text(), re.MULTILINE)[1]
 
 REQUIRED = [
-    "torch>=2.14.1,<3",  # tensors, autograd, process groups
+    # tensors, autograd, process groups; torchaudio is built for CUDA 13.0, as torch is up to here, and refuses others
+    "torch>=2.14.1,<2.15",
     "torchvision>=0.29.1,<1",  # picture transforms
     "torchaudio>=2.11.0,<3",  # resampling, Kaldi filterbank
     "deepspeed>=0.19.8,<0.20",  # ZeRO, the training engine

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, cast
 
 import click
 
-from launch.cli.output import echo
+from launch.cli.output import echo, echo_progress
 
 if TYPE_CHECKING:
     from launch.export import Format
@@ -46,6 +46,8 @@ def export(
     from launch.prediction import ModelRequest
 
     request = ModelRequest(model, step=step, manifest=manifest, uri=uri, device="cpu")
+    if kind == "onnx":
+        echo_progress("writing the graph, and comparing it with the network (large encoders take minutes)")
     done = export_model(request, cast("Format", kind), output, licence)
     echo(f"wrote {output}: step {done.step}, {done.num_classes} classes, {done.size / 1e6:.1f} MB")
     if done.difference is not None:

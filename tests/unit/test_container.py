@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,31 @@ def test_images_have_the_tested_versions_and_all_that_the_package_is_made_of() -
         assert extras in text
 
 
-def test_the_workflow_runs_the_fast_tests() -> None:
+def test_the_workflow_runs_the_fast_tests_with_the_lowest_and_the_newest_versions() -> None:
     workflow = yaml.safe_load((PROJECT / ".github" / "workflows" / "tests.yml").read_text())
-    assert "bash launch/test.sh -m fast" in [step.get("run") for step in workflow["jobs"]["fast"]["steps"]]
+    jobs = workflow["jobs"]
+    versions = {name: job.get("env") for name, job in jobs.items()}
+    assert versions == {"lowest": None, "newest": {"AVCIL_VERSIONS": "newest"}}
+    for job in jobs.values():
+        assert "bash launch/test.sh -m fast" in [step.get("run") for step in job["steps"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("versions", "wanted"), [(None, "--constraint"), ("tested", "--constraint"), ("newest", "--upgrade"), ("old", None)]
+)
+def test_the_environment_has_the_versions_that_are_wanted(
+    versions: str | None, wanted: str | None, tmp_path: Path
+) -> None:
+    python = tmp_path / ".venv" / "bin" / "python"
+    (tmp_path / "launch").mkdir()
+    python.parent.mkdir(parents=True)
+    for name in ("launch/environment.sh", "setup.py", "constraints.txt"):
+        (tmp_path / name).write_text((PROJECT / name).read_text())
+    python.write_text('#!/bin/sh\necho "$@"\n')
+    python.chmod(0o700)
+    environment = {"PATH": "/usr/bin:/bin"} | ({"AVCIL_VERSIONS": versions} if versions else {})
+    script = f". {tmp_path}/launch/environment.sh; ensure_environment '[test]'"
+    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == (0 if wanted else 2), done.stderr
+    assert (wanted or "give tested or newest") in done.stdout + done.stderr

@@ -125,6 +125,9 @@ def test_a_stream_of_features_predicts_files_with_the_encoders_that_made_them(
     listing = tmp_path / "list.csv"
     listing.write_text("path\n" + "".join(f"{file}\n" for file in sorted(folder.iterdir())))
     check(predicted(stream, listing), wanted)
+    result = avcil("export", stream, "--output", tmp_path / "export")
+    assert result.exit_code == 0, result.output
+    check(predicted(tmp_path / "export", folder), wanted)
 
 
 def test_other_weights_than_those_of_the_features_are_refused(features: Manifest, folder: Path, tmp_path: Path) -> None:

@@ -61,7 +61,8 @@ def _all_reduce(cluster: str, of_cluster: list[str], output: str) -> "Finding":
 
     resources = load_cluster(cluster, of_cluster)
     work = plan_check(resources, output)
-    echo(f"{work.folder}: a job of {resources.nodes} nodes measures all-reduce; Ctrl-C ends the waiting", err=True)
+    nodes = f"{resources.nodes} node{'s' * (resources.nodes > 1)}"
+    echo(f"{work.folder}: a job of {nodes} measures all-reduce; Ctrl-C ends the waiting", err=True)
     try:
         return check_cluster(resources, work, lambda: None)
     except KeyboardInterrupt:

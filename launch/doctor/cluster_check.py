@@ -76,7 +76,12 @@ def check_cluster(cluster: ClusterConfig, work: PartJobs, on_wait: Callable[[], 
         if (failures and work.code_file(failures[0][0]).exists()) or time.monotonic() > deadline:
             reason = failures[0][1] if failures else "it wrote no result"
             remedy = f"see {work.log('part_1')}"
-            return Finding("all-reduce", "fault", f"the job of {cluster.nodes} nodes failed: {reason}", remedy)
+            return Finding(
+                "all-reduce",
+                "fault",
+                f"the job of {cluster.nodes} node{'s' * (cluster.nodes > 1)} failed: {reason}",
+                remedy,
+            )
         time.sleep(0.5)
     measured = storage.read_json(str(result), Measured, "a measured all-reduce", fault=SchedulerError)
     return findings.all_reduce(measured.ranks, measured.hosts, measured.backend, bus_rates(measured))

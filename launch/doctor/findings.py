@@ -120,6 +120,10 @@ def clock(server: str, skew: float | None) -> Finding:
 
 def all_reduce(ranks: int, hosts: int, backend: str, rates: Sequence[tuple[int, float]]) -> Finding:
     """Judge a measured all-reduce: (bytes, bytes per second of the bus) by size."""
+    if ranks == 1:
+        more = "cluster.nodes, cluster.gpus_per_node or cluster.tasks_per_node make more"
+        fact = f"one rank starts ({backend}), so nothing is sent; {more}"
+        return Finding("all-reduce", "note", fact)
     shown = ", ".join(f"{in_words(size)}: {in_words(int(rate))}/s" for size, rate in rates)
     fact = f"{ranks} ranks on {hosts} node{'s' if hosts > 1 else ''}, {backend}; {shown}"
     fastest = max((rate for _, rate in rates), default=0.0)

@@ -45,6 +45,7 @@ GB = 1 << 30
         (findings.all_reduce(8, 2, "nccl", [(1 << 28, 20e9)]), "ok"),
         (findings.all_reduce(8, 2, "nccl", [(1 << 28, 2e8)]), "fault"),
         (findings.all_reduce(8, 2, "gloo", [(1 << 28, 2e8)]), "ok"),
+        (findings.all_reduce(1, 1, "gloo", [(1 << 28, 0.0)]), "note"),
     ],
 )
 def test_facts_are_judged(finding: Finding, state: str) -> None:

@@ -91,6 +91,7 @@ class SnapshotManager:
         self.step = step
         self.folder = snapshots_url(step.config, step.number)
         self._is_begun = False
+        self._writer = BackgroundWriter(lambda value: self.votes.gather_json(value))  # the group is made when used
         self._iteration, self._saved_at = 0, time.monotonic()
         self._started, self._earlier_seconds = self._saved_at, 0.0
 
@@ -98,10 +99,6 @@ class SnapshotManager:
     def votes(self) -> Votes:
         """Decisions that any rank can take for all."""
         return Votes(self.step.config.engine.timeout_minutes)
-
-    @cached_property
-    def _writer(self) -> BackgroundWriter:
-        return BackgroundWriter(self.votes.gather_json)
 
     @property
     def seconds(self) -> float:

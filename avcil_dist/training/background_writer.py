@@ -1,4 +1,4 @@
-"""Commits of folders in the background, while training goes on."""
+"""Commits of folders in the background, while training continues."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor

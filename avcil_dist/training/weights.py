@@ -52,7 +52,7 @@ def weight_parts(network: Network, world: World) -> dict[str, Tensor]:
 def begin_copy(parts: Parts) -> Callable[[], dict[str, Tensor]]:
     """Begin a copy of `parts` to host memory; the returned function waits for it and returns it.
 
-    From a GPU the copy runs in the order of its stream: training may continue at once, and does not change what is copied.
+    From a GPU the copy runs in the order of its stream: training may continue, and does not change what is copied.
     """
     on_gpu = any(value.is_cuda for value in parts.values())
     copies = {

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -121,7 +122,9 @@ def _prefetched(batches: Iterator[Batch], device: torch.device) -> Iterator[Batc
             batch = next(batches, None)
             return batch and batch.to(device), stream.record_event()
 
-    thread = ThreadPoolExecutor(1, thread_name_prefix="ahead")
+    # on a processor: with a second team of OpenMP threads, both put theirs to sleep after each operation
+    alone: dict[str, Any] = {} if stream else {"initializer": torch.set_num_threads, "initargs": (1,)}
+    thread = ThreadPoolExecutor(1, thread_name_prefix="ahead", **alone)
     try:
         coming = thread.submit(load_next)
         while True:

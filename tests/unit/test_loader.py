@@ -1,8 +1,10 @@
 import io
 import itertools
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 from avcil_dist import storage
 from avcil_dist.config.optim import OptimConfig
 from avcil_dist.config.schema import ClipConfig, DataConfig
+from avcil_dist.data import loader
 from avcil_dist.data.batch import Batch
 from avcil_dist.data.loader import load_batches
 from avcil_dist.data.manifest import Manifest, load_manifest
@@ -260,3 +263,16 @@ def test_clips_are_read_from_any_filesystem(features: Manifest, tmp_path: Path) 
     assert far.valid.tolist() == [True, False]
     assert re.search(r"memory:/.*clip train-000-00004: missing", far.faults[0])
     storage.remove_tree(root)
+
+
+def test_the_thread_that_reads_ahead_has_one_thread_of_torch_and_leaves_those_of_training() -> None:
+    def batches() -> Iterator[Any]:
+        yield torch.get_num_threads()
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert list(loader._prefetched(batches(), torch.device("cpu"))) == [1]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -122,9 +121,9 @@ def _prefetched(batches: Iterator[Batch], device: torch.device) -> Iterator[Batc
             batch = next(batches, None)
             return batch and batch.to(device), stream.record_event()
 
-    # on a processor: with a second team of OpenMP threads, both put theirs to sleep after each operation
-    alone: dict[str, Any] = {} if stream else {"initializer": torch.set_num_threads, "initargs": (1,)}
-    thread = ThreadPoolExecutor(1, thread_name_prefix="ahead", **alone)
+    thread = ThreadPoolExecutor(1, thread_name_prefix="ahead")
+    if stream is None:
+        _limit_to_one_thread(thread)
     try:
         coming = thread.submit(load_next)
         while True:
@@ -137,6 +136,21 @@ def _prefetched(batches: Iterator[Batch], device: torch.device) -> Iterator[Batc
             yield batch
     finally:
         thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _limit_to_one_thread(executor: ThreadPoolExecutor) -> None:
+    """Let the executor's only thread compute without others.
+
+    With two teams of OpenMP threads, more than there are cores, libgomp puts both to sleep after each operation.
+    """
+
+    def limit() -> None:
+        torch.get_num_threads()  # its first use in a thread sets the number of new threads
+        torch.set_num_threads(1)
+
+    own = torch.get_num_threads()
+    executor.submit(limit).result()
+    torch.set_num_threads(own)  # also the number of new threads, which is the last one that any thread set
 
 
 @cache

@@ -31,11 +31,8 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 MemberName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$", max_length=100)]
 
 
-class ShardSummary(BaseModel):
-    """A shard as a manifest's JSON has it: without its clips, which are rows of a clip table.
-
-    `members`: the names of the members of each clip. `regions`: whether the regions of its clips are listed.
-    """
+class _ShardFields(BaseModel):
+    """Fields of a shard in each of its forms as JSON."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -45,25 +42,25 @@ class ShardSummary(BaseModel):
     count: Size
     bytes: Size
     sha256: Sha256
+
+
+class ShardSummary(_ShardFields):
+    """A shard as a manifest's JSON has it: without its clips, which are rows of a clip table.
+
+    `members`: the names of the members of each clip. `regions`: whether the regions of its clips are listed.
+    """
+
     members: tuple[MemberName, ...] = Field(max_length=100)
     regions: bool = False
 
 
-class ShardRecord(BaseModel):
+class ShardRecord(_ShardFields):
     """A shard with its clips as JSON has it: in the result of a job of a build, and in manifests of format 1.
 
     `members`: offsets and sizes of each member, one of each per clip. `regions`: the part of the central square of the
     picture that makes the sound, per clip, of a data set with such regions.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    url: Annotated[str, Field(min_length=1, max_length=4096)]
-    class_name: ClassName = Field(alias="class")
-    split: Split
-    count: Size
-    bytes: Size
-    sha256: Sha256
     keys: list[str]  # `Shard.check` checks them all at once
     members: dict[MemberName, tuple[list[Size], list[Size]]]
     regions: list[Region | None] | None = None

@@ -8,6 +8,7 @@ to the booster.
 
 from typing import Annotated
 
+import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor
 from torch.nn import functional as F
@@ -32,7 +33,7 @@ class Foster(Method):
         beta_boosting: Share = Field(0.97, description="β of the class weights w in the cross-entropy of F")
         beta_compression: Share = Field(0.97, description="β of the class weights in the distillation of F")
 
-    _counts: Tensor | None = None
+    _weights: Tensor | None = None  # (2, C), for boosting and for compression
 
     @property
     def needs(self) -> Needs:
@@ -40,26 +41,26 @@ class Foster(Method):
         return Needs(teacher=True, memory="join", selection="herding", network_spec=NetworkSpec(booster=True))
 
     def begin_training(self, expected_counts: Tensor, num_batches: int) -> None:
-        """Keep the clips of each class in an epoch."""
-        self._counts = expected_counts * num_batches
+        """Keep the class weights for the clips of each class in an epoch."""
+        counts, options = expected_counts * num_batches, self.options
+        betas = options.beta_boosting, options.beta_compression
+        self._weights = torch.stack([class_weights(counts, beta) for beta in betas]).float()
 
     def loss(self, targets: Targets, output: Output, teacher: Output | None) -> dict[str, Tensor]:
         """Return CE_all at step 0, afterwards the losses of booster and network."""
         if teacher is None:
             return {"loss": cross_entropy(output.logits, targets.labels)}
         assert output.auxiliary is not None
+        assert self._weights is not None
+        self._weights = self._weights.to(output.logits.device)
+        for_boosting, for_compression = self._weights
         options, old = self.options, self.context.num_old
         residual, own = output.auxiliary.chunk(2, dim=1)
         boosted = residual + F.pad(teacher.logits.detach(), (0, self.context.num_seen - old))
-        aligned = cross_entropy(boosted / self._weights(options.beta_boosting, boosted), targets.labels)
+        aligned = cross_entropy(boosted / for_boosting, targets.labels)
         enhancement = cross_entropy(own, targets.labels)
         distillation = soft_cross_entropy(boosted[:, :old], teacher.logits, options.distillation_temperature)
-        compression = balanced_distillation(
-            output.logits,
-            boosted,
-            self._weights(options.beta_compression, boosted),
-            options.distillation_temperature,
-        )
+        compression = balanced_distillation(output.logits, boosted, for_compression, options.distillation_temperature)
         return {
             "loss": aligned + enhancement + options.lambda_distillation * distillation + compression,
             "boosting": aligned,
@@ -67,10 +68,6 @@ class Foster(Method):
             "distillation": distillation,
             "compression": compression,
         }
-
-    def _weights(self, beta: float, like: Tensor) -> Tensor:
-        assert self._counts is not None
-        return class_weights(self._counts, beta).to(like)
 
 
 def class_weights(counts: Tensor, beta: float) -> Tensor:

@@ -197,7 +197,8 @@ def test_a_cache_of_a_twentieth_reads_each_shard_about_once_an_epoch(s3: str, tm
     epochs = 3
     held: list[int] = []
     batches = []
-    for batch in training_batches(url, epochs=epochs, batch=8, shuffle_window=4, prefetch_shards=1, **settings):
+    # a window of 3 needs at most 10 shards at a time, which fit; a window of 4 needs 12 twice
+    for batch in training_batches(url, epochs=epochs, batch=8, shuffle_window=3, prefetch_shards=1, **settings):
         folder = tmp_path / "cache" / OWN_FOLDER
         with FileLock(folder / LOCKS / "room.lock"):  # nothing comes or goes while they are counted
             held.append(len(list(folder.glob("*.tar"))))
@@ -211,8 +212,7 @@ def test_a_cache_of_a_twentieth_reads_each_shard_about_once_an_epoch(s3: str, tm
     assert max(held) > 0
     assert max(held) * min(shard.bytes for shard in manifest.shards) <= 0.05 * stored_bytes
     assert reads <= 1.1
-    # a thread that gets no processor for a moment may still hold the shard that should make room
-    assert counts["cache_full"] <= 0.02 * counts["cache_misses"]
+    assert counts["cache_full"] == 0
     visual, _, valid = rows(batches)
     assert valid.all()
     expected = rows(clips_in_order(f"{tmp_path}/many/manifest.json"))[0]

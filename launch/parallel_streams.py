@@ -48,12 +48,19 @@ def share_cores(cores: Sequence[int], num_lanes: int) -> list[frozenset[int]]:
 
 
 def run_streams(
-    config: str, points: Sequence[GridPoint], lanes: Sequence[MachineLane], ranks: int, announce: Callable[[int], None]
+    config: str,
+    points: Sequence[GridPoint],
+    lanes: Sequence[MachineLane],
+    ranks: int,
+    announce: Callable[[int], None],
+    *,
+    smoke: bool = False,
 ) -> list[str]:
     """Run the streams, in their order, one at a time in each lane. Returns their folders.
 
-    `announce` is called with a stream's position as it starts. Raises TrainingError when one fails, after the others
-    have stopped with a snapshot, and StepStopped and KeyboardInterrupt as `run_stream` does.
+    `smoke`: the points are smoke runs. `announce` is called with a stream's position as it starts. Raises TrainingError
+    when one fails, after the others have stopped with a snapshot, and StepStopped and KeyboardInterrupt as `run_stream`
+    does.
     """
     waiting = list(range(len(points)))
     running: dict[int, tuple[int, subprocess.Popen[bytes]]] = {}
@@ -64,7 +71,7 @@ def run_streams(
             for lane in free[: len(waiting)]:
                 position = waiting.pop(0)
                 announce(position)
-                running[lane] = position, _start(config, points[position], lanes[lane], ranks)
+                running[lane] = position, _start(config, points[position], lanes[lane], ranks, smoke=smoke)
             time.sleep(POLL_SECONDS)
             for lane, (position, process) in list(running.items()):
                 if (code := process.poll()) is not None:
@@ -77,8 +84,11 @@ def run_streams(
     return folders
 
 
-def _start(config: str, point: GridPoint, lane: MachineLane, ranks: int) -> "subprocess.Popen[bytes]":
+def _start(
+    config: str, point: GridPoint, lane: MachineLane, ranks: int, *, smoke: bool = False
+) -> "subprocess.Popen[bytes]":
     words = [config, *point.overrides, f"name={point.config.name}", "--processes", str(ranks)]
+    words += ["--smoke"] if smoke else []
     environment = os.environ | ({VISIBLE: ",".join(lane.gpus)} if lane.gpus else {})
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, lane.cores)  # the process and its ranks inherit it

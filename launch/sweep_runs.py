@@ -33,9 +33,9 @@ def run_points(
         point = points[position]
         show(f"{position + 1}/{len(points)}  {point.config.stream_name}  {' '.join(point.overrides)}")
 
-    if parallel > 1 and not smoke:  # a few seconds each
+    if parallel > 1:
         ranks = processes or 1
-        return run_streams(config, points, make_lanes(parallel, len(points), ranks), ranks, announce)
+        return run_streams(config, points, make_lanes(parallel, len(points), ranks), ranks, announce, smoke=smoke)
     folders = []
     for position, point in enumerate(points):
         announce(position)

@@ -21,21 +21,49 @@ from avcil_dist.streams.metrics import EpochChoice, StreamMetrics
 # Settings that have a column of their own and are left out of the variant.
 OWN_COLUMNS = ("name", "seed", "method.name", ORDER)
 MEAN: MetricName = "mean_accuracy"
-COLUMNS: dict[str, Callable[[StreamMetrics], float | None]] = {
-    "mean accuracy": lambda metrics: metrics.mean_accuracy,
-    "final accuracy": lambda metrics: metrics.seen_accuracy[-1],
-    "average forgetting": lambda metrics: metrics.average_forgetting,
-    "source-disjoint\nmean accuracy": lambda metrics: (
-        metrics.source_disjoint.mean_accuracy if metrics.source_disjoint else None
+NO_PVALUE = "–"
+NO_RESULT = "published: no result of these benchmarks in published.yaml"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number of a stream: its heading, a short one, and the name under which papers publish it."""
+
+    heading: str
+    short: str
+    value: Callable[[StreamMetrics], float | None]
+    higher_is_better: bool = True
+    published: MetricName | None = None
+
+
+METRICS = {
+    "mean": Metric("mean accuracy", "Mean acc.", lambda m: m.mean_accuracy, published=MEAN),
+    "final": Metric("final accuracy", "Final acc.", lambda m: m.seen_accuracy[-1], published="final_accuracy"),
+    "forgetting": Metric(
+        "average forgetting",
+        "Forgetting",
+        lambda m: m.average_forgetting,
+        higher_is_better=False,
+        published="average_forgetting",
     ),
+    "disjoint": Metric(
+        "source-disjoint\nmean accuracy",
+        "Disjoint acc.",
+        lambda m: m.source_disjoint.mean_accuracy if m.source_disjoint else None,
+    ),
+    "bwt": Metric("backward transfer", "BWT", lambda m: m.backward_transfer),
+    "task_il": Metric("Task-IL accuracy", "Task-IL", lambda m: m.scores.task_il_accuracy if m.scores else None),
+    "top5": Metric("top-5 accuracy", "Top-5", lambda m: m.scores.top5_accuracy if m.scores else None),
+    "map": Metric("macro mAP", "mAP", lambda m: m.scores.mean_average_precision if m.scores else None),
 }
+TABLE_METRICS = ("mean", "final", "forgetting", "disjoint")
 
 
 @dataclass(frozen=True)
 class Row:
     """Streams of one configuration, one per seed and class order.
 
-    `variant`: the settings that differ within its method.
+    `variant`: the settings that differ within its benchmark and method.
     """
 
     variant: str
@@ -67,17 +95,35 @@ def group_by_config(streams: Sequence[StreamReport]) -> list[Row]:
     return [Row(_variant(group[0], streams), tuple(group)) for group in groups.values()]
 
 
-def compared(rows: Sequence[Row], *, significance: bool = False, published: Published | None = None) -> TextTable:
+def metric_numbers(row: Row, name: str) -> Number:
+    """Return one of METRICS over the streams of a row."""
+    return Number.of([METRICS[name].value(stream.metrics) for stream in row.streams])
+
+
+def compared(
+    rows: Sequence[Row],
+    metrics: Sequence[str] = TABLE_METRICS,
+    *,
+    significance: bool = False,
+    published: Published | None = None,
+) -> TextTable:
     """Return the rows as a table. Numbers are %: mean and sample standard deviation over seeds and class orders.
 
+    `metrics` are names of METRICS; those that no stream has are left out.
     `significance` adds, for each row but the best of its benchmark, the p of a paired test against that; `published`
     adds the result of a paper and the difference. Only streams with all steps are compared so.
     """
-    shown = [name for name in COLUMNS if any(COLUMNS[name](s.metrics) is not None for row in rows for s in row.streams)]
+    shown = [name for name in metrics if any(metric_numbers(row, name).count for row in rows)]
     has_orders = any(_order(stream) is not None for row in rows for stream in row.streams)
     epochs = [_selected_epochs(row.streams) for row in rows]
     table = TextTable("Streams (accuracy on test clips, %)", ["benchmark", "method", "variant"], [])
-    table.headings += ["seeds", *(["class orders"] if has_orders else []), "steps", *shown, "memory, MB"]
+    table.headings += [
+        "seeds",
+        *(["class orders"] if has_orders else []),
+        "steps",
+        *(METRICS[name].heading for name in shown),
+    ]
+    table.headings += ["memory, MB"]
     table.headings += ["selected epoch\nof each step"] if any(epochs) else []
     for row, selected in zip(rows, epochs, strict=True):
         table.rows.append(
@@ -88,7 +134,7 @@ def compared(rows: Sequence[Row], *, significance: bool = False, published: Publ
                 _listed(stream.config.seed for stream in row.streams),
                 *([_listed(map(_order, row.streams))] if has_orders else []),
                 _listed(stream.progress for stream in row.streams),
-                *(Number.of([COLUMNS[name](stream.metrics) for stream in row.streams]) for name in shown),
+                *(metric_numbers(row, name) for name in shown),
                 _listed(megabytes(stream.metrics.memory) for stream in row.streams),
                 *([selected or "–"] if any(epochs) else []),
             ]
@@ -96,7 +142,10 @@ def compared(rows: Sequence[Row], *, significance: bool = False, published: Publ
     if any("*" in selected for selected in epochs):
         table.notes.append(TIES_NOTE)
     if significance:
-        _add_significance(table, rows)
+        p_values, note = p_against_best(rows)
+        if p_values:
+            table.add_column("p against the best", [p_values[id(row)] for row in rows])
+        table.notes.append(note)
     if published:
         _add_published(table, rows, published)
     return table
@@ -112,8 +161,11 @@ def spread(fractions: Sequence[float | None]) -> str:
     return Number.of(fractions).text(" ± ")
 
 
-def _add_significance(table: TextTable, rows: Sequence[Row]) -> None:
-    """Add the column of corrected p-values, and the note that states the test."""
+def p_against_best(rows: Sequence[Row]) -> tuple[dict[int, str], str]:
+    """Return the p of each row against the best one of its benchmark, by identity of the row, and a note on the test.
+
+    The best row has the word `best`. Nothing but the note is returned where no row has enough common seeds.
+    """
     best: dict[str, Row] = {}
     for row in rows:
         if row.mean_accuracies:
@@ -124,27 +176,27 @@ def _add_significance(table: TextTable, rows: Sequence[Row]) -> None:
     for row in rows:
         reference = best.get(benchmark_name(row.config), row)
         tests.append(None if row is reference else paired_test(row.mean_accuracies, reference.mean_accuracies))
-    cells: list[Cell] = [""] * len(rows)
+    if all(test is None or test.p_value is None for test in tests):
+        return {}, (
+            f"no p against the best row of a benchmark: the paired test needs {MIN_PAIRS} common seeds with all steps, "
+            f"and there are at most {max((test.pairs for test in tests if test), default=0)}"
+        )
+    shown: dict[int, str] = {}
     for benchmark in dict.fromkeys(benchmark_name(row.config) for row in rows):
         numbers = [number for number, row in enumerate(rows) if benchmark_name(row.config) == benchmark]
         own = [tests[number] for number in numbers]
         for number, test, p in zip(numbers, own, holm([test.p_value if test else None for test in own]), strict=True):
-            cells[number] = "best" if test is None else f"{p:.3f}" if p is not None else _in_common(test.pairs)
-    if all(test is None or test.p_value is None for test in tests):
-        table.notes.append(
-            f"no p against the best row of a benchmark: the paired test needs {MIN_PAIRS} common seeds with all steps, "
-            f"and there are at most {max((test.pairs for test in tests if test), default=0)}"
-        )
-        return
-    table.add_column("p against the best", cells)
-    table.notes.append(
+            shown[id(rows[number])] = (
+                "best" if test is None else f"{p:.3f}" if p is not None else _in_common(test.pairs)
+            )
+    return shown, (
         "p: two-sided paired t-test of the mean accuracies of equal seed and class order against the best row of the "
         f"benchmark, corrected for the number of rows (Holm); it needs {MIN_PAIRS} common seeds"
     )
 
 
 def _in_common(pairs: int) -> str:
-    return f"– ({pairs} seed{'s' * (pairs != 1)})"
+    return f"{NO_PVALUE} ({pairs} seed{'s' * (pairs != 1)})"
 
 
 def _add_published(table: TextTable, rows: Sequence[Row], published: Published) -> None:
@@ -163,7 +215,7 @@ def _add_published(table: TextTable, rows: Sequence[Row], published: Published) 
         differences.append(f"{100 * _mean(row) - result.value:+.1f}" if row.mean_accuracies else "– (steps missing)")
     table.add_column("published mean accuracy", results)
     table.add_column("difference", differences)
-    table.notes += published.sources(used) or ["published: no result of these benchmarks in published.yaml"]
+    table.notes += published.sources(used) or [NO_RESULT]
 
 
 def _mean(row: Row) -> float:
@@ -204,9 +256,14 @@ def _listed(values: Iterable[object]) -> str:
 
 
 def _variant(stream: StreamReport, streams: Sequence[StreamReport]) -> str:
-    """The settings of a stream that differ among the streams of its method."""
+    """The settings of a stream that differ among the streams of its benchmark and method."""
     own = _settings(stream.config)
-    peers = [_settings(other.config) for other in streams if other.config.method.name == stream.config.method.name]
+    place = benchmark_name(stream.config), stream.config.method.name
+    peers = [
+        _settings(other.config)
+        for other in streams
+        if (benchmark_name(other.config), other.config.method.name) == place
+    ]
     return ", ".join(
         f"{key.removeprefix('method.')}={str(value).lower() if isinstance(value, bool) else value}"
         for key, value in own.items()

@@ -1,4 +1,4 @@
-"""Tables in several formats: for a terminal, Markdown, csv, LaTeX (booktabs) and JSON."""
+"""Tables in several formats: for a terminal, Markdown, csv and JSON."""
 
 import csv
 import io
@@ -14,16 +14,8 @@ from rich.console import Console
 from avcil_dist.reporting.tables import WordTable, plain
 from avcil_dist.text.visible import visible
 
-TableFormat = Literal["table", "md", "csv", "latex", "json"]
+TextFormat = Literal["md", "csv", "json"]
 MARKDOWN = re.compile(r"[|`*_<>\[\]\\]")
-LATEX = {
-    "\\": r"\textbackslash{}",
-    "±": r"$\pm$",
-    "–": "--",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    **{letter: f"\\{letter}" for letter in "&%$#_{}"},
-}
 
 
 @dataclass(frozen=True)
@@ -86,9 +78,9 @@ def print_table(table: TextTable, console: Console) -> None:
         console.print(plain(note), soft_wrap=True)
 
 
-def formatted(table: TextTable, kind: TableFormat) -> str:
-    """Return a table as text of a format other than `table`."""
-    return {"md": _markdown, "csv": _csv, "latex": _latex, "json": _json}[kind](table)
+def formatted(table: TextTable, kind: TextFormat) -> str:
+    """Return a table as text of a format."""
+    return {"md": _markdown, "csv": _csv, "json": _json}[kind](table)
 
 
 def _markdown(table: TextTable) -> str:
@@ -116,27 +108,6 @@ def _csv(table: TextTable) -> str:
             cells += [cell.mean, cell.deviation, cell.count] if isinstance(cell, Number) else [cell]
         writer.writerow(cells)
     return text.getvalue().rstrip("\n")
-
-
-def _latex(table: TextTable) -> str:
-    """A tabular for the package booktabs; notes are comments."""
-
-    def line(cells: Sequence[str]) -> str:
-        return " & ".join("".join(LATEX.get(letter, letter) for letter in visible(cell)) for cell in cells) + r" \\"
-
-    columns = "".join("l" if number < NUM_WORDS else "r" for number in range(len(table.headings)))
-    return "\n".join(
-        [
-            *(f"% {visible(note)}" for note in table.notes),
-            rf"\begin{{tabular}}{{{columns}}}",
-            r"\toprule",
-            line(_flat(table.headings)),
-            r"\midrule",
-            *(line(_words(row)) for row in table.rows),
-            r"\bottomrule",
-            r"\end{tabular}",
-        ]
-    )
 
 
 def _json(table: TextTable) -> str:

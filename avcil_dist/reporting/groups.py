@@ -7,6 +7,7 @@ import numpy as np
 
 from avcil_dist.config.compat import result_settings
 from avcil_dist.config.serialization import flatten
+from avcil_dist.config.variant_names import benchmark_name
 from avcil_dist.reporting.charts import Curve
 from avcil_dist.reporting.compare import group_by_config, spread
 from avcil_dist.reporting.confusion import ConfusionView, confusion_view
@@ -21,9 +22,13 @@ Series = Sequence[float | None]
 
 @dataclass(frozen=True)
 class StreamGroup:
-    """Streams of one configuration. `number` selects their colour and mark, `variant` the settings that differ."""
+    """Streams of one configuration. `number` selects their colour and mark, `variant` the settings that differ.
+
+    `benchmark` is empty on a page of one benchmark.
+    """
 
     number: int
+    benchmark: str
     variant: str
     histories: Sequence[StreamHistory]
 
@@ -39,8 +44,8 @@ class StreamGroup:
 
     @property
     def label(self) -> str:
-        """Method and variant as a title."""
-        return f"{self.first.config.method.name} · {self.variant}" if self.variant else self.first.config.method.name
+        """Benchmark, method and variant as a title."""
+        return " · ".join(word for word in (self.benchmark, self.first.config.method.name, self.variant) if word)
 
     @property
     def seeds(self) -> str:
@@ -124,9 +129,17 @@ class StreamGroup:
 
 def make_groups(streams: Sequence[StreamReport]) -> list[StreamGroup]:
     """Group streams by configuration and read their histories. Raises ArtifactError for a damaged step."""
+    rows = group_by_config(streams)
+    benchmarks = [benchmark_name(row.config) for row in rows]
+    has_several = len(set(benchmarks)) > 1
     return [
-        StreamGroup(number, row.variant, [load_history(stream) for stream in row.streams])
-        for number, row in enumerate(group_by_config(streams))
+        StreamGroup(
+            number,
+            benchmarks[number] if has_several else "",
+            row.variant,
+            [load_history(stream) for stream in row.streams],
+        )
+        for number, row in enumerate(rows)
     ]
 
 

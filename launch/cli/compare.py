@@ -12,9 +12,29 @@ from launch.cli.output import echo, echo_once
 FORMATS = ["table", "md", "csv", "latex", "json"]
 
 
+def _metric_names(_: click.Context, __: click.Parameter, text: str | None) -> tuple[str, ...] | None:
+    """Return the names of `--metrics`, checked."""
+    if text is None:
+        return None
+    from avcil_dist.reporting.compare import METRICS
+
+    names = tuple(dict.fromkeys(text.split(",")))
+    unknown = [name for name in names if name not in METRICS]
+    if unknown:
+        raise ConfigError(f"--metrics: {unknown[0]!r} is none of {', '.join(METRICS)}")
+    return names
+
+
 @click.command()
 @click.argument("folders", nargs=-1, required=True, metavar="RUN...")
 @click.option("--format", "kind", type=click.Choice(FORMATS), default="table", show_default=True)
+@click.option(
+    "--metrics",
+    callback=_metric_names,
+    metavar="NAME,NAME...",
+    help="Columns, of: mean, final, forgetting, disjoint, bwt, task_il, top5, map.  "
+    "[default: the first four; latex: mean,forgetting]",
+)
 @click.option("--significance", is_flag=True, help="Paired t-test over seeds against the best row of a benchmark.")
 @click.option("--published", is_flag=True, help="Add published results with their sources, and the difference.")
 @click.option(
@@ -27,6 +47,7 @@ FORMATS = ["table", "md", "csv", "latex", "json"]
 def compare(
     folders: tuple[str, ...],
     kind: str,
+    metrics: tuple[str, ...] | None,
     significance: bool,
     published: bool,
     paired: bool,
@@ -40,10 +61,13 @@ def compare(
     interval by bootstrap over source videos, and McNemar's exact test. There RUN may also be a file that `avcil eval
     --predictions` wrote, .csv or .npz: nothing is predicted then.
 
+    --format latex is the table of a paper (booktabs): methods below one another, benchmarks and metrics side by side,
+    the best in bold; `joint` and published results are set apart.
+
     \b
     Examples:
       avcil compare runs --significance --published
-      avcil compare runs --format latex > table.tex
+      avcil compare runs --format latex --metrics mean,final > table.tex
       avcil compare runs/demo-avcil-seed0 runs/demo-finetune-seed0 --paired
       avcil compare avcil.csv finetune.csv --paired
     """
@@ -52,17 +76,23 @@ def compare(
         return
     from rich.console import Console
 
-    from avcil_dist.reporting.compare import compared, group_by_config
-    from avcil_dist.reporting.formats import TableFormat, formatted, print_table
+    from avcil_dist.reporting.compare import TABLE_METRICS, compared, group_by_config
+    from avcil_dist.reporting.formats import TextFormat, formatted, print_table
     from avcil_dist.reporting.published import load_published
     from avcil_dist.reporting.report import load_streams
 
     results = load_published() if published else None
-    table = compared(group_by_config(load_streams(folders)), significance=significance, published=results)
+    rows = group_by_config(load_streams(folders))
+    if kind == "latex":
+        from avcil_dist.reporting.latex import DEFAULT_METRICS, latex_table
+
+        echo(latex_table(rows, metrics or DEFAULT_METRICS, significance=significance, published=results))
+        return
+    table = compared(rows, metrics or TABLE_METRICS, significance=significance, published=results)
     if kind == "table":
         print_table(table, Console())
     else:
-        echo(formatted(table, cast(TableFormat, kind)))
+        echo(formatted(table, cast(TextFormat, kind)))
 
 
 def _compare_paired(folders: tuple[str, ...], seed: int, *, modality: str | None, **clips: Any) -> None:

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from avcil_dist.config.loader import SEARCH_PATH
 from avcil_dist.config.variant_names import benchmark_name
 from avcil_dist.errors import ConfigError
 from avcil_dist.reporting.compare import compared, group_by_config, spread
-from avcil_dist.reporting.formats import TableFormat, formatted, print_table
+from avcil_dist.reporting.formats import TextFormat, formatted, print_table
+from avcil_dist.reporting.latex import DEFAULT_METRICS, latex_table
 from avcil_dist.reporting.published import Paper, Published, Result, load_published
 from avcil_dist.reporting.report import StreamReport
 from avcil_dist.reporting.significance import paired_test
@@ -43,7 +45,7 @@ def printed(streams: list[StreamReport], width: int = 200, **options: Any) -> st
     return text.getvalue()
 
 
-def as_format(kind: TableFormat, streams: list[StreamReport], **options: Any) -> str:
+def as_format(kind: TextFormat, streams: list[StreamReport], **options: Any) -> str:
     return formatted(compared(group_by_config(streams), **options), kind)
 
 
@@ -170,11 +172,66 @@ def test_numbers_of_csv_and_json_are_fractions_with_their_count() -> None:
     assert rows[1]["mean accuracy"]["deviation"] is None
 
 
-def test_words_are_escaped_in_latex_and_markdown() -> None:
-    latex = as_format("latex", STREAMS)
-    assert r"a\_b & joint" in latex
-    assert r"60.0 $\pm$ 14.1" in latex
-    assert {line.count("&") - line.count(r"\&") for line in latex.splitlines() if line.endswith(r"\\")} == {7}
+def as_latex(streams: list[StreamReport], metrics: Sequence[str] = DEFAULT_METRICS, **options: Any) -> list[str]:
+    return latex_table(group_by_config(streams), metrics, **options).splitlines()
+
+
+def test_the_latex_table_is_that_of_a_paper() -> None:
+    def two(method: str, name: str, *accuracies: float) -> list[StreamReport]:
+        words = ("scenario.classes_per_step=[1]", f"method={method}", f"name={name}")
+        return [stream(value, *words, f"seed={seed}") for seed, value in enumerate(accuracies)]
+
+    streams = [
+        *two("finetune", "ave_ci", 0.5, 0.7),
+        *two("lwf", "ave_ci", 0.6, 0.6),  # the same mean as it is shown: both are in bold
+        *two("joint", "ave_ci", 0.9, 0.9),
+        *two("finetune", "b_2", 0.25),
+    ]
+    unfinished = replace(stream(0.99, "method=ssil", "name=ave_ci"), scenario=Scenario((("a",), ("b",))))
+    lines = as_latex([*streams, unfinished], ["mean"])
+    assert lines[0].endswith("over 1 to 2 streams a row; *: steps are missing, never in bold")
+    assert lines[1:] == [
+        r"\begin{tabular}{lcc}",
+        r"\toprule",
+        r" & \multicolumn{1}{c}{ave\_ci} & \multicolumn{1}{c}{b\_2} \\",
+        r"\cmidrule(lr){2-2} \cmidrule(lr){3-3}",
+        r"Method & Mean acc. $\uparrow$ & Mean acc. $\uparrow$ \\",
+        r"\midrule",
+        r"finetune & \textbf{60.0} $\pm$ 14.1 & 25.0 \\",
+        r"lwf & \textbf{60.0} $\pm$ 0.0 & -- \\",
+        r"ssil & 99.0$^{*}$ & -- \\",
+        r"\midrule",
+        r"joint & 90.0 $\pm$ 0.0 & -- \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+    published = Published(
+        papers={"x": PAPER}, results=(Result(paper="x", benchmark="ave_ci", metric="mean_accuracy", value=70.5),)
+    )
+    with_paper = as_latex(streams, ["mean", "forgetting"], published=published)
+    assert r"X, published & 70.50 & -- & -- & -- \\" in with_paper
+    assert "% X: X: a paper. https://example.org/x" in with_paper
+    with_p = as_latex([*seeds("joint", 0.8, 0.9, 0.7), *seeds("lwf", 0.7, 0.75, 0.65)], ["mean"], significance=True)
+    assert [line for line in with_p if line.startswith(("Method", "joint"))] == [
+        r"Method & Mean acc. $\uparrow$ & $p$ \\",
+        r"joint & 80.0 $\pm$ 10.0 & best \\",
+    ]
+
+
+def test_a_variant_is_that_among_the_streams_of_its_benchmark() -> None:
+    rows = group_by_config([stream(0.5), stream(0.5, "name=other", "optim.epochs=3"), stream(0.5, "optim.epochs=4")])
+    assert [row.variant for row in rows] == ["optim.epochs=10", "", "optim.epochs=4"]
+
+
+def test_the_metrics_of_a_comparison_are_chosen_by_name(tmp_path: Path) -> None:
+    table = compared(group_by_config([stream(0.5)]), ["final", "top5", "mean"])
+    assert [heading for heading in table.headings if "accuracy" in heading] == ["final accuracy", "mean accuracy"]
+    refused = avcil("compare", tmp_path, "--metrics", "mean,foo")
+    assert refused.exit_code == 2
+    assert "--metrics: 'foo' is none of mean, final," in refused.stderr
+
+
+def test_words_are_escaped_in_markdown() -> None:
     assert r"| a\_b | joint |" in as_format("md", STREAMS)
     assert "60.0 ± 14.1" in as_format("md", STREAMS)
 

@@ -31,7 +31,7 @@ def points(tmp_path: Path) -> list[GridPoint]:
 def test_streams_run_in_their_order_until_one_fails(
     points: list[GridPoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int | None
 ) -> None:
-    def start(config: str, point: GridPoint, lane: MachineLane, ranks: int) -> Any:
+    def start(config: str, point: GridPoint, lane: MachineLane, ranks: int, *, smoke: bool) -> Any:
         number = points.index(point)
         code = f"raise SystemExit({7 * (number == failing)})"
         return parallel_streams.subprocess.Popen([sys.executable, "-S", "-c", code])

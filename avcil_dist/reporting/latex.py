@@ -1,0 +1,188 @@
+"""Table of a paper in LaTeX (booktabs): methods × benchmarks and metrics, mean ± standard deviation, the best in bold.
+
+Streams of the method `joint`, which trains on all classes at once, follow below a rule as the upper bound, and
+published results below another one; neither is in bold.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from avcil_dist.config.variant_names import benchmark_name
+from avcil_dist.reporting.compare import METRICS, NO_PVALUE, NO_RESULT, Row, metric_numbers, p_against_best
+from avcil_dist.reporting.formats import Number
+from avcil_dist.reporting.published import Published, Result
+from avcil_dist.text.visible import visible
+
+UPPER_BOUND = "joint"
+DEFAULT_METRICS = ("mean", "forgetting")
+ESCAPES = {
+    "\\": r"\textbackslash{}",
+    "±": r"$\pm$",
+    "–": "--",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    **{letter: f"\\{letter}" for letter in "&%$#_{}"},
+}
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A metric on a benchmark, or the p of its mean accuracy."""
+
+    benchmark: str
+    metric: str | None
+
+    @property
+    def heading(self) -> str:
+        if self.metric is None:
+            return "$p$"
+        metric = METRICS[self.metric]
+        return f"{metric.short} ${'↓↑'[metric.higher_is_better]}$".replace("↑", r"\uparrow").replace("↓", r"\downarrow")
+
+
+def latex_table(
+    rows: Sequence[Row], metrics: Sequence[str], *, significance: bool = False, published: Published | None = None
+) -> str:
+    """Return the rows as a tabular; `metrics` are names of METRICS. What each number is stands in comments above it."""
+    by_label: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        by_label.setdefault(_label(row), {})[benchmark_name(row.config)] = row
+    benchmarks = list(dict.fromkeys(benchmark_name(row.config) for row in rows))
+    p_values, note = p_against_best(rows) if significance else ({}, None)
+    names: list[str | None] = [*metrics, *([None] if p_values else [])]
+    columns = [_Column(benchmark, name) for benchmark in benchmarks for name in names]
+    best = {column: _best(rows, column) for column in columns}
+
+    def cells(found: dict[str, Row]) -> Iterator[str]:
+        for column in columns:
+            row = found.get(column.benchmark)
+            if row is None:
+                yield "--"
+            elif column.metric is None:
+                yield _escaped(p_values.get(id(row), NO_PVALUE))
+            else:
+                yield _cell(metric_numbers(row, column.metric), row, best[column])
+
+    own = {label: found for label, found in by_label.items() if not _is_upper_bound(found)}
+    bound = {label: found for label, found in by_label.items() if _is_upper_bound(found)}
+    results = _results(rows, metrics, published)
+    parts = [
+        *([_line([_escaped(label), *cells(found)]) for label, found in part.items()] for part in (own, bound)),
+        [_line([_escaped(label), *_published_cells(found, columns)]) for label, found in results.items()],
+    ]
+    comments = [_what_numbers_are(rows), *([note] if note else [])]
+    if published:
+        used = [result for found in results.values() for result in found]
+        comments += published.sources(used) or [NO_RESULT]
+    body = "\n\\midrule\n".join("\n".join(part) for part in parts if part)
+    return "\n".join(
+        [
+            *(f"% {visible(comment)}" for comment in comments),
+            rf"\begin{{tabular}}{{l{'c' * len(columns)}}}",
+            r"\toprule",
+            *_head(benchmarks, columns, len(names)),
+            r"\midrule",
+            body,
+            r"\bottomrule",
+            r"\end{tabular}",
+        ]
+    )
+
+
+def _head(benchmarks: Sequence[str], columns: Sequence[_Column], width: int) -> Iterator[str]:
+    """The line of the benchmarks, each above its metrics, and the line of the metrics."""
+    yield _line(["", *(rf"\multicolumn{{{width}}}{{c}}{{{_escaped(name)}}}" for name in benchmarks)])
+    starts = range(2, 2 + len(columns), width)
+    yield " ".join(rf"\cmidrule(lr){{{start}-{start + width - 1}}}" for start in starts)
+    yield _line(["Method", *(column.heading for column in columns)])
+
+
+def _what_numbers_are(rows: Sequence[Row]) -> str:
+    counts = sorted({len(row.streams) for row in rows})
+    several = "" if counts == [1] else f": mean ± sample standard deviation over {_range(counts)} streams a row"
+    missing = "" if all(map(_is_complete, rows)) else "; *: steps are missing, never in bold"
+    return f"\\usepackage{{booktabs}}; % on test clips{several}{missing}"
+
+
+def _range(counts: Sequence[int]) -> str:
+    return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
+
+def _label(row: Row) -> str:
+    method = row.config.method.name
+    return f"{method} ({row.variant})" if row.variant else method
+
+
+def _is_upper_bound(found: dict[str, Row]) -> bool:
+    return all(row.config.method.name == UPPER_BOUND for row in found.values())
+
+
+def _is_complete(row: Row) -> bool:
+    return len(row.mean_accuracies) == len(row.streams)
+
+
+def _best(rows: Sequence[Row], column: _Column) -> float | None:
+    """The best value as it is shown, of the complete rows other than the upper bound; None for fewer than two."""
+    if column.metric is None:
+        return None
+    numbers = [
+        metric_numbers(row, column.metric)
+        for row in rows
+        if benchmark_name(row.config) == column.benchmark
+        and row.config.method.name != UPPER_BOUND
+        and _is_complete(row)
+    ]
+    values = [_shown(number.mean) for number in numbers if number.mean is not None]
+    if len(values) <= 1:  # one alone is not the best of anything
+        return None
+    return max(values) if METRICS[column.metric].higher_is_better else min(values)
+
+
+def _shown(fraction: float) -> float:
+    return round(100 * fraction, 1)
+
+
+def _cell(number: Number, row: Row, best: float | None) -> str:
+    if number.mean is None:
+        return "--"
+    mean, between, deviation = number.text("±").partition("±")
+    complete = _is_complete(row)
+    if best is not None and complete and row.config.method.name != UPPER_BOUND and _shown(number.mean) == best:
+        mean = rf"\textbf{{{mean}}}"
+    return mean.replace("-", "$-$") + (rf" $\pm$ {deviation}" if between else "") + ("" if complete else "$^{*}$")
+
+
+def _results(rows: Sequence[Row], metrics: Sequence[str], published: Published | None) -> dict[str, list[Result]]:
+    """The published results to set below, by label."""
+    found: dict[str, list[Result]] = {}
+    for row in rows if published else ():
+        assert published is not None
+        for name in metrics:
+            metric = METRICS[name].published
+            result = published.match(row.config, metric) if metric else None
+            if result is None:
+                continue
+            words = [result.method, result.modality if result.modality != "both" else None]
+            extra = ", ".join(word for word in words if word)
+            label = f"{published.papers[result.paper].name}{f' ({extra})' if extra else ''}, published"
+            if result not in found.setdefault(label, []):
+                found[label].append(result)
+    return found
+
+
+def _published_cells(results: Sequence[Result], columns: Sequence[_Column]) -> Iterator[str]:
+    values = {(result.benchmark, result.metric): f"{result.value:.2f}".replace("-", "$-$") for result in results}
+    for column in columns:
+        metric = METRICS[column.metric].published if column.metric else None
+        yield values.get((column.benchmark, metric), "--") if metric else "--"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return " & ".join(cells) + r" \\"
+
+
+def _escaped(text: str) -> str:
+    return "".join(ESCAPES.get(letter, letter) for letter in visible(text))

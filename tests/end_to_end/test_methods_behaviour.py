@@ -102,6 +102,13 @@ def test_a_sweep_trains_the_grid_and_compares_it(tmp_path: Path) -> None:
     compared = avcil("compare", tmp_path / "runs")
     assert compared.exit_code == 0
     assert "±" in compared.output
+    smoke = avcil("sweep", path, "method=analytic,ncm", "--smoke", "--parallel", 2)
+    assert smoke.exit_code == 0, smoke.output
+    assert "all steps work" in smoke.output
+    assert {path.name for path in (tmp_path / "runs" / "smoke").glob("*-seed0")} == {
+        "tiny-analytic-seed0",
+        "tiny-ncm-seed0",
+    }
 
 
 def test_eval_of_a_method_with_means_gives_the_committed_accuracy(results: dict[str, StepArtifact]) -> None:

@@ -1,4 +1,4 @@
-# avcil-dist with the tested versions of its requirements; torch brings its own CUDA libraries.
+# avcil-dist with the tested versions of all packages (requirements.lock); torch brings its own CUDA libraries.
 # docker build --tag avcil .        docker run --rm --gpus all -v $PWD:/streams -w /streams avcil train demo
 FROM python:3.11-slim
 
@@ -8,7 +8,8 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 
 COPY . /opt/avcil-dist
-RUN pip install --no-cache-dir --constraint /opt/avcil-dist/constraints.txt \
-    "/opt/avcil-dist[s3,gs,az,hdf5,gpu,tensorboard]"
+RUN python /opt/avcil-dist/launch/lock.py s3,gs,az,hdf5,gpu,tensorboard > /opt/requirements.txt \
+    && pip install --no-cache-dir --require-hashes --no-deps --requirement /opt/requirements.txt \
+    && pip install --no-cache-dir --no-deps /opt/avcil-dist
 
 ENTRYPOINT ["avcil"]

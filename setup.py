@@ -1,7 +1,8 @@
 """Packaging: ranges of versions. Their lower ends, together, are the tested set, which `constraints.txt` pins.
 
-The upper end is the next version that may break its users: for some packages, which this code uses beyond their public
-interface or which break it often, that is the next minor one.
+`requirements.lock` has that set with all that these packages need themselves, and the hashes of the files.
+The upper end of a range is the next version that may break its users: for some packages, which this code uses beyond
+their public interface or which break it often, that is the next minor one.
 """
 
 import re

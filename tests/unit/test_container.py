@@ -95,16 +95,16 @@ def test_jobs_of_this_machine_have_no_container() -> None:
 
 
 def test_images_have_the_tested_versions_and_all_that_the_package_is_made_of() -> None:
-    needed = ["avcil_dist", "configs", "data_shards", "launch", "LICENSE", "README.md", "constraints.txt"]
-    needed += ["pyproject.toml", "setup.py"]
+    needed = ["avcil_dist", "configs", "data_shards", "launch", "LICENSE", "README.md", "pyproject.toml"]
+    needed += ["requirements.lock", "setup.py"]
     definition = (PROJECT / "avcil.def").read_text()
     assert re.findall(r"^    (\S+) /opt/avcil-dist/\1$", definition, re.MULTILINE) == needed
     assert re.findall(r"^!(\S+)$", (PROJECT / ".dockerignore").read_text(), re.MULTILINE) == needed
-    install = "--constraint /opt/avcil-dist/constraints.txt"
-    extras = '"/opt/avcil-dist[s3,gs,az,hdf5,gpu,tensorboard]"'
+    locked = "python /opt/avcil-dist/launch/lock.py s3,gs,az,hdf5,gpu,tensorboard > /opt/requirements.txt"
     for text in (definition, (PROJECT / "Dockerfile").read_text()):
-        assert install in text
-        assert extras in text
+        assert locked in text
+        assert "--require-hashes --no-deps --requirement /opt/requirements.txt" in text
+        assert "--no-deps /opt/avcil-dist" in text
 
 
 def test_the_workflow_runs_the_fast_tests_with_the_lowest_and_the_newest_versions() -> None:
@@ -118,7 +118,8 @@ def test_the_workflow_runs_the_fast_tests_with_the_lowest_and_the_newest_version
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("versions", "wanted"), [(None, "--constraint"), ("tested", "--constraint"), ("newest", "--upgrade"), ("old", None)]
+    ("versions", "wanted"),
+    [(None, "--require-hashes"), ("tested", "--require-hashes"), ("newest", "--upgrade"), ("old", None)],
 )
 def test_the_environment_has_the_versions_that_are_wanted(
     versions: str | None, wanted: str | None, tmp_path: Path
@@ -126,7 +127,7 @@ def test_the_environment_has_the_versions_that_are_wanted(
     python = tmp_path / ".venv" / "bin" / "python"
     (tmp_path / "launch").mkdir()
     python.parent.mkdir(parents=True)
-    for name in ("launch/environment.sh", "setup.py", "constraints.txt"):
+    for name in ("launch/environment.sh", "setup.py", "requirements.lock"):
         (tmp_path / name).write_text((PROJECT / name).read_text())
     python.write_text('#!/bin/sh\necho "$@"\n')
     python.chmod(0o700)

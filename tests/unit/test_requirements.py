@@ -1,8 +1,10 @@
-"""Requirements: each imported package is declared, and the tested set of versions is in the ranges of setup.py."""
+"""Requirements: each imported package is declared; the tested versions are in the ranges of setup.py, and locked."""
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ import setuptools
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+
+from launch.lock import LOCK, entries, part, with_uses
 
 PROJECT = Path(__file__).parents[2]
 OWN = ("avcil_dist", "data_shards", "launch")
@@ -90,3 +94,52 @@ def test_the_tested_set_is_the_lower_end_of_the_ranges(packaging: dict[str, Any]
         version = tested[canonicalize_name(requirement.name)]
         assert f">={version}" in {f"{spec.operator}{Version(spec.version)}" for spec in requirement.specifier}
         assert version in requirement.specifier
+
+
+def locked(text: str) -> dict[str, Requirement]:
+    """The packages of a part of the lock that hold for this Python, by name."""
+    found = [Requirement(line.rstrip(" \\")) for line in text.splitlines() if line[0] not in " #"]
+    return {canonicalize_name(one.name): one for one in found if not one.marker or one.marker.evaluate()}
+
+
+def test_the_lock_has_the_tested_versions_with_hashes_and_the_extras_that_need_them(packaging: dict[str, Any]) -> None:
+    text = LOCK.read_text()
+    tested = dict(line.split("==") for line in (PROJECT / "constraints.txt").read_text().splitlines() if line[0] != "#")
+    for uses, lines in entries(text):
+        first, *hashes = lines.split(" \\\n")
+        assert uses, first
+        assert hashes, first
+        assert all(re.fullmatch(r"    --hash=sha256:[0-9a-f]{64}", line) for line in hashes), first
+    versions = {name: str(one.specifier) for name, one in locked(text).items()}
+    assert {canonicalize_name(name): f"=={version}" for name, version in tested.items()}.items() <= versions.items()
+    extras = packaging["extras_require"]
+    for extra, requirements in {"": [], **extras}.items():
+        needed = names([*packaging["install_requires"], *requirements])
+        assert needed <= locked(part(text, [extra] if extra else [])).keys(), extra
+    with pytest.raises(ValueError, match="no such extra: gone"):
+        part(text, ["s3", "gone"])
+
+
+def test_the_lock_has_all_that_the_locked_packages_need() -> None:
+    """Where the installed version is the locked one, as it is with the lowest versions, on this Python."""
+    found = locked(part(LOCK.read_text(), ["test"]))
+    installed = {canonicalize_name(one.name): one.version for one in metadata.distributions()}
+    for name, locked_one in found.items():
+        if str(locked_one.specifier) != f"=={installed.get(name)}":
+            continue
+        for line in metadata.requires(name) or []:
+            requirement = Requirement(line)
+            if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+                continue
+            [pin] = found[canonicalize_name(requirement.name)].specifier
+            assert requirement.specifier.contains(pin.version, prereleases=True), (name, line)
+
+
+def test_a_condition_that_all_packages_have_is_left_out_of_the_lock() -> None:
+    compiled = (
+        "mkdocs==1 ; python_version < '4' and a == 'b' \\\n    --hash=sha256:0\n"
+        "torch==2.14.1 ; python_version < '4' \\\n    --hash=sha256:1 \\\n    --hash=sha256:2\n"
+    )
+    text = with_uses(compiled, {"base": {"torch"}, "docs": {"torch", "mkdocs"}})
+    assert part(text, []) == "torch==2.14.1 \\\n    --hash=sha256:1 \\\n    --hash=sha256:2\n"
+    assert part(text, ["docs"]).startswith("mkdocs==1 ; python_version < '4' and a == 'b' \\\n")

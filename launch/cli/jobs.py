@@ -78,6 +78,7 @@ def submit(
 def status(run: str) -> None:
     """Show the steps of RUN, a stream's folder: state of the job, nodes, time, progress, accuracy, error.
 
+    A stream that `avcil train` trains has no jobs: its committed steps are shown.
     RUN may also be a folder of streams, such as the output folder of a sweep: each stream below it is one row.
     """
     from rich.console import Console

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from avcil_dist import storage
+from avcil_dist.config.schema import Config
 from avcil_dist.errors import AvcilError, ConfigError, DataError, SchedulerError
 from avcil_dist.streams.snapshots import newest_snapshot
 from avcil_dist.streams.stream import ARTIFACT_FOLDER, next_step
@@ -235,13 +236,22 @@ def _progress(chain: Chain, step: int) -> str:
     return f"{share}{progress.values}".strip() + remaining + (f"  ({age} s ago)" if age > AGE_SECONDS else "")
 
 
-def _continues_from(chain: Chain, step: int) -> int | None:
-    """Return the iteration of the step's newest snapshot; None without one, or without the chain's settings."""
+def newest_iteration(config: Config, step: int) -> int | None:
+    """Return the iteration of the step's newest snapshot; None without one, and where it cannot be read."""
     try:
-        found = newest_snapshot(chain.config(), step)
+        found = newest_snapshot(config, step)
     except (AvcilError, OSError):
         return None
     return found.iteration if found else None
+
+
+def _continues_from(chain: Chain, step: int) -> int | None:
+    """Return the iteration of the step's newest snapshot; None without one, or without the chain's settings."""
+    try:
+        config = chain.config()
+    except (AvcilError, OSError):
+        return None
+    return newest_iteration(config, step)
 
 
 def _failed_step(steps: Sequence[StepStatus]) -> int | None:

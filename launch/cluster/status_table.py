@@ -1,4 +1,4 @@
-"""Tables of the status of chains, readable at 80 columns: one stream with its steps, or all streams of a folder."""
+"""Tables of the status of streams, readable at 80 columns: one with its steps, or all streams of a folder."""
 
 from collections.abc import Sequence
 
@@ -7,10 +7,19 @@ from rich.console import Console
 
 from avcil_dist.errors import AvcilError, ConfigError
 from avcil_dist.reporting.tables import WordTable, plain
-from avcil_dist.streams.summary import committed_steps, load_metrics
+from avcil_dist.streams.summary import committed_folder, committed_steps, load_summary
 from avcil_dist.tracking.delivery import unsent
 from launch.cluster.chain_record import Chain, has_chain, read_chain
-from launch.cluster.status import ChainStatus, StepStatus, chain_status, chain_statuses, log_file, streams_below
+from launch.cluster.status import (
+    ChainStatus,
+    StepStatus,
+    chain_status,
+    chain_statuses,
+    log_file,
+    newest_iteration,
+    streams_below,
+)
+from launch.progress import duration
 
 TAIL_LINES = 8
 FOLDED = ("stream", "state", "nodes", "progress", "seen accuracy")  # columns that become narrower than their text
@@ -25,7 +34,10 @@ def print_status(folder: str, console: Console) -> None:
     """
     streams = streams_below(folder)
     if streams == [folder]:
-        _print_stream(chain_status(folder), console)
+        if has_chain(folder):
+            _print_stream(chain_status(folder), console)
+        else:
+            _print_trained(folder, console)
     elif streams:
         _print_folder(folder, streams, console)
     else:
@@ -42,9 +54,32 @@ def _print_stream(status: ChainStatus, console: Console) -> None:
     for step in status.steps:
         _explain(status.chain, step, console)
     _print_unknown([status], console)
-    reason = unsent(status.stream)
-    if reason and not any(step.is_live for step in status.steps):
-        text = f"not all is uploaded ({reason}); finish with: avcil sync {status.stream}"
+    if not any(step.is_live for step in status.steps):
+        _print_unsent(status.stream, console)
+
+
+def _print_trained(stream: str, console: Console) -> None:
+    """Print a table of the steps of a stream that a command trains, without jobs."""
+    committed = committed_steps(stream)
+    summary = load_summary(stream, committed[-1])
+    seconds = {step: committed_folder(stream, step)[1].seconds for step in committed}
+    rows = []
+    for step in range(summary.scenario.num_steps):
+        if step in seconds:
+            accuracy = f"{summary.metrics.seen_accuracy[step]:.1%}"
+            rows.append([str(step), "COMMITTED", duration(seconds[step]), accuracy])
+        else:
+            rows.append([str(step), "NOT HERE" if step < committed[-1] else "NOT COMMITTED", "", ""])
+    _print_table(f"{stream}  (no jobs)", ("step", "state", "time", "seen accuracy"), rows, console)
+    following = committed[-1] + 1
+    if following < summary.scenario.num_steps and (iteration := newest_iteration(summary.config, following)):
+        console.print(plain(f"step {following}: its newest snapshot is that of iteration {iteration}"), soft_wrap=True)
+    _print_unsent(stream, console)
+
+
+def _print_unsent(stream: str, console: Console) -> None:
+    if reason := unsent(stream):
+        text = f"not all is uploaded ({reason}); finish with: avcil sync {stream}"
         console.print(plain(text), soft_wrap=True)
 
 
@@ -67,8 +102,7 @@ def _print_folder(folder: str, streams: Sequence[str], console: Console) -> None
         elif stream in faults:
             rows.append([name, "", "unreadable", "", "", "", ""])
         else:
-            count, accuracy = _committed(stream)
-            rows.append([name, str(count), "no jobs", "", "", "", accuracy])
+            rows.append([name, *_trained(stream)])
     headings = ("stream", "steps", "state", "job", "time", "progress", "seen accuracy")
     _print_table(folder, headings, rows, console)
     for fault in faults.values():
@@ -124,13 +158,17 @@ def _percent(step: StepStatus) -> str:
     return f"{step.seen_accuracy:.1%}" if step.seen_accuracy is not None else ""
 
 
-def _committed(stream: str) -> tuple[int, str]:
-    """Return the number of committed steps, and the seen accuracy after the last of them."""
+def _trained(stream: str) -> list[str]:
+    """Return the cells of a stream without jobs: its committed steps, and the accuracy after the last of them."""
     steps = committed_steps(stream)
     try:
-        return len(steps), f"{load_metrics(stream, steps[-1]).seen_accuracy[-1]:.1%}"
+        summary = load_summary(stream, steps[-1])
     except AvcilError:
-        return len(steps), "damaged"
+        return [str(len(steps)), "no jobs", "", "", "", "damaged"]
+    is_done = steps[-1] + 1 == summary.scenario.num_steps
+    accuracy = f"{summary.metrics.seen_accuracy[-1]:.1%}"
+    count = f"{steps[-1] + 1}/{summary.scenario.num_steps}"
+    return [count, "COMMITTED" if is_done else "no jobs", "", "", "", accuracy]
 
 
 def _explain(chain: Chain, step: StepStatus, console: Console) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -22,6 +23,7 @@ from launch.cluster.resources import ClusterConfig
 from launch.cluster.schedulers.base import JobState
 from launch.cluster.status import chain_status, log_file, log_text, streams_below
 from launch.cluster.status_table import print_status
+from tests.helpers.report_streams import write_streams
 
 
 def job(number: int, state: str, *, is_live: bool) -> JobState:
@@ -233,6 +235,25 @@ def test_a_log_is_followed_until_its_job_is_over(stream: str, monkeypatch: pytes
     monkeypatch.setattr(status_module, "LIVE_SECONDS", 0)
     set_jobs(monkeypatch, {1: job(11, "RUNNING", is_live=True)}, {})
     assert list(log_text(stream, 1, 0, follow=True)) == ["one ", "two ", "three"]
+
+
+def test_a_stream_without_jobs_has_a_row_for_each_step(tmp_path: Path) -> None:
+    write_streams(tmp_path, {"lwf": {}, "joint": {}})
+    stream = f"{tmp_path}/made-lwf-seed0"
+    shutil.rmtree(f"{stream}/step_002")
+    rows = [line.split() for line in shown(stream).splitlines()]
+    assert [row[:2] for row in rows if row and row[0] in "012"] == [
+        ["0", "COMMITTED"],
+        ["1", "COMMITTED"],
+        ["2", "NOT"],
+    ]
+    rows = [line.split() for line in shown(str(tmp_path)).splitlines()]
+    assert [row[:3] for row in rows if row and row[0].startswith("made")] == [
+        ["made-joint-seed0", "3/3", "COMMITTED"],
+        ["made-lwf-seed0", "2/3", "no"],
+    ]
+    with pytest.raises(ConfigError, match="a command trained it, not jobs"):
+        next(log_text(stream, 0, 0, follow=False))
 
 
 def test_a_folder_without_a_chain_is_refused(tmp_path: Path) -> None:

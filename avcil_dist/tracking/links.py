@@ -11,9 +11,9 @@ VIEW = "?workflowType=machine_learning"  # newer pages of MLflow have a view of 
 
 
 def tracked_at(stream: str) -> str | None:
-    """Return the url of a stream's run in MLflow, or the uri of its database; None for a stream that is not tracked.
+    """Return the url of a stream's run in MLflow, or the uri of its database and the run's id; None without tracking.
 
-    The uri of a server stands for a run that is not sent yet.
+    The uri alone stands for a run that is not sent yet.
     """
     identity = read_identity(stream)
     if identity is None or not (folder := queue_folder(stream, identity.id)).is_dir():
@@ -24,6 +24,8 @@ def tracked_at(stream: str) -> str | None:
         return None
     server = str(opened["server"])
     cursor = queue.cursor(server)
-    if re.match("https?://", server) and STREAM in cursor.runs and cursor.experiment:
-        return f"{redacted(server).rstrip('/')}/#/experiments/{cursor.experiment}/runs/{cursor.runs[STREAM]}{VIEW}"
-    return redacted(server)
+    if STREAM not in cursor.runs or not cursor.experiment:
+        return redacted(server)
+    if not re.match("https?://", server):
+        return f"{redacted(server)} run {cursor.runs[STREAM]}"
+    return f"{redacted(server).rstrip('/')}/#/experiments/{cursor.experiment}/runs/{cursor.runs[STREAM]}{VIEW}"

@@ -27,6 +27,7 @@ cat <<END
 Done in $((SECONDS - started)) s. What next:
   open the pages         $folder/report.html    $folder/attention.html
   show the runs          $VENV/bin/mlflow ui --backend-store-uri sqlite:///$(cd "$folder" && pwd)/mlflow.db
+                         http://127.0.0.1:5000/#/experiments?workflowType=machine_learning
   train on your videos   $avcil shards build VIDEOS SHARDS    (VIDEOS/<split>/<class>/*.mp4)
                          $avcil train demo data.manifest=SHARDS/manifest.json scenario.classes_per_step=[2,2]
 END

@@ -28,6 +28,7 @@ from avcil_dist.models.encoders.frozen import (
 from avcil_dist.streams.artifact import load_artifact
 from avcil_dist.streams.score_metrics import probabilities
 from avcil_dist.streams.summary import committed_steps, step_url
+from avcil_dist.text.visible import visible
 from avcil_dist.training.device import DeviceSetting, local_device
 from avcil_dist.world import World
 from data_shards.clip_bytes import read_clip
@@ -143,7 +144,8 @@ def _files(path: str) -> Iterator[MediaFile]:
         videos = sorted(file for file in local.rglob("*") if file.suffix.lower() in VIDEO_ENDINGS and file.is_file())
         if not videos:
             raise ConfigError(f"{path}: no videos in this folder ({', '.join(sorted(VIDEO_ENDINGS)[:4])}, …)")
-        yield from (_file(str(video), ClipFile(str(video))) for video in videos)
+        for video in videos:
+            yield _file(f"{path.rstrip('/')}/{video.relative_to(local)}", ClipFile(str(video)))
     elif not local.exists():
         raise ConfigError(f"{path}: no such file or folder")
     elif local.suffix.lower() == ".csv":
@@ -187,6 +189,13 @@ def top_classes(found: ScoredFile, classes: Sequence[str], top: int) -> list[dic
         {"class": classes[label], "probability": float(chances[label]), "score": float(found.scores[label])}
         for label in best
     ]
+
+
+def shown_classes(name: str, best: Sequence[dict[str, Any]]) -> str:
+    """Return a clip and its class as a line; of several classes, each has a line below the clip."""
+    if len(best) == 1:
+        return f"{name}: {best[0]['class']} {best[0]['probability']:.3f}"
+    return "\n".join([visible(name), *(f"  {one['probability']:.3f}  {visible(one['class'])}" for one in best)])
 
 
 def stacked(files: Sequence[ScoredFile], num_classes: int) -> np.ndarray:

@@ -91,7 +91,7 @@ def _predict_clips(
 ) -> None:
     """Predict media files, print the results, and end with the exit code of the command."""
     from avcil_dist.inference.predictions_file import PredictionTable, write_predictions
-    from launch.prediction import fault_line, find_files, load_predictor, stacked, top_classes
+    from launch.prediction import fault_line, find_files, load_predictor, shown_classes, stacked, top_classes
 
     files = find_files(clips)
     media = load_predictor(request, len(files), workers)
@@ -102,9 +102,7 @@ def _predict_clips(
         if found.scores is None:
             echo_error(fault_line(found))
         elif not as_json:
-            best = top_classes(found, classes, top)
-            shown = [f"{one['class']} {one['probability']:.3f}" for one in best]
-            echo(f"{found.name}: {', '.join(shown)}")
+            echo(shown_classes(found.name, top_classes(found, classes, top)))
     good = [found for found in done if found.scores is not None]
     if as_json:
         predictions = [{"clip": found.name, "classes": top_classes(found, classes, top)} for found in good]

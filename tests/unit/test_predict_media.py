@@ -1,6 +1,7 @@
 """Prediction of media files: by a stream of clips, and by one of features whose encoders the manifest records."""
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -172,7 +173,10 @@ def test_files_that_cannot_be_decoded_are_named_and_left_out(clips: Manifest, fo
     lines = output.read_text().splitlines()
     assert lines[0] == "key,prediction,p:cat,p:dog,p:cow"
     assert lines[1] == f"{bad},,,,"
-    assert len([line for line in result.stdout.splitlines() if line.count(", ") == 1]) == 2  # two classes each
+    shown = result.stdout.splitlines()
+    assert [bool(re.match(r"  0\.\d{3}  (cat|dog|cow)$", line)) for line in shown[:6]] == 2 * [False, True, True]
+    named = avcil("predict", stream, f"{folder}/")
+    assert [line.partition(": ")[0] for line in named.stdout.splitlines()] == sorted(map(str, folder.iterdir()))
     alone = avcil("predict", stream, bad)
     assert alone.exit_code == 2
     missing = avcil("predict", stream, tmp_path / "none.mp4")

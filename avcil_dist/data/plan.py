@@ -15,7 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from avcil_dist.data.clip_weights import ClipWeights, draw
 from avcil_dist.data.manifest import Manifest
+from avcil_dist.data.shuffle import PartsInOrder, window_shuffle
 from avcil_dist.errors import ConfigError
 from avcil_dist.seeds import generator
 
@@ -43,12 +45,14 @@ def plan_epoch(
     window: int,
     exemplars: np.ndarray = NO_CLIPS,
     columns: range | None = None,
+    weights: ClipWeights | None = None,
 ) -> EpochPlan:
     """Plan one epoch over the training clips of `classes`, mixed with `exemplars` (clip numbers) of other classes.
 
     `window` is the number of shards whose clips are shuffled together within a range. `columns` are those columns of
-    the global batches that are planned, all by default; memory and time are those of the ranges that they are from,
-    and `rest` is of these ranges. Raises ConfigError when `global_batch` is not a multiple of `canonical_nodes`.
+    the global batches that are planned, all by default; time is that of the ranges that they are from, memory that of
+    the columns, and `rest` is of these ranges. With `weights`, a clip comes in proportion to its weight among those of
+    its range, instead of once. Raises ConfigError when `global_batch` is not a multiple of `canonical_nodes`.
     """
     columns = range(global_batch) if columns is None else columns
     segments: list[range | np.ndarray] = [*_whole_shards(manifest, classes), *_by_shard(manifest, exemplars)]
@@ -59,20 +63,21 @@ def plan_epoch(
     segments, counts = [segments[i] for i in order], counts[order]
 
     share = global_batch // canonical_nodes
-    full = num_batches * share
     numbers = range(columns.start // share, -(-columns.stop // share))
     batches, rest = [], []
     for number in numbers:
-        stream, shuffled = _shuffle_range(
+        shuffled = _shuffle_range(
             manifest,
             _part(segments, counts, number, canonical_nodes),
             generator(seed, "clips", step, epoch, number),
             window,
+            weights,
         )
-        own = slice(max(columns.start - number * share, 0), columns.stop - number * share)
-        batches.append(stream[shuffled[:full].reshape(num_batches, share)[:, own]])
-        rest.append(stream[shuffled[full:]])
-    return EpochPlan(np.concatenate(batches, axis=1), np.concatenate(rest))
+        own = range(max(columns.start - number * share, 0), min(columns.stop - number * share, share))
+        of_range, remaining = _columns(shuffled, num_batches, share, own)
+        batches.append(of_range)
+        rest.append(remaining)
+    return EpochPlan(batches[0] if len(batches) == 1 else np.concatenate(batches, axis=1), np.concatenate(rest))
 
 
 def count_batches(num_clips: int, *, global_batch: int, canonical_nodes: int) -> int:
@@ -86,17 +91,30 @@ def count_batches(num_clips: int, *, global_batch: int, canonical_nodes: int) ->
 
 
 def plan_replay(
-    exemplars: np.ndarray, *, seed: int, step: int, first: int, count: int, global_batch: int
+    exemplars: np.ndarray,
+    *,
+    seed: int,
+    step: int,
+    first: int,
+    count: int,
+    global_batch: int,
+    weights: np.ndarray | None = None,
 ) -> np.ndarray:
     """Return batches `first` … `first + count - 1` of exemplars, (count, global_batch), counted over the whole step.
 
-    The exemplars are repeated in passes, reshuffled for each pass; a batch may span two passes.
+    The exemplars are repeated in passes, reshuffled for each pass; a batch may span two passes. With `weights` (E,), an
+    exemplar comes in proportion to its weight, instead of once in each pass.
     """
     start, stop, size = first * global_batch, (first + count) * global_batch, len(exemplars)
     passes = range(start // size, -(-stop // size))
-    stream = [exemplars[generator(seed, "replay", step, number).permutation(size)] for number in passes]
+    stream = [_one_pass(exemplars, weights, generator(seed, "replay", step, number)) for number in passes]
     offset = start - passes.start * size
     return np.concatenate([exemplars[:0], *stream])[offset : offset + count * global_batch].reshape(count, global_batch)
+
+
+def _one_pass(exemplars: np.ndarray, weights: np.ndarray | None, random: np.random.Generator) -> np.ndarray:
+    drawn = exemplars if weights is None else exemplars[draw(weights, random)]
+    return drawn[random.permutation(len(drawn))]
 
 
 def replay_passes(num_exemplars: int, *, first: int, count: int, global_batch: int) -> np.ndarray:
@@ -200,42 +218,48 @@ def _by_shard(manifest: Manifest, clips: np.ndarray) -> list[np.ndarray]:
 
 
 def _shuffle_range(
-    manifest: Manifest, parts: Iterable[range | np.ndarray], random: np.random.Generator, window: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Reorder the parts of shards of a range, and shuffle their clips over `window` parts.
-
-    Returns the clips in the order of the parts, and the positions there of the shuffled clips.
-    """
-    segments: list[np.ndarray] = []
+    manifest: Manifest,
+    parts: Iterable[range | np.ndarray],
+    random: np.random.Generator,
+    window: int,
+    weights: ClipWeights | None,
+) -> Iterator[np.ndarray]:
+    """Yield the clips of a range in blocks: its parts of shards reordered, their clips shuffled over `window` parts."""
+    segments: list[range | np.ndarray] = []
     shards: list[int] = []
     for part in parts:
-        clips = np.arange(part.start, part.stop) if isinstance(part, range) else part
-        shard = manifest.locate(int(clips[0]))[0]
+        shard = manifest.locate(int(part[0]))[0]
         if shards and shards[-1] == shard:
-            segments[-1] = np.concatenate([segments[-1], clips])
+            segments[-1] = np.concatenate([segments[-1], part])
         else:
-            segments.append(clips)
+            segments.append(part)
             shards.append(shard)
     if not segments:
-        return NO_CLIPS, NO_CLIPS
+        return
     counts = np.array([len(segment) for segment in segments])
     order = _spread([manifest.shards[shard].class_name for shard in shards], counts, random)
-    stream = np.concatenate([segments[i] for i in order])
-    return stream, _mix(len(stream), window * len(stream) / len(segments), random)
+    stream = PartsInOrder([segments[i] for i in order])
+    drawn = None
+    if weights is not None:
+        clips = stream.clips(np.arange(len(stream)))
+        drawn = draw(weights.lookup(clips, manifest.shards_of(clips)), random)
+    for places in window_shuffle(len(stream), window * len(stream) / len(segments), random):
+        yield stream.clips(places if drawn is None else drawn[places])
 
 
-def _mix(count: int, reach: float, random: np.random.Generator) -> np.ndarray:
-    """Return a permutation that moves no element further than about `reach / 2`: a moving window, without a loop.
-
-    Each index is shifted by uniform noise, reflected at the ends (which keeps the density even there), and the
-    shifted indices are sorted.
-    """
-    if reach >= count:
-        return random.permutation(count)
-    shifted = random.random(count)  # changed in place: a range may have millions of clips
-    shifted -= 0.5
-    shifted *= reach
-    shifted += np.arange(0.5, count)
-    np.abs(shifted, out=shifted)
-    np.subtract(2 * count, shifted, out=shifted, where=shifted > count)
-    return np.argsort(shifted, kind="stable")
+def _columns(blocks: Iterable[np.ndarray], num_batches: int, share: int, own: range) -> tuple[np.ndarray, np.ndarray]:
+    """Return columns `own` of a range's batches (num_batches, share), whose rows follow one another, and the rest."""
+    batches = np.empty(num_batches * len(own), dtype=np.int64)
+    rest, first, filled = [NO_CLIPS], 0, 0
+    for block in blocks:
+        numbers = np.arange(first, first + len(block))
+        first += len(block)
+        whole = block[numbers < num_batches * share]
+        if len(whole) < len(block):
+            rest.append(block[len(whole) :].copy())  # a view would keep the block
+        if len(own) < share:
+            columns = numbers[: len(whole)] % share
+            whole = whole[(columns >= own.start) & (columns < own.stop)]
+        batches[filled : filled + len(whole)] = whole
+        filled += len(whole)
+    return batches.reshape(num_batches, len(own)), np.concatenate(rest)

@@ -7,6 +7,7 @@ import numpy as np
 
 from avcil_dist.config.optim import OptimConfig
 from avcil_dist.config.schema import DataConfig
+from avcil_dist.data.clip_weights import ClipWeights
 from avcil_dist.data.manifest import Manifest
 from avcil_dist.data.plan import (
     NO_CLIPS,
@@ -72,7 +73,8 @@ class TrainingSampler:
     """All training batches of a step for one rank, from batch `start` to the end of the last epoch.
 
     `exemplars` form replay batches beside the current clips; `joined` exemplars are mixed into the current clips.
-    With augmentation, the epoch of an exemplar in a replay batch is its number of passes over the exemplars.
+    With `weights`, clips are drawn in proportion to theirs. With augmentation, the epoch of an exemplar in a replay
+    batch is its number of passes over the exemplars.
     """
 
     manifest: Manifest
@@ -85,6 +87,7 @@ class TrainingSampler:
     world: World
     start: int = 0
     joined: np.ndarray = field(default_factory=lambda: NO_CLIPS)
+    weights: ClipWeights | None = None
 
     @property
     def clips(self) -> np.ndarray:
@@ -101,11 +104,16 @@ class TrainingSampler:
         of_shard = self.manifest.shard_labels(labels)
 
         def counts(clips: np.ndarray) -> np.ndarray:
-            return np.bincount(of_shard[self.manifest.shards_of(clips)], minlength=num_classes)
+            return np.bincount(
+                of_shard[self.manifest.shards_of(clips)], self._weights_of(clips), minlength=num_classes
+            ).astype(np.float64)
 
         shards = self.manifest.shard_numbers(self.classes, "train")
+        of_shards = np.diff(self.manifest.first_clips)[shards]
+        if self.weights is not None:
+            of_shards = of_shards * self.weights.of_shard[shards]
         current = counts(self.joined)
-        np.add.at(current, of_shard[shards], np.diff(self.manifest.first_clips)[shards])
+        np.add.at(current, of_shard[shards], of_shards)
         total = np.zeros(num_classes)
         for of_class, rows in (
             (current, self.optim.global_batch),
@@ -115,12 +123,20 @@ class TrainingSampler:
                 total += rows / of_class.sum() * of_class
         return total
 
+    def _weights_of(self, clips: np.ndarray) -> np.ndarray | None:
+        return None if self.weights is None else self.weights.lookup(clips, self.manifest.shards_of(clips))
+
+    @property
+    def num_current(self) -> int:
+        """Number of clips of an epoch: all but the exemplars of replay batches."""
+        numbers = self.manifest.shard_numbers(self.classes, "train")
+        return int(np.diff(self.manifest.first_clips)[numbers].sum()) + len(self.joined)
+
     @property
     def batches_per_epoch(self) -> int:
         """Number of batches of an epoch."""
-        numbers = self.manifest.shard_numbers(self.classes, "train")
-        num_clips = int(np.diff(self.manifest.first_clips)[numbers].sum()) + len(self.joined)
-        return count_batches(num_clips, global_batch=self.optim.global_batch, canonical_nodes=self.data.canonical_nodes)
+        optim, data = self.optim, self.data
+        return count_batches(self.num_current, global_batch=optim.global_batch, canonical_nodes=data.canonical_nodes)
 
     def epoch_batches(self, epoch: int) -> np.ndarray:
         """Return the rank's columns of the global batches of an epoch, (batches, optim.global_batch / ranks)."""
@@ -135,6 +151,7 @@ class TrainingSampler:
             window=self.data.shuffle_window,
             exemplars=self.joined,
             columns=rank_columns(self.optim.global_batch, self.world.rank, self.world.size),
+            weights=self.weights,
         ).batches
 
     def __iter__(self) -> Iterator[Request]:
@@ -146,19 +163,23 @@ class TrainingSampler:
         """Yield the requests of an epoch from batch `first` on."""
         batches = self.epoch_batches(epoch)
         current = batches[first:]
-        rows, epochs = [current], [np.full_like(current, epoch)]
+        num_current = current.shape[1]
+        replayed = passes = np.empty((len(current), 0), dtype=np.int64)
         if len(self.exemplars):
             span = {
                 "first": epoch * len(batches) + first,
                 "count": len(current),
                 "global_batch": self.optim.global_replay_batch,
             }
-            rows.append(self._share(plan_replay(self.exemplars, seed=self.seed, step=self.step, **span)))
-            epochs.append(self._share(replay_passes(len(self.exemplars), **span)))
+            weights = self._weights_of(self.exemplars)
+            planned = plan_replay(self.exemplars, seed=self.seed, step=self.step, weights=weights, **span)
+            replayed, passes = self._share(planned), self._share(replay_passes(len(self.exemplars), **span))
         seed = derive_seed(self.seed, "augment", self.step)
-        for clips, row_epochs in zip(np.concatenate(rows, axis=1), np.concatenate(epochs, axis=1), strict=True):
-            seeds = AugmentSeeds(seed, row_epochs) if self.data.augment.is_on else None
-            yield Request(clips, current.shape[1], seeds)
+        for row, clips in enumerate(current):  # one at a time: an epoch may have millions of clips
+            seeds = None
+            if self.data.augment.is_on:
+                seeds = AugmentSeeds(seed, np.concatenate([np.full(num_current, epoch), passes[row]]))
+            yield Request(np.concatenate([clips, replayed[row]]), num_current, seeds)
 
     def _share(self, batches: np.ndarray) -> np.ndarray:
         return rank_share(batches, self.world.rank, self.world.size)

@@ -8,7 +8,7 @@ a mean over rows is a mean over all ranks.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ class Needs:
     memory: Literal["none", "replay", "join"] = "none"
     selection: Literal["random", "herding"] = "random"  # exemplar selection as published
     means: bool = False  # features of all exemplars, passed to `end_step`
+    stored_logits: bool = False  # logits of each exemplar, kept since it was stored: `Targets.stored`
+    weighted_sampling: bool = False  # clips are drawn as often as `sampling_weights` sets
     divergence: bool = False  # divergence of the student's attention from the teacher's, on exemplars
     importance: bool = False  # the teacher's feature importance, from `importance_loss`; its head grows too
     both_modalities: bool = False  # sound and pictures
@@ -71,15 +73,42 @@ class StepContext:
         return self.scenario.head_slices(self.step)[:-1]
 
 
+class StoredLogits(NamedTuple):
+    """Logits of exemplars from the network of the step that stored them: `values` (B, C) for the old classes.
+
+    `is_known` (B, C) is false for the classes that came after that step, for current clips, and for exemplars that
+    could not be read then; `values` are 0 there.
+    """
+
+    values: Tensor
+    is_known: Tensor
+
+
 @dataclass(frozen=True)
 class Targets:
     """Labels (B,) of the global batch: `num_current` current clips first, then exemplars.
 
-    With `memory="join"` exemplars count as current clips.
+    With `memory="join"` exemplars count as current clips. `stored` has the logits of the same rows, from step 1 on if
+    `needs.stored_logits`.
     """
 
     labels: Tensor
     num_current: int
+    stored: StoredLogits | None = None
+
+
+@dataclass(frozen=True)
+class SamplingWeights:
+    """Relative frequencies with which clips are drawn; only their ratios count. None is negative.
+
+    `current` (C,) is the weight of each current clip of a class. `exemplars` has for each class those of its exemplars,
+    in the order of the memory, the most important first; a class without exemplars has none. Clips with equal weights
+    are drawn equally often, up to one time in an epoch. In batches of their own (`memory="replay"`), exemplars compare
+    with exemplars alone, otherwise with the current clips too.
+    """
+
+    current: Sequence[float]
+    exemplars: Sequence[Sequence[float]]
 
 
 class Method(ABC):
@@ -124,6 +153,14 @@ class Method(ABC):
         `norm` is the mean length of the old proxies. Called only for a head of proxies.
         """
         raise AssertionError(f"{type(self).__name__} needs a head of proxies and does not define imprint")
+
+    def sampling_weights(self, current: Sequence[int], exemplars: Sequence[int]) -> SamplingWeights:
+        """Return the weights of a step's training clips, from their numbers in each seen class (C,).
+
+        Called before training, if `needs.weighted_sampling`; by one rank, for all. A function of its arguments and of
+        the method's state alone, so that a step that continues draws the same clips.
+        """
+        raise AssertionError(f"{type(self).__name__} needs weighted sampling and does not define sampling_weights")
 
     def begin_training(self, expected_counts: Tensor, num_batches: int) -> None:  # noqa: B027 - most weight no classes
         """Begin the training by gradients.

@@ -1,16 +1,19 @@
 """DER++: replay with the labels of the exemplars, and with the logits of an earlier network.
 
 Source: Buzzega et al. 2020 (arXiv 2004.07211). There the logits are those of the moment at which an exemplar is stored,
-and two batches of exemplars are drawn; here they are those of the previous step's network, and one batch has both
-terms.
+and two batches of exemplars are drawn. Here one batch has both terms. An exemplar is stored at the end of its step:
+`logits: stored` keeps the logits of that moment, for the classes that there were; `previous` are those of the previous
+step's network.
 """
+
+from typing import Literal
 
 from pydantic import Field
 from torch import Tensor
 
 from avcil_dist.config.section import Section
 from avcil_dist.methods.base import Method, Needs, Targets
-from avcil_dist.methods.losses import cross_entropy, logit_distance
+from avcil_dist.methods.losses import cross_entropy, logit_distance, stored_distance
 from avcil_dist.models.outputs import Output
 
 
@@ -18,25 +21,33 @@ class Derpp(Method):
     """CE of current clips + α · mean squared distance of the exemplars' old logits + β · CE of exemplars."""
 
     class Options(Section):
-        """Weights of the terms of exemplars."""
+        """Origin of the logits, and weights of the terms of exemplars."""
 
-        lambda_logits: float = Field(0.1, ge=0, description="α: weight of the distance to the teacher's logits")
+        logits: Literal["previous", "stored"] = Field(
+            "previous",
+            description="logits that exemplars keep: of the previous step's network, or of the step that stored each",
+        )
+        lambda_logits: float = Field(0.1, ge=0, description="α: weight of the distance to the old logits")
         lambda_labels: float = Field(0.5, ge=0, description="β: weight of the cross-entropy of exemplars")
 
     @property
     def needs(self) -> Needs:
-        """A teacher and replay."""
-        return Needs(teacher=True, memory="replay")
+        """Replay, and a teacher or stored logits."""
+        is_stored = self.options.logits == "stored"
+        return Needs(teacher=not is_stored, stored_logits=is_stored, memory="replay")
 
     def loss(self, targets: Targets, output: Output, teacher: Output | None) -> dict[str, Tensor]:
         """Return CE_all at step 0, afterwards the sum of the three terms."""
-        if teacher is None:
+        if teacher is None and targets.stored is None:
             return {"loss": cross_entropy(output.logits, targets.labels)}
         current, kept = slice(0, targets.num_current), slice(targets.num_current, None)
-        old = self.context.num_old
         cross = cross_entropy(output.logits[current], targets.labels[current])
         labels = cross_entropy(output.logits[kept], targets.labels[kept])
-        logits = logit_distance(output.logits[kept, :old], teacher.logits[kept])
+        if targets.stored is not None:
+            logits = stored_distance(output.logits[kept], *(rows[kept] for rows in targets.stored))
+        else:
+            assert teacher is not None
+            logits = logit_distance(output.logits[kept, : self.context.num_old], teacher.logits[kept])
         total = cross + self.options.lambda_logits * logits + self.options.lambda_labels * labels
         return {"loss": total, "current": cross, "logits": logits, "exemplars": labels}
 

@@ -71,6 +71,12 @@ def logit_distance(logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return F.mse_loss(logits, teacher_logits.detach(), reduction="sum") / max(1, logits.numel())
 
 
+def stored_distance(logits: Tensor, stored: Tensor, is_known: Tensor) -> Tensor:
+    """Squared distance of logits (B, C) to the stored ones (B, C_o), mean over those that are known."""
+    squares = (logits[:, : stored.shape[1]] - stored).square()
+    return torch.where(is_known, squares, 0.0).sum() / is_known.sum().clamp(min=1)
+
+
 def sigmoid_distillation(logits: Tensor, teacher_logits: Tensor, variant: Literal["released", "paper"]) -> Tensor:
     """Binary cross-entropy of old logits (B, C_o) with the teacher's probabilities, mean over rows and classes.
 

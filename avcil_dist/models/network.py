@@ -79,7 +79,7 @@ class HeadedNetwork(Network):
         self.branches: Branches | None = None
         self.has_booster = False
         self.booster: Booster | None = None  # of the steps after the first
-        self.freezes_shared = False  # whether layers below the branches are frozen after step 0
+        self.freezes_shared = False  # whether the layers that all steps share are frozen after step 0
 
     @property
     def num_classes(self) -> int:
@@ -91,6 +91,8 @@ class HeadedNetwork(Network):
 
         A head of proxies needs `new_proxies`, those of the new classes.
         """
+        if self.freezes_shared:
+            self._freeze_shared()
         if isinstance(self.classifier, LinearHead):
             num_old, width = self.num_classes, None
             if self.has_booster:
@@ -113,13 +115,15 @@ class HeadedNetwork(Network):
         return {name: layer for name, layer in self.named_children() if name in PROJECTIONS}  # type: ignore[misc]
 
     def _add_branch(self, num_new: int) -> None:
-        """Freeze a copy of the projections as a branch, and with `freezes_shared` the layers below."""
         assert self.branches is not None
-        if self.freezes_shared:
-            self.requires_grad_(False)
-            for layer in self.projections.values():
-                layer.requires_grad_(True)
         self.branches.grow(self.projections, num_new)
+
+    def _freeze_shared(self) -> None:
+        """Freeze all but the head, the method's extension, the booster, and the projections of a newest branch."""
+        of_a_step = {"classifier", "extension", "booster", *(self.projections if self.branches is not None else ())}
+        for name, module in self.named_children():
+            if name not in of_a_step:
+                module.requires_grad_(False)
 
     def adapted(self, sound: Tensor | None, tokens: Tensor | None) -> tuple[Any, Any]:
         """Return encoded sound and tokens as the method's extension adapts them, if there is one."""
@@ -358,7 +362,7 @@ def _add_parts(network: HeadedNetwork, spec: NetworkSpec, num_frames: int, num_e
         encoder = network.visual_encoder or network.audio_encoder
         assert encoder is not None
         network.extension = spec.extension(encoder.dim, network.num_classes)
-    network.has_booster = spec.booster
+    network.has_booster, network.freezes_shared = spec.booster, spec.freeze_shared
     if spec.booster and num_earlier:
         network.booster = Booster(network.projections, network.num_classes)
     if spec.branches:
@@ -369,7 +373,6 @@ def _add_branches(network: HeadedNetwork, network_spec: NetworkSpec, num_earlier
     """Add the branches of earlier steps, and replace the head by one on the features of all."""
     head = network.classifier
     assert isinstance(head, LinearHead)
-    network.freezes_shared = network_spec.freeze_shared
     network.branches = Branches(network.projections, num_earlier, num_new)
     network.classifier = LinearHead(network.branches.count * head.in_features, head.num_classes)
 

@@ -16,8 +16,9 @@ class NetworkSpec:
     with `num_proxies` per class. With `anchor`, a number of parts of time, the logits have the fixed scores of sound
     and of visual tokens, pooled over these parts, added to them, and rows of the linear head begin as zeros.
     `extension` makes the method's own parameters, from the dimension D and the number of classes. With `branches`, each
-    step has projections of its own, and the linear head is on those of all steps; with `freeze_shared`, no other layer
-    is trained after step 0. With `booster`, from step 1 on the network in training also gives the logits of a booster.
+    step has projections of its own, and the linear head is on those of all steps. With `booster`, from step 1 on the
+    network in training also gives the logits of a booster. With `freeze_shared`, after step 0 only the head, the
+    extension, the booster and the newest branch are trained.
     """
 
     head: Literal["linear", "proxies"] = "linear"

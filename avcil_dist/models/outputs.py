@@ -32,7 +32,8 @@ class Output(NamedTuple):
     covers the E rows with a teacher, the last of the batch. `importance` (B, M) is a teacher's: the norm of its
     loss's gradient with respect to each of `features()`. In a network of k branches, `audio` and `visual` are (B, kD),
     and `auxiliary` (B, 1 + new classes) are the logits of the newest branch alone. In a network with a booster,
-    `auxiliary` (B, 2C) are the logits of the booster's two heads, in training.
+    `auxiliary` (B, 2C) are the logits of the booster's two heads, in training. An extension may put numbers of its own
+    there (B, any), for the method's loss.
     """
 
     logits: Tensor

@@ -1,8 +1,9 @@
 """Step artifacts: everything that step k hands to step k + 1 and to later readers.
 
 `step_003/` holds `model.safetensors`, `method.safetensors`, `method.json`, `memory.json`, `scenario.json`,
-`metrics.json`, `config.yaml`, and last `COMMITTED.json` with the size and the digest of each file. A folder
-without `COMMITTED.json` is no artifact. Every read verifies digests; nothing is unpickled.
+`metrics.json`, `config.yaml`, `exemplars.safetensors` where the method needs logits that are stored with exemplars, and
+last `COMMITTED.json` with the size and the digest of each file. A folder without `COMMITTED.json` is no artifact. Every
+read verifies digests; nothing is unpickled.
 """
 
 import json
@@ -27,10 +28,12 @@ from avcil_dist.streams.commit import (
     write_commit,
     write_files,
 )
+from avcil_dist.streams.exemplar_logits import FILE as LOGITS_FILE
+from avcil_dist.streams.exemplar_logits import ExemplarLogits
 from avcil_dist.streams.identity import read_identity
 from avcil_dist.streams.metrics import StreamMetrics
 from avcil_dist.streams.summary import committed_folder, read_summary, step_url
-from avcil_dist.streams.tensors import encode_state, read_committed_tensors, read_state
+from avcil_dist.streams.tensors import encode_state, encode_tensors, read_committed_tensors, read_state
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class StepArtifact:
     """The result of a step. `model` is a complete state dict: it loads on any world size and ZeRO stage.
 
     `device`: the name of the device that trained it, on `ranks` processes, in `seconds`; `source`: the version of
-    the sources. `weights`: the sha256 of the encoders' pre-trained weights, by setting.
+    the sources. `weights`: the sha256 of the encoders' pre-trained weights, by setting. `exemplar_logits` are those of
+    `memory`, where the method needs them.
     """
 
     step: int
@@ -54,6 +58,7 @@ class StepArtifact:
     seconds: float = 0.0
     source: str = ""
     weights: Mapping[str, str] = field(default_factory=dict)
+    exemplar_logits: ExemplarLogits | None = None
 
 
 def save_artifact(stream: str, artifact: StepArtifact) -> str:
@@ -90,11 +95,20 @@ def load_artifact(stream: str, step: int, *, with_model: bool = True) -> StepArt
     )
     if strangers := memory.keys() - set(summary.scenario.seen(step)):
         raise ArtifactError(f"{folder}/memory.json: has exemplars of {min(strangers)!r}, which is no class seen so far")
+    logits = None
+    if LOGITS_FILE in commit.files:
+        logits = ExemplarLogits.from_tensors(
+            read_committed_tensors(folder, LOGITS_FILE, commit),
+            num_exemplars=sum(map(len, memory.values())),
+            num_classes=summary.scenario.num_seen(step),
+            source=f"{folder}/{LOGITS_FILE}",
+        )
     return StepArtifact(
         **vars(summary),
         model=read_committed_tensors(folder, "model.safetensors", commit) if with_model else {},
         method=read_state(folder, "method", commit),
         memory=ExemplarMemory(memory),
+        exemplar_logits=logits,
     )
 
 
@@ -105,7 +119,9 @@ def load_model(stream: str, step: int) -> dict[str, Tensor]:
 
 
 def _encode(artifact: StepArtifact) -> dict[str, bytes]:
+    logits = artifact.exemplar_logits
     return {
+        **({} if logits is None else {LOGITS_FILE: encode_tensors(logits.to_tensors())}),
         "model.safetensors": safetensors.torch.save(artifact.model),
         **encode_state("method", artifact.method),
         "memory.json": json.dumps(artifact.memory.to_dict(), indent=1).encode(),  # the order of classes counts

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from avcil_dist.methods.base import Method, Targets
+from avcil_dist.methods.base import Method, StoredLogits, Targets
 from avcil_dist.models.outputs import Output
 
 WARM_UP = 3  # runs before the capture, which load and initialise libraries
@@ -26,7 +26,14 @@ def method_loss(method: Method, targets: Targets, output: Output, teacher: Outpu
         return method.loss(targets, output, teacher)
     inputs = [*output.tensors(), *(teacher.tensors() if teacher else ())]
     specs = tuple((tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in inputs)
-    key = (method.context.step, targets.num_current, len(targets.labels), teacher is None, specs)
+    key = (
+        method.context.step,
+        targets.num_current,
+        len(targets.labels),
+        teacher is None,
+        targets.stored is None,
+        specs,
+    )
     graphs = _graphs.setdefault(method, {})
     if key not in graphs:
         graphs[key] = LossGraph(method, targets, output, teacher)
@@ -40,7 +47,8 @@ class LossGraph:
         def buffer(tensor: Tensor) -> Tensor:
             return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
-        self._targets = Targets(targets.labels.clone(), targets.num_current)
+        stored = targets.stored and StoredLogits(*(values.clone() for values in targets.stored))
+        self._targets = Targets(targets.labels.clone(), targets.num_current, stored)
         self._output, self._teacher = output.map(buffer), teacher and teacher.map(buffer)
         self._inputs = [tensor.detach() for tensor in self._tensors(self._targets, self._output, self._teacher)]
         self.names: list[str] = []
@@ -49,7 +57,7 @@ class LossGraph:
 
     @staticmethod
     def _tensors(targets: Targets, output: Output, teacher: Output | None) -> list[Tensor]:
-        return [*output.tensors(), targets.labels, *(teacher.tensors() if teacher else ())]
+        return [*output.tensors(), targets.labels, *(targets.stored or ()), *(teacher.tensors() if teacher else ())]
 
     def _compute(self, method: Method) -> None:
         parts = method.loss(self._targets, self._output, self._teacher)

@@ -8,15 +8,19 @@ from torch import Tensor
 
 from avcil_dist.data.exemplar_memory import ExemplarMemory
 from avcil_dist.data.shard import MEMBERS
+from avcil_dist.streams.exemplar_logits import ExemplarLogits
 from avcil_dist.streams.metrics import MemoryUse
 from avcil_dist.training.exemplars import exemplar_clips
 from avcil_dist.training.incremental_step import Step
 
 
-def memory_use(step: Step, memory: ExemplarMemory, model: Mapping[str, Tensor]) -> MemoryUse:
+def memory_use(
+    step: Step, memory: ExemplarMemory, model: Mapping[str, Tensor], logits: ExemplarLogits | None = None
+) -> MemoryUse:
     """Return the memory after `step`: the clips that it keeps, as they are stored; its model; its method's state.
 
-    A method that trains on all data keeps every training clip of the seen classes. The same on all ranks.
+    `logits` stored with exemplars count as state. A method that trains on all data keeps every training clip of
+    the seen classes. The same on all ranks.
     """
     manifest = step.manifest
     kept = exemplar_clips(manifest, memory)
@@ -27,7 +31,7 @@ def memory_use(step: Step, memory: ExemplarMemory, model: Mapping[str, Tensor]) 
         num_clips=len(kept),
         clip_bytes=int(sum(manifest.spans(member, kept)[1].sum() for member in members)),
         model_bytes=_tensor_bytes(model),
-        state_bytes=_tensor_bytes(step.method.state_dict()),
+        state_bytes=_tensor_bytes(step.method.state_dict()) + (logits.nbytes if logits else 0),
     )
 
 

@@ -82,12 +82,16 @@ def describe_needs(needs: Needs) -> list[str]:
         "teacher": needs.teacher,
         "herding": needs.selection == "herding",
         "features of exemplars": needs.means,
+        "logits stored with exemplars": needs.stored_logits,
+        "sampling weights": needs.weighted_sampling,
         "attention of both modalities": needs.divergence,
         "both modalities": needs.both_modalities,
         "gradients of the teacher": needs.importance,
         "a head of proxies": needs.network_spec.head == "proxies",
         "projections for each step": needs.network_spec.branches,
         "a booster": needs.network_spec.booster,
+        "parameters of its own": needs.network_spec.extension is not None,
+        "shared layers that are frozen after step 0": needs.network_spec.freeze_shared,
         "all data of seen classes": needs.all_data,
         "whole classes": needs.whole_classes,
         "a fresh network each step": needs.fresh_network,
@@ -121,6 +125,11 @@ def _default_needs(name: str) -> Needs:
 def _check_memory(config: Config, needs: Needs, scenario: Scenario) -> None:
     """Check that the memory has room for one exemplar per class whenever a step uses it."""
     if needs.memory == "none":
+        if needs.stored_logits or needs.means:
+            raise ConfigError(
+                f"method {config.method.name}: needs logits or features of exemplars and has no memory; its `needs` "
+                'must have memory="replay" or memory="join"'
+            )
         return
     last = scenario.num_steps - (1 if needs.means else 2)
     if last >= 0 and config.memory.size < scenario.num_seen(last):

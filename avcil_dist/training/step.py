@@ -21,7 +21,7 @@ from avcil_dist.config.encoders import TransformerConfig
 from avcil_dist.config.schema import Config
 from avcil_dist.data.arrival import arrived
 from avcil_dist.data.clip_cache import ClipCache
-from avcil_dist.data.exemplar_memory import EMPTY_MEMORY, ExemplarMemory
+from avcil_dist.data.exemplar_memory import EMPTY_MEMORY
 from avcil_dist.data.manifest import Manifest, check_shards
 from avcil_dist.data.plan import NO_CLIPS
 from avcil_dist.data.sampler import TrainingSampler
@@ -56,7 +56,8 @@ from avcil_dist.training.collectives import decide_together, process_group
 from avcil_dist.training.device import device_name, local_device, out_of_memory_as_line
 from avcil_dist.training.engine import set_threads
 from avcil_dist.training.evaluation import ScoredPredictions, evaluate_scores, validation_logits
-from avcil_dist.training.exemplars import exemplar_clips, exemplar_features, update_memory
+from avcil_dist.training.exemplar_logits import store_logits, stored_rows
+from avcil_dist.training.exemplars import exemplar_features, update_memory
 from avcil_dist.training.failure_sync import Report, print_fault, propagate_failures
 from avcil_dist.training.fault_log import FaultLog
 from avcil_dist.training.incremental_step import Step, make_step
@@ -64,7 +65,7 @@ from avcil_dist.training.inference_pass import InferencePass
 from avcil_dist.training.memory_use import memory_use
 from avcil_dist.training.node_tensors import load_on_node
 from avcil_dist.training.observer import Observer, ObserverList
-from avcil_dist.training.preflight import check_enough_clips
+from avcil_dist.training.sampling import training_sampler
 from avcil_dist.training.snapshot import SnapshotManager
 from avcil_dist.training.system_metrics import observed_load
 from avcil_dist.training.trainer import Trainer
@@ -144,11 +145,10 @@ def step_in_group(
     inference = step.inference(_clip_cache(step, sampler, observer), FaultLog(observer, number).add)
     student, teacher = build_networks(step, previous, inference)
     previous = previous and replace(previous, model={})  # the networks have copies of the weights
-    weights = _pretrained_weights(step, previous)
-    snapshots = SnapshotManager(step)
+    weights, stored, snapshots = _pretrained_weights(step, previous), stored_rows(step, previous), SnapshotManager(step)
     _begin_training(step, student, sampler, inference)
     if step.has_training:
-        best, model = _train(Trainer(step, teacher, inference, sampler, snapshots, observer, stop), student)
+        best, model = _train(Trainer(step, teacher, inference, sampler, snapshots, observer, stop, stored), student)
         student = network_of_state(step, model)
     else:
         observer.begin(number, 0, 0, 0)
@@ -156,10 +156,11 @@ def step_in_group(
     if isinstance(step.method, ClosedFormMethod):
         best = replace(best, val_accuracy=train_closed_form(step, student, inference, observer.message))
     memory = update_memory(step, memory, student, inference)
+    logits = store_logits(step, previous, memory, student, inference)
     step.method.end_step(exemplar_features(step, memory, student, inference) if step.needs.means else None)
 
     tested = evaluate_scores(step, student, "test", inference, on_batch=observer.advance)
-    used, regions = memory_use(step, memory, model), region_shares(step, student, inference)
+    used, regions = memory_use(step, memory, model, logits), region_shares(step, student, inference)
     artifact = StepArtifact(
         step=number,
         model=model,
@@ -174,6 +175,7 @@ def step_in_group(
         seconds=snapshots.seconds,
         source=source_version() if world.is_main else "",
         weights=weights,
+        exemplar_logits=logits,
     )
     decide_together(lambda: save_artifact(stream_url(config), artifact))
     observer.message(_last_line(artifact))
@@ -240,29 +242,6 @@ def trace_prefix(config: Config, number: int) -> str:
     return storage.join(
         storage.parent(storage.parent(snapshots_url(config, number))), f"nccl_trace_step_{number:03d}_rank_"
     )
-
-
-def training_sampler(step: Step, memory: ExemplarMemory) -> TrainingSampler:
-    """The training batches of a step: clips of its classes, late ones, and exemplars as the method needs them.
-
-    Raises ConfigError for a step that trains without a whole batch.
-    """
-    exemplars = exemplar_clips(step.manifest, memory)
-    late = NO_CLIPS if step.needs.all_data else step.late_clips
-    sampler = TrainingSampler(
-        manifest=step.manifest,
-        classes=step.seen_classes if step.needs.all_data else step.new_classes,
-        exemplars=exemplars if step.needs.memory == "replay" else NO_CLIPS,
-        joined=np.concatenate([exemplars, late]) if step.needs.memory == "join" else late,
-        data=step.config.data,
-        optim=step.config.optim,
-        seed=step.config.seed,
-        step=step.number,
-        world=step.world,
-    )
-    if step.has_training:
-        check_enough_clips(step.config, step.number, sampler.batches_per_epoch, len(sampler.clips))
-    return sampler
 
 
 def _check_shards(manifest: Manifest, scenario: Scenario, number: int, check: ShardCheck) -> None:

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from avcil_dist.data.batch import Batch
 from avcil_dist.errors import TrainingError
-from avcil_dist.methods.base import Method, Targets
+from avcil_dist.methods.base import Method, StoredLogits, Targets
 from avcil_dist.models.attention.module import TeacherView
 from avcil_dist.models.outputs import Output
 from avcil_dist.training.collectives import gather_rows
 from avcil_dist.training.engine import BETTER_GRADIENT, Engine
+from avcil_dist.training.exemplar_logits import StoredRows
 from avcil_dist.training.loss_graph import method_loss
 from avcil_dist.training.teacher import Teacher
 
@@ -40,16 +41,17 @@ def train_step(
     *,
     method: Method,
     teacher: Teacher | None,
+    stored: StoredRows | None = None,
     num_bad: int | None = None,
     with_norm: bool = False,
 ) -> StepLosses:
     """Run forward, backward and the optimizer's update; in micro-batches of `engine.rows` rows if there are more.
 
-    `num_bad` is as in `gather_batch`, `with_norm` as in `Engine.step`. Raises TrainingError when the loss is finite but
-    its gradient is not.
+    `stored` are the logits of exemplars that the method needs, if it does. `num_bad` is as in `gather_batch`,
+    `with_norm` as in `Engine.step`. Raises TrainingError when the loss is finite but its gradient is not.
     """
     num_micro_batches = len(batch.labels) // engine.rows
-    objective = _Objective(method, teacher, num_bad)
+    objective = _Objective(method, teacher, stored, num_bad)
     if num_micro_batches == 1:
         losses = _backward_whole(engine, batch, objective)
     else:
@@ -66,6 +68,7 @@ class _Objective:
 
     method: Method
     teacher: Teacher | None
+    stored: StoredRows | None
     num_bad: int | None
 
     def encode_shared(self, batch: Batch) -> Batch:
@@ -85,7 +88,7 @@ class _Objective:
 
     def loss(self, batch: Batch, output: Output, teacher_output: Output | None) -> StepLosses:
         """The loss of the global batch, from this rank's rows and those of the others."""
-        gathered = gather_batch(batch, output, teacher_output, num_bad=self.num_bad)
+        gathered = gather_batch(batch, output, teacher_output, stored=self.stored, num_bad=self.num_bad)
         inputs = gathered.targets, gathered.output, gathered.teacher
         parts = self.method.loss(*inputs) if gathered.num_bad else method_loss(self.method, *inputs)
         return StepLosses(parts, gathered.num_bad)
@@ -177,7 +180,14 @@ class GlobalBatch:
     num_bad: int
 
 
-def gather_batch(batch: Batch, output: Output, teacher: Output | None, *, num_bad: int | None = None) -> GlobalBatch:
+def gather_batch(
+    batch: Batch,
+    output: Output,
+    teacher: Output | None,
+    *,
+    stored: StoredRows | None = None,
+    num_bad: int | None = None,
+) -> GlobalBatch:
     """Gather the rows of all ranks, with gradient. Equal on all ranks.
 
     `num_bad` is the number of damaged rows in the global batch, if known: if it is 0, the CPU does not wait for the
@@ -199,8 +209,17 @@ def gather_batch(batch: Batch, output: Output, teacher: Output | None, *, num_ba
     if teacher is None or teacher.pooled is None:
         output = output._replace(pooled=None)
     return GlobalBatch(
-        targets=Targets(gather(batch.labels), int(valid[:num_current].sum()) if num_bad else num_current),
+        targets=Targets(
+            gather(batch.labels),
+            int(valid[:num_current].sum()) if num_bad else num_current,
+            None if stored is None else _stored_logits(*map(gather, stored.lookup(batch.clips, batch.labels.device))),
+        ),
         output=output.map(gather, gather_exemplars),
         teacher=None if teacher is None else teacher.map(gather, gather_exemplars),
         num_bad=num_bad,
     )
+
+
+def _stored_logits(values: Tensor, counts: Tensor) -> StoredLogits:
+    """Logits (B, C) whose first `counts` (B,) classes are known."""
+    return StoredLogits(values, torch.arange(values.shape[1], device=values.device) < counts[:, None])

@@ -24,6 +24,7 @@ from avcil_dist.training.collectives import Votes, collect_texts, gather_rows
 from avcil_dist.training.engine import Engine
 from avcil_dist.training.evaluation import evaluate
 from avcil_dist.training.exemplar_copies import local_exemplars
+from avcil_dist.training.exemplar_logits import StoredRows
 from avcil_dist.training.incremental_step import Step
 from avcil_dist.training.inference_pass import InferencePass
 from avcil_dist.training.iteration_metrics import IterationMetrics
@@ -51,6 +52,7 @@ class Trainer:
     snapshots: SnapshotManager
     observer: Observer
     stop: StopRequest
+    stored: StoredRows | None = None  # logits of exemplars, for a method that needs them
     _unchecked: list[tuple[Tensor, np.ndarray]] = field(default_factory=list, init=False)  # losses and clips
     _teacher_cache: TeacherCache | None = field(default=None, init=False)
     _average: WeightAverage | None = field(default=None, init=False)
@@ -194,7 +196,13 @@ class Trainer:
         num_bad = self.votes.total(len(batch.faults))  # one fault per damaged clip
         engine.scale_rates(lr_factor(self.step.config.optim, state.iteration, self.per_epoch))
         losses = train_step(
-            engine, batch, method=self.step.method, teacher=self.teacher, num_bad=num_bad, with_norm=with_norm
+            engine,
+            batch,
+            method=self.step.method,
+            teacher=self.teacher,
+            stored=self.stored,
+            num_bad=num_bad,
+            with_norm=with_norm,
         )
         totals.reading.update(batch.counts)
         totals.num_bad += losses.num_bad

@@ -28,6 +28,9 @@ VARIANTS = {
     "analytic validation": ["method.gamma=validation", "method.unit_length=false"],
     "er": [],
     "derpp": [],
+    "derpp stored": ["method.logits=stored"],
+    "er foreign": ["method=tests.helpers.foreign_methods:BalancedReplay"],
+    "finetune foreign prompts": ["method=tests.helpers.foreign_methods:LearningToPrompt"],
     "wa": [],
     "bic": [],
     "memo": [],
@@ -117,6 +120,19 @@ def test_two_processes_give_the_result_of_one(streams: dict[str, Three], name: s
     assert two.method.keys() == one.method.keys()
     for key, value in one.method.items():
         torch.testing.assert_close(two.method[key], value, rtol=1e-5, atol=1e-5, equal_nan=True)
+    check_same_logits(two, one, tolerance=1e-4)
+
+
+def check_same_logits(found: StepArtifact, expected: StepArtifact, *, tolerance: float) -> None:
+    """Check the logits that are stored with exemplars, of the methods that have them."""
+    if expected.exemplar_logits is None:
+        assert found.exemplar_logits is None
+        return
+    assert found.exemplar_logits is not None
+    assert torch.equal(found.exemplar_logits.counts, expected.exemplar_logits.counts)
+    torch.testing.assert_close(
+        found.exemplar_logits.values, expected.exemplar_logits.values, rtol=tolerance, atol=tolerance
+    )
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -127,6 +143,7 @@ def test_a_stream_interrupted_between_steps_gives_the_same_bits(streams: dict[st
         assert torch.equal(resumed.model[key], weight), key
     for key, value in whole.method.items():
         torch.testing.assert_close(resumed.method[key], value, rtol=0, atol=0, equal_nan=True)
+    check_same_logits(resumed, whole, tolerance=0)
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name.split()[0] in WITH_MEMORY])
@@ -138,6 +155,19 @@ def test_memory_holds_an_equal_part_of_each_class(streams: dict[str, Three], nam
 @pytest.mark.parametrize("name", ["finetune", "joint", "lwf", "analytic"])
 def test_methods_without_memory_keep_no_exemplars(streams: dict[str, Three], name: str) -> None:
     assert last(streams[name].one).memory.count == 0
+
+
+@pytest.mark.parametrize("name", ["derpp stored", "er foreign"])
+def test_exemplars_keep_the_logits_of_the_step_that_stored_them(streams: dict[str, Three], name: str) -> None:
+    before, after = (load_artifact(streams[name].two, step) for step in (1, 2))
+    assert before.exemplar_logits is not None
+    assert after.exemplar_logits is not None
+    sizes = [len(keys) for keys in before.memory.keys.values()]
+    first = [sum(sizes[:number]) for number in range(len(sizes))]
+    kept = [row for start in first for row in range(start, start + 5)]
+    assert torch.equal(after.exemplar_logits.values[:15, :3], before.exemplar_logits.values[kept])
+    assert not after.exemplar_logits.values[:15, 3:].any()
+    assert after.exemplar_logits.counts.tolist() == [1] * 5 + [3] * 10 + [6] * 15
 
 
 def test_the_sums_of_a_blurred_stream_have_the_clips_that_have_arrived(streams: dict[str, Three]) -> None:

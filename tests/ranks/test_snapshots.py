@@ -82,15 +82,18 @@ def resolved(config: Path, *words: str) -> Config:
 
 def test_a_step_that_stopped_ends_in_the_bits_of_one_that_did_not_at_every_zero_stage(tmp_path: Path) -> None:
     file = write_config(tmp_path, **EVERY)
+    variants = {f"zero{stage}": [f"engine=zero{stage}"] for stage in STAGES}
+    # its exemplars have stored logits, and clips have weights
+    variants["foreign"] = ["method=tests.helpers.foreign_methods:BalancedReplay"]
     configs = {
-        f"{kind}-{stage}": resolved(file, f"output={tmp_path}/{kind}-{stage}", f"engine=zero{stage}")
-        for stage in STAGES
+        f"{kind}-{name}": resolved(file, f"output={tmp_path}/{kind}-{name}", *words)
+        for name, words in variants.items()
         for kind in ("whole", "broken")
     }
     for begun in run_ranks(broken_and_whole, 2, configs):
-        assert begun == [10 + 7] * len(STAGES)  # requested after 9 and 6 batches, voted on after the next
-    for stage in STAGES:
-        whole, broken = (stream_url(configs[f"{kind}-{stage}"]) for kind in ("whole", "broken"))
+        assert begun == [10 + 7] * len(variants)  # requested after 9 and 6 batches, voted on after the next
+    for name in variants:
+        whole, broken = (stream_url(configs[f"{kind}-{name}"]) for kind in ("whole", "broken"))
         assert weights_digest(broken, STEP) == weights_digest(whole, STEP)
         ours, theirs = load_artifact(broken, STEP), load_artifact(whole, STEP)
         assert (ours.metrics, ours.memory) == (theirs.metrics, theirs.memory)

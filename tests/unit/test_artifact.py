@@ -21,6 +21,7 @@ from avcil_dist.streams.commit import (
     write_commit,
     write_files,
 )
+from avcil_dist.streams.exemplar_logits import ExemplarLogits
 from avcil_dist.streams.identity import Change, new_identity, read_identity, write_identity
 from avcil_dist.streams.summary import (
     StepCommit,
@@ -31,6 +32,7 @@ from avcil_dist.streams.summary import (
     recorded_changes,
     step_url,
 )
+from avcil_dist.streams.tensors import encode_tensors
 from tests.helpers.artifacts import make_artifact
 
 FILES = (
@@ -51,6 +53,30 @@ def rewrite(stream: Path, file: str, data: bytes) -> None:
     digests = commit["files"] | write_files(folder, {file: data})
     fields = {key: value for key, value in commit.items() if key not in ("files", "format")}
     write_commit(folder, digests, **fields)
+
+
+def test_logits_of_exemplars_are_a_file_of_their_own(tmp_path: Path) -> None:
+    logits = ExemplarLogits(torch.tensor([[1.0, 2], [3, 0], [0, 0]]), torch.tensor([2, 1, 0]))
+    folder = save_artifact(str(tmp_path), replace(make_artifact(), exemplar_logits=logits))
+    assert set(read_commit(folder, StepCommit).files) == {*FILES, "exemplars.safetensors"}
+    found = load_artifact(str(tmp_path), 0).exemplar_logits
+    assert found is not None
+    assert torch.equal(found.values, logits.values)
+    assert torch.equal(found.counts, logits.counts)
+    wrong: list[dict[str, torch.Tensor]] = [
+        {"logits": logits.values},
+        logits.to_tensors() | {"more": torch.zeros(1)},
+        logits.to_tensors() | {"logits": logits.values[:2]},
+        logits.to_tensors() | {"logits": logits.values[:, :1]},
+        logits.to_tensors() | {"logits": logits.values.double()},
+        logits.to_tensors() | {"counts": logits.counts + 1},
+        logits.to_tensors() | {"counts": logits.counts - 1},
+        logits.to_tensors() | {"counts": logits.counts.float()},
+    ]
+    for tensors in wrong:
+        rewrite(tmp_path, "exemplars.safetensors", encode_tensors(tensors))
+        with pytest.raises(ArtifactError, match=r"exemplars\.safetensors: not the logits of the exemplars"):
+            load_artifact(str(tmp_path), 0)
 
 
 def test_an_artifact_is_read_as_it_was_written(tmp_path: Path) -> None:

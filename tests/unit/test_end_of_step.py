@@ -11,12 +11,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from avcil_dist.data.batch import Batch
-from avcil_dist.data.exemplar_memory import EMPTY_MEMORY
+from avcil_dist.data.exemplar_memory import EMPTY_MEMORY, ExemplarMemory
 from avcil_dist.methods.base import ClosedFormMethod, Needs, StepContext, Targets
 from avcil_dist.models.outputs import Output
 from avcil_dist.scenario import Scenario
+from avcil_dist.streams.exemplar_logits import ExemplarLogits
 from avcil_dist.training import closed_form
 from avcil_dist.training.closed_form import train_closed_form
+from avcil_dist.training.exemplar_logits import store_logits, stored_rows
 from avcil_dist.training.exemplars import exemplar_clips, exemplar_features, update_memory
 from avcil_dist.training.inference_pass import ClassFeatures
 
@@ -188,6 +190,32 @@ def test_herding_selects_readable_clips_and_the_memory_keeps_its_size() -> None:
     assert features[2].tolist() == [[12.0, 1.0]]
     clips = exemplar_clips(Manifest(), memory)  # type: ignore[arg-type]
     assert clips.tolist()[1:] == [3, 12]
+
+
+def test_exemplars_keep_the_logits_of_their_own_step() -> None:
+    inference: Any = Inference()
+    before, after = (
+        ExemplarMemory({"a": ("clip2", "clip0")}),
+        ExemplarMemory({"a": ("clip2",), "c": ("clip11", "clip13")}),
+    )
+    needs = Needs(memory="replay", stored_logits=True)
+    step = make_step(None, 1, needs=needs)
+    stored = ExemplarLogits(torch.tensor([[5.0], [6.0]]), torch.tensor([1, 1]))
+    previous: Any = SimpleNamespace(memory=before, exemplar_logits=stored, step=0)
+    step.context = SimpleNamespace(num_seen=2)  # as many columns as the clips' features
+    logits = store_logits(step, previous, after, None, inference)  # type: ignore[arg-type]
+    assert logits is not None
+    # clip 2 has the logit of step 0; clip 11 is damaged; the outputs of clip 13 are its features
+    assert logits.values.tolist() == [[5, 0], [0, 0], [13, 1]]
+    assert logits.counts.tolist() == [1, 0, 2]
+    assert store_logits(make_step(None, 1, needs=Needs()), previous, after, None, inference) is None  # type: ignore[arg-type]
+    previous.memory, previous.exemplar_logits = after, logits
+    rows = stored_rows(step, previous)
+    assert rows is not None
+    values, counts = rows.lookup(np.array([13, 7, 2, 99, -1]), torch.device("cpu"))
+    assert values.tolist() == [[13, 1], [0, 0], [5, 0], [0, 0], [0, 0]]
+    assert counts.tolist() == [2, 0, 1, 0, 0]
+    assert stored_rows(step, None) is None
 
 
 @pytest.mark.parametrize(

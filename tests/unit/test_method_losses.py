@@ -1,6 +1,7 @@
 """Each method's total loss, needs and state, against numbers worked out by hand."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from avcil_dist.config.schema import MethodConfig
 from avcil_dist.methods import make_method, method_names
-from avcil_dist.methods.base import Method, StepContext, Targets
+from avcil_dist.methods.base import Method, StepContext, StoredLogits, Targets
 from avcil_dist.methods.nearest_mean import NearestMean
 from avcil_dist.models.network_spec import NetworkSpec
 from avcil_dist.models.outputs import Divergence, Output
@@ -94,6 +95,18 @@ def test_the_logits_of_the_exemplars_have_a_gradient_for_the_student_alone() -> 
     assert student.grad[2].tolist() == pytest.approx([-4 * LOG3, 0, 0, 0])
     assert not student.grad[:2].any()
     assert teacher.grad is None
+
+
+def test_derpp_compares_with_the_stored_logits_that_are_known() -> None:
+    is_known = torch.tensor([[False, False], [False, False], [True, False]])
+    stored = StoredLogits(torch.tensor([[9.0, 9.0], [9.0, 9.0], [3.0, 0.0]]), is_known)
+    method = method_of("derpp", logits="stored", lambda_logits=0.25, lambda_labels=2.0)
+    losses = method.loss(replace(TARGETS, stored=stored), Output(LOGITS), None)
+    assert values(losses)["logits"] == pytest.approx(3.0**2)
+    total = (LOG6 + LOG2) / 2 + 0.25 * 9 + 2 * LOG8
+    assert values(losses)["loss"] == pytest.approx(total)
+    nothing = StoredLogits(torch.zeros(3, 2), torch.zeros(3, 2, dtype=torch.bool))
+    assert values(method.loss(replace(TARGETS, stored=nothing), Output(LOGITS), None))["logits"] == 0
 
 
 def test_derpp_of_a_batch_without_exemplars_is_cross_entropy() -> None:

@@ -45,6 +45,7 @@ NEEDS: list[tuple[dict[str, Any], Needs]] = [
     ({"name": "analytic", "gamma": "evidence"}, Needs(training="never", network_spec=GRID)),
     ({"name": "er"}, Needs(memory="replay")),
     ({"name": "derpp"}, Needs(teacher=True, memory="replay")),
+    ({"name": "derpp", "logits": "stored"}, Needs(memory="replay", stored_logits=True)),
     ({"name": "wa"}, Needs(teacher=True, memory="join", selection="herding")),
     (
         {"name": "bic"},
@@ -105,7 +106,7 @@ def test_defaults_are_those_of_the_papers() -> None:
         assert make_method(MethodConfig(name=name)).options.expansion == 8192
     assert make_method(MethodConfig(name="slda")).options.shrinkage == 1e-4
     derpp = make_method(MethodConfig(name="derpp")).options
-    assert (derpp.lambda_logits, derpp.lambda_labels) == (0.1, 0.5)
+    assert (derpp.logits, derpp.lambda_logits, derpp.lambda_labels) == ("previous", 0.1, 0.5)
     memo = make_method(MethodConfig(name="memo")).options
     assert (memo.lambda_auxiliary, memo.train_shared) == (1.0, True)
     kernel = make_method(MethodConfig(name="kernel")).options
@@ -161,6 +162,8 @@ def test_a_method_needs_nothing_unless_it_lists_it() -> None:
         memory="none",
         selection="random",
         means=False,
+        stored_logits=False,
+        weighted_sampling=False,
         divergence=False,
         importance=False,
         both_modalities=False,

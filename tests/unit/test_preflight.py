@@ -1,5 +1,6 @@
 """Preflight: needs of methods against configuration and data; the list of methods with their needs."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +13,10 @@ from avcil_dist.data.manifest import load_manifest
 from avcil_dist.errors import ConfigError, DataError
 from avcil_dist.methods import method_names
 from avcil_dist.methods.base import Needs
+from avcil_dist.models.extension import Extension
 from avcil_dist.models.network_spec import NetworkSpec
 from avcil_dist.scenario import Scenario
+from avcil_dist.streams.stream import scenario_of
 from avcil_dist.training import preflight as preflight_module
 from avcil_dist.training.preflight import check_method_fits, describe_needs, preflight
 from data_shards.build import build_shards
@@ -41,6 +44,15 @@ def test_a_memory_of_size_0_is_refused_with_the_methods_that_need_none(tmp_path:
     line = refused(write_config(tmp_path), "method=ssil", "memory.size=0")
     assert line.startswith("memory.size=0: method ssil needs an exemplar per class, 5 in all")
     assert line.endswith("acil, air, analytic, finetune, joint, kernel, lwf, ncm, ranpac, slda")
+
+
+@pytest.mark.parametrize("needs", [Needs(stored_logits=True), Needs(means=True)])
+def test_a_method_that_keeps_something_of_exemplars_has_a_memory(tmp_path: Path, needs: Needs) -> None:
+    config = load_config(str(write_config(tmp_path)))
+    manifest = load_manifest(config.data.manifest)
+    with pytest.raises(ConfigError, match=r'its `needs` must have memory="replay" or'):
+        check_method_fits(config, needs, manifest, scenario_of(config, manifest))
+    check_method_fits(config, replace(needs, memory="join"), manifest, scenario_of(config, manifest))
 
 
 def test_prediction_by_means_needs_an_exemplar_of_the_last_classes_too(tmp_path: Path) -> None:
@@ -173,6 +185,10 @@ def test_every_need_of_a_method_is_described() -> None:
         "memory (exemplars join)": Needs(memory="join"),
         "herding": Needs(selection="herding"),
         "features of exemplars": Needs(means=True),
+        "logits stored with exemplars": Needs(stored_logits=True),
+        "sampling weights": Needs(weighted_sampling=True),
+        "parameters of its own": Needs(network_spec=NetworkSpec(extension=lambda dim, num_classes: Extension())),
+        "shared layers that are frozen after step 0": Needs(network_spec=NetworkSpec(freeze_shared=True)),
         "attention of both modalities": Needs(divergence=True),
         "both modalities": Needs(both_modalities=True),
         "gradients of the teacher": Needs(importance=True),

@@ -15,7 +15,7 @@ from avcil_dist.system.plugins import trust, trusted
 from avcil_dist.system.signals import StopRequest, listening
 from avcil_dist.tracking.events import StepTracker
 from avcil_dist.tracking.run_facts import machine_facts
-from avcil_dist.tracking.session import is_published, publish_step, track_step
+from avcil_dist.tracking.session import is_published, publish_step, publish_stream, track_step
 from avcil_dist.training.observer import Observer
 from avcil_dist.world import World
 from launch.progress import ProgressBar, ProgressFile, log_warning
@@ -89,24 +89,28 @@ class StepRun:
                 bar = stack.enter_context(ProgressBar(self.config.stream_name, self.num_steps))
                 files = (ProgressFile(self.progress_file),) if self.progress_file else ()
                 self._run_step(world, stop, report, (bar, *files, MetricsObserver(tracker), *observers))
-                publish_step(self.config, tracker, self.num_steps, self._write_page())
+                self._publish(tracker)
 
     def publish_if_unpublished(self) -> None:
         """Publish the last step of a finished stream if its process was killed between the commit and that."""
         if not is_published(self.config, PAGE):
             with track_step(self.config, self.step, warn=log_warning) as tracker:
-                publish_step(self.config, tracker, self.num_steps, self._write_page())
+                self._publish(tracker)
 
-    def _write_page(self) -> str | None:
-        """Write the report of a finished stream to its folder, for its MLflow run; return its name."""
-        if self.step + 1 < self.num_steps:
-            return None
+    def _publish(self, tracker: StepTracker) -> None:
+        """Publish the committed step, and after the last one the stream with its report."""
+        publish_step(self.config, tracker, self.num_steps)
+        if self.step + 1 == self.num_steps:
+            self._write_page()
+            publish_stream(tracker, PAGE)
+
+    def _write_page(self) -> None:
+        """Write the report of a finished stream to its folder."""
         from avcil_dist.reporting.page import write_page  # a second of imports
         from avcil_dist.reporting.report import load_streams
 
         stream = stream_url(self.config)
         write_page(load_streams([stream]), storage.join(stream, PAGE))
-        return PAGE
 
     def _run_step(
         self, world: World, stop: StopRequest, report: Callable[[AvcilError], None], observers: tuple[Observer, ...]

@@ -115,6 +115,18 @@ def unfinished_steps(queue: EventQueue) -> list[str]:
     return list(begun)
 
 
+def is_finished(queue: EventQueue) -> bool:
+    """Whether the stream's run has ended with success since it was last opened or a step began."""
+
+    def last(kind: str, **values: str) -> int:
+        found = (
+            offset for event, offset in queue.read(0, limit=queue.size(), kind=kind) if values.items() <= event.items()
+        )
+        return max(found, default=0)
+
+    return last("end", run=STREAM, status="FINISHED") > max(last("open"), last("begin"))
+
+
 def end_status(kind: type[BaseException] | None) -> Status:
     """The status of a run that ended with an exception of this type, or without one."""
     if kind is None:

@@ -20,6 +20,9 @@ from avcil_dist.tracking.outcomes import RefusedError, RejectedError, RunDeleted
 
 EVENTS_PER_BATCH = 200
 POLL_SECONDS = 1.0
+PACE_SECONDS = (
+    1.0  # between two batches while training runs: a call costs a processor as much for one event as for many
+)
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 10.0
 LONGEST_WAIT_AT_THE_END = 1.0
 JOIN_SECONDS = 2.0
@@ -119,6 +122,8 @@ class Sender:
             try:
                 self._send(batch, cursor)
                 waits = 0
+                if len(batch) < EVENTS_PER_BATCH:
+                    self._hurry.wait(PACE_SECONDS)
             except RunDeletedError:
                 _logger.warning("%s: the run was deleted there; all events are sent again", self.shown)
                 cursor.offset, cursor.runs = 0, {}

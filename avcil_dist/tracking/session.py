@@ -13,7 +13,7 @@ from avcil_dist.streams.stream import stream_url
 from avcil_dist.streams.summary import committed_steps
 from avcil_dist.tracking.delivery import Warn, last_open, sending
 from avcil_dist.tracking.event_queue import EventQueue, queue_folder
-from avcil_dist.tracking.events import STREAM, StepDescription, StepTracker, end_status, unfinished_steps
+from avcil_dist.tracking.events import STREAM, StepDescription, StepTracker, end_status, is_finished, unfinished_steps
 from avcil_dist.tracking.run_facts import stream_facts
 from avcil_dist.tracking.tags import CHANGES_TAG, FOLDER_TAG, ORIGIN_RUN_TAG, ORIGIN_STEP_TAG
 from avcil_dist.tracking.trackers import check_trackers
@@ -93,7 +93,7 @@ def close_run(config: Config, kind: type[BaseException] | None, *, warn: Warn = 
         if status in ("FAILED", "KILLED"):
             for run in unfinished_steps(queue):  # of a rank that was killed, or stopped by another rank's error
                 queue.append("end", run=run, status=status)
-        if status != "RUNNING":
+        if status != "RUNNING" and not (status == "FINISHED" and is_finished(queue)):
             queue.append("end", run=STREAM, status=status)
 
 
@@ -109,23 +109,22 @@ def track_step(
         yield tracker
 
 
-def publish_step(config: Config, tracker: StepTracker, num_steps: int, page: str | None = None) -> None:
-    """Publish a committed step. The last step also registers its weights and ends the stream's run.
-
-    `page`: the name of a report in the stream's folder.
-    """
+def publish_step(config: Config, tracker: StepTracker, num_steps: int) -> None:
+    """Publish a committed step. The last step also registers its weights."""
     tracker.publish(stream_url(config), config.data.manifest)
-    if tracker.step + 1 == num_steps:
-        name = config.tracking.register_as
-        if name != "none":
-            tracker.register(f"{config.name}-{config.method.label}" if name == "auto" else name)
-        if page is not None:
-            tracker.queue.append("file", file=page)  # after the rest: `is_published` looks for it
-        tracker.queue.append("end", run=STREAM, status="FINISHED")
+    name = config.tracking.register_as
+    if tracker.step + 1 == num_steps and name != "none":
+        tracker.register(f"{config.name}-{config.method.label}" if name == "auto" else name)
+
+
+def publish_stream(tracker: StepTracker, page: str) -> None:
+    """Publish the report `page` of the stream's folder, and end the stream's run."""
+    tracker.queue.append("file", file=page)  # after the rest: `is_published` looks for it
+    tracker.queue.append("end", run=STREAM, status="FINISHED")
 
 
 def is_published(config: Config, page: str) -> bool:
-    """Whether `publish_step` was called with this page, and was not killed on the way."""
+    """Whether `publish_stream` was called with this page, and all before it."""
     opened = last_open(stream_url(config))
     return opened is not None and page in {event["file"] for event in opened.queue.events("file")}
 

@@ -197,6 +197,23 @@ def test_a_rejected_metric_is_skipped_alone_and_the_others_of_its_batch_are_sent
     assert [event["position"] for event in writer.events] == [0, 1, 3, 4]
 
 
+def test_events_that_follow_each_other_go_in_few_calls(tmp_path: Path) -> None:
+    queue, calls = EventQueue(tmp_path), []
+
+    class CountingWriter(MemoryWriter):
+        def write(self, events: Sequence[Event]) -> None:
+            calls.append(len(events))
+
+    sender = Sender(queue, SERVER, CountingWriter, shown=SERVER)
+    sender.start()
+    for position in range(100):
+        queue.append("metrics", is_synced=False, run="0", position=position, values={})
+        time.sleep(0.005)  # as from iterations
+    assert sender.close(30.0)
+    assert sum(calls) == 100
+    assert len(calls) <= 10
+
+
 def test_an_outage_is_recorded_in_the_cursor_and_cleared_after_it(tmp_path: Path) -> None:
     queue = EventQueue(tmp_path)
     queue.append("begin", step=0)

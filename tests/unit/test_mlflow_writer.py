@@ -18,8 +18,9 @@ from avcil_dist.streams.metrics import StreamMetrics
 from avcil_dist.tracking.artifacts import download_step
 from avcil_dist.tracking.client import connect, find_by_stream_id, find_stream
 from avcil_dist.tracking.delivery import sync_stream, unsent
+from avcil_dist.tracking.event_queue import EventQueue, queue_folder
 from avcil_dist.tracking.events import STREAM, StepDescription, StepTracker, unfinished_steps
-from avcil_dist.tracking.session import close_run, open_run, track_step
+from avcil_dist.tracking.session import close_run, open_run, publish_stream, track_step
 from avcil_dist.tracking.uris import tracking_uri
 from tests.helpers.stream_folder import TRACKING, StreamFolder
 
@@ -254,6 +255,21 @@ def test_a_step_whose_process_was_killed_is_unfinished(stream: StreamFolder) -> 
     assert unfinished_steps(stream.queue) == ["1"]
     StepTracker(stream.queue, 0).__enter__()  # begun again
     assert unfinished_steps(stream.queue) == ["1", "0"]
+
+
+def test_the_run_of_a_stream_is_ended_once_after_each_beginning(tmp_path: Path) -> None:
+    config = load_config("demo", [f"output={tmp_path}"])
+    queue = EventQueue(queue_folder(f"{tmp_path}/{config.stream_name}", open_run(config, is_elsewhere=True)))
+    with StepTracker(queue, 0) as tracker:
+        publish_stream(tracker, "report.html")
+    close_run(config, None)
+    assert [event["run"] for event in queue.events("end")] == [STREAM, "0"]
+    open_run(config)
+    close_run(config, None)
+    StepTracker(queue, 1).__enter__()
+    close_run(config, None)
+    close_run(config, None)
+    assert [event["run"] for event in queue.events("end")] == [STREAM, "0", STREAM, STREAM]
 
 
 def test_a_metric_that_the_server_refuses_is_left_out_alone_with_one_warning(

@@ -19,6 +19,8 @@ from avcil_dist.seeds import generator
 # Without the characters that a terminal interprets.
 ClassName = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]+$", max_length=1000)]
 
+MAX_SHOWN = 8  # sizes of steps in an error
+
 
 @dataclass(frozen=True)
 class Scenario:
@@ -117,8 +119,18 @@ def make_scenario(
         )
     if sum(sizes) > len(order):
         raise ConfigError(
-            f"scenario.classes_per_step: the steps need {sum(sizes)} classes, there are {len(order)}; "
-            "list unequal ones: [39, 30, ...]"
+            f"scenario.classes_per_step: the steps need {sum(sizes)} classes, there are {len(order)}; list "
+            f"the sizes of the steps, such as {_fitting(sizes, len(order))}"
         )
     bounds = [sum(sizes[:k]) for k in range(len(sizes) + 1)]
     return Scenario(tuple(tuple(order[a:b]) for a, b in itertools.pairwise(bounds)))
+
+
+def _fitting(sizes: Sequence[int], num_classes: int) -> str:
+    """Return a list of the first sizes, the last one reduced, that hold so many classes; a long one is abbreviated."""
+    fitting: list[int] = []
+    for size in sizes:
+        if left := num_classes - sum(fitting):
+            fitting.append(min(size, left))
+    shown = [str(size) for size in fitting]
+    return f"[{','.join(shown if len(shown) <= MAX_SHOWN else [*shown[:2], '…', *shown[-1:]])}]"

@@ -302,8 +302,9 @@ def merge_parts(output: str, *, strict: bool = False) -> BuildReport:
         storage.remove_tree(storage.join(output, PARTS))
         raise DataError(f"{output}: no clip could be taken; {_first_reason(rejected)}")
     if strict and rejected:
+        count = f"{len(rejected)} clip{'s' * (len(rejected) != 1)}"
         raise DataError(
-            f"{output}: {len(rejected)} clips rejected; {_first_reason(rejected)}; fix them, or build without strict"
+            f"{output}: {count} rejected; {_first_reason(rejected)}; fix what is wrong, or build without strict"
         )
     present = {shard.class_name for shard in shards}
     manifest = Manifest(

@@ -37,10 +37,10 @@ class Metric:
 
 
 METRICS = {
-    "mean": Metric("mean accuracy", "Mean acc.", lambda m: m.mean_accuracy, published=MEAN),
-    "final": Metric("final accuracy", "Final acc.", lambda m: m.seen_accuracy[-1], published="final_accuracy"),
+    "mean": Metric("mean\naccuracy", "Mean acc.", lambda m: m.mean_accuracy, published=MEAN),
+    "final": Metric("final\naccuracy", "Final acc.", lambda m: m.seen_accuracy[-1], published="final_accuracy"),
     "forgetting": Metric(
-        "average forgetting",
+        "average\nforgetting",
         "Forgetting",
         lambda m: m.average_forgetting,
         higher_is_better=False,
@@ -51,10 +51,10 @@ METRICS = {
         "Disjoint acc.",
         lambda m: m.source_disjoint.mean_accuracy if m.source_disjoint else None,
     ),
-    "bwt": Metric("backward transfer", "BWT", lambda m: m.backward_transfer),
-    "task_il": Metric("Task-IL accuracy", "Task-IL", lambda m: m.scores.task_il_accuracy if m.scores else None),
-    "top5": Metric("top-5 accuracy", "Top-5", lambda m: m.scores.top5_accuracy if m.scores else None),
-    "map": Metric("macro mAP", "mAP", lambda m: m.scores.mean_average_precision if m.scores else None),
+    "bwt": Metric("backward\ntransfer", "BWT", lambda m: m.backward_transfer),
+    "task_il": Metric("Task-IL\naccuracy", "Task-IL", lambda m: m.scores.task_il_accuracy if m.scores else None),
+    "top5": Metric("top-5\naccuracy", "Top-5", lambda m: m.scores.top5_accuracy if m.scores else None),
+    "map": Metric("macro\nmAP", "mAP", lambda m: m.scores.mean_average_precision if m.scores else None),
 }
 TABLE_METRICS = ("mean", "final", "forgetting", "disjoint")
 

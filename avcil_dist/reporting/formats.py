@@ -69,7 +69,8 @@ def print_table(table: TextTable, console: Console) -> None:
     filled = [number for number in range(len(table.headings)) if not rows or any(row[number] for row in rows)]
     printed = WordTable(table.title, num_keys=sum(number < NUM_WORDS for number in filled))
     for number in filled:
-        side = {"overflow": "fold"} if number < NUM_WORDS else {"justify": "right"}
+        is_number = any(isinstance(row[number], Number) for row in table.rows)
+        side = {"overflow": "fold"} if number < NUM_WORDS else {"justify": "right", "no_wrap": is_number}
         printed.add_column(table.headings[number], **side)
     for row in rows:
         printed.add_row(*(row[number] for number in filled))

@@ -66,6 +66,7 @@ def print_report(report: "BuildReport | None") -> None:
     """Print the data set, its splits, and its rejected clips; nothing without a report."""
     if report is None:
         return
+    from data_shards.build_plan import REJECTED
     from data_shards.rejections import rejection_table
     from data_shards.split_table import lacking_classes, split_table
 
@@ -81,7 +82,9 @@ def print_report(report: "BuildReport | None") -> None:
         echo(line, err=True)
     if report.rejected:
         console.print(rejection_table(report.rejected))
-        echo(f"{len(report.rejected)} clips rejected; rejected.csv lists them with their reasons", err=True)
+        count, folder = len(report.rejected), report.manifest_url.rpartition("/")[0]
+        lists = f"{folder}/{REJECTED} lists {'it' if count == 1 else 'them'} with the reason{'s' * (count != 1)}"
+        echo(f"{count} clip{'s' * (count != 1)} rejected; {lists}", err=True)
 
 
 def clip_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -62,7 +62,7 @@ def test_the_error_of_a_part_is_that_of_the_command(sandbox: Sandbox, tmp_path: 
     assert failed.returncode == 2
     [line] = [line for line in failed.stderr.splitlines() if line.startswith("avcil: ")]
     assert "merge: " in line
-    assert "1 clips rejected" in line
+    assert "1 clip rejected" in line
     assert "missing file" in line
 
 

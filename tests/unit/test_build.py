@@ -253,7 +253,7 @@ def test_a_lost_shard_or_changed_clip_is_built_again_on_resume(tmp_path: Path) -
     bad = tmp_path / "clips/train/class_001/train-001-00001.mp4"
     good_bytes = bad.read_bytes()
     bad.write_bytes(b"text")
-    with pytest.raises(DataError, match="1 clips rejected"):
+    with pytest.raises(DataError, match="1 clip rejected"):
         _build(source, tmp_path / "out", strict=True)
     next((tmp_path / "out/train").glob("c000-*-0001.tar")).unlink()
     bad.write_bytes(good_bytes)

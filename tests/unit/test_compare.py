@@ -225,7 +225,7 @@ def test_a_variant_is_that_among_the_streams_of_its_benchmark() -> None:
 
 def test_the_metrics_of_a_comparison_are_chosen_by_name(tmp_path: Path) -> None:
     table = compared(group_by_config([stream(0.5)]), ["final", "top5", "mean"])
-    assert [heading for heading in table.headings if "accuracy" in heading] == ["final accuracy", "mean accuracy"]
+    assert [heading for heading in table.headings if "accuracy" in heading] == ["final\naccuracy", "mean\naccuracy"]
     refused = avcil("compare", tmp_path, "--metrics", "mean,foo")
     assert refused.exit_code == 2
     assert "--metrics: 'foo' is none of mean, final," in refused.stderr

@@ -218,7 +218,7 @@ def test_command_makes_features_that_the_loader_reads(clips: str, tmp_path: Path
     made = CliRunner().invoke(cli, ["shards", "features", clips, str(tmp_path), *TINY, "--batch", "4"])
     assert made.exit_code == 0, made.output
     assert "13 clips, 2 classes" in made.output
-    assert "1 clips rejected" in made.output
+    assert "1 clip rejected" in made.output
     manifest = load_manifest(f"{tmp_path}/manifest.json")
     source = FixedSampler(manifest.clips(["class_001"], "train")[None])
     data = DataConfig(manifest=f"{tmp_path}/manifest.json")

@@ -61,7 +61,8 @@ def test_equal_scenarios_are_equal() -> None:
         ({"classes_per_step": [2, 2]}, "scenario.classes_per_step: 2 steps hold 4 of 5 classes: 'eel' is in no step"),
         (
             {"classes_per_step": 2},
-            "scenario.classes_per_step: the steps need 6 classes, there are 5; list the sizes of the steps, such as [2,2,1]",
+            "scenario.classes_per_step: the steps need 6 classes, there are 5; list the sizes of the steps, such as "
+            "[2,2,1]",
         ),
         ({"classes_per_step": [3, 3]}, "scenario.classes_per_step: the steps need 6 classes, there are 5"),
     ],

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from avcil_dist import storage
-from avcil_dist.errors import ConfigError, DataError
+from avcil_dist.errors import ConfigError, DataError, StorageError
 from avcil_dist.storage.hub import HubRevision, hub_revision
 from data_shards.build_plan import BuildReport
 from data_shards.downloads.archives import remove_unpacked, unpack_features
@@ -68,36 +68,61 @@ class Fetched:
 def list_files(data_set: DataSet, folder: Path, mirror: str | None) -> list[Listed]:
     """Return the files of a data set, with the sources of those that are not here.
 
-    `mirror` is a folder or url with the files under their published paths; None for the published places. Raises
-    StorageError where a source does not answer, DataError where it lacks a file.
+    `mirror` is a folder or url with the files under their published paths; None for the published places. The hub's
+    files that it lacks come from the hub. Raises StorageError where a source does not answer, DataError where it lacks
+    a file.
     """
     lock = read_lock(folder / DOWNLOADS)
     listed, hub = [], None
     for file in data_set.files:
         path = folder / DOWNLOADS / file.path
-        locked = lock.files.get(file.path)
-        if mirror is not None and not is_http(mirror) and storage.local_path(mirror) is not None:
-            path = path if path.is_file() else Path(str(storage.local_path(storage.join(mirror, file.path))))
-            listed.append(Listed(file, path, None, storage.size(str(path)), ""))
-        elif path.is_file():
-            listed.append(Listed(file, path, None, path.stat().st_size, locked.revision if locked else ""))
-        elif mirror is not None:
-            base = mirror.rstrip("/")
-            source: Source = (
-                HttpSource(f"{base}/{file.path}") if is_http(mirror) else StorageSource(f"{base}/{file.path}")
-            )
-            listed.append(Listed(file, path, source, source.size(), ""))
+        fault = None
+        if mirror is not None:
+            try:
+                listed.append(_of_mirror(file, path, mirror, lock))
+                continue
+            except DataError as error:
+                if file.repository is None:
+                    raise
+                fault = error
+        if path.is_file():
+            listed.append(_here(file, path, lock))
         elif file.url is not None:
             source = HttpSource(file.url)
             listed.append(Listed(file, path, source, source.size(), ""))
         else:
-            hub = hub or _hub_revision(str(file.repository), lock, data_set)
-            known = hub.files.get(file.path)
-            if known is None:
-                raise DataError(f"{hub.repository} ({hub.commit[:12]}): has no {file.path}; give a mirror with --from")
-            source = HttpSource(hub.url(file.path))
-            listed.append(Listed(file, path, source, known.size, hub.commit, known.sha256))
+            try:
+                hub = hub or _hub_revision(str(file.repository), lock, data_set)
+                listed.append(_of_hub(file, path, hub))
+            except (DataError, StorageError) as error:
+                if fault is None:
+                    raise
+                raise DataError(f"{fault}; nor does the hub give it: {error}") from None
     return listed
+
+
+def _here(file: SourceFile, path: Path, lock: Lock) -> Listed:
+    locked = lock.files.get(file.path)
+    return Listed(file, path, None, path.stat().st_size, locked.revision if locked else "")
+
+
+def _of_mirror(file: SourceFile, path: Path, mirror: str, lock: Lock) -> Listed:
+    """Return a file that is here, or in a mirror. Raises DataError where the mirror lacks it."""
+    if path.is_file():
+        return _here(file, path, lock)
+    if not is_http(mirror) and storage.local_path(mirror) is not None:
+        path = Path(str(storage.local_path(storage.join(mirror, file.path))))
+        return Listed(file, path, None, storage.size(str(path)), "")
+    url = f"{mirror.rstrip('/')}/{file.path}"
+    source: Source = HttpSource(url) if is_http(mirror) else StorageSource(url)
+    return Listed(file, path, source, source.size(), "")
+
+
+def _of_hub(file: SourceFile, path: Path, hub: HubRevision) -> Listed:
+    known = hub.files.get(file.path)
+    if known is None:
+        raise DataError(f"{hub.repository} ({hub.commit[:12]}): has no {file.path}; give a mirror with --from")
+    return Listed(file, path, HttpSource(hub.url(file.path)), known.size, hub.commit, known.sha256)
 
 
 def describe_files(data_set: DataSet, listed: Sequence[Listed], folder: Path) -> list[str]:

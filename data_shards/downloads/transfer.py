@@ -98,7 +98,7 @@ def transfer(source: Source, path: Path, received: Received | None = None) -> No
             if failures >= MAX_FAILURES:
                 raise StorageError(
                     f"{source.name}: {cut}; {failures} tries in a row brought nothing, {after} bytes are here; check "
-                    "the network, then run the same command again: it continues"
+                    "the network, or give a mirror with --from, then run the same command again: it continues"
                 ) from None
             _logger.warning("%s: %s after %d bytes; continuing", redacted(source.name), redacted(str(cut)), after)
             cap = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2 ** (failures - 1))

@@ -116,6 +116,22 @@ def test_the_hub_gives_the_features_at_a_recorded_commit(
     assert lock["files"]["AVE_features.zip"]["revision"] == COMMIT
 
 
+def test_archives_that_a_mirror_lacks_come_from_the_hub(
+    tmp_path: Path, mirror: Path, ave: DataSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = (mirror / "AVE_features.zip").read_bytes()
+    (mirror / "AVE_features.zip").unlink()
+    with PublishedServer(mirror, {FEATURES_REPOSITORY: {"AVE_features.zip": archive}}) as server:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
+        template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        for place in (server.url, str(mirror)):
+            assert [entry.revision for entry in list_files(ave, tmp_path / "ave", place)] == ["", "", "", COMMIT]
+        server.hub.clear()
+        with pytest.raises(DataError, match=r"AVE_features\.zip: missing.*; nor does the hub give it: "):
+            list_files(ave, tmp_path / "ave", str(mirror))
+
+
 def test_a_folder_is_a_mirror_in_place(tmp_path: Path, mirror: Path, ave: DataSet) -> None:
     fetched = _get(ave, tmp_path / "ave", str(mirror), keep="nothing")
     assert fetched.paths["AVE_features.zip"] == mirror / "AVE_features.zip"

@@ -22,12 +22,12 @@ from avcil_dist.config.loader import (
     read_tree,
     settings_by_method,
 )
+from avcil_dist.config.method_options import METHOD_OPTIONS
 from avcil_dist.config.schema import Config, MethodConfig
 from avcil_dist.config.section import Section
 from avcil_dist.config.validation_errors import explain_error
 from avcil_dist.errors import ConfigError
-from avcil_dist.methods import method_class, method_names
-from avcil_dist.system.plugins import trust
+from avcil_dist.system.plugins import check_name, trust
 
 NAMES_OF_CODE = ("method", "method.name", "model.visual.kind", "model.audio.kind", "model.fusion", "tracking.trackers")
 
@@ -58,11 +58,6 @@ def override_config(config: Config, overrides: Sequence[str]) -> Config:
     return _validate(tree)
 
 
-def method_options() -> dict[str, type[Section]]:
-    """Return the model of the options of each method, by its name."""
-    return {name: method_class(name).Options for name in method_names()}
-
-
 def _code_in(values: Mapping[str, Any]) -> Iterator[str]:
     """Yield the texts of settings that may name code."""
     for key in NAMES_OF_CODE:
@@ -86,7 +81,7 @@ def _validate(tree: SettingsTree) -> Config:
     if config.model.fusion not in FUSIONS:
         _check_plug_in_fusion(config.model.fusion, tree.source_of("model.fusion"))
     try:
-        options_model = method_class(config.method.name).Options
+        options_model = _method_options(config.method.name)
     except ConfigError as error:
         raise ConfigError(f"{tree.source_of('method.name')}: {error}") from None
     try:
@@ -117,6 +112,16 @@ def _with_encoder_options(config: Config, tree: SettingsTree) -> Config:
     return tree.validate(Config)
 
 
+def _method_options(name: str) -> type[Section]:
+    """Return the model of a method's options. Raises ConfigError as `method_class` does."""
+    if name in METHOD_OPTIONS:
+        check_name("method.name", name, "methods", sorted(METHOD_OPTIONS))
+        return METHOD_OPTIONS[name]
+    from avcil_dist.methods import method_class  # imports torch
+
+    return method_class(name).Options
+
+
 def _encoder_options(modality: str, kind: str, source: str) -> type[Section]:
     from avcil_dist.models.encoders.build import audio_class, visual_class  # seconds of imports
 
@@ -141,7 +146,7 @@ def _apply_by_method(tree: SettingsTree) -> None:
     tree.values.pop(BY_METHOD, None)
     for name in by_method:
         try:
-            method_class(name)
+            _method_options(name)
         except ConfigError as error:
             raise ConfigError(f"{tree.file}: {BY_METHOD}: {error}") from None
     section = tree.values.get("method")

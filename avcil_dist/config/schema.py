@@ -187,7 +187,7 @@ class ScenarioConfig(Section):
 
 
 class MethodConfig(Section):
-    """Method by name, and its options. The class `Options` in the file of the method defines them."""
+    """Method by name, and its options: `config/method_options.py`, or the class `Options` of a plug-in."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 

@@ -1,25 +1,21 @@
 """Class-incremental methods, one file each, and those of plug-ins. The name of a method is that of its file."""
 
 import importlib
-import pkgutil
 
 from pydantic import ValidationError
 
+from avcil_dist.config.method_options import METHOD_OPTIONS
 from avcil_dist.config.schema import MethodConfig
 from avcil_dist.errors import ConfigError
 from avcil_dist.methods.base import Method
 from avcil_dist.system.plugins import check_name, load_plug_in
 
 LONGEST_SHOWN = 80
-NOT_METHODS = {
-    *("base", "evidence", "feature_sums", "landmarks", "losses", "nearest_mean", "row_blocks", "single_precision"),
-    "sums_head",
-}
 
 
 def method_names() -> list[str]:
     """Return the names of the built-in methods."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in NOT_METHODS)
+    return sorted(METHOD_OPTIONS)
 
 
 def method_class(name: str) -> type[Method]:

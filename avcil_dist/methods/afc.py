@@ -4,14 +4,12 @@ A head of proxies, NCA loss, and a distillation of features, weighted by their i
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
-from pydantic import Field, PositiveInt
 from torch import Tensor
 from torch.nn import functional as F
 
-from avcil_dist.config.section import Section
+from avcil_dist.config.method_options import AfcOptions
 from avcil_dist.methods.base import Needs, Targets
 from avcil_dist.methods.losses import cross_entropy, feature_discrepancy, proxy_nca
 from avcil_dist.methods.nearest_mean import NearestMean
@@ -26,14 +24,7 @@ class Afc(NearestMean):
     classes. The importance of a clip's features is constant within a step.
     """
 
-    class Options(Section):
-        """Head, weight of the discrepancy, and prediction."""
-
-        predict: Literal["nme", "lsc"] = Field("nme", description="nearest mean of exemplars (nme), or the head (lsc)")
-        num_proxies: PositiveInt = Field(10, le=10_000, description="proxies per class, K")
-        lambda_discrepancy: float = Field(
-            0.5, ge=0, description="λ; multiplied by the square root of the number of steps so far"
-        )
+    Options = AfcOptions
 
     @property
     def needs(self) -> Needs:

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from pydantic import Field, PositiveFloat
 from torch import Tensor
 
+from avcil_dist.config.method_options import AirOptions
 from avcil_dist.methods.base import Needs
 from avcil_dist.methods.sums_head import RidgeHead
 from avcil_dist.models.outputs import Output
@@ -19,17 +19,7 @@ from avcil_dist.models.outputs import Output
 class Air(RidgeHead):
     """Ridge regression W = (Σ φφᵀ/n_c + γI)⁻¹ Σ φyᵀ/n_c."""
 
-    class Options(RidgeHead.Options):
-        """Features, expansion, and candidates for γ, which are smaller because each class has the weight 1."""
-
-        gammas: list[PositiveFloat] = Field(
-            [10.0**power for power in range(-6, 3)],
-            min_length=1,
-            description="candidates for γ; the best on validation clips is used, of equally good ones the largest",
-        )
-        expansion: int = Field(
-            8192, ge=0, le=1_000_000, description="length of a fixed random ReLU expansion of φ; 0 for none"
-        )
+    Options = AirOptions
 
     @property
     def needs(self) -> Needs:

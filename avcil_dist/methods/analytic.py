@@ -11,12 +11,12 @@ candidates on every rank, and 1.6 GB more on the one that solves.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
+from avcil_dist.config.method_options import AnalyticOptions
 from avcil_dist.methods.base import Needs
 from avcil_dist.methods.evidence import evidence_ridge, factorize
 from avcil_dist.methods.feature_sums import RidgeSolver
@@ -30,14 +30,7 @@ class Analytic(RidgeHead):
 
     entries = ("gamma", "ridge", "weights")
 
-    class Options(RidgeHead.Options):
-        """Features, and the choice of the ridge. The defaults are those of artifacts without these settings."""
-
-        gamma: Literal["evidence", "validation"] = Field(
-            "validation",
-            description="ridge per block of features from the evidence of the sums (evidence; `method=analytic` sets "
-            "it), or one of `gammas` for all features, by validation clips (validation)",
-        )
+    Options = AnalyticOptions
 
     def __init__(self, options: Any) -> None:
         super().__init__(options)

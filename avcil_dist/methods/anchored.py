@@ -10,10 +10,9 @@ with task-wise distillation (Li and Hoiem 2016).
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from avcil_dist.config.section import Section
+from avcil_dist.config.method_options import AnchoredOptions
 from avcil_dist.methods.analytic import Analytic
 from avcil_dist.methods.base import Method, Needs, StepContext, Targets
 from avcil_dist.methods.losses import balanced_softmax, task_distillation
@@ -24,12 +23,7 @@ from avcil_dist.models.outputs import Output
 class Anchored(Method):
     """Balanced softmax and task-wise KD on z = s · φᵀW + z_net. The state is that of `analytic`."""
 
-    class Options(Section):
-        """Features and scale of the anchor, and the distillation."""
-
-        parts: PositiveInt = Field(8, description="parts of time to which the anchor's visual tokens are pooled")
-        scale: PositiveFloat = Field(10.0, description="s, factor of the anchor's scores")
-        distillation_temperature: PositiveFloat = 2.0
+    Options = AnchoredOptions
 
     def __init__(self, options: Any) -> None:
         super().__init__(options)

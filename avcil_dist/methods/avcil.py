@@ -4,12 +4,9 @@ Separated softmax and task-wise distillation, with dual audio-visual similarity 
 (equations 5-7) and visual attention distillation (equations 8-10).
 """
 
-from typing import Literal
-
-from pydantic import Field, PositiveFloat
 from torch import Tensor
 
-from avcil_dist.config.section import Section
+from avcil_dist.config.method_options import AvcilOptions
 from avcil_dist.methods.base import Method, Needs, Targets
 from avcil_dist.methods.losses import (
     attention_distillation,
@@ -27,20 +24,7 @@ class Avcil(Method):
 
     has_static_loss = True
 
-    class Options(Section):
-        """Weights and switches; a term that is switched off is not computed."""
-
-        variant: Literal["released", "paper"] = Field(
-            "released", description="divisor of L_C: as in the authors' program (released), or in equation 7 (paper)"
-        )
-        instance: bool = Field(True, description="instance-aware contrast L_I")
-        class_aware: bool = Field(True, description="class-aware contrast L_C")
-        attention: bool = Field(True, description="visual attention distillation L_S, L_T")
-        lambda_instance: float = Field(0.1, ge=0)
-        lambda_class: float = Field(1.0, ge=0)
-        lambda_attention: float = Field(0.5, ge=0, le=1, description="λ of λ L_S + (1 − λ) L_T")
-        contrast_temperature: PositiveFloat = 0.05
-        distillation_temperature: PositiveFloat = 2.0
+    Options = AvcilOptions
 
     @property
     def needs(self) -> Needs:

@@ -8,11 +8,12 @@ a mean over rows is a mean over all ranks.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from avcil_dist.config.method_options import NoOptions
 from avcil_dist.config.section import Section
 from avcil_dist.errors import ArtifactError
 from avcil_dist.models.network_spec import DEFAULT_SPEC, NetworkSpec
@@ -114,9 +115,8 @@ class SamplingWeights:
 class Method(ABC):
     """Class-incremental algorithm."""
 
-    class Options(Section):
-        """Settings of the method; a method with settings overrides this class."""
-
+    # Model of the options; a method of another package that has some defines a class of this name in its body.
+    Options: ClassVar[type[Section]] = NoOptions
     context: StepContext
     # Whether batches of equal shapes take equal kernels, with no look at numbers in between.
     has_static_loss = False

@@ -6,12 +6,9 @@ and two batches of exemplars are drawn. Here one batch has both terms. An exempl
 step's network.
 """
 
-from typing import Literal
-
-from pydantic import Field
 from torch import Tensor
 
-from avcil_dist.config.section import Section
+from avcil_dist.config.method_options import DerppOptions
 from avcil_dist.methods.base import Method, Needs, Targets
 from avcil_dist.methods.losses import cross_entropy, logit_distance, stored_distance
 from avcil_dist.models.outputs import Output
@@ -20,15 +17,7 @@ from avcil_dist.models.outputs import Output
 class Derpp(Method):
     """CE of current clips + α · mean squared distance of the exemplars' old logits + β · CE of exemplars."""
 
-    class Options(Section):
-        """Origin of the logits, and weights of the terms of exemplars."""
-
-        logits: Literal["previous", "stored"] = Field(
-            "previous",
-            description="logits that exemplars keep: of the previous step's network, or of the step that stored each",
-        )
-        lambda_logits: float = Field(0.1, ge=0, description="α: weight of the distance to the old logits")
-        lambda_labels: float = Field(0.5, ge=0, description="β: weight of the cross-entropy of exemplars")
+    Options = DerppOptions
 
     @property
     def needs(self) -> Needs:

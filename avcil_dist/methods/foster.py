@@ -9,11 +9,11 @@ to the booster.
 from typing import Annotated
 
 import torch
-from pydantic import Field, PositiveFloat
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from avcil_dist.config.section import Section
+from avcil_dist.config.method_options import FosterOptions
 from avcil_dist.methods.base import Method, Needs, Targets
 from avcil_dist.methods.losses import cross_entropy, soft_cross_entropy
 from avcil_dist.models.network_spec import NetworkSpec
@@ -25,13 +25,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 class Foster(Method):
     """CE(F / w) + CE(own head) + λ KD(F, teacher) for the booster, and balanced distillation of F for the network."""
 
-    class Options(Section):
-        """Temperature, balance of rare classes, and the weight of the distillation."""
-
-        distillation_temperature: PositiveFloat = 2.0
-        lambda_distillation: float = Field(1.0, ge=0, description="λ: weight of the teacher's distillation into F")
-        beta_boosting: Share = Field(0.97, description="β of the class weights w in the cross-entropy of F")
-        beta_compression: Share = Field(0.97, description="β of the class weights in the distillation of F")
+    Options = FosterOptions
 
     _weights: Tensor | None = None  # (2, C), for boosting and for compression
 

@@ -3,12 +3,9 @@
 Source: Rebuffi et al. 2017, as the baseline of Pian et al. 2023.
 """
 
-from typing import Literal
-
-from pydantic import Field
 from torch import Tensor
 
-from avcil_dist.config.section import Section
+from avcil_dist.config.method_options import IcarlOptions
 from avcil_dist.methods.base import Needs, Targets
 from avcil_dist.methods.losses import cross_entropy, sigmoid_distillation
 from avcil_dist.methods.nearest_mean import NearestMean
@@ -18,14 +15,7 @@ from avcil_dist.models.outputs import Output
 class Icarl(NearestMean):
     """CE_all + distillation of the old logits, on current clips and exemplars together."""
 
-    class Options(Section):
-        """Prediction, and the form of the distillation."""
-
-        variant: Literal["released", "paper"] = Field(
-            "released",
-            description="as in the authors' program (released), which applies the sigmoid twice, or once (paper)",
-        )
-        predict: Literal["nme", "fc"] = Field("nme", description="nearest mean of exemplars (nme), or the head (fc)")
+    Options = IcarlOptions
 
     @property
     def needs(self) -> Needs:

@@ -14,11 +14,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.nn import functional as F
 
-from avcil_dist.config.section import Section
+from avcil_dist.config.method_options import KernelOptions
 from avcil_dist.errors import ArtifactError
 from avcil_dist.methods.base import ClosedFormMethod, Needs, OneRank, Ranks, StepContext, Targets, check_matrix
 from avcil_dist.methods.landmarks import choose_landmarks, landmark_factor, landmark_sums, landmark_weights
@@ -38,31 +37,7 @@ class Kernel(ClosedFormMethod):
 
     gathers = True
 
-    class Options(Section):
-        """Features, kernel and limits."""
-
-        pool: tuple[PositiveInt, PositiveInt] = Field(
-            (8, 1), description="grid of frames × positions to which visual tokens are pooled"
-        )
-        gamma: PositiveFloat = Field(0.01, description="ridge γ")
-        visual_weight: float = Field(0.7, gt=0, lt=1, description="w_v; w_a is the rest of 1")
-        keep_factor: bool = Field(
-            False,
-            description="keep the Cholesky factor, 4N² bytes, in the artifact, so that a step only adds its rows; "
-            "otherwise a step computes all of it",
-        )
-        max_clips: PositiveInt = Field(
-            20_000,
-            le=1_000_000,
-            description="limit of N of the exact solution; it takes 16N² bytes on one rank, 6.4 GB at 20,000",
-        )
-        landmarks: int = Field(
-            4096,
-            ge=0,
-            le=100_000,
-            description="m, landmarks of the approximation beyond max_clips; 0: refuse more clips",
-        )
-        landmark_seed: int = Field(0, ge=0, description="seed of the landmarks")
+    Options = KernelOptions
 
     def __init__(self, options: Any) -> None:
         super().__init__(options)

@@ -3,10 +3,9 @@
 Source: Li and Hoiem 2016, as the baseline of Pian et al. 2023.
 """
 
-from pydantic import PositiveFloat
 from torch import Tensor
 
-from avcil_dist.config.section import Section
+from avcil_dist.config.method_options import LwfOptions
 from avcil_dist.methods.base import Method, Needs, Targets
 from avcil_dist.methods.losses import cross_entropy, separated_softmax, task_distillation
 from avcil_dist.models.outputs import Output
@@ -15,10 +14,7 @@ from avcil_dist.models.outputs import Output
 class Lwf(Method):
     """Cross-entropy over the new logits + task-wise distillation, both on current clips."""
 
-    class Options(Section):
-        """Settings of the distillation."""
-
-        distillation_temperature: PositiveFloat = 2.0
+    Options = LwfOptions
 
     @property
     def needs(self) -> Needs:

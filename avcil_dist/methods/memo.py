@@ -7,10 +7,9 @@ frozen after step 0.
 """
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from avcil_dist.config.section import Section
+from avcil_dist.config.method_options import MemoOptions
 from avcil_dist.methods.base import Needs, Targets
 from avcil_dist.methods.losses import cross_entropy
 from avcil_dist.methods.wa import Wa
@@ -21,11 +20,7 @@ from avcil_dist.models.outputs import Output
 class Memo(Wa):
     """CE_all + α · CE of the newest block's own head, in which all old classes are one."""
 
-    class Options(Section):
-        """Weight of the auxiliary loss, and the shared layers."""
-
-        lambda_auxiliary: float = Field(1.0, ge=0, description="α: weight of the loss of the newest block's own head")
-        train_shared: bool = Field(True, description="train the shared layers in all steps; false: at step 0 alone")
+    Options = MemoOptions
 
     @property
     def needs(self) -> Needs:

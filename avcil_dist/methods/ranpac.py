@@ -6,9 +6,9 @@ step 0 are not part of it.
 
 import numpy as np
 import torch
-from pydantic import Field, PositiveFloat
 from torch import Tensor
 
+from avcil_dist.config.method_options import RanpacOptions
 from avcil_dist.methods.sums_head import RidgeHead
 from avcil_dist.models.outputs import Output
 
@@ -16,17 +16,7 @@ from avcil_dist.models.outputs import Output
 class Ranpac(RidgeHead):
     """Ridge regression on h = relu(xR), the entries of R standard normal, γ chosen on validation clips."""
 
-    class Options(RidgeHead.Options):
-        """Features, length of h, and the candidates for γ of the paper."""
-
-        gammas: list[PositiveFloat] = Field(
-            [10.0**power for power in range(-8, 9)],
-            min_length=1,
-            description="candidates for γ; the best on validation clips is used, of equally good ones the largest",
-        )
-        expansion: int = Field(
-            10_000, ge=1, le=1_000_000, description="length of the random projection, M in the paper"
-        )
+    Options = RanpacOptions
 
     def phi(self, output: Output) -> Tensor:
         """Return h (B, M), float32."""

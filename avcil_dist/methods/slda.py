@@ -7,9 +7,9 @@ the covariance within classes of all clips so far.
 from collections.abc import Mapping
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
+from avcil_dist.config.method_options import SldaOptions
 from avcil_dist.errors import ConfigError
 from avcil_dist.methods.feature_sums import TARGETS, RidgeSolver
 from avcil_dist.methods.sums_head import SumsHead
@@ -18,10 +18,7 @@ from avcil_dist.methods.sums_head import SumsHead
 class Slda(SumsHead):
     """Scores x·Λμ_c − ½ μ_cᵀΛμ_c, Λ = ((1 − ε)Σ + εI)⁻¹, for features x, class means μ_c and their covariance Σ."""
 
-    class Options(SumsHead.Options):
-        """Features and shrinkage."""
-
-        shrinkage: float = Field(1e-4, gt=0, le=1, description="ε: share of the identity in the covariance")
+    Options = SldaOptions
 
     def head(self, sums: Mapping[str, Tensor], rows: Tensor | None) -> Tensor:
         """Return Λμ_c, and −½ μ_cᵀΛμ_c for the constant. Raises ConfigError for a singular covariance."""

@@ -1,9 +1,8 @@
 """Separated softmax for incremental learning (Ahn et al. 2021), as the baseline of Pian et al. 2023."""
 
-from pydantic import PositiveFloat
 from torch import Tensor
 
-from avcil_dist.config.section import Section
+from avcil_dist.config.method_options import SsilOptions
 from avcil_dist.methods.base import Method, Needs, Targets
 from avcil_dist.methods.losses import cross_entropy, separated_softmax, task_distillation
 from avcil_dist.models.outputs import Output
@@ -12,10 +11,7 @@ from avcil_dist.models.outputs import Output
 class Ssil(Method):
     """Separated softmax + task-wise distillation, with a batch of exemplars beside each current batch."""
 
-    class Options(Section):
-        """Settings of the distillation."""
-
-        distillation_temperature: PositiveFloat = 2.0
+    Options = SsilOptions
 
     @property
     def needs(self) -> Needs:

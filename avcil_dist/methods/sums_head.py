@@ -6,15 +6,14 @@ steps and the number of ranks. The head of sound or pictures alone comes from th
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.nn import functional as F
 
-from avcil_dist.config.section import Section
+from avcil_dist.config.method_options import RidgeOptions, SumsOptions
 from avcil_dist.errors import ConfigError
 from avcil_dist.methods.base import ClosedFormMethod, Needs, StepContext, Targets, check_matrix
 from avcil_dist.methods.feature_sums import FeatureSums, RidgeSolver, check_length
@@ -32,19 +31,7 @@ class SumsHead(ClosedFormMethod):
     has_gram = True
     entries: tuple[str, ...] = ("weights",)  # of the state, beside the sums
 
-    class Options(Section):
-        """Features φ."""
-
-        features: Literal["tokens", "network"] = Field(
-            "tokens",
-            description="pooled tokens of the encoders (tokens), or features of a network trained at step 0 (network)",
-        )
-        pool: tuple[PositiveInt, PositiveInt] = Field(
-            (8, 1), description="grid of frames × positions to which visual tokens are pooled"
-        )
-        unit_length: bool = Field(
-            False, description="scale the sound and each pooled visual token of a clip to length 1"
-        )
+    Options = SumsOptions
 
     def __init__(self, options: Any) -> None:
         super().__init__(options)
@@ -160,18 +147,7 @@ class RidgeHead(SumsHead):
 
     entries: tuple[str, ...] = ("gamma", "weights")
 
-    class Options(SumsHead.Options):
-        """Features, and candidates for γ."""
-
-        gammas: list[PositiveFloat] = Field(
-            [1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6],
-            min_length=1,
-            description="candidates for γ; the best on validation clips is used, of equally good ones the largest",
-        )
-        expansion: int = Field(
-            0, ge=0, le=1_000_000, description="length of a fixed random ReLU expansion of φ; 0 for none"
-        )
-        expansion_seed: int = Field(0, ge=0)
+    Options = RidgeOptions
 
     def __init__(self, options: Any) -> None:
         super().__init__(options)

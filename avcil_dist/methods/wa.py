@@ -4,10 +4,11 @@ Source: Zhao et al. 2020 (arXiv 1911.07053).
 """
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
-from pydantic import PositiveFloat
 from torch import Tensor
 
+from avcil_dist.config.method_options import WaOptions
 from avcil_dist.config.section import Section
 from avcil_dist.methods.base import Method, Needs, Targets
 from avcil_dist.methods.losses import cross_entropy, soft_cross_entropy
@@ -19,10 +20,7 @@ HEAD = "classifier.weight"
 class Wa(Method):
     """(1 − λ) CE_all + λ KD on current clips and exemplars together, λ the share of old classes."""
 
-    class Options(Section):
-        """Settings of the distillation."""
-
-        distillation_temperature: PositiveFloat = 2.0
+    Options: ClassVar[type[Section]] = WaOptions
 
     @property
     def needs(self) -> Needs:

@@ -28,7 +28,7 @@ def show(name: str, overrides: tuple[str, ...]) -> None:
 @click.option("--markdown", is_flag=True, help="Print the page docs/configuration.md.")
 def keys(markdown: bool) -> None:
     """Print all settings: key, type, default, class of change and description."""
-    from avcil_dist.compose import method_options
+    from avcil_dist.config.method_options import METHOD_OPTIONS
     from avcil_dist.config.reference import markdown_reference, text_reference
 
-    echo((markdown_reference if markdown else text_reference)(method_options()), nl=False)
+    echo((markdown_reference if markdown else text_reference)(METHOD_OPTIONS), nl=False)

@@ -33,14 +33,15 @@ def test_help_imports_none_of_the_large_libraries() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["status", "logs", "cancel", "report", "compare"])
+@pytest.mark.parametrize("command", ["status", "logs", "cancel", "report", "compare", "config show demo"])
 def test_looking_at_a_stream_imports_no_training(command: str, tmp_path: Path) -> None:
     save_artifact(str(tmp_path / "stream"), make_artifact())
     code = (
         "import sys\nfrom launch.cli.main import cli\ntry:\n    cli()\nexcept SystemExit:\n    "
         'print(sorted({"torch", "mlflow", "matplotlib"} & set(sys.modules)), file=sys.stderr)'
     )
-    words = [sys.executable, "-c", code, command, str(tmp_path / "stream")]
+    words = [sys.executable, "-c", code, *command.split()]
+    words += [] if command.startswith("config") else [str(tmp_path / "stream")]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     assert done.stderr.splitlines()[-1] == "[]", done.stderr
 

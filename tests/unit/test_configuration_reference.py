@@ -4,8 +4,9 @@ from pathlib import Path
 
 from click.testing import CliRunner
 
-from avcil_dist.compose import load_config, method_options
+from avcil_dist.compose import load_config
 from avcil_dist.config.fields import schema_fields
+from avcil_dist.config.method_options import METHOD_OPTIONS
 from avcil_dist.config.reference import all_fields, markdown_reference, text_reference
 from avcil_dist.config.serialization import flatten
 from launch.cli.main import cli
@@ -15,20 +16,20 @@ PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
 def test_the_page_is_what_the_command_prints() -> None:
     printed = CliRunner().invoke(cli, ["config", "keys", "--markdown"])
-    assert printed.output == markdown_reference(method_options())
+    assert printed.output == markdown_reference(METHOD_OPTIONS)
     regenerate = "make it again: avcil config keys --markdown > docs/configuration.md"
     assert PAGE.read_text() == printed.output, regenerate
 
 
 def test_the_command_prints_every_key_of_a_configuration() -> None:
     printed = CliRunner().invoke(cli, ["config", "keys"]).output
-    assert printed == text_reference(method_options())
+    assert printed == text_reference(METHOD_OPTIONS)
     keys = {line.split(":")[0].split(" (")[0] for line in printed.splitlines() if not line.startswith(" ")}
     assert keys >= set(flatten(load_config("demo")))
 
 
 def test_options_of_methods_come_after_the_name_of_the_method() -> None:
-    keys = [field.key for field in all_fields(method_options())]
+    keys = [field.key for field in all_fields(METHOD_OPTIONS)]
     first = keys.index("method.name")
     assert keys[first + 1].startswith("method.")
     assert {field.key for field in schema_fields()} <= set(keys)

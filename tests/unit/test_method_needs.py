@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from avcil_dist.config.method_options import METHOD_OPTIONS
 from avcil_dist.config.schema import MethodConfig
 from avcil_dist.errors import ConfigError
 from avcil_dist.methods import make_method, method_class, method_names
@@ -82,6 +83,7 @@ def test_every_method_has_its_needs_tested() -> None:
     assert method_names() == METHODS
     for name in METHODS:
         assert method_class(name).__module__ == f"avcil_dist.methods.{name}"
+        assert method_class(name).Options is METHOD_OPTIONS[name]
     with pytest.raises(ConfigError, match=r"method\.name: 'losses' is none of acil, afc"):
         method_class("losses")
 

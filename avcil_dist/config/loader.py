@@ -23,6 +23,7 @@ from avcil_dist import storage
 from avcil_dist.config.validation_errors import explain_error
 from avcil_dist.config.yaml_text import MAX_CHARACTERS, parse_yaml
 from avcil_dist.errors import ConfigError
+from avcil_dist.system.file_status import is_there
 from avcil_dist.system.plugins import config_folders, is_known
 
 SEARCH_PATH = "AVCIL_CONFIG_PATH"  # folders, separated as in PATH
@@ -153,7 +154,7 @@ def names_in_path(section: str, own_folder: Path | None = None) -> list[str]:
 def is_file(path: Path) -> bool:
     """Whether there is a file. Raises ConfigError where its folder cannot be read."""
     try:
-        return path.is_file()
+        return is_there(path) and path.is_file()
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             return False

@@ -1,5 +1,6 @@
 """Model card of an exported step: `README.md` with the front matter of the Hugging Face hub."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -78,7 +79,7 @@ def front_matter(artifact: StepArtifact, licence: str) -> ModelCardData:
             dataset_name=config.name,
             dataset_split="test",
             metric_type="accuracy" if name.endswith("accuracy") else name,
-            metric_name=label.partition(":")[0],
+            metric_name=re.split(r":| \(", label)[0],
             metric_value=round(value, 6),
         )
         for name, label in LABELS.items()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from avcil_dist.errors import ConfigError, DataError
+from avcil_dist.system.file_status import is_there
 from data_shards.listings import ave, clip_folder, clips_csv, published_lists, vggsound
 from data_shards.listings.frame_folders import FrameOptions, with_frame_options
 from data_shards.listings.importer import ClipImporter
@@ -62,7 +63,7 @@ def read_listing(
 def _read_listing(
     path: Path, videos: Path | None, shares: SplitShares | None, form: ListingForm | ClipImporter | None
 ) -> Listing:
-    if not path.exists():
+    if not is_there(path):
         raise DataError(f"{path}: missing; give a csv with the header path,label,split, or a folder of clips")
     form = form or next((form for form in FORMS if form.matches(path)), None)
     if form is None:

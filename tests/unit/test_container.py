@@ -111,6 +111,8 @@ def test_the_workflow_runs_the_fast_tests_with_the_lowest_and_the_newest_version
     workflow = yaml.safe_load((PROJECT / ".github" / "workflows" / "tests.yml").read_text())
     jobs = workflow["jobs"]
     versions = {name: job.get("env") for name, job in jobs.items()}
+    pythons = re.findall(r"Python :: (3\.\d+)", (PROJECT / "setup.py").read_text())
+    assert [job["steps"][1]["with"]["python-version"] for job in jobs.values()] == [pythons[0], pythons[-1]]
     assert versions == {"lowest": None, "newest": {"AVCIL_VERSIONS": "newest"}}
     for job in jobs.values():
         assert "bash launch/test.sh -m fast" in [step.get("run") for step in job["steps"]]

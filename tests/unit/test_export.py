@@ -22,7 +22,7 @@ from avcil_dist.methods import make_method
 from avcil_dist.methods.analytic import Analytic
 from avcil_dist.methods.base import Method, StepContext
 from avcil_dist.models.network import Network
-from avcil_dist.reporting.model_card import CardFacts, model_card
+from avcil_dist.reporting.model_card import CardFacts, front_matter, model_card
 from avcil_dist.scenario import Scenario
 from avcil_dist.streams.summary import load_metrics
 from avcil_dist.training.build import network_after
@@ -110,6 +110,12 @@ def test_names_of_classes_are_no_markup_in_the_card() -> None:
     text = model_card(artifact, CardFacts({}, "unknown", "clips"))
     assert r"\<b\>\|\[x\](http://y)" in text
     assert "<b>" not in text.replace(r"\<b\>", "")
+
+
+def test_names_of_metrics_have_no_remarks() -> None:
+    names = [one.metric_name for one in front_matter(make_artifact(1), "mit").eval_results or []]
+    assert "average forgetting" in names
+    assert not any(":" in name or "(" in name for name in names)
 
 
 def test_a_damaged_export_is_refused_by_name(of_features: str, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from avcil_dist.models.encoders.published import (
     is_hub_name,
 )
 from avcil_dist.models.state_dict import mismatches
+from avcil_dist.system.file_status import is_there
 
 # Errors of torch's restricted unpickler for files that are damaged, or no pickles at all.
 DAMAGE = (
@@ -131,7 +132,7 @@ class _HubConfig(BaseModel):
 
 def _exists(path: Path) -> bool:
     try:
-        return path.exists()
+        return is_there(path)
     except OSError as error:  # such as a name that is too long
         raise ConfigError(f"weights: {str(path)[:100]}: {error.strerror}; give the path of a file or folder") from None
 

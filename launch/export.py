@@ -1,4 +1,4 @@
-"""Export of a step: the files of a format in a new folder, which appears whole or not at all."""
+"""Export of a step: the files of a format in a new folder, which appears whole or not at all; upload to the hub."""
 
 import re
 from dataclasses import dataclass
@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Literal
 
 from avcil_dist import storage
-from avcil_dist.errors import ConfigError
+from avcil_dist.config.schema import Config
+from avcil_dist.errors import ConfigError, StorageError
 from avcil_dist.inference.exported import describe, input_records, write_config, write_weights
 from avcil_dist.inference.predict import StoredModel, restore_step
 from avcil_dist.reporting.model_card import CardFacts, Layout, model_card
+from avcil_dist.storage.hub import check_upload, upload_folder
+from avcil_dist.system.plugins import package_of
 from launch.prediction import ModelRequest, load_stored
 
 Format = Literal["safetensors", "onnx", "hub"]
@@ -62,11 +65,27 @@ def export_model(request: ModelRequest, kind: Format, output: str, licence: str)
     return ExportReport(artifact.step, artifact.scenario.num_seen(artifact.step), size, difference)
 
 
+def check_push(repository: str, kind: Format) -> None:
+    """Raise ConfigError where an export of this format cannot be uploaded to a repository of the hub."""
+    if kind != "hub":
+        raise ConfigError("--push: uploads a repository of the hub; add --format hub")
+    check_upload("--push", repository)
+
+
+def push_export(repository: str, output: str, step: int, *, is_private: bool) -> str:
+    """Upload an exported folder and return the url of the commit. Raises StorageError, which names the next try."""
+    try:
+        return upload_folder(repository, Path(output), f"avcil-dist: step {step}", is_private=is_private)
+    except StorageError as error:
+        raise StorageError(f"{error}; the export is complete: hf upload {repository} {output}") from None
+
+
 def _write(folder: Path, stored: StoredModel, kind: Format, licence: str) -> float | None:
     """Write the card, the model and last its description; return the largest difference of an ONNX graph."""
     artifact = stored.artifact
     layout: Layout = "onnx" if kind == "onnx" else "features" if stored.shape else "clips"
-    card = model_card(artifact, CardFacts(stored.num_clips, licence, layout))
+    packages = () if kind == "onnx" else _packages(artifact.config)
+    card = model_card(artifact, CardFacts(stored.num_clips, licence, layout, packages))
     storage.write_bytes(str(folder / "README.md"), card.encode())
     if kind == "hub":
         storage.write_bytes(str(folder / ".gitattributes"), LARGE.encode())
@@ -85,3 +104,11 @@ def _write(folder: Path, stored: StoredModel, kind: Format, licence: str) -> flo
     }
     write_config(folder, "onnx", files, artifact, about)
     return difference
+
+
+def _packages(config: Config) -> tuple[str, ...]:
+    """The packages whose plug-ins a configuration names in the parts that prediction needs."""
+    model = config.model
+    found = {package_of(config.method.name, "methods"), package_of(model.fusion, "fusions")}
+    found |= {package_of(encoder.kind, "encoders") for encoder in (model.visual, model.audio)}
+    return tuple(sorted(name for name in found if name))

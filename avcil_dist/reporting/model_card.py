@@ -1,7 +1,7 @@
 """Model card of an exported step: `README.md` with the front matter of the Hugging Face hub."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,11 +31,15 @@ Layout = Literal["clips", "features", "onnx"]
 
 @dataclass(frozen=True)
 class CardFacts:
-    """Facts that the artifact does not have: clips of each split, the licence, and how the files are read."""
+    """Facts that the artifact does not have: clips of each split, the licence, and how the files are read.
+
+    `packages` are those whose plug-ins the model needs.
+    """
 
     counts: Mapping[str, int]
     licence: str
     layout: Layout
+    packages: Sequence[str] = ()
 
 
 def model_card(artifact: StepArtifact, facts: CardFacts) -> str:
@@ -65,6 +69,7 @@ def model_card(artifact: StepArtifact, facts: CardFacts) -> str:
         manifest_hash=artifact.manifest_hash,
         settings=f"Seed {config.seed}, {config.optim.epochs} epochs in each step that trains.",
         licence_text=_licence(facts.licence),
+        packages=", ".join(f"`{name}`" for name in facts.packages),
         use=_use(facts.layout),
     )
 

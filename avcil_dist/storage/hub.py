@@ -1,4 +1,4 @@
-"""Repositories of the Hugging Face hub: commits, sizes and digests of files, and the local copies of weights.
+"""Repositories of the Hugging Face hub: commits, sizes and digests of files, local copies of weights, uploads.
 
 The hub's own client decides by its variables: HF_ENDPOINT (a mirror), HF_HOME (the local copies), HF_HUB_OFFLINE.
 """
@@ -20,11 +20,13 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from avcil_dist.errors import AvcilError, DataError, StorageError
+from avcil_dist.errors import AvcilError, ConfigError, DataError, StorageError
 from avcil_dist.storage.local import REFUSED
 
 Kind = Literal["model", "dataset"]
 COMMIT = re.compile(r"[0-9a-f]{40}")
+OWN_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+DENIED = (401, 403)  # answers of the hub
 # the client's own errors are of several families; a mirror that answers nonsense raises ValueError or TypeError
 FAULTS = (HTTPError, OSError, ValueError, TypeError, AssertionError)
 
@@ -85,6 +87,37 @@ def download_snapshot(repository: str, revision: str, files: list[str]) -> Path:
         return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=files))
     except FAULTS as error:
         raise hub_fault(repository, revision, error) from None
+
+
+def check_upload(setting: str, repository: str) -> None:
+    """Raise ConfigError, naming `setting`, for a name, a token or an environment with which no upload can succeed."""
+    if not OWN_REPOSITORY.fullmatch(repository):
+        raise ConfigError(f"{setting}: {repository[:100]!r} is no repository of the hub; give OWNER/NAME")
+    if is_offline():
+        raise ConfigError(f"{setting}: HF_HUB_OFFLINE is set; unset it on a machine with a network")
+    if huggingface_hub.get_token() is None:
+        raise ConfigError(f"{setting}: no token of the hub; set HF_TOKEN to one that can write, or use: hf auth login")
+
+
+def upload_folder(repository: str, folder: Path, message: str, *, is_private: bool) -> str:
+    """Upload the files of a folder in one commit and return its url; the repository is made if it is not there.
+
+    One that is there stays as public as it is. Raises StorageError, one line, where the hub refuses or does not answer.
+    """
+    api = huggingface_hub.HfApi(endpoint=endpoint())
+    try:
+        api.create_repo(repository, private=is_private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message).commit_url)
+    except FAULTS as error:
+        if _status(error) in DENIED:
+            where = f"{repository} at {endpoint()}"
+            raise StorageError(f"{where}: the hub refuses the upload; set HF_TOKEN to a token that can write") from None
+        raise hub_fault(repository, "main", error) from None
+
+
+def _status(error: Exception) -> int | None:
+    answer = getattr(error, "response", None)
+    return getattr(answer, "status_code", None)
 
 
 def hub_fault(

@@ -92,6 +92,13 @@ def is_known(name: str, group: Group) -> bool:
     return is_reference(name) or any(point.name == name for point in plug_ins(group))
 
 
+def package_of(name: str, group: Group) -> str | None:
+    """Return the package whose code a name stands for; None for a built-in name. Nothing is imported."""
+    if is_reference(name):
+        return name.partition(":")[0].partition(".")[0]
+    return next((point.package for point in plug_ins(group) if point.name == name), None)
+
+
 def load_plug_in(setting: str, name: str, group: Group, built_in: Collection[str]) -> Any:
     """Import the object that `setting` names.
 

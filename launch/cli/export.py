@@ -1,4 +1,4 @@
-"""Command `avcil export`: a step's weights for others, with a model card."""
+"""Command `avcil export`: a step's weights for others, with a model card, also in a repository of the hub."""
 
 from typing import TYPE_CHECKING, cast
 
@@ -20,16 +20,26 @@ if TYPE_CHECKING:
 @click.option(
     "--license", "licence", default="unknown", show_default=True, help="Licence of the weights, as the hub names it."
 )
+@click.option("--push", metavar="OWNER/NAME", help="Upload to this repository of the hub, which is made if needed.")
+@click.option("--private", is_flag=True, help="Nobody else sees the new repository of --push.")
 @click.option("--manifest", help="Manifest of the clips, where it is not at its former place.")
 @click.option("--uri", help="Tracking server of a registered MODEL; default: MLFLOW_TRACKING_URI, else ./runs.")
 def export(
-    model: str, kind: str, output: str, step: int | None, licence: str, manifest: str | None, uri: str | None
+    model: str,
+    kind: str,
+    output: str,
+    step: int | None,
+    licence: str,
+    push: str | None,
+    private: bool,
+    manifest: str | None,
+    uri: str | None,
 ) -> None:
     """Export a committed step of STREAM, or a registered MODEL, to a new FOLDER, with a model card (README.md).
 
     \b
     safetensors  weights, config.json, metrics.json; `avcil predict FOLDER clip.mp4` reads it
-    hub          the same as a repository of the Hugging Face hub; `hf upload OWNER/NAME FOLDER` uploads it
+    hub          the same as a repository of the Hugging Face hub; --push uploads it, with the token in HF_TOKEN
     onnx         model.onnx: inputs of any number of clips to class scores, in float32; compared with the network by
                  onnxruntime before it is kept (needs the extra: pip install 'avcil-dist[export]')
 
@@ -41,10 +51,13 @@ def export(
       avcil export runs/demo-avcil-seed0 -o export --license cc-by-4.0
       avcil export runs/demo-avcil-seed0 --format onnx --step 1 -o graph
       avcil export models:/demo@latest --format hub -o repository --uri http://tracking:5000
+      avcil export runs/demo-avcil-seed0 --format hub -o repository --push lab/demo-avcil --private
     """
-    from launch.export import export_model
+    from launch.export import check_push, export_model, push_export
     from launch.prediction import ModelRequest
 
+    if push is not None:
+        check_push(push, cast("Format", kind))
     request = ModelRequest(model, step=step, manifest=manifest, uri=uri, device="cpu")
     if kind == "onnx":
         echo_progress("writing the graph, and comparing it with the network (large encoders take minutes)")
@@ -52,3 +65,6 @@ def export(
     echo(f"wrote {output}: step {done.step}, {done.num_classes} classes, {done.size / 1e6:.1f} MB")
     if done.difference is not None:
         echo(f"onnxruntime differs from the network by {done.difference:.1e} of the largest score")
+    if push is not None:
+        echo_progress(f"uploading to {push}")
+        echo(f"uploaded: {push_export(push, output, done.step, is_private=private)}")

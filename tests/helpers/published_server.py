@@ -1,8 +1,10 @@
 """A web server of published files: plain ones, with or without ranges, and the hub's API; it can cut connections.
 
-`root` holds the plain files under their paths. `hub[repository][path]` are the files of the hub's repositories.
+`root` holds the plain files under their paths. `hub[repository][path]` are the files of the hub's repositories; a
+client with the token `TOKEN` adds some.
 """
 
+import base64
 import hashlib
 import json
 import threading
@@ -12,6 +14,7 @@ from typing import Any, Self
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "c0ffee" + "0" * 34
+TOKEN = "hf_made"
 
 
 class PublishedServer:
@@ -24,6 +27,7 @@ class PublishedServer:
         self.root, self.hub, self.ranges = root, hub or {}, ranges
         self.cut_after: int | None = None
         self.requests: list[tuple[str, str, int]] = []
+        self.made: list[dict[str, Any]] = []  # descriptions of the repositories that a client made
         handler = type("Handler", (_Handler,), {"published": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
@@ -62,6 +66,25 @@ class PublishedServer:
         siblings = [{"rfilename": name, "size": len(data), "lfs": _lfs(data)} for name, data in files.items()]
         return {"id": "/".join(words[2:4]), "sha": COMMIT, "siblings": siblings, "private": False, "tags": []}
 
+    def upload(self, path: str, body: bytes) -> Any:
+        """Return the hub's answer to a part of an upload: a new repository, ways of upload, a commit."""
+        words = path.strip("/").split("/")
+        if words[1:] == ["repos", "create"]:
+            self.made.append(json.loads(body))
+            name = "/".join([self.made[-1]["organization"], self.made[-1]["name"]])
+            self.hub.setdefault(name, {})
+            return {"url": f"{self.url}/{name}"}
+        if words[1:] == ["validate-yaml"]:
+            return {"errors": [], "warnings": []}
+        repository = "/".join(words[2:4])
+        if words[4] == "preupload":
+            files = json.loads(body)["files"]
+            return {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files]}
+        for line in map(json.loads, body.splitlines()):
+            if line["key"] == "file":
+                self.hub[repository][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+        return {"success": True, "commitUrl": f"{self.url}/{repository}/commit/{COMMIT}", "commitOid": COMMIT}
+
 
 def _lfs(data: bytes) -> dict[str, Any]:
     digest = hashlib.sha256(data).hexdigest()
@@ -98,6 +121,15 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, data, fields)
 
     do_GET = do_HEAD = _serve  # noqa: N815 - names of http.server
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        path = urlsplit(self.path).path
+        self.published.requests.append(("POST", path, 0))
+        if self.headers["Authorization"] != f"Bearer {TOKEN}":
+            self._send(403, b'{"error": "no rights"}', {"Content-Type": "application/json"})
+            return
+        self._send(200, json.dumps(self.published.upload(path, body)).encode(), {"Content-Type": "application/json"})
 
     def _send(self, status: int, data: bytes, fields: dict[str, str]) -> None:
         self.send_response(status)

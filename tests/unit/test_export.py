@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from click.testing import Result
 
 from avcil_dist.compose import load_config
 from avcil_dist.config.schema import Config
@@ -29,10 +30,13 @@ from avcil_dist.training.build import network_after
 from data_shards.synthetic import SyntheticSpec, render_clip
 from launch.export import check_export
 from tests.helpers.artifacts import make_artifact
+from tests.helpers.plugins import fresh_plug_ins, install
+from tests.helpers.published_server import COMMIT, TOKEN, PublishedServer
 from tests.helpers.rendered import tiny_manifest
 from tests.helpers.streams import avcil, write_config
 from tests.unit.test_predict_media import commit
 
+__all__ = ["fresh_plug_ins"]
 NAMES = ("cat", "dog", "cow")
 SHAPE = {"frames": 4, "positions": 6, "dim": 16}
 INPUTS = {"visual": (4, 6, 16), "audio": (16,)}
@@ -91,6 +95,34 @@ def test_an_exported_repository_predicts_clips_as_the_stream(
     assert run_card(folder, monkeypatch) == best
 
 
+def test_an_export_is_pushed_to_a_repository_with_a_token_that_can_write(
+    of_features: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
+
+    def push(folder: str, *words: str) -> Result:
+        return avcil("export", of_features, "-o", tmp_path / folder, *words)
+
+    words = ("--format", "hub", "--push", "lab/tiny")
+    assert "--push: no token of the hub; set HF_TOKEN" in push("a", *words).stderr
+    assert "add --format hub" in push("a", "--push", "lab/tiny").stderr
+    assert "--push: 'tiny' is no repository of the hub" in push("a", "--format", "hub", "--push", "tiny").stderr
+    assert not (tmp_path / "a").exists()
+    with PublishedServer(tmp_path) as server:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)  # as HF_ENDPOINT at a start
+        monkeypatch.setenv("HF_TOKEN", "hf_other")
+        refused = push("a", *words)
+        assert refused.exit_code == 2
+        assert re.search(r"the hub refuses the upload; .*: hf upload lab/tiny \S+a$", refused.stderr.strip())
+        assert "hf_other" not in refused.output
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        assert f"uploaded: {server.url}/lab/tiny/commit/{COMMIT}" in push("b", *words, "--private").stdout
+        assert [made["visibility"] for made in server.made] == ["private"]
+        assert server.hub["lab/tiny"] == {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()}
+
+
 def test_the_card_has_the_numbers_of_the_metrics(of_clips: str, tmp_path: Path) -> None:
     folder = exported(of_clips, tmp_path / "export", "--license", "cc-by-4.0")
     front = huggingface_hub.metadata_load(folder / "README.md")
@@ -110,6 +142,14 @@ def test_names_of_classes_are_no_markup_in_the_card() -> None:
     text = model_card(artifact, CardFacts({}, "unknown", "clips"))
     assert r"\<b\>\|\[x\](http://y)" in text
     assert "<b>" not in text.replace(r"\<b\>", "")
+
+
+def test_the_card_names_the_packages_of_plug_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "from avcil_dist.methods.finetune import Finetune as Theirs"
+    install(monkeypatch, tmp_path, "own_k", {"methods": {"theirs": "own_k:Theirs"}}, code)
+    config = load_config(str(write_config(tmp_path)), ["scenario.classes_per_step=6", "method=theirs"])
+    card = (exported(commit(config), tmp_path / "export") / "README.md").read_text()
+    assert "install what has the code of this model's plug-ins: `own_k`." in card
 
 
 def test_names_of_metrics_have_no_remarks() -> None:

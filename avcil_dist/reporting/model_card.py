@@ -19,7 +19,7 @@ UNKNOWN = "unknown"  # of the hub's list of licences
 LABELS = {
     "seen_accuracy": "seen accuracy: correct clips of all classes, after the last step",
     "mean_accuracy": "mean of the seen accuracies after each step",
-    "average_forgetting": "average forgetting (negative: later steps helped)",
+    "average_forgetting": "average forgetting: negative where later steps helped",
     "backward_transfer": "backward transfer",
     "task_il_accuracy": "Task-IL accuracy: only the classes of the clip's own step compete",
     "top5_accuracy": "top-5 accuracy",

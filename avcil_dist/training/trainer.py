@@ -304,7 +304,9 @@ class Trainer:
             return
         later = "1 later one is" if best.num_ties == 1 else f"{best.num_ties} later ones are"
         ties = f"; {later} as good, the first is kept" if best.num_ties else ""
+        epochs = self.step.config.optim.epochs
+        early = f"; ended early, of {epochs} epochs (optim.patience)" if best.num_epochs < epochs else ""
         self.observer.message(
-            f"step {self.step.number}: keeps epoch {best.epoch + 1}/{self.step.config.optim.epochs}, "
-            f"val {best.val_accuracy:.1%}{ties}"
+            f"step {self.step.number}: keeps epoch {best.epoch + 1}/{best.num_epochs}, "
+            f"val {best.val_accuracy:.1%}{ties}{early}"
         )

@@ -61,7 +61,7 @@ def within(subject: str, seconds: float, probe: Callable[[], list[Finding]]) -> 
         try:
             results.append(probe())
         except (AvcilError, OSError, subprocess.TimeoutExpired) as error:
-            results.append([Finding(subject, "fault", " ".join(str(error).split()), "see the message")])
+            results.append([Finding(subject, "fault", " ".join(str(error).split()), "correct what it names")])
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
@@ -191,7 +191,9 @@ def _storages(config: Config | None) -> list[Finding]:
         try:
             is_there = storage.exists(url)
         except AvcilError as error:
-            found.append(Finding(subject, "fault", str(error), "see the message"))
+            setting = "data.manifest" if subject == "data" else subject
+            remedy = f"correct {setting}, or the address and the credentials of its storage"
+            found.append(Finding(subject, "fault", str(error), remedy))
             continue
         fact = f"{url}: {'there' if is_there else 'reachable, nothing there yet'}"
         if is_there or subject == "output":

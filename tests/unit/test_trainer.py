@@ -198,6 +198,8 @@ def test_a_step_ends_after_as_many_validations_without_a_better_one(
     accuracies(monkeypatch, [0.5, 0.6, 0.6, 0.5])
     found = run(patient)
     assert len(found.epochs) == 4
+    line = "keeps epoch 2/4, val 60.0%; 1 later one is as good, the first is kept; ended early, of 9 epochs"
+    assert line in kept_line(found)
     assert artifact_of(patient).metrics.choices == (EpochChoice(1, 4, 0.6, num_ties=1),)
     assert artifact_of(patient).metrics.epoch == 1
 

@@ -7,6 +7,7 @@ import pytest
 
 from avcil_dist.compose import load_config
 from avcil_dist.config.schema import Config
+from avcil_dist.reporting.evaluation_tables import evaluation_tables
 from avcil_dist.streams.artifact import StepArtifact, load_artifact
 from data_shards.random_features import make_feature_shards
 from tests.helpers.ranks import run_ranks
@@ -158,6 +159,16 @@ def test_eval_of_all_steps_gives_the_committed_matrix_and_the_conditions_are_wor
     assert [condition["modality"] for condition in conditions] == ["audio", "visual", *["both"] * 6]
     assert all(condition["seen_accuracy"] <= evaluated["seen_accuracy"] + 0.1 for condition in conditions)
     assert len(evaluated["forward_transfer"]["by_step"]) == 2
+    shown = evaluation_tables(evaluated)
+    assert [str(cell) for cell in shown[0].columns[0].cells][:4] == [
+        "both",
+        "sound alone",
+        "pictures alone",
+        "sound at 20 dB",
+    ]
+    assert "BWT" in str(shown[1].title)
+    assert [len(table.rows) for table in shown] == [1 + len(conditions), 3]
+    assert "task 0" in avcil("eval", stream, "--format", "table", "--bootstrap", 0).stdout
     of_fixed_features = avcil("eval", f"{artifact.config.output}/tiny-ncm-seed0", "--transfer")
     assert json.loads(of_fixed_features.stdout)["forward_transfer"] == {"by_step": [None, None], "mean": None}
 

@@ -30,10 +30,13 @@ class FileScheduling(LoadScopeScheduling):
     """Order of tests that run side by side (pytest -n): a file is the work of one process.
 
     The tests of a file share its data sets and servers. All tests of SLURM share one process: a machine has one SLURM.
+    Those on a GPU share nothing: each is scheduled by itself.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.split("::", 1)[0]
+        if Path(file).parent.name == "gpu":
+            return nodeid
         return "slurm" if Path(file).parent.name == "slurm" else file
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from avcil_dist.config.method_options import AnalyticOptions
 from avcil_dist.methods.base import Needs
 from avcil_dist.methods.evidence import evidence_ridge, factorize
-from avcil_dist.methods.feature_sums import RidgeSolver
+from avcil_dist.methods.feature_sums import TARGETS, RidgeSolver
 from avcil_dist.methods.sums_head import RidgeHead
 from avcil_dist.models.outputs import Output
 from avcil_dist.models.state_dict import is_finite
@@ -85,8 +85,8 @@ class Analytic(RidgeHead):
         """Return W for these features, with the ridge of the head of all features."""
         if self.ridge is None:
             return super().head(sums, rows)
-        solver = RidgeSolver(sums, rows)
-        factorize(solver, self.ridge if rows is None else self.ridge[rows])
+        solver, ridge = RidgeSolver(sums, rows), self.ridge.to(sums[TARGETS].device)
+        factorize(solver, ridge if rows is None else ridge[rows])
         return solver.solution()
 
     def state_dict(self) -> dict[str, Any]:

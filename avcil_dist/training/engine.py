@@ -59,7 +59,7 @@ class Engine:
         device: torch.device,
     ) -> None:
         """Build the engine. `rows` is the number of clips in a micro-batch of a rank."""
-        deepspeed = import_deepspeed(world)
+        deepspeed = import_deepspeed(world, device)
         self._trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
         self._sizes = {name: value.numel() for name, value in network.named_parameters() if value.requires_grad}
         self._world = world
@@ -226,7 +226,7 @@ def shard_out(network: Network, world: World) -> Any:
 
     A module's parameters are whole while it runs. All ranks must call the network together. Returns the engine.
     """
-    return import_deepspeed(world).initialize(
+    return import_deepspeed(world, next(network.parameters()).device).initialize(
         model=network,
         config={
             "train_micro_batch_size_per_gpu": 1,
@@ -259,14 +259,22 @@ def set_threads(world: World) -> None:
     torch.set_num_threads(threads_per_rank(world, os.environ, len(os.sched_getaffinity(0))))
 
 
-def import_deepspeed(world: World) -> Any:
+def device_number(world: World, device: torch.device) -> int:
+    """Return what DeepSpeed takes for the rank on its machine: it selects the GPU with this number.
+
+    Where a scheduler shows each rank a GPU of its own, that is number 0 on all ranks.
+    """
+    return world.local_rank if device.index is None else device.index
+
+
+def import_deepspeed(world: World, device: torch.device) -> Any:
     """Import DeepSpeed late (it takes seconds), without its log messages, and initialise it with the process group."""
     for module in ("torch.distributed", "deepspeed"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     if VARIABLE not in os.environ:
-        name_accelerator("cuda" if torch.cuda.is_available() else "cpu")
-    os.environ["LOCAL_RANK"] = str(world.local_rank)  # DeepSpeed reads the rank's device from it
+        name_accelerator(device.type)
+    os.environ["LOCAL_RANK"] = str(device_number(world, device))
     for name in [name for name in os.environ if name.startswith("OMPI_COMM_WORLD_")]:
         del os.environ[name]  # of an mpirun around this run, with which DeepSpeed compares it
     import deepspeed

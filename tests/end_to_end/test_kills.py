@@ -26,10 +26,16 @@ LONG = {
 
 
 def ranks_of(launcher: psutil.Process) -> list[psutil.Process]:
-    """Return the processes of the ranks: children of the launcher's fork server."""
+    """Return the processes of the ranks: children of the launcher's fork server; on a GPU its own, spawned."""
     try:
-        servers = [child for child in launcher.children() if "multiprocessing.forkserver" in " ".join(child.cmdline())]
-        return [rank for server in servers for rank in server.children()]
+        commands = {child: " ".join(child.cmdline()) for child in launcher.children()}
+        forked = [
+            rank
+            for child, command in commands.items()
+            if "multiprocessing.forkserver" in command
+            for rank in child.children()
+        ]
+        return forked + [child for child, command in commands.items() if "multiprocessing.spawn" in command]
     except psutil.NoSuchProcess:
         return []
 

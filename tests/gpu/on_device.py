@@ -1,7 +1,9 @@
 """All measurements and tests that need a GPU, in one run of minutes: each part in a process with a time limit.
 
 Usage: python -m tests.gpu.on_device [--out FOLDER] [--small] [--seconds N] [--parts NAME,NAME]
-Without a GPU the parts run in small, and those that need one are skipped.
+Without a GPU the parts run in small, and those that need one are skipped, or run on the processor with
+GPU_TESTS_ON_CPU=1. FOLDER gets three files, written as the parts go, so that nothing is lost with a run that is killed:
+`on_device.log` has the output of all parts, `on_device.json` the figures, `on_device.txt` the table.
 """
 
 import argparse
@@ -11,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-STOPPING = 10.0  # seconds
+STOPPING = 20.0  # seconds, in which a part prints what it has
 TAIL = 4000  # characters of a failed part's output that are shown
+LOG, INTERRUPTED = "on_device.log", "interrupted"
+SIDE_BY_SIDE = 6  # streams; each has some processes
 
 
 @dataclass(frozen=True)
@@ -58,13 +63,14 @@ def parts_of(*, small: bool) -> dict[str, Part]:
         "--json",
         "{json}",
     )
-    tests = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "-W", "ignore", "--durations", "12")
-    streams = (*tests, "-n", "6", "tests/gpu/test_streams_on_gpu.py")
+    run_tests = ("-m", "tests.gpu.run_tests", "{json}")
+    kernel_tests = (*run_tests, "--limit", "50", "tests/gpu/test_cuda.py", "tests/gpu/test_fused_attention.py")
+    streams = ("--each", "--limit", "150", "--side-by-side", str(SIDE_BY_SIDE), "tests/gpu/test_streams_on_gpu.py")
     return {
-        "kernels": Part(measure("kernels"), 110),
+        "tests": Part(kernel_tests, 80, needs_gpu=True),
+        "streams": Part((*run_tests, *streams), 220, needs_gpu=True),
         "iteration": Part(measure("iteration"), 100),
-        "tests": Part((*tests, "tests/gpu/test_fused_attention.py", "tests/gpu/test_cuda.py"), 60, needs_gpu=True),
-        "streams": Part(streams, 200, needs_gpu=True),
+        "kernels": Part(measure("kernels"), 110),
         "encoders": Part(measure("encoders"), 60),
         "stream": Part(stream, 200),
         "step": Part((*step, *([] if small else ["--turns", "3"])), 80),
@@ -84,12 +90,16 @@ def measure_part(name: str, path: Path, *, small: bool) -> None:
 
 
 def run_part(name: str, part: Part, out: Path, limit: float) -> dict[str, Any]:
-    """Run a part; return its figures, end and seconds. At its limit the part and its children are killed."""
-    path, log = out / f"{name}.json", out / f"{name}.log"
-    command = [sys.executable, *(word.replace("{json}", str(path)) for word in part.command)]
-    started = time.monotonic()
+    """Run a part; return its figures, end and seconds. At its limit, or at an interrupt, it is stopped."""
+    started, log = time.monotonic(), out / LOG
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "4")}
-    with log.open("w") as output:
+    environment["PYTHONFAULTHANDLER"] = "1"
+    with tempfile.TemporaryDirectory() as folder, log.open("ab") as output:
+        path = Path(folder) / "figures.json"
+        command = [sys.executable, *(word.replace("{json}", str(path)) for word in part.command)]
+        output.write(f"\n######## {name}\n".encode())
+        output.flush()
+        begin = output.tell()
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -98,13 +108,15 @@ def run_part(name: str, part: Part, out: Path, limit: float) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             code = f"stopped after {limit:.0f} s"
             _stop(process)
-    figures = json.loads(path.read_text()) if path.exists() else None
-    output_text = log.read_text(errors="replace")
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+            _stop(process)
+        figures = json.loads(path.read_text()) if path.exists() else None
     return {
         "ended": "ok" if code == 0 else code,
         "seconds": round(time.monotonic() - started, 1),
         "figures": figures,
-        "output": output_text[-TAIL:] if code != 0 or name in ("tests", "streams") else "",
+        "output": log.read_bytes()[begin:].decode(errors="replace")[-TAIL:] if code != 0 else "",
     }
 
 
@@ -163,34 +175,49 @@ def main() -> int:
     if given.measure:
         measure_part(given.measure[0], Path(given.measure[1]), small=given.small)
         return 0
-    started = time.monotonic()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     out = given.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
+    (out / LOG).unlink(missing_ok=True)
     facts = device_facts()
-    has_gpu = facts["device"] != "cpu"
-    parts = parts_of(small=given.small or not has_gpu)
-    results: dict[str, Any] = {"facts": facts, "parts": {}}
-    for name in given.parts.split(",") if given.parts else parts:
-        left = given.seconds - (time.monotonic() - started)
-        if parts[name].needs_gpu and not has_gpu:
+    names = given.parts.split(",") if given.parts else list(parts_of(small=True))
+    results = run_parts(names, facts, out, seconds=given.seconds, small=given.small)
+    print((out / "on_device.txt").read_text())
+    return int(any(result["ended"] != "ok" and "skipped" not in str(result["ended"]) for result in results.values()))
+
+
+def run_parts(
+    names: list[str], facts: dict[str, str], out: Path, *, seconds: float, small: bool
+) -> dict[str, dict[str, Any]]:
+    """Run parts within so many seconds, and write all results after each of them."""
+    started, has_gpu = time.monotonic(), facts["device"] != "cpu"
+    parts, results = parts_of(small=small or not has_gpu), dict[str, dict[str, Any]]()
+    for name in names:
+        left = seconds - (time.monotonic() - started)
+        if parts[name].needs_gpu and not has_gpu and not os.environ.get("GPU_TESTS_ON_CPU"):
             result: dict[str, Any] = {"ended": "skipped: needs a GPU", "seconds": 0.0}
         elif left < 15:
             result = {"ended": "skipped: no time is left", "seconds": 0.0}
         else:
             result = run_part(name, parts[name], out, min(parts[name].limit, left))
-        results["parts"][name] = result
-        (out / "on_device.json").write_text(json.dumps(results, indent=1))
+        results[name] = result
+        (out / "on_device.json").write_text(json.dumps({"facts": facts, "parts": results}, indent=1))
+        (out / "on_device.txt").write_text("\n".join(table_of(facts, results)) + "\n")
         print(f"== {name}: {result['ended']}, {result['seconds']} s", flush=True)
-    shown = [f"{facts}"]
-    for name, result in results["parts"].items():
-        shown.append(f"\n== {name}: {result['ended']}, {result['seconds']} s")
-        shown += lines_of(result["figures"]) if result.get("figures") else []
-        shown += [result["output"]] if result.get("output") else []
-    (out / "on_device.txt").write_text("\n".join(shown) + "\n")
-    print("\n".join(shown))
-    return int(
-        any(result["ended"] != "ok" and "skipped" not in str(result["ended"]) for result in results["parts"].values())
-    )
+        if result["ended"] == INTERRUPTED:
+            break
+    return results
+
+
+def table_of(facts: dict[str, str], results: dict[str, dict[str, Any]]) -> list[str]:
+    """Return the lines of the results: the output of what failed, then all figures, last the end of each part."""
+    shown = []
+    for name, result in results.items():
+        shown += [f"\n== output of {name}", result["output"]] if result.get("output") else []
+    shown.append(f"\n{facts}")
+    for name, result in results.items():
+        shown += [f"\n== {name}", *lines_of(result["figures"])] if result.get("figures") else []
+    return [*shown, "", *(f"== {name}: {result['ended']}, {result['seconds']} s" for name, result in results.items())]
 
 
 if __name__ == "__main__":

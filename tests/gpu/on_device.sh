@@ -7,14 +7,23 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 PYTHON=${PYTHON:-python3}
-# Needed beside torch, Triton, timm, transformers and the scientific packages. What the tracking server alone needs
-# (Flask and the like) stays away: runs are tracked in a database here.
+# There already, as in any image with torch and its surroundings; `test_on_device.py` checks that the three lists
+# together have all that the package requires. What the tracking server alone needs (Flask and the like) stays away:
+# runs are tracked in a database here.
+PRESENT=(
+    torch torchvision torchaudio triton transformers timm huggingface_hub safetensors numpy scipy scikit-learn pandas
+    matplotlib pillow requests pyyaml psutil markupsafe packaging protobuf certifi urllib3 charset-normalizer
+    anyio h11 httpcore pygments markdown-it-py annotated-doc tqdm einops msgpack ninja py-cpuinfo
+    pytest pytest-xdist pytest-timeout
+)
 WHEELS=(
     pydantic pydantic_core annotated-types typing-inspection typing-extensions
     webdataset braceexpand submitit cloudpickle tenacity hjson click filelock
-    mlflow-skinny mlflow-tracing sqlalchemy alembic mako greenlet sqlparse cachetools databricks-sdk google-auth
-    pyasn1 pyasn1-modules opentelemetry-api opentelemetry-sdk opentelemetry-proto opentelemetry-semantic-conventions
-    importlib_metadata python-dotenv gitpython gitdb smmap fastapi starlette uvicorn rich jinja2 fsspec
+    mlflow-skinny sqlalchemy alembic mako sqlparse cachetools databricks-sdk google-auth
+    pyasn1 pyasn1-modules cryptography cffi pycparser
+    opentelemetry-api opentelemetry-sdk opentelemetry-proto opentelemetry-semantic-conventions
+    importlib_metadata zipp python-dotenv gitpython gitdb smmap fastapi starlette uvicorn rich jinja2 fsspec
+    httpx2 httpcore2 truststore idna av
 )
 BUILT=(deepspeed)  # from source, without its compiled operations: they are made where they run, or not at all
 
@@ -26,11 +35,13 @@ collect() {
     for name in "${WHEELS[@]}"; do
         "$PYTHON" -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
             --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+            --platform manylinux_2_34_x86_64 \
             --dest "$folder" "$(pinned "$name")"
     done
     for name in "${BUILT[@]}"; do
         DS_BUILD_OPS=0 "$PYTHON" -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir "$folder" "$(pinned "$name")"
     done
+    find "$folder" -name '*.whl' -size +1M -exec "$PYTHON" -m tests.gpu.repack {} +
     du -sh "$folder"
 }
 

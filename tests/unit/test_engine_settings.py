@@ -1,9 +1,11 @@
 """Sections of DeepSpeed's configuration that only a GPU's memory would show."""
 
 import pytest
+import torch
 
 from avcil_dist.config.schema import EngineConfig
-from avcil_dist.training.engine import zero_section
+from avcil_dist.training.engine import device_number, zero_section
+from avcil_dist.world import World
 
 HOST = {"device": "cpu"}
 
@@ -20,3 +22,9 @@ def test_state_is_kept_in_host_memory_as_the_setting_says(offload: str, expected
     section = zero_section(EngineConfig.model_validate({"zero_stage": 3, "offload": offload}))
     assert section["stage"] == 3
     assert {name: value for name, value in section.items() if name.startswith("offload")} == expected
+
+
+@pytest.mark.parametrize(("device", "number"), [("cuda:0", 0), ("cuda:3", 3), ("cpu", 3)])
+def test_a_rank_has_the_number_of_its_gpu_and_not_its_own_where_it_sees_only_one(device: str, number: int) -> None:
+    world = World(7, 8, 3, 4, launcher="slurm")
+    assert device_number(world, torch.device(device)) == number

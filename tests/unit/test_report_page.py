@@ -93,6 +93,12 @@ def test_the_page_links_to_the_run_on_its_server(tmp_path: Path) -> None:
     assert "1.0 0123456789ab" in page
 
 
+def test_the_page_of_many_classes_and_epochs_stays_small(tmp_path: Path) -> None:
+    write_streams(tmp_path, {"avcil": {}, "finetune": {}}, sizes=(31,) * 9 + (30,), epochs=200)
+    write_page(load_streams([str(tmp_path)]), str(tmp_path / "page.html"))
+    assert (tmp_path / "page.html").stat().st_size < 1_000_000
+
+
 @needs_chromium
 @pytest.mark.slow
 def test_in_a_browser_nothing_overflows_nothing_fails_and_the_matrix_zooms_by_keyboard(

@@ -2,7 +2,7 @@
 
 import click
 
-from launch.cli.output import echo
+from launch.cli.output import echo, echo_list
 
 
 @click.group()
@@ -31,4 +31,7 @@ def keys(markdown: bool) -> None:
     from avcil_dist.config.method_options import METHOD_OPTIONS
     from avcil_dist.config.reference import markdown_reference, text_reference
 
-    echo((markdown_reference if markdown else text_reference)(METHOD_OPTIONS), nl=False)
+    if markdown:
+        echo(markdown_reference(METHOD_OPTIONS), nl=False)
+    else:
+        echo_list(text_reference(METHOD_OPTIONS).rstrip("\n"), indent=0)

@@ -11,7 +11,7 @@ import click
 
 from avcil_dist.exit_codes import INTERRUPTED
 from launch.cli.options import split_words
-from launch.cli.output import echo, echo_error
+from launch.cli.output import echo, echo_error, echo_list
 
 if TYPE_CHECKING:
     from launch.doctor.findings import Finding
@@ -49,7 +49,7 @@ def doctor(words: tuple[str, ...], name: str | None, cluster: str | None, as_jso
     if as_json:
         echo(json.dumps([asdict(finding) for finding in found], indent=1))
     else:
-        echo("\n".join(finding.line() for finding in found))
+        echo_list("\n".join(finding.line() for finding in found), indent=15)
     if any(finding.state == "fault" for finding in found):
         sys.exit(FAULT)
 

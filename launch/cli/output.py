@@ -1,7 +1,9 @@
 """Output of commands: the one function that prints lines, and the ranks that print them."""
 
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedWriter, FileIO, TextIOWrapper
@@ -18,6 +20,21 @@ SMOKE_NOTE = "the smoke run is done, all steps work; its accuracies mean nothing
 def echo(text: str, *, err: bool = False, nl: bool = True) -> None:
     """Print text on standard output, or on standard error. Control characters but line breaks are shown as escapes."""
     click.echo(visible(text, keep_lines=True), err=err, nl=nl)
+
+
+def echo_list(text: str, indent: int) -> None:
+    """Print lines of a list; those that are wider than a terminal continue `indent` columns after their own indent."""
+    echo(wrapped(text, shutil.get_terminal_size().columns, indent) if sys.stdout.isatty() else text)
+
+
+def wrapped(text: str, width: int, indent: int) -> str:
+    """Wrap each line between words; its further lines begin `indent` columns after it."""
+    lines = []
+    for line in text.splitlines():
+        space = " " * (len(line) - len(line.lstrip()) + indent)
+        wrapper = textwrap.TextWrapper(width, subsequent_indent=space, break_long_words=False, break_on_hyphens=False)
+        lines += [line] if len(line) <= width else wrapper.wrap(line)
+    return "\n".join(lines)
 
 
 def echo_error(text: str) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from launch.cli.options import grid_options, log_options, smoke_option, split_words
-from launch.cli.output import SMOKE_NOTE, echo, echo_progress, is_main_rank
+from launch.cli.output import SMOKE_NOTE, echo, echo_list, echo_progress, is_main_rank
 
 if TYPE_CHECKING:
     from avcil_dist.methods.base import Method
@@ -41,11 +41,11 @@ def _list_method(name: str, kind: "type[Method]") -> None:
     from avcil_dist.training.preflight import describe_needs
 
     summary = (sys.modules[kind.__module__].__doc__ or kind.__doc__ or "").strip().partition("\n")[0]
-    echo(f"{name}: {summary}")
-    echo(f"  needs    {', '.join(describe_needs(kind(kind.Options()).needs)) or 'nothing'}")
+    echo_list(f"{name}: {summary}", indent=11)
+    echo_list(f"  needs    {', '.join(describe_needs(kind(kind.Options()).needs)) or 'nothing'}", indent=9)
     for option, field in kind.Options.model_fields.items():
         description = f"  {field.description}" if field.description else ""
-        echo(f"  option   {option}={_shown(field.default)} ({_kind(field.annotation)}){description}")
+        echo_list(f"  option   {option}={_shown(field.default)} ({_kind(field.annotation)}){description}", indent=9)
 
 
 @click.command()

@@ -30,6 +30,16 @@ WORDS = ["Speech [/m/09x0r]", "[red]x[/]", ":smile:", "a\\[b]", "狗", "[link=ht
 LAUNCH = Path(launch.__file__).parent
 
 
+def test_a_long_line_of_a_list_continues_below_its_text() -> None:
+    text = "a: short\n  option   kind=x  some words that are long\nhttps://host/of-one-word-that-is-long"
+    assert output.wrapped(text, 30, 9).splitlines() == [
+        "a: short",
+        "  option   kind=x  some words",
+        "           that are long",
+        "https://host/of-one-word-that-is-long",
+    ]
+
+
 def make_manifest_of_classes(folder: Path, classes: list[str]) -> str:
     """A manifest of one shard with one clip per class; the shards themselves are not needed."""
     span = {"mp4": np.array([512])}

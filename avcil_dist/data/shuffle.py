@@ -40,13 +40,14 @@ def window_shuffle(count: int, reach: float, random: np.random.Generator) -> Ite
     numbers are sorted. A block has those below any that is still to come: all of the permutation is that of one sort.
     With a `reach` of `count` or more it is any permutation.
     """
+    kind = np.int32 if count < 1 << 31 else np.int64
     if reach >= count:
-        numbers = random.permutation(np.arange(count, dtype=np.int32 if count < 1 << 31 else np.int64))
+        numbers = random.permutation(np.arange(count, dtype=kind))
         for first in range(0, count, BLOCK):
-            yield numbers[first : first + BLOCK].astype(np.int64)
+            yield numbers[first : first + BLOCK]
         return
-    step = max(BLOCK, int(reach))
-    values, places = np.empty(0), np.empty(0, dtype=np.int64)  # those that are not final
+    step = max(BLOCK, int(reach) // 8)
+    values, places = np.empty(0), np.empty(0, dtype=kind)  # those that are not final
     for first in range(0, count, step):
         last = min(first + step, count)
         shifted = random.random(last - first)
@@ -55,7 +56,7 @@ def window_shuffle(count: int, reach: float, random: np.random.Generator) -> Ite
         shifted += np.arange(first + 0.5, last)
         np.abs(shifted, out=shifted)
         np.subtract(2 * count, shifted, out=shifted, where=shifted > count)
-        values, places = np.concatenate([values, shifted]), np.concatenate([places, np.arange(first, last)])
+        values, places = np.concatenate([values, shifted]), np.concatenate([places, np.arange(first, last, dtype=kind)])
         order = np.argsort(values, kind="stable")
         values, places = values[order], places[order]
         lowest = last - reach / 2 - 1  # of the values that are still to come, with room for rounding

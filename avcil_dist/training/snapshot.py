@@ -39,7 +39,7 @@ from avcil_dist.streams.snapshots import (
     snapshot_identity,
     snapshots_url,
 )
-from avcil_dist.streams.tensor_parts import Assembly, Parts, Target, cut, flat_view, part_key, share
+from avcil_dist.streams.tensor_parts import Assembly, Parts, Target, flat_view, part_key, share
 from avcil_dist.streams.tensors import encode_state, read_committed_tensors, read_state, write_tensors
 from avcil_dist.training.background_writer import BackgroundWriter
 from avcil_dist.training.collectives import Votes, decide_together
@@ -64,13 +64,14 @@ _logger = logging.getLogger(__name__)
 class Snapshot:
     """A loaded snapshot; its weights are in the network.
 
-    `average` is the moving average of the weights, if there is one. The optimizer's state is still in `folder`.
+    `average` is this rank's share of the moving average of the weights, if there is one. The optimizer's state is still
+    in `folder`.
     """
 
     folder: str
     commit: SnapshotCommit
     state: TrainingState
-    average: dict[str, Tensor] | None
+    average: Parts | None
 
 
 def discard_stale(config: Config, step: int, *, own: bool) -> None:
@@ -113,13 +114,12 @@ class SnapshotManager:
             by_count or time.monotonic() - self._saved_at >= settings.every_minutes * SECONDS_PER_MINUTE
         )
 
-    def save(
-        self, engine: Engine, state: TrainingState, totals: dict[str, Any], average: dict[str, Tensor] | None = None
-    ) -> None:
+    def save(self, engine: Engine, state: TrainingState, totals: dict[str, Any], average: Parts | None = None) -> None:
         """Begin a snapshot; `totals` are the epoch's totals over all ranks, as `EpochTotals.to_dict` returns them.
 
-        `average` is the moving average of the weights, if there is one. Training waits only while the tensors are
-        copied to host memory; a thread writes them. `advance` commits the snapshot when all ranks have.
+        `average` are this rank's parts of the moving average of the weights, if there is one. Training waits
+        only while the tensors are copied to host memory; a thread writes them. `advance` commits the snapshot
+        when all ranks have.
         """
         folder, world = storage.join(self.folder, f"{state.iteration:09d}"), self.step.world
         self._writer.finish()
@@ -129,7 +129,7 @@ class SnapshotManager:
         kinds: dict[str, Parts | None] = {
             "model": engine.weight_parts(),
             "optimizer": engine.optimizer_parts(),
-            "average": cut(average, world.rank, world.size) if average is not None else None,
+            "average": average,
         }
         copies = {kind: begin_copy(parts) for kind, parts in kinds.items() if parts is not None}
         best = state.best.parts if state.best else None  # in host memory, and never changed
@@ -190,14 +190,12 @@ class SnapshotManager:
         self._read("model", folder, commit, _whole_targets(weights))
         best = None
         if training.best is not None:
-            parts = self._read_best(folder, commit, weights)
+            parts = self._read_share("best", folder, commit, weights)
             best = BestEpoch(parts, training.best.epoch, training.best.val_accuracy, training.best.num_ties)
         average = None
         if _file("average", 0) in commit.files:
-            average = {
-                name: torch.empty_like(value) for name, value in student.named_parameters() if value.requires_grad
-            }
-            self._read("average", folder, commit, _whole_targets(average))
+            trained = {name: value for name, value in student.named_parameters() if value.requires_grad}
+            average = self._read_share("average", folder, commit, trained)
         totals = EpochTotals.from_record(training.totals, self.step.device, is_main=self.step.world.is_main)
         self._iteration, self._earlier_seconds = training.iteration, training.seconds
         state = TrainingState(training.iteration, best, totals, set(training.counters), list(training.epochs))
@@ -220,8 +218,10 @@ class SnapshotManager:
             assembly.add(parts)
         assembly.check_complete()
 
-    def _read_best(self, folder: str, commit: SnapshotCommit, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Read this rank's share of the best epoch's weights."""
+    def _read_share(
+        self, kind: str, folder: str, commit: SnapshotCommit, weights: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Read this rank's share of tensors with the sizes and types of `weights`."""
         world = self.step.world
         ranges = share({name: value.numel() for name, value in weights.items()}, world.rank, world.size)
         parts, targets = {}, {}
@@ -231,7 +231,7 @@ class SnapshotManager:
             targets[name] = Target(own, start, value.numel())
             if count:
                 parts[part_key(name, start)] = own
-        self._read("best", folder, commit, targets)
+        self._read(kind, folder, commit, targets)
         return parts
 
     def save_extra(self, name: str, state: dict[str, Any]) -> None:

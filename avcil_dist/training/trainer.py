@@ -93,7 +93,8 @@ class Trainer:
             if snapshot:
                 self.snapshots.load_optimizer(snapshot, engine)
             if (decay := self.step.config.optim.ema) is not None:
-                self._average = WeightAverage(engine.network, decay, snapshot.average if snapshot else None)
+                saved = snapshot.average if snapshot else None
+                self._average = WeightAverage(engine.network, decay, self.step.world, saved)
             batches = load_on_device(
                 source,
                 manifest=manifest,
@@ -254,7 +255,7 @@ class Trainer:
     def _save(self, engine: Engine, state: TrainingState) -> None:
         totals = state.epoch
         faults = collect_texts(tuple(totals.faults))
-        average = self._average.state() if self._average else None
+        average = self._average.parts() if self._average else None
         self.snapshots.save(engine, state, totals.to_dict(self._sum_over_ranks(totals.reading), faults), average)
 
     def _sum_over_ranks(self, reading: Mapping[str, float]) -> dict[str, float]:

@@ -83,8 +83,8 @@ def resolved(config: Path, *words: str) -> Config:
 def test_a_step_that_stopped_ends_in_the_bits_of_one_that_did_not_at_every_zero_stage(tmp_path: Path) -> None:
     file = write_config(tmp_path, **EVERY)
     variants = {f"zero{stage}": [f"engine=zero{stage}"] for stage in STAGES}
-    # its exemplars have stored logits, and clips have weights
-    variants["foreign"] = ["method=tests.helpers.foreign_methods:BalancedReplay"]
+    # its exemplars have stored logits, clips have weights, and each rank has a share of the average
+    variants["foreign"] = ["method=tests.helpers.foreign_methods:BalancedReplay", "optim.ema=0.9"]
     configs = {
         f"{kind}-{name}": resolved(file, f"output={tmp_path}/{kind}-{name}", *words)
         for name, words in variants.items()

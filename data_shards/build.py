@@ -5,14 +5,16 @@ whatever else is built on which machine. Every clip is decoded once before it is
 whole file are not changed.
 """
 
+import hashlib
 import logging
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from json import dumps
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from avcil_dist import storage
 from avcil_dist.data.clip_table import Region
@@ -34,6 +36,7 @@ from data_shards.build_plan import (
     start_part,
 )
 from data_shards.clip_bytes import FileStamp, file_stamp, read_clip
+from data_shards.clips_taken import take_clips
 from data_shards.listings.listing import ClipFile, ListedClip, Listing
 from data_shards.listings.read import read_listing
 from data_shards.listings.splits import SplitShares
@@ -43,8 +46,6 @@ from data_shards.shard_writer import clip_members, shard_url
 from data_shards.workers import MarkStart, Progress, map_in_workers
 
 _logger = logging.getLogger(__name__)
-
-STAT_THREADS = 16
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,32 @@ class BuildSettings:
 
     def digest(self, content: Any) -> str:
         """Digest of these settings and `content`. The url of the output is no part of it."""
-        return storage.sha256(
-            dumps([FORMAT, self.clips_per_shard, self.min_seconds, self.keep_muted, content]).encode()
-        )
+        return storage.sha256(self._text(content).encode())
+
+    def plan_digest(self, classes: Sequence[str]) -> "ListDigest":
+        """`digest` of [classes, contents of the jobs], which are added one after the other."""
+        return ListDigest(self._text([classes, []]).removesuffix("]]]"))
+
+    def _text(self, content: Any) -> str:
+        return dumps([FORMAT, self.clips_per_shard, self.min_seconds, self.keep_muted, content])
+
+
+class ListDigest:
+    """Digest of a JSON text that ends with a list of lists, which may be too long for the memory."""
+
+    def __init__(self, head: str) -> None:
+        self._digest = hashlib.sha256(head.encode())
+        self._separator = ""
+
+    def add(self, value: Any) -> None:
+        """Add an element of the list."""
+        self._digest.update((self._separator + dumps(value)).encode())
+        self._separator = ", "
+
+    def result(self) -> str:
+        """Return the digest of the whole text."""
+        self._digest.update(b"]]]")
+        return self._digest.hexdigest()
 
 
 def build_shards(
@@ -175,63 +199,81 @@ def build_listing_part(
         if progress:
             progress(min(done + count - 1, total), total)
 
-    open_chunks = [chunks[number] for number in numbers]
+    open_jobs = [plan.jobs[number] for number in numbers]
     map_in_workers(
         partial(build_chunk, output, settings),
-        open_chunks,
+        OpenChunks(chunks, numbers),
         processes=processes,
         on_start=on_start,
-        crashed=load_crashes(output, [chunk.job for chunk in open_chunks]),
-        on_crash=lambda number, positions: save_crashes(output, open_chunks[number].job, positions),
+        crashed=load_crashes(output, open_jobs),
+        on_crash=lambda number, positions: save_crashes(output, open_jobs[number], positions),
     )
     if progress:
         progress(total, total)
     return None
 
 
-def plan_build(listing: Listing, settings: BuildSettings) -> tuple[Plan, list[Chunk]]:
+class Chunks(Sequence[Chunk]):
+    """The chunks of a plan, made when they are read: `rows` are the numbers of their clips, chunk after chunk."""
+
+    def __init__(self, listing: Listing, jobs: Sequence[tuple[ShardJob, str, Split]], rows: np.ndarray) -> None:
+        self._listing, self._jobs, self._rows = listing, jobs, rows
+        self._ends = np.cumsum([job.clips for job, _, _ in jobs], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def __getitem__(self, number: Any) -> Any:
+        job, class_name, split = self._jobs[number]
+        rows = self._rows[self._ends[number] - job.clips : self._ends[number]]
+        return Chunk(job, class_name, split, tuple(self._listing.rows[row].clip for row in rows.tolist()))
+
+
+@dataclass(frozen=True)
+class OpenChunks(Sequence[Chunk]):
+    """The chunks of these numbers."""
+
+    chunks: Sequence[Chunk]
+    numbers: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, number: Any) -> Any:
+        return self.chunks[self.numbers[number]]
+
+
+def plan_build(listing: Listing, settings: BuildSettings) -> tuple[Plan, Sequence[Chunk]]:
     """The plan of the shards of a listing, and the chunks of its jobs, by class and split.
 
     Missing files and duplicate keys are left out here, so that shards are full though many files are missing.
     """
-    with ThreadPoolExecutor(STAT_THREADS) as pool:
-        stamps = list(pool.map(file_stamp, [row.clip.files[0] for row in listing.rows]))
-    groups: dict[tuple[str, Split], dict[str, tuple[ListedClip, FileStamp]]]
-    groups = {(name, split): {} for name in listing.classes for split in SPLITS}
-    rejected = list(listing.rejected)
-    for (label, split, clip), stamp in zip(listing.rows, stamps, strict=True):
-        group = groups[label, split]
-        if stamp is None:
-            rejected.append(Rejection(clip.path, label, split, "missing", "missing file"))
-        elif clip.key in group:
-            reason = f"duplicate key {clip.key!r}: the same file and interval come twice in this split of its class"
-            rejected.append(Rejection(clip.path, label, split, "duplicate", reason))
-        else:
-            group[clip.key] = clip, stamp
+    groups = [(name, split) for name in listing.classes for split in SPLITS]
+    taken = take_clips(listing, groups)
     class_numbers = {name: number for number, name in enumerate(listing.classes)}
-    chunks, contents = [], []
-    for (label, split), group in groups.items():
-        clips = list(group.values())
-        for first in range(0, len(clips), settings.clips_per_shard):
-            taken = clips[first : first + settings.clips_per_shard]
+    jobs: list[tuple[ShardJob, str, Split]] = []
+    digest = settings.plan_digest(listing.classes)
+    for (label, split), rows in zip(groups, taken.rows_of_groups, strict=True):
+        for first in range(0, len(rows), settings.clips_per_shard):
+            chunk = rows[first : first + settings.clips_per_shard].tolist()
+            clips = [(listing.rows[row].clip, taken.stamp(row)) for row in chunk]
             url = shard_url(split, class_numbers[label], label, first // settings.clips_per_shard)
             stamped = [
                 [clip.key, clip.source, clip.cut, *stamp, *map(file_stamp, clip.files[1:]), *_regions(clip)]
-                for clip, stamp in taken
+                for clip, stamp in clips
             ]
-            digest = settings.digest([label, split, stamped])
-            job = ShardJob(url.removesuffix(".tar"), digest, len(taken))
-            chunks.append(Chunk(job, label, split, tuple(clip for clip, _ in taken)))
-            contents.append([job.name, [_content(clip, stamp) for clip, stamp in taken]])
+            job = ShardJob(url.removesuffix(".tar"), settings.digest([label, split, stamped]), len(clips))
+            jobs.append((job, label, split))
+            digest.add([job.name, [_content(clip, stamp) for clip, stamp in clips]])
     plan = Plan(
         kind="clip",
         classes=listing.classes,
         shape={},
-        digest=settings.digest([listing.classes, contents]),
-        jobs=tuple(chunk.job for chunk in chunks),
-        rejected=tuple(rejected),
+        digest=digest.result(),
+        jobs=tuple(job for job, _, _ in jobs),
+        rejected=(*listing.rejected, *taken.rejected),
     )
-    return plan, chunks
+    return plan, Chunks(listing, jobs, np.concatenate(taken.rows_of_groups))
 
 
 def _content(clip: ListedClip, stamp: FileStamp) -> list[Any]:

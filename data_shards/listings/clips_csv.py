@@ -8,6 +8,7 @@ the file.
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from avcil_dist.data.clip_table import Region
@@ -39,7 +40,6 @@ def matches(path: Path) -> bool:
 
 def read(path: Path, videos: Path | None, shares: SplitShares | None) -> Listing:
     """The rows of the csv. Raises DataError for an unknown column or a faulty row."""
-    rows, clips = list[ListingRow](), list[tuple[str, str, ListedClip]]()
     with open_csv(path) as lines:
         _, header = next(lines)
         has_splits = "split" in header
@@ -51,18 +51,34 @@ def read(path: Path, videos: Path | None, shares: SplitShares | None) -> Listing
             raise DataError(
                 f"{path}: its header has {unknown[0]!r}; columns are path,label,split,start,duration,source,region"
             )
-        for line, values in lines:
-            if not values:
-                continue
-            where, row = f"{path}: line {line}", dict(zip(header, values, strict=False))
-            if len(values) > len(header) or not all(row.get(column, "").strip() for column in needed):
-                raise DataError(f"{where}: needs a path, a label{' and a split' if has_splits else ''}")
-            clip = _clip(path.parent / row["path"], row, where)
-            if has_splits:
-                rows.append(ListingRow(row["label"], parse_split(row["split"], where), clip))
-            else:
-                clips.append((row["label"], row.get("source") or _source(row["path"]), clip))
-    return Listing.from_rows(rows or split_rows(clips, shares, path))
+        rows = _rows(path, header, needed, lines)
+        if has_splits:
+            return Listing.from_rows(
+                ListingRow(row["label"], parse_split(row["split"], where), _clip(path.parent / row["path"], row, where))
+                for where, row in rows
+            )
+        clips = [
+            (
+                row["label"],
+                row.get("source") or _source(row["path"]),
+                _clip(path.parent / row["path"], row, where),
+            )
+            for where, row in rows
+        ]
+    return Listing.from_rows(split_rows(clips, shares, path))
+
+
+def _rows(
+    path: Path, header: list[str], needed: set[str], lines: Iterator[tuple[int, list[str]]]
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield the rows by column, each with its file and line for error messages."""
+    for line, values in lines:
+        if not values:
+            continue
+        where, row = f"{path}: line {line}", dict(zip(header, values, strict=False))
+        if len(values) > len(header) or not all(row.get(column, "").strip() for column in needed):
+            raise DataError(f"{where}: needs a path, a label{' and a split' if 'split' in needed else ''}")
+        yield where, row
 
 
 def _source(path: str) -> str:

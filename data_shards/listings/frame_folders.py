@@ -3,7 +3,7 @@
 The wav is beside the folder, in it, or in a folder of sounds.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,8 +40,8 @@ def frame_folder(path: Path) -> ClipFile:
     return ClipFile(str(path), frames=FrameSeries())
 
 
-def with_frame_options(rows: Iterable[ListingRow], options: FrameOptions) -> list[ListingRow]:
-    """The rows with rate and sound of the clips that are folders of pictures."""
+def with_frame_options(rows: Iterable[ListingRow], options: FrameOptions) -> Iterator[ListingRow]:
+    """Yield the rows with rate and sound of the clips that are folders of pictures."""
     sounds: dict[str, Path] = {}
     if options.sounds is not None:
         if not options.sounds.is_dir():
@@ -61,7 +61,8 @@ def with_frame_options(rows: Iterable[ListingRow], options: FrameOptions) -> lis
         is_plain = all(file.frames is None for file in clip.files)
         return clip if is_plain else replace(clip, files=tuple(map(completed, clip.files)))
 
-    return [row._replace(clip=with_files(row.clip)) for row in rows]
+    for row in rows:
+        yield row._replace(clip=with_files(row.clip))
 
 
 def _sound_beside(folder: Path) -> Path | None:

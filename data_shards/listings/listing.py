@@ -3,15 +3,18 @@
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
+
+import numpy as np
 
 from avcil_dist import storage
 from avcil_dist.data.clip_table import Region
 from avcil_dist.data.shard import SPLITS, Split
 from avcil_dist.errors import ConfigError, DataError
+from data_shards.listings.rows import Records, repeated
 from data_shards.listings.splits import DEFAULT_SHARES, SplitShares, split_sources
 from data_shards.listings.text_files import read_lines
 from data_shards.rejections import Rejection
@@ -98,19 +101,57 @@ class ListingRow(NamedTuple):
 class Listing:
     """The classes and the clips of a data set, both ordered, and the number of files that are no videos.
 
-    `where`: the path or url of the listing. `rejected`: clips of it that have no class or no file.
+    `rows` of a very large listing are those of `stored_rows`. `where`: the path or url of the listing. `rejected`:
+    clips of it that have no class or no file.
     """
 
     classes: tuple[str, ...]
-    rows: tuple[ListingRow, ...]
+    rows: Sequence[ListingRow]
     passed_over: int = 0
     where: str = ""
     rejected: tuple[Rejection, ...] = ()
 
     @classmethod
-    def from_rows(cls, rows: list[ListingRow]) -> "Listing":
-        """A listing whose classes are in order of first appearance."""
-        return cls(tuple(dict.fromkeys(row.label for row in rows)), tuple(rows))
+    def from_rows(cls, rows: Iterable[ListingRow]) -> "Listing":
+        """A listing whose classes are in order of first appearance. `rows` are read once."""
+        labels = dict[str, None]()
+
+        def seen() -> Iterator[ListingRow]:
+            for row in rows:
+                labels.setdefault(row.label)
+                yield row
+
+        stored = stored_rows(seen())
+        return cls(tuple(labels), stored)
+
+
+def stored_rows(rows: Iterable[ListingRow]) -> Sequence[ListingRow]:
+    """The rows, read once; those of a very large listing are in a temporary file."""
+    labels = dict[str, str]()  # one object for each class
+
+    def encode(row: ListingRow) -> Any:
+        clip = row.clip
+        files = [file.path if file == ClipFile(file.path) else file for file in clip.files]
+        return *row[:2], files, clip.key, clip.source, clip.start, clip.region, clip.is_named_by_id
+
+    def decode(values: Any) -> ListingRow:
+        label, split, files, key, source, start, region, is_named_by_id = values
+        found = tuple(map(_clip_file, files))
+        clip = ListedClip(found, key, source, start, None if region is None else _region(*region), is_named_by_id)
+        return ListingRow(labels.setdefault(label, label), split, clip)
+
+    return Records(rows, encode, decode)
+
+
+def _clip_file(value: Any) -> ClipFile:
+    if isinstance(value, str):
+        return ClipFile(value)
+    path, cut, inside, frames = value
+    return ClipFile(path, cut and (cut[0], cut[1]), inside and TarSpan(*inside), frames and FrameSeries(*frames))
+
+
+def _region(top: float, left: float, bottom: float, right: float) -> Region:
+    return top, left, bottom, right
 
 
 def split_rows(
@@ -145,24 +186,22 @@ def key_with_digest(key: str, name: str) -> str:
     return f"{key[: KEY_LENGTH - 13]}-{digest[:12]}"
 
 
-def distinct_keys(rows: Sequence[ListingRow], root: Path) -> tuple[ListingRow, ...]:
-    """Add a digest of file and interval to keys that different clips of one split of a class share.
+def distinct_keys(rows: Sequence[ListingRow], root: Path) -> Iterator[ListingRow]:
+    """Yield the rows, with a digest of file and interval in keys that different clips of one split of a class share.
 
     Files are named relative to `root`, so that the keys are the same on every machine. Rows of the same file and the
     same interval keep one key: they are duplicates.
     """
-    files: dict[tuple[str, Split, str], set[tuple[str, object]]] = {}
-    for label, split, clip in rows:
+    hashes = np.fromiter((hash((label, split, clip.key)) for label, split, clip in rows), np.int64, len(rows))
+    files: dict[tuple[str, Split, str], set[tuple[str, object]]] = {}  # of the few keys that may be shared
+    for label, split, clip in (rows[number] for number in repeated(hashes).tolist()):
         files.setdefault((label, split, clip.key), set()).add((os.path.normpath(clip.path), clip.cut))
-
-    def distinct(row: ListingRow) -> ListingRow:
+    for row in rows:
         clip = row.clip
-        if len(files[row.label, row.split, clip.key]) == 1:
-            return row
-        name = f"{Path(os.path.relpath(clip.path, root)).as_posix()} {clip.cut or ''}"
-        return row._replace(clip=replace(clip, key=key_with_digest(clip.key, name)))
-
-    return tuple(map(distinct, rows))
+        if len(files.get((row.label, row.split, clip.key), ())) > 1:
+            name = f"{Path(os.path.relpath(clip.path, root)).as_posix()} {clip.cut or ''}"
+            row = row._replace(clip=replace(clip, key=key_with_digest(clip.key, name)))
+        yield row
 
 
 def clean_label(name: str, where: str) -> str:

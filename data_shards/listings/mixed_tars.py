@@ -28,6 +28,7 @@ from data_shards.listings.listing import (
     distinct_keys,
     safe_key,
     split_rows,
+    stored_rows,
 )
 from data_shards.listings.splits import SplitShares
 from data_shards.listings.tar_labels import SPLIT_WORDS, label_of_text, label_of_value, read_json, split_of_value
@@ -126,7 +127,8 @@ def read_mixed_tars(
         raise DataError(f"{urls[0]}: no sample in the tars; a sample is KEY.mp4 with KEY.json, KEY.cls or KEY.txt")
     listing = Listing.from_rows(rows)
     named = dict.fromkeys([*(name for name in rules.classes if name in listing.classes), *listing.classes])
-    return Listing(tuple(named), distinct_keys(rows, Path(root)), where=urls[0], rejected=tuple(rejected))
+    keyed = stored_rows(distinct_keys(rows, Path(root)))
+    return Listing(tuple(named), keyed, where=urls[0], rejected=tuple(rejected))
 
 
 def _read_indexes(

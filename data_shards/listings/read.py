@@ -4,7 +4,9 @@ A form is a module with `NEEDS_VIDEOS`, `matches` and `read` (see `ListingForm`)
 and named here; nothing but the listing itself is opened.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -13,7 +15,7 @@ from avcil_dist.system.file_status import is_there
 from data_shards.listings import ave, clip_folder, clips_csv, published_lists, vggsound
 from data_shards.listings.frame_folders import FrameOptions, with_frame_options
 from data_shards.listings.importer import ClipImporter
-from data_shards.listings.listing import Listing, clean_label, distinct_keys
+from data_shards.listings.listing import Listing, ListingRow, clean_label, distinct_keys, stored_rows
 from data_shards.listings.splits import SplitShares
 from data_shards.listings.text_files import first_row
 
@@ -54,15 +56,16 @@ def read_listing(
     ConfigError where `videos` is missing, or given to a listing that has paths, or `shares` to one that has splits.
     """
     try:
-        listing = _read_listing(path, videos, shares, form)
-        return replace(listing, rows=tuple(with_frame_options(listing.rows, frames)))
+        listing, rows = _read_listing(path, videos, shares, form)
+        return replace(listing, rows=stored_rows(with_frame_options(rows, frames)))
     except OSError as error:  # of a folder or a file of it, such as one without permission
         raise DataError(f"{error.filename or path}: cannot be read ({error.strerror})") from None
 
 
 def _read_listing(
     path: Path, videos: Path | None, shares: SplitShares | None, form: ListingForm | ClipImporter | None
-) -> Listing:
+) -> tuple[Listing, Iterator[ListingRow]]:
+    """The listing as its form reads it, with its classes, and its rows with distinct keys."""
     if not is_there(path):
         raise DataError(f"{path}: missing; give a csv with the header path,label,split, or a folder of clips")
     form = form or next((form for form in FORMS if form.matches(path)), None)
@@ -74,6 +77,8 @@ def _read_listing(
     if not listing.rows:
         raise DataError(f"{path}: no clips in it; {LAYOUT}")
     root = videos or (path if path.is_dir() else path.parent)
-    rows = [row._replace(label=clean_label(row.label, str(path))) for row in listing.rows]
-    classes = dict.fromkeys(clean_label(name, str(path)) for name in listing.classes)
-    return Listing(tuple(classes), distinct_keys(rows, root), listing.passed_over, str(path))
+    clean = cache(lambda name: clean_label(name, str(path)))
+    classes, rows = dict.fromkeys(map(clean, listing.classes)), listing.rows
+    if any(clean(row.label) != row.label for row in rows):
+        rows = stored_rows(row._replace(label=clean(row.label)) for row in rows)
+    return Listing(tuple(classes), (), listing.passed_over, str(path)), distinct_keys(rows, root)

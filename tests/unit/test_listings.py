@@ -1,10 +1,15 @@
 import csv
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from avcil_dist.errors import ConfigError, DataError
-from data_shards.listings.listing import Listing
+from data_shards.build import BuildSettings, Chunk, plan_build
+from data_shards.listings import rows
+from data_shards.listings.frame_folders import FrameOptions
+from data_shards.listings.listing import ClipFile, ListedClip, Listing, ListingRow, stored_rows
 from data_shards.listings.read import read_listing
 from data_shards.listings.splits import hold_out_validation
 from tests.helpers.data import needs_published, published
@@ -50,6 +55,40 @@ def test_vggsound_rows_find_files_by_all_their_usual_names(tmp_path: Path) -> No
         "ddddddddddd_000000": ("ddddddddddd_000000.mp4", 0.0, None),
     }
     assert [row.clip.source for row in source.rows] == ["aaaaaaaaaaa", "bb_bbbb-bbb", "ccccccccccc", "ddddddddddd"]
+
+
+def test_rows_beyond_the_first_ones_are_in_a_file_and_stay_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _touch(tmp_path, "a/v.mp4", "b/v.mp4", "v.mp4", "series/1.jpg", "series.wav")
+    lines = [
+        *("a/v.mp4,dog,train,,,,", "b/v.mp4, dog ,train,film,1.5,2,0 0.5 0.5 1", "series,cat,val,,,,"),
+        *("v.mp4,dog,train,,3,,", "v.mp4,dog,train,,3,,", "a/v.mp4,cat,train,,,,", "b/v.mp4,dog,train,,,,"),
+        "missing.mp4,cat,test,,,,",
+    ]
+    (tmp_path / "clips.csv").write_text("\n".join(["path,label,split,source,start,duration,region", *lines * 2]))
+
+    def plan() -> tuple[list[ListingRow], Any, list[Chunk]]:
+        listing = read_listing(tmp_path / "clips.csv", frames=FrameOptions(rate=5.0))
+        made, chunks = plan_build(listing, BuildSettings(2, 0.5, keep_muted=True))
+        return list(listing.rows), made, list(chunks)
+
+    expected = plan()
+    assert [found.kind for found in expected[1].rejected].count("duplicate") == 8  # of 14 rows of 6 clips
+    monkeypatch.setattr(rows, "READ_AT_ONCE", 2)
+    monkeypatch.setattr(rows, "WRITTEN_AT_ONCE", 100)
+    for number in (0, 5):
+        monkeypatch.setattr(rows, "NUM_IN_MEMORY", number)
+        assert plan() == expected
+    listing = read_listing(tmp_path / "clips.csv")
+    assert [listing.rows[-1], listing.rows[6]] == [list(listing.rows)[-1], list(listing.rows)[6]]
+    assert listing.rows[3:6] == list(listing.rows)[3:6]
+    spelled = stored_rows([ListingRow("a", "val", ListedClip((ClipFile(os.fsdecode(b"\xff")),), "k", "s"))] * 6)
+    assert spelled[5] == spelled[0]
+    full = Path("/dev/full").open("wb", buffering=0)  # noqa: SIM115 - the rows keep it
+    monkeypatch.setattr(rows.tempfile, "TemporaryFile", lambda **_: full)
+    with pytest.raises(DataError, match=r"cannot be written there \(No space left on device\); make room"):
+        read_listing(tmp_path / "clips.csv")
 
 
 def test_ids_without_the_folder_of_files_are_refused(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from avcil_dist.data import shuffle
 from avcil_dist.data.manifest import Manifest
 from avcil_dist.data.plan import (
     PADDING,
@@ -154,22 +153,6 @@ def test_the_plan_of_a_seed_stays_the_same_in_every_version() -> None:
     ]  # fmt: skip
     assert epoch.rest.tolist() == []
     assert replay(5, 2, 3, 4, seed=3, step=2).tolist() == [[47, 17, 17, 37], [27, 47, 7, 7], [47, 37, 27, 17]]
-
-
-@few
-@given(st.integers(1, 200), st.floats(0.1, 250), st.integers(1, 90), seeds)
-def test_a_shuffle_in_blocks_is_that_of_one_sort(count: int, reach: float, block: int, seed: int) -> None:
-    random = np.random.default_rng(seed)
-    if reach >= count:
-        expected = random.permutation(count)
-    else:
-        shifted = np.abs((random.random(count) - 0.5) * reach + np.arange(0.5, count))
-        expected = np.argsort(np.where(shifted > count, 2 * count - shifted, shifted), kind="stable")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shuffle, "BLOCK", block)
-        blocks = list(shuffle.window_shuffle(count, reach, np.random.default_rng(seed)))
-    assert len(blocks) >= count // max(block, reach / 8 + 1)
-    np.testing.assert_array_equal(np.concatenate(blocks), expected)
 
 
 def test_the_order_differs_by_epoch_step_and_seed() -> None:

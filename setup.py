@@ -1,8 +1,7 @@
-"""Packaging: ranges of versions. Their lower ends, together, are the tested set, which `constraints.txt` pins.
+"""Packaging: ranges of versions. `constraints.txt` has their lower ends, `requirements.lock` the tested set.
 
-`requirements.lock` has that set with all that these packages need themselves, and the hashes of the files.
-The upper end of a range is the next version that may break its users: for some packages, which this code uses beyond
-their public interface or which break it often, that is the next minor one.
+With all lower ends the fast tests pass. An upper end is the next version that may break its users: for some packages,
+which this code uses beyond their public interface or which break it often, that is the next minor one.
 """
 
 import re
@@ -16,8 +15,8 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "avcil_dist" / "__init__.
 
 REQUIRED = [
     # tensors, autograd, process groups; torchaudio is built for CUDA 13.0, as torch is up to here, and refuses others
-    "torch>=2.14.1,<2.15",
-    "torchvision>=0.29.1,<1",  # picture transforms
+    "torch>=2.13.0,<2.15",
+    "torchvision>=0.28.0,<1",  # picture transforms
     "torchaudio>=2.11.0,<3",  # resampling, Kaldi filterbank
     "deepspeed>=0.19.8,<0.20",  # ZeRO, the training engine
     "webdataset>=1.0.2,<2",  # the loader's pipeline

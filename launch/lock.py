@@ -1,10 +1,10 @@
 """The lock: `requirements.lock`, the tested versions of all packages that the requirements lead to, with hashes.
 
     python launch/lock.py [ui,test]      prints the part for these extras, which pip installs with --require-hashes
-    python launch/lock.py --write        writes the lock anew from setup.py and constraints.txt (needs uv)
+    python launch/lock.py --write        writes the lock anew from setup.py (needs uv)
 
 This file is run by its path before anything is installed, so it needs the standard library alone. Versions that the
-lock has already are kept, unless they are out of the ranges.
+lock has already are kept, unless they are out of the ranges: to change one, change it in the lock, and write that anew.
 """
 
 import ast
@@ -69,7 +69,7 @@ def write() -> None:
 
 def _compile(*words: str) -> str:
     common = ("--quiet", "--universal", "--python-version=3.11", "--no-annotate", "--no-header")
-    command = ["uv", "pip", "compile", "setup.py", "--constraint=constraints.txt"]
+    command = ["uv", "pip", "compile", "setup.py"]
     done = subprocess.run([*command, *common, *words], cwd=PROJECT, check=True, stdout=subprocess.PIPE, text=True)
     return done.stdout
 

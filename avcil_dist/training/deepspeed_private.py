@@ -1,7 +1,7 @@
 """Everything of DeepSpeed that this program uses beyond its documented interface. Each function has the reason.
 
 No other file may touch such a name; `tests/unit/test_deepspeed_interface.py` checks that. Proven with the version that
-`constraints.txt` pins.
+`requirements.lock` pins.
 """
 
 from collections.abc import Iterable, Mapping

@@ -113,7 +113,7 @@ def test_the_workflow_runs_the_fast_tests_with_the_lowest_and_the_newest_version
     versions = {name: job.get("env") for name, job in jobs.items()}
     pythons = re.findall(r"Python :: (3\.\d+)", (PROJECT / "setup.py").read_text())
     assert [job["steps"][1]["with"]["python-version"] for job in jobs.values()] == [pythons[0], pythons[-1]]
-    assert versions == {"lowest": None, "newest": {"AVCIL_VERSIONS": "newest"}}
+    assert versions == {name: {"AVCIL_VERSIONS": name} for name in ("lowest", "newest")}
     for job in jobs.values():
         assert "bash launch/test.sh -m fast" in [step.get("run") for step in job["steps"]]
 
@@ -121,7 +121,13 @@ def test_the_workflow_runs_the_fast_tests_with_the_lowest_and_the_newest_version
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("versions", "wanted"),
-    [(None, "--require-hashes"), ("tested", "--require-hashes"), ("newest", "--upgrade"), ("old", None)],
+    [
+        (None, "--require-hashes"),
+        ("tested", "--require-hashes"),
+        ("lowest", "--constraint"),
+        ("newest", "--upgrade"),
+        ("old", None),
+    ],
 )
 def test_the_environment_has_the_versions_that_are_wanted(
     versions: str | None, wanted: str | None, tmp_path: Path
@@ -129,7 +135,7 @@ def test_the_environment_has_the_versions_that_are_wanted(
     python = tmp_path / ".venv" / "bin" / "python"
     (tmp_path / "launch").mkdir()
     python.parent.mkdir(parents=True)
-    for name in ("launch/environment.sh", "setup.py", "requirements.lock"):
+    for name in ("launch/environment.sh", "setup.py", "constraints.txt", "requirements.lock"):
         (tmp_path / name).write_text((PROJECT / name).read_text())
     python.write_text('#!/bin/sh\necho "$@"\n')
     python.chmod(0o700)
@@ -137,4 +143,4 @@ def test_the_environment_has_the_versions_that_are_wanted(
     script = f". {tmp_path}/launch/environment.sh; ensure_environment '[test]'"
     done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True)
     assert done.returncode == (0 if wanted else 2), done.stderr
-    assert (wanted or "give tested or newest") in done.stdout + done.stderr
+    assert (wanted or "give tested, lowest or newest") in done.stdout + done.stderr

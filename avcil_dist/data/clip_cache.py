@@ -88,7 +88,8 @@ class ClipCache:
         self.put(batch.clips[is_read], tensors, batch.valid.numpy()[is_read])
         if is_read.all():
             return batch
-        visual, audio = self._merge(batch.clips, is_read, tensors)
+        # Not that of `tensors`: without a row they have no memory that could be page-locked.
+        visual, audio = self._merge(batch.clips, is_read, tensors, is_pinned=batch.labels.is_pinned())
         return replace(batch, visual=visual, audio=audio)
 
     def put(self, clips: np.ndarray, tensors: TensorPair, valid: np.ndarray) -> None:
@@ -102,18 +103,22 @@ class ClipCache:
             cached.index_copy_(0, self._index(slots[new]), chosen.to(cached.device, non_blocking=True))
         self.memory.bytes[slots[new]] = 1  # last: a process that sees the flag finds the row
 
-    def _merge(self, clips: np.ndarray, is_read: np.ndarray, tensors: TensorPair) -> TensorPair:
-        """Return visual and audio of all `clips`: `tensors` are the rows in `is_read`, the others are cached."""
+    def _merge(self, clips: np.ndarray, is_read: np.ndarray, tensors: TensorPair, *, is_pinned: bool) -> TensorPair:
+        """Return visual and audio of all `clips`: `tensors` are the rows in `is_read`, the others are cached.
+
+        In host memory they are page-locked if `is_pinned`.
+        """
         slots = self._slots(clips)
         slots[is_read] = slots[~is_read][0]  # any filled row: it is overwritten
         rows = np.flatnonzero(is_read)
         visual, audio = (
-            self._gather(cached, slots, rows, read) for cached, read in zip(self._tensors, tensors, strict=True)
+            self._gather(cached, slots, rows, read, is_pinned)
+            for cached, read in zip(self._tensors, tensors, strict=True)
         )
         return visual, audio
 
-    def _gather(self, cached: Tensor, slots: np.ndarray, rows: np.ndarray, read: Tensor) -> Tensor:
-        shape, is_pinned = (len(slots), *cached.shape[1:]), read.is_pinned() and cached.device.type == "cpu"
+    def _gather(self, cached: Tensor, slots: np.ndarray, rows: np.ndarray, read: Tensor, is_pinned: bool) -> Tensor:
+        shape, is_pinned = (len(slots), *cached.shape[1:]), is_pinned and cached.device.type == "cpu"
         gathered = torch.empty(shape, dtype=cached.dtype, device=cached.device, pin_memory=is_pinned)
         torch.index_select(cached, 0, self._index(slots), out=gathered)
         if len(rows):

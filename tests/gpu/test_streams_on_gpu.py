@@ -141,11 +141,11 @@ def test_a_stream_reaches_the_accuracy_of_a_cpu(tmp_path: Path, engine: str) -> 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_a_stream_killed_on_a_gpu_ends_with_the_bits_of_an_unkilled_one(tmp_path: Path, precision: str) -> None:
-    config, engine = config_of(tmp_path), f"engine.precision={precision}"
-    whole = train(config, engine, f"output={tmp_path}/whole")
+    config, settings = config_of(tmp_path), (f"engine.precision={precision}", "optim.epochs=60")
+    whole = train(config, *settings, f"output={tmp_path}/whole")
     stream = tmp_path / "killed" / Path(whole).name
-    command = [sys.executable, "-m", "avcil_dist", "train", str(config), engine, f"output={tmp_path}/killed"]
+    command = [sys.executable, "-m", "avcil_dist", "train", str(config), *settings, f"output={tmp_path}/killed"]
     codes = [run_and_kill(command, stream, kind, random.Random(1)) for kind in ("rank", "stop")]
-    train(config, engine, f"output={tmp_path}/killed")
+    train(config, *settings, f"output={tmp_path}/killed")
     assert [weights_digest(str(stream), step) for step in (0, 1)] == [weights_digest(whole, step) for step in (0, 1)]
     assert all(codes), "no kill came in time"

@@ -1,8 +1,9 @@
 """Time that a snapshot takes from training, as a share of an iteration: `python -m tests.benchmarks.snapshots`.
 
-Processes train a transformer on frames of noise and write snapshots to a local folder. `stall` is the time that the
-training spends on a snapshot before its next iteration; both are processor time of the training's thread, so that other
-programs do not count. `written` is the time by the clock until the snapshot is committed.
+Processes train a transformer on frames of noise and write snapshots to a local folder. The stall is the time that the
+training spends on a snapshot before its next iteration. Its share of an iteration is measured by the clock, and by the
+processor time of the training's thread, in which other programs do not count. `beside` is an iteration that runs while the
+snapshot is written, `committed` the time from its begin to its commit, which is after that iteration.
 """
 
 import argparse
@@ -33,12 +34,32 @@ from tests.helpers.streams import write_config
 CLIP = ClipConfig(frames=8, size=112, mel_bins=64, mel_frames=128)
 
 
+class Seconds(NamedTuple):
+    """Time by the clock, and processor time of this thread."""
+
+    clock: float
+    processor: float
+
+    @classmethod
+    def now(cls) -> "Seconds":
+        """Return both times."""
+        return cls(time.perf_counter(), time.thread_time())
+
+    def passed(self) -> "Seconds":
+        """Return the time since then."""
+        now = Seconds.now()
+        return Seconds(now.clock - self.clock, now.processor - self.processor)
+
+
 class Times(NamedTuple):
-    """Medians of seconds, and the number of parameters."""
+    """Medians of seconds, shares of the stall in an iteration, and the number of parameters."""
 
     iteration: float
     stall: float
-    written: float
+    share: float
+    share_of_processor: float
+    beside: float
+    committed: float
     num_parameters: int
 
 
@@ -61,27 +82,33 @@ def measure(world: World, stage: int, sizes: tuple[int, int], rows: int, num_sna
         device=CPU,
     )
 
-    def iterate() -> float:
-        started = time.thread_time()
+    def iterate() -> Seconds:
+        started = Seconds.now()
         output = engine(torch.randn(rows, 8, 3, 112, 112), torch.randn(rows, 128, 64))
         engine.backward(output.logits.square().mean())
         engine.step()
-        return time.thread_time() - started
+        return started.passed()
 
     iterate()
-    iterations, stalls, written = [], [], []
+    iterations, stalls, beside, committed = [], [], [], []
     for number in range(num_snapshots):
         iterations.append(iterate())
-        began, started = time.perf_counter(), time.thread_time()
+        began = Seconds.now()
         snapshots.save(engine, TrainingState(iteration=number + 1), EpochTotals().to_dict({}, []))
-        stalls.append(time.thread_time() - started)
+        stalls.append(began.passed())
+        beside.append(iterate())
         snapshots.finish()
-        written.append(time.perf_counter() - began)
+        committed.append(began.passed())
     snapshots.close()
     engine.close()
-    return Times(
-        statistics.median(iterations), statistics.median(stalls), statistics.median(written), num_parameters=count
-    )
+    iteration, stall, while_written, until_commit = map(medians, (iterations, stalls, beside, committed))
+    shares = stall.clock / iteration.clock, stall.processor / iteration.processor
+    return Times(iteration.clock, stall.clock, *shares, while_written.clock, until_commit.clock, count)
+
+
+def medians(times: list[Seconds]) -> Seconds:
+    """Return the median of each of both times."""
+    return Seconds(*map(statistics.median, zip(*times, strict=True)))
 
 
 def main() -> None:
@@ -99,12 +126,16 @@ def main() -> None:
         sizes = given.dim, given.depth
         for stage in given.stages:
             times = run_ranks(measure, given.ranks, stage, sizes, given.rows, given.snapshots, config)
-            rows.append((stage, [max(values) for values in zip(*times, strict=True)]))
-    print(f"{rows[0][1][3] / 1e6:.1f} million parameters, {given.ranks} processes; medians of {given.snapshots}, ms")
-    print("| ZeRO | iteration | stall | share | written |\n|---|---|---|---|---|")
-    for stage, (iteration, stall, written, _) in rows:
-        numbers = f"{1e3 * iteration:.0f} | {1e3 * stall:.1f} | {stall / iteration:.1%}"
-        print(f"| {stage} | {numbers} | {1e3 * written:.0f} |")
+            rows.append((stage, Times(*(max(values) for values in zip(*times, strict=True)))))
+    print(
+        f"{rows[0][1].num_parameters / 1e6:.1f} million parameters, {given.ranks} processes; medians of {given.snapshots}"
+    )
+    print("| ZeRO | iteration | stall | of the iteration | by processor time | iteration beside | committed after |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    for stage, found in rows:
+        shares = f"{100 * found.share:.1f} % | {100 * found.share_of_processor:.1f} %"
+        times = f"{1e3 * found.iteration:.0f} ms | {1e3 * found.stall:.1f} ms | {shares} | {1e3 * found.beside:.0f} ms"
+        print(f"| {stage} | {times} | {found.committed:.2f} s |")
 
 
 if __name__ == "__main__":

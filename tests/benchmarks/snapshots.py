@@ -2,8 +2,8 @@
 
 Processes train a transformer on frames of noise and write snapshots to a local folder. The stall is the time that the
 training spends on a snapshot before its next iteration. Its share of an iteration is measured by the clock, and by the
-processor time of the training's thread, in which other programs do not count. `beside` is an iteration that runs while the
-snapshot is written, `committed` the time from its begin to its commit, which is after that iteration.
+processor time of the training's thread, in which other programs do not count. The iteration beside it runs while the
+snapshot is written; the commit is after that iteration.
 """
 
 import argparse
@@ -127,15 +127,14 @@ def main() -> None:
         for stage in given.stages:
             times = run_ranks(measure, given.ranks, stage, sizes, given.rows, given.snapshots, config)
             rows.append((stage, Times(*(max(values) for values in zip(*times, strict=True)))))
-    print(
-        f"{rows[0][1].num_parameters / 1e6:.1f} million parameters, {given.ranks} processes; medians of {given.snapshots}"
-    )
+    millions = rows[0][1].num_parameters / 1e6
+    print(f"{millions:.1f} million parameters, {given.ranks} processes; medians of {given.snapshots}")
     print("| ZeRO | iteration | stall | of the iteration | by processor time | iteration beside | committed after |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     for stage, found in rows:
+        times = f"{1e3 * found.iteration:.0f} ms | {1e3 * found.stall:.1f} ms"
         shares = f"{100 * found.share:.1f} % | {100 * found.share_of_processor:.1f} %"
-        times = f"{1e3 * found.iteration:.0f} ms | {1e3 * found.stall:.1f} ms | {shares} | {1e3 * found.beside:.0f} ms"
-        print(f"| {stage} | {times} | {found.committed:.2f} s |")
+        print(f"| {stage} | {times} | {shares} | {1e3 * found.beside:.0f} ms | {found.committed:.2f} s |")
 
 
 if __name__ == "__main__":

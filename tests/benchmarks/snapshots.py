@@ -132,9 +132,9 @@ def main() -> None:
     print("| ZeRO | iteration | stall | of the iteration | by processor time | iteration beside | committed after |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     for stage, found in rows:
-        times = f"{1e3 * found.iteration:.0f} ms | {1e3 * found.stall:.1f} ms"
+        durations = f"{1e3 * found.iteration:.0f} ms | {1e3 * found.stall:.1f} ms"
         shares = f"{100 * found.share:.1f} % | {100 * found.share_of_processor:.1f} %"
-        print(f"| {stage} | {times} | {shares} | {1e3 * found.beside:.0f} ms | {found.committed:.2f} s |")
+        print(f"| {stage} | {durations} | {shares} | {1e3 * found.beside:.0f} ms | {found.committed:.2f} s |")
 
 
 if __name__ == "__main__":

@@ -112,8 +112,9 @@ def forget(engine: Any) -> None:
 
 
 def disable_compiled_all_reduce(deepspeed: Any) -> None:
-    """Disable an all-reduce for inference only.
+    """Disable an all-reduce for inference only, by an empty table of the operations that can be compiled.
 
-    Reason: every new process would compile it. Name: `__compatible_ops__`.
+    Reason: every new process would compile it, and to make the table it runs compilers and looks for GPUs.
+    Name: `__compatible_ops__`.
     """
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.ops.__compatible_ops__ = {}

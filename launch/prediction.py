@@ -84,7 +84,7 @@ def load_stored(request: ModelRequest) -> StoredModel:
         except DataError as error:
             raise DataError(f"{error}; --manifest names it where it is now") from None
         seen = artifact.scenario.seen(step)
-        num_clips: dict[str, int] = {split: len(manifest.clips(seen, split)) for split in SPLITS}
+        num_clips: dict[str, int] = {split: manifest.num_clips(seen, split) for split in SPLITS}
         return StoredModel(artifact, manifest.shape, manifest.encoders, step_url(folder, step), url, num_clips)
     if is_folder and is_export(folder):
         exported = load_export(folder)

@@ -73,4 +73,4 @@ def clips_per_class(counts: Sequence[int], total: int) -> int:
 
 
 def _counts(manifest: Manifest, classes: Sequence[str], split: Split) -> list[int]:
-    return [len(manifest.clips([name], split)) for name in classes]
+    return [manifest.num_clips([name], split) for name in classes]

@@ -142,6 +142,10 @@ class Manifest:
         ranges = [np.arange(self.first_clips[n], self.first_clips[n + 1]) for n in self.shard_numbers(classes, split)]
         return np.concatenate([np.empty(0, dtype=np.int64), *ranges])
 
+    def num_clips(self, classes: Iterable[str], split: Split) -> int:
+        """Return the number of `clips`."""
+        return int(np.diff(self.first_clips)[self.shard_numbers(classes, split)].sum())
+
     def shards_of(self, clips: np.ndarray) -> np.ndarray:
         """Return the shard number of each clip."""
         return np.searchsorted(self.first_clips, clips, side="right") - 1

@@ -129,8 +129,7 @@ class TrainingSampler:
     @property
     def num_current(self) -> int:
         """Number of clips of an epoch: all but the exemplars of replay batches."""
-        numbers = self.manifest.shard_numbers(self.classes, "train")
-        return int(np.diff(self.manifest.first_clips)[numbers].sum()) + len(self.joined)
+        return self.manifest.num_clips(self.classes, "train") + len(self.joined)
 
     @property
     def batches_per_epoch(self) -> int:

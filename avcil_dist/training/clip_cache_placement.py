@@ -40,7 +40,7 @@ def place_clip_cache(
     entry = EntrySpec.of(manifest, inputs or ClipInputs.of(data.clip))
     counts = _counts(len(clips), sum(entry.sizes), world, device)
     tier = data.clip_cache if data.clip_cache != "auto" else _fastest(counts, len(clips), device)
-    cached = clips[: counts[tier]]
+    cached = clips[: counts[tier]].copy()  # a view would keep all of them
     cache = None
     if len(cached):
         cache = ClipCache(cached, entry, device) if tier == "device" else _shared(cached, entry, world)

@@ -23,14 +23,15 @@ def update_memory(step: Step, memory: ExemplarMemory, network: Network, inferenc
     config, manifest, needs = step.config, step.manifest, step.needs
     if needs.memory == "none":
         return memory
-    candidates = {name: manifest.clips([name], "train") for name in step.new_classes}
     selection = needs.selection if config.memory.selection == "published" else config.memory.selection
     if selection == "random":
-        share = quota(config.memory.size, len(memory.keys) + len(candidates))
+        share = quota(config.memory.size, len(memory.keys) + len(step.new_classes))
         ranked = {
-            name: _keys(manifest, random_order(name, clips, config.seed)[:share]) for name, clips in candidates.items()
+            name: _keys(manifest, random_order(name, manifest.clips([name], "train"), config.seed)[:share])
+            for name in step.new_classes
         }
     else:
+        candidates = {name: manifest.clips([name], "train") for name in step.new_classes}
         by_class = inference.class_features(network, candidates)
         count = quota(config.memory.size, step.context.num_seen)
         # Rank 0 decides: the last digits of a sum may differ between types of machine.

@@ -68,7 +68,7 @@ def check_method_fits(config: Config, needs: Needs, manifest: Manifest, scenario
         )
     if needs.max_clips is not None:
         last = arrived(manifest, scenario, config.scenario, scenario.num_steps - 1)
-        _check_clips(name, needs.max_clips, len(last.clips(scenario.classes, "train")))
+        _check_clips(name, needs.max_clips, last.num_clips(scenario.classes, "train"))
     if config.data.source_disjoint:
         _check_sources(config, manifest, scenario)
     if manifest.kind == "clip":
@@ -199,7 +199,7 @@ def check_enough_clips(config: Config, step: int, num_batches: int, num_clips: i
 def _check_step(config: Config, needs: Needs, manifest: Manifest, scenario: Scenario, step: int) -> None:
     """Check that a step has enough training clips, and each of its classes clips of every split that is read."""
     trains = needs.trains_at(step)
-    num_clips = len(manifest.clips(scenario.new(step), "train"))
+    num_clips = manifest.num_clips(scenario.new(step), "train")
     if trains:
         check_enough_clips(config, step, num_clips // config.optim.global_batch, num_clips)
     selects = needs.validation or (trains and config.optim.keep_epoch == "best_val")

@@ -96,6 +96,7 @@ def test_only_training_clips_of_the_steps_classes_are_planned(data_set: list[lis
     classes = data.draw(st.lists(st.sampled_from(manifest.classes), unique=True))
     epoch = plan(manifest, classes, global_batch=1)
     assert sorted(epoch.batches.ravel().tolist()) == manifest.clips(classes, "train").tolist()
+    assert epoch.batches.size == manifest.num_clips(classes, "train")
 
 
 @few

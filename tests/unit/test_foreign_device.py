@@ -1,7 +1,7 @@
 """Nothing of a step is on the wrong device: streams of all methods on a pretended GPU, which refuses other tensors."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,15 +12,19 @@ import torch
 from torch import nn
 
 from avcil_dist.compose import load_config
-from avcil_dist.config.schema import MethodConfig
+from avcil_dist.config.encoders import SmallConfig
+from avcil_dist.config.schema import ClipConfig, MethodConfig
 from avcil_dist.data import loader
+from avcil_dist.data.manifest import load_manifest
+from avcil_dist.inference.predict import Predictor
 from avcil_dist.methods import make_method, method_names
 from avcil_dist.methods.base import ClosedFormMethod, StepContext
 from avcil_dist.models.attention import module
 from avcil_dist.models.attention.kernels_torch import TorchKernels
+from avcil_dist.models.encoders.build import build_audio_encoder, build_visual_encoder
 from avcil_dist.models.outputs import Output
 from avcil_dist.scenario import Scenario
-from avcil_dist.streams.metrics import StreamMetrics
+from avcil_dist.streams.artifact import StepArtifact
 from avcil_dist.system.signals import StopRequest
 from avcil_dist.training import engine, iteration_metrics, loss_graph
 from avcil_dist.training.step import step_in_group
@@ -80,6 +84,9 @@ def without_cuda(one_rank: None) -> Iterator[None]:
             (torch.cuda, "max_memory_allocated", lambda device: 1),
             (torch.cuda, "synchronize", lambda device: None),
             (torch.cuda, "get_device_name", lambda device: "pretended"),
+            (torch.cuda, "get_rng_state", lambda device: torch.get_rng_state()),
+            (torch.cuda, "set_rng_state", lambda state, device: None),
+            (torch.random, "fork_rng", lambda devices: nullcontext()),
             (torch.cuda, "current_stream", lambda: SimpleNamespace(record_event=lambda: event)),
             (iteration_metrics, "PRODUCT_SIZES", {"cuda": 8}),
             (loader, "_load", load_pageable),
@@ -99,22 +106,44 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("streams")
 
 
-def train(folder: Path, name: str, device: torch.device) -> StreamMetrics:
-    """Train the first two steps of a stream; returns their metrics."""
-    output = (f"method={name}", f"output={folder}/{name}_{device.type}")
-    expansion = ("method.expansion=64",) if name in LONG_FEATURES else ()
-    config = load_config(str(write_config(folder)), (*SHORT, *output, *expansion))
+def train(folder: Path, name: str, *settings: str) -> StepArtifact:
+    """Train the first two steps of a stream; returns the artifact of the second one."""
+    output = f"output={folder}/{name}{len(settings)}"
+    config = load_config(str(write_config(folder)), (*SHORT, f"method={name}", output, *settings))
     for step in range(len(STEPS) - 1):
-        artifact = step_in_group(config, step, world=World(), observers=(), device=device, stop=StopRequest())
-    return artifact.metrics
+        artifact = step_in_group(config, step, world=World(), observers=(), device=DEVICE, stop=StopRequest())
+    return artifact
 
 
 @pytest.mark.parametrize("name", method_names())
 def test_a_stream_of_every_method_runs_on_one_device(folder: Path, without_cuda: None, name: str) -> None:
     with pretended():
-        metrics = train(folder, name, DEVICE)
-    assert len(metrics.seen_accuracy) == len(STEPS) - 1
-    assert metrics.seen_accuracy[-1] > 0.2
+        artifact = train(folder, name, *(("method.expansion=64",) if name in LONG_FEATURES else ()))
+        shape = load_manifest(artifact.config.data.manifest).shape
+        sizes = [shape[side] for side in ("frames", "positions", "dim")]
+        for modality in (None, "audio"):
+            predictor = Predictor(artifact, shape, name, modality, DEVICE)
+            assert predictor.score(torch.randn(2, *sizes), torch.randn(2, sizes[2])).device == DEVICE
+    assert len(artifact.metrics.seen_accuracy) == len(STEPS) - 1
+    assert artifact.metrics.seen_accuracy[-1] > 0.2
+
+
+@pytest.mark.parametrize("cache", ["device", "host"])
+def test_micro_batches_averages_and_fusions_run_on_one_device(folder: Path, without_cuda: None, cache: str) -> None:
+    settings = ("engine.micro_batch=6", "optim.ema=0.9", "model.fusion=transformer", f"data.clip_cache={cache}")
+    with pretended():
+        assert len(train(folder / cache, "avcil", *settings).metrics.seen_accuracy) == len(STEPS) - 1
+
+
+@pytest.mark.parametrize("build", [build_visual_encoder, build_audio_encoder])
+def test_small_encoders_run_on_one_device(build: Any) -> None:
+    clip = ClipConfig(frames=2, size=32, mel_frames=32, mel_bins=32)
+    inputs = (1, 2, 3, 32, 32) if build is build_visual_encoder else (1, 32, 32)
+    with pretended():
+        encoder = build(SmallConfig(kind="small", dim=8), clip, None).to(DEVICE)
+        encoded = encoder(torch.randn(*inputs, device=DEVICE))
+        encoded.sum().backward()
+        assert encoded.device == DEVICE
 
 
 def test_the_pretended_device_refuses_what_a_real_one_refuses() -> None:

@@ -28,10 +28,13 @@ COVER = {
     "methods/lwf": "method_losses reference_values",
     "methods/ssil": "method_losses reference_values",
     "methods/avcil": "method_losses reference_values",
-    "data/plan": "plan",
+    "data/plan": "plan foreign_methods",
+    "data/shuffle": "shuffle plan",
+    "data/clip_weights": "foreign_methods",
     "data/exemplar_memory": "exemplar_memory",
     "streams/commit": "artifact stream_state",
     "streams/artifact": "artifact stream_state",
+    "streams/exemplar_logits": "artifact end_of_step",
     "streams/metrics": "metrics compare",
     "streams/identity": "stream_state artifact resume",
     "streams/stream": "stream_state chain",
@@ -42,6 +45,8 @@ COVER = {
     "training/inference_pass": "inference_batches end_of_step network_mode teacher",
     "training/closed_form": "end_of_step",
     "training/exemplars": "end_of_step",
+    "training/exemplar_logits": "end_of_step",
+    "training/sampling": "foreign_methods",
     "training/preflight": "preflight modalities",
     "training/train_step": "train_step trainer",
     "training/snapshot": "trainer",
@@ -55,8 +60,8 @@ EQUIVALENT = {
     (
         "training/train_step",
         "gather_batch(",
-        "gather_batch(batch, output, teacher_output, num_bad=self.num_bad) -> "
-        "gather_batch(batch, output, teacher_output)",
+        "gather_batch(batch, output, teacher_output, stored=self.stored, num_bad=self.num_bad) -> "
+        "gather_batch(batch, output, teacher_output, stored=self.stored)",
     ): "the batch is counted instead, which waits for the device",
     (
         "methods/nearest_mean",
@@ -81,7 +86,7 @@ EQUIVALENT = {
         "(alphas.log() - previous.log()).abs().max() <= CONVERGED",
     ): "no change is the limit to the last digit",
     ("methods/kernel", "zip(*self._collected", "True -> False"): "each entry is a pair",
-    ("data/plan", "where=shifted > count", "shifted > count -> shifted >= count"): "count is reflected to itself",
+    ("data/shuffle", "where=shifted > count", "shifted > count -> shifted >= count"): "count is reflected to itself",
     ("data/plan", "range(1, global_batch + 1)", "1 -> 2"): "of the end: no batch is divided by the next number",
     (
         "data/plan",

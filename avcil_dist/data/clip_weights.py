@@ -1,6 +1,5 @@
 """Sampling weights of clips: the frequencies with which a method's clips are drawn. Pure functions of numbers."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,10 +17,10 @@ class ClipWeights:
     of_exemplar: np.ndarray
 
     @classmethod
-    def of(cls, of_shard: Sequence[float] | np.ndarray, exemplars: np.ndarray, weights: np.ndarray) -> "ClipWeights":
+    def of(cls, of_shard: np.ndarray, exemplars: np.ndarray, weights: np.ndarray) -> "ClipWeights":
         """Return the weights of shards, and of exemplars in any order."""
         order = np.argsort(exemplars)
-        return cls(np.asarray(of_shard, dtype=np.float64), exemplars[order], weights[order])
+        return cls(of_shard, exemplars[order], weights[order])
 
     def lookup(self, clips: np.ndarray, shards: np.ndarray) -> np.ndarray:
         """Return the weights (n,) of these clips (n,), which are in these shards (n,)."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from avcil_dist.data.batch import Batch
 from avcil_dist.data.exemplar_memory import EMPTY_MEMORY, ExemplarMemory
+from avcil_dist.errors import ArtifactError
 from avcil_dist.methods.base import ClosedFormMethod, Needs, StepContext, Targets
 from avcil_dist.models.outputs import Output
 from avcil_dist.scenario import Scenario
@@ -21,6 +22,7 @@ from avcil_dist.training.closed_form import train_closed_form
 from avcil_dist.training.exemplar_logits import store_logits, stored_rows
 from avcil_dist.training.exemplars import exemplar_clips, exemplar_features, update_memory
 from avcil_dist.training.inference_pass import ClassFeatures
+from tests.helpers.artifacts import make_artifact
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -216,6 +218,9 @@ def test_exemplars_keep_the_logits_of_their_own_step() -> None:
     assert values.tolist() == [[13, 1], [0, 0], [5, 0], [0, 0], [0, 0]]
     assert counts.tolist() == [2, 0, 1, 0, 0]
     assert stored_rows(step, None) is None
+    previous.exemplar_logits, step.config = None, make_artifact().config
+    with pytest.raises(ArtifactError, match=r"^runs/tiny-avcil-seed0/step_000: has no logits of its exemplars"):
+        stored_rows(step, previous)
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,7 @@ def test_clips_are_drawn_in_proportion_to_their_weights() -> None:
         assert (abs(counts - 7 * weights / 8) < 1).all()
         total.update(drawn.tolist())
     assert [total[number] / 400 for number in range(7)] == pytest.approx(7 * weights / 8, abs=0.06)
+    assert draw(np.array([0.0, 0, 5]), random).tolist() == [2, 2, 2]
     assert draw(np.zeros(3), random).tolist() == [0, 1, 2]
     assert draw(np.zeros(0), random).tolist() == []
 

@@ -54,11 +54,16 @@ def new_identity() -> StreamIdentity:
     return StreamIdentity(uuid.uuid4().hex)
 
 
+def has_identity(stream: str) -> bool:
+    """Whether a stream was begun in this folder."""
+    return storage.exists(storage.join(stream, FILE))
+
+
 def read_identity(stream: str) -> StreamIdentity | None:
     """The identity in a stream's folder, or None where there is none. Raises ArtifactError for a damaged one."""
-    url = storage.join(stream, FILE)
-    if not storage.exists(url):
+    if not has_identity(stream):
         return None
+    url = storage.join(stream, FILE)
     return storage.read_json(url, StreamIdentity, "the identity of a stream", fault=ArtifactError)
 
 

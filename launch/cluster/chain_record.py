@@ -16,7 +16,7 @@ from avcil_dist import storage
 from avcil_dist.config.schema import Config
 from avcil_dist.config.serialization import config_from_yaml, config_to_yaml
 from avcil_dist.errors import ConfigError
-from avcil_dist.streams.identity import StepNumber
+from avcil_dist.streams.identity import StepNumber, has_identity
 from avcil_dist.streams.summary import committed_steps
 from avcil_dist.system.trusted_files import check_trusted_folder, check_trusted_record
 from launch.cluster.resources import ClusterConfig
@@ -136,7 +136,7 @@ def has_chain(stream: str) -> bool:
 def read_chain(stream: str) -> Chain:
     """Read the record of a stream's jobs. Raises ConfigError where none was submitted."""
     if not has_chain(stream):
-        if committed_steps(stream):
+        if has_identity(stream) or committed_steps(stream):
             raise ConfigError(
                 f"{stream}: a command trained it, not jobs, so it has neither jobs nor log files; see its steps with: "
                 f"avcil status {stream}"

@@ -8,6 +8,7 @@ from pathlib import Path
 from avcil_dist import storage
 from avcil_dist.config.schema import Config
 from avcil_dist.errors import AvcilError, ConfigError, DataError, SchedulerError
+from avcil_dist.streams.identity import has_identity
 from avcil_dist.streams.snapshots import newest_snapshot
 from avcil_dist.streams.stream import ARTIFACT_FOLDER, next_step
 from avcil_dist.streams.summary import committed_steps, is_committed, load_metrics
@@ -61,8 +62,11 @@ class ChainStatus:
 
 
 def streams_below(folder: str, depth: int = FOLDER_DEPTH) -> list[str]:
-    """Return the streams in a folder or below it, in order of name; a folder that is a stream is the only one."""
-    if has_chain(folder) or committed_steps(folder):
+    """Return the streams in a folder or below it, in order of name; a folder that is a stream is the only one.
+
+    A stream has jobs, committed steps, or an identity, which the first start of its training writes.
+    """
+    if has_chain(folder) or has_identity(folder) or committed_steps(folder):
         return [folder]
     names = storage.list_folder(folder) if depth else []
     return [

@@ -61,6 +61,10 @@ def _print_stream(status: ChainStatus, console: Console) -> None:
 def _print_trained(stream: str, console: Console) -> None:
     """Print a table of the steps of a stream that a command trains, without jobs."""
     committed = committed_steps(stream)
+    if not committed:
+        console.print(plain(f"{stream}: no step is committed yet, and it has no jobs"), soft_wrap=True)
+        _print_unsent(stream, console)
+        return
     summary = load_summary(stream, committed[-1])
     seconds = {step: committed_folder(stream, step)[1].seconds for step in committed}
     rows = []
@@ -161,6 +165,8 @@ def _percent(step: StepStatus) -> str:
 def _trained(stream: str) -> list[str]:
     """Return the cells of a stream without jobs: its committed steps, and the accuracy after the last of them."""
     steps = committed_steps(stream)
+    if not steps:
+        return ["0", "no jobs", "", "", "", ""]
     try:
         summary = load_summary(stream, steps[-1])
     except AvcilError:

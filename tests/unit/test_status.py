@@ -16,6 +16,7 @@ from avcil_dist import storage
 from avcil_dist.compose import load_config
 from avcil_dist.errors import ConfigError, SchedulerError
 from avcil_dist.streams.commit import write_commit
+from avcil_dist.streams.identity import new_identity, write_identity
 from avcil_dist.streams.snapshots import snapshots_url
 from launch.cluster import status as status_module
 from launch.cluster.chain_record import Chain, mark_failed, read_chain, write_chain
@@ -252,6 +253,10 @@ def test_a_stream_without_jobs_has_a_row_for_each_step(tmp_path: Path) -> None:
         ["made-joint-seed0", "3/3", "COMMITTED"],
         ["made-lwf-seed0", "2/3", "no"],
     ]
+    write_identity(f"{tmp_path}/begun", new_identity())
+    assert streams_below(str(tmp_path))[0] == f"{tmp_path}/begun"
+    assert "begun: no step is committed yet" in shown(f"{tmp_path}/begun").replace("\n", "")
+    assert ["begun", "0", "no", "jobs"] in [line.split() for line in shown(str(tmp_path)).splitlines()]
     with pytest.raises(ConfigError, match="a command trained it, not jobs"):
         next(log_text(stream, 0, 0, follow=False))
 

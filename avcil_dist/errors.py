@@ -5,6 +5,7 @@ traceback.
 """
 
 from avcil_dist.text.redaction import redacted
+from avcil_dist.text.visible import visible
 
 
 class AvcilError(Exception):
@@ -12,6 +13,10 @@ class AvcilError(Exception):
 
     def __init__(self, *args: object) -> None:
         super().__init__(*(redacted(argument) if isinstance(argument, str) else argument for argument in args))
+
+    def _render_traceback_(self) -> list[str]:
+        """Return what IPython shows of the error, in a notebook too: the one line. `%debug` still has the frames."""
+        return [f"{type(self).__name__}: {visible(str(self))}"]
 
 
 class ConfigError(AvcilError):

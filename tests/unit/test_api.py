@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import avcil_dist
-from avcil_dist.errors import ArtifactError
+from avcil_dist.errors import ArtifactError, ConfigError
 from avcil_dist.system.process_start import without_main_module
 from avcil_dist.training.observer import Observer
 from launch.call_queue import CallQueue, replay_calls
@@ -76,6 +76,15 @@ def test_new_processes_do_not_import_the_script_of_the_program() -> None:
         data = multiprocessing.spawn.get_preparation_data("x")
         assert not {"init_main_from_name", "init_main_from_path"} & set(data)
     assert sys.modules["__main__"] is main
+
+
+def test_a_notebook_gets_an_error_of_the_user_as_one_line() -> None:
+    """By the method that IPython calls; the notebook of the documents has such an error."""
+    with pytest.raises(ConfigError) as caught:
+        avcil_dist.load_config("demo", "optim.lrr=1")
+    assert caught.value._render_traceback_() == [
+        "ConfigError: command line: optim.lrr: unknown key; did you mean 'lr'?"
+    ]
 
 
 def test_every_call_of_an_observer_crosses() -> None:

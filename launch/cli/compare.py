@@ -72,6 +72,10 @@ def compare(
       avcil compare avcil.csv finetune.csv --paired
     """
     if paired:
+        of_tables = {f"--format {kind}": kind not in ("table", "json"), "--metrics": bool(metrics)}
+        of_tables |= {"--significance": significance, "--published": bool(published)}
+        if given := [name for name, is_given in of_tables.items() if is_given]:
+            raise ConfigError(f"--paired: it compares clips, as JSON; leave out {', '.join(given)}")
         _compare_paired(folders, seed, **clips)
         return
     from rich.console import Console

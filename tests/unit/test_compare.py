@@ -229,6 +229,8 @@ def test_the_metrics_of_a_comparison_are_chosen_by_name(tmp_path: Path) -> None:
     refused = avcil("compare", tmp_path, "--metrics", "mean,foo")
     assert refused.exit_code == 2
     assert "--metrics: 'foo' is none of mean, final," in refused.stderr
+    refused = avcil("compare", tmp_path, tmp_path, "--paired", "--format", "latex", "--metrics", "mean")
+    assert "--paired: it compares clips, as JSON; leave out --format latex, --metrics" in refused.stderr
 
 
 def test_words_are_escaped_in_markdown() -> None:

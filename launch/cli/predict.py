@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from avcil_dist.inference.predict import Modality
     from launch.prediction import ModelRequest
 
+COMMANDLINE = click.core.ParameterSource.COMMANDLINE
+OF_CLIPS = {name: f"--{name}" for name in ("top", "encoders", "workers", "uri")} | {"as_json": "--json"}
+OF_SPLITS = {"split": "--split"}
+
 
 @click.command()
 @click.argument("model", metavar="STREAM|MODEL")
@@ -56,6 +60,7 @@ def predict(
 
     if output:
         check_predictions_format(output)
+    _refuse(OF_SPLITS if clips else OF_CLIPS, "with CLIPs" if clips else "without CLIPs")
     if not clips:
         _predict_split(model, output, modality=modality, device=device, split=split, **options)
         return
@@ -66,6 +71,14 @@ def predict(
     chosen = {name: options[name] for name in ("step", "manifest", "encoders", "uri")}
     request = ModelRequest(model, modality=cast("Modality | None", modality), device=cast(Any, device), **chosen)
     _predict_clips(request, clips, output, options["top"], options["as_json"], options["workers"])
+
+
+def _refuse(names: dict[str, str], where: str) -> None:
+    """Raise ConfigError for options of the other form of the command that were given."""
+    context = click.get_current_context()
+    given = [word for name, word in names.items() if context.get_parameter_source(name) is COMMANDLINE]
+    if given:
+        raise ConfigError(f"{', '.join(given)}: of no use {where}; leave it out")
 
 
 def _predict_split(

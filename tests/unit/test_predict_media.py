@@ -177,6 +177,9 @@ def test_files_that_cannot_be_decoded_are_named_and_left_out(clips: Manifest, fo
     assert [bool(re.match(r"  0\.\d{3}  (cat|dog|cow)$", line)) for line in shown[:6]] == 2 * [False, True, True]
     named = avcil("predict", stream, f"{folder}/")
     assert [line.partition(": ")[0] for line in named.stdout.splitlines()] == sorted(map(str, folder.iterdir()))
+    useless = avcil("predict", stream, "--output", output, "--top", 2, "--json")
+    assert "--top, --json: of no use without CLIPs" in useless.stderr
+    assert "--split: of no use with CLIPs" in avcil("predict", stream, bad, "--split", "val").stderr
     alone = avcil("predict", stream, bad)
     assert alone.exit_code == 2
     missing = avcil("predict", stream, tmp_path / "none.mp4")

@@ -2,15 +2,19 @@
 
 import io
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from avcil_dist.data.manifest import Manifest
-from avcil_dist.data.shard import SPLITS, Split
+from avcil_dist.data.shard import SPLITS, Shard, Split
 from avcil_dist.seeds import generator
 from data_shards.shard_writer import shard_url, write_shard
+
+MAX_THREADS = 16  # each writes one shard
 
 
 def clip_key(split: Split, number: int, row: int) -> str:
@@ -36,23 +40,28 @@ def make_feature_shards(
     `clips` are per class; prototypes are normal with deviation `separation` (0: nothing can be learned).
     """
     names = tuple(f"class_{number:03d}" for number in range(classes))
-    shards = []
-    for number, name in enumerate(names):
-        for split in SPLITS:
-            for first in range(0, clips.get(split, 0), clips_per_shard):
-                rows = range(first, min(first + clips_per_shard, clips[split]))
-                shards.append(
-                    write_shard(
-                        shard_url(split, number, name, first // clips_per_shard),
-                        root=str(folder),
-                        class_name=name,
-                        split=split,
-                        clips=_clips(number, name, split, rows, (frames * positions, dim), seed, separation, key),
-                    )
-                )
+
+    def write(number: int, split: Split, first: int) -> Shard:
+        rows = range(first, min(first + clips_per_shard, clips[split]))
+        return write_shard(
+            shard_url(split, number, names[number], first // clips_per_shard),
+            root=str(folder),
+            class_name=names[number],
+            split=split,
+            clips=_clips(number, names[number], split, rows, (frames * positions, dim), seed, separation, key),
+        )
+
+    wanted = [
+        (number, split, first)
+        for number in range(classes)
+        for split in SPLITS
+        for first in range(0, clips.get(split, 0), clips_per_shard)
+    ]
+    with ThreadPoolExecutor(min(MAX_THREADS, len(os.sched_getaffinity(0)))) as pool:  # numpy draws without the lock
+        shards = tuple(pool.map(write, *zip(*wanted, strict=True)))
     shape = {"frames": frames, "positions": positions, "dim": dim}
     url = f"{folder}/manifest.json"
-    Manifest(kind="feature", classes=names, shards=tuple(shards), shape=shape, root=str(folder)).save(url)
+    Manifest(kind="feature", classes=names, shards=shards, shape=shape, root=str(folder)).save(url)
     return url
 
 

@@ -26,12 +26,14 @@ from avcil_dist.streams.tensors import write_tensors
 from avcil_dist.training.collectives import gather_json
 from avcil_dist.training.engine import Engine
 from avcil_dist.training.optim import build_optimizer
+from avcil_dist.training.weight_average import WeightAverage
 from avcil_dist.training.weights import gather_whole, to_host, weight_parts, whole_forms, whole_state
 from avcil_dist.world import World
 from tests.helpers.ranks import CPU, run_ranks
 
 CLIP = ClipConfig(frames=2, size=32, mel_bins=16, mel_frames=32)
 ROWS, ITERATIONS = 2, 3
+COPIES = ("best epoch", "snapshot of the weights", "weights at the end", "moving average")
 
 
 class Peak(NamedTuple):
@@ -92,7 +94,7 @@ def node_sum(world: World, values: list[float]) -> list[float]:
 
 
 def measure_copies(world: World, dim: int, depth: int, folder: str) -> tuple[list[float], list[float], int]:
-    """The memory of the node for the best epoch, a snapshot of weights and whole weights: before, and now."""
+    """The memory of the node for the rows of `COPIES`: before, and now."""
     network = transformer(dim, depth)
     forms, count = whole_forms(network), sum(parameter.numel() for parameter in network.parameters())
     empty = pss()
@@ -105,6 +107,10 @@ def measure_copies(world: World, dim: int, depth: int, folder: str) -> tuple[lis
     whole = {name: value.clone() for name, value in best.items()}
     before = [with_best - empty, with_snapshot - with_best, pss() - with_best]
     del best, whole
+    empty = pss()
+    average = {name: value.detach().clone() for name, value in network.named_parameters()}
+    before.append(pss() - empty)
+    del average
     gather_json(None)
     empty = pss()
     parts = to_host(weight_parts(network, world))
@@ -116,6 +122,10 @@ def measure_copies(world: World, dim: int, depth: int, folder: str) -> tuple[lis
     state = gather_whole(parts, forms, CPU, world)
     now = [with_best - empty, with_snapshot - with_best, pss() - with_best]
     assert len(state) == len(forms)
+    empty = pss()
+    own = WeightAverage(network, 0.9, world)
+    now.append(pss() - empty)
+    assert own.parts()
     gather_json(None)
     return node_sum(world, before), node_sum(world, now), count
 
@@ -126,7 +136,7 @@ def print_copies(dim: int, depth: int, ranks: int) -> None:
         before, now, count = run_ranks(measure_copies, ranks, dim, depth, folder)[0]
     print(f"{count / 1e6:.1f} million parameters, float32, {ranks} ranks of a node; host memory of the node, MB")
     print("| copy | whole on each rank | now |\n|---|---|---|")
-    for name, *values in zip(("best epoch", "snapshot of the weights", "weights at the end"), before, now, strict=True):
+    for name, *values in zip(COPIES, before, now, strict=True):
         print(f"| {name} | {' | '.join(f'{value:.0f}' for value in values)} |")
 
 

@@ -65,10 +65,10 @@ def parts_of(*, small: bool) -> dict[str, Part]:
     )
     run_tests = ("-m", "tests.gpu.run_tests", "{json}")
     kernel_tests = (*run_tests, "--limit", "50", "tests/gpu/test_cuda.py", "tests/gpu/test_fused_attention.py")
-    streams = ("--each", "--limit", "150", "--side-by-side", str(SIDE_BY_SIDE), "tests/gpu/test_streams_on_gpu.py")
+    streams = ("--each", "--limit", "200", "--side-by-side", str(SIDE_BY_SIDE), "tests/gpu/test_streams_on_gpu.py")
     return {
         "tests": Part(kernel_tests, 80, needs_gpu=True),
-        "streams": Part((*run_tests, *streams), 220, needs_gpu=True),
+        "streams": Part((*run_tests, *streams), 400, needs_gpu=True),
         "iteration": Part(measure("iteration"), 100),
         "kernels": Part(measure("kernels"), 110),
         "encoders": Part(measure("encoders"), 60),

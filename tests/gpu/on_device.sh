@@ -52,6 +52,7 @@ run() {
         site=$(mktemp -d)
         "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" \
             "$wheels"/*.whl
+        "$PYTHON" -m compileall -q -j 0 "$site" avcil_dist data_shards launch > /dev/null || true  # once, by all cores
         export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
     fi
     # A machine without a network may not find itself by its name.

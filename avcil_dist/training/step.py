@@ -258,9 +258,12 @@ def _clip_cache(step: Step, sampler: TrainingSampler, observer: Observer) -> Cli
     """
     if not step.has_training:
         return None
-    clips = NO_CLIPS if step.config.data.augment.is_on else sampler.clips
-    if step.config.optim.keep_epoch == "best_val" or step.needs.validation:
-        clips = np.union1d(clips, step.manifest.clips(step.seen_classes, "val"))
+    clips = NO_CLIPS
+    if step.config.data.clip_cache != "none":  # otherwise not even a list of the clips, of which there may be millions
+        if not step.config.data.augment.is_on:
+            clips = sampler.clips
+        if step.config.optim.keep_epoch == "best_val" or step.needs.validation:
+            clips = np.union1d(clips, step.manifest.clips(step.seen_classes, "val"))
     cache, description = place_clip_cache(step.manifest, step.config.data, clips, step.world, step.device, step.inputs)
     observer.message(description)
     return cache

@@ -43,7 +43,7 @@ COVER = {
     "training/teacher": "teacher train_step",
     "training/teacher_cache": "teacher",
     "training/inference_pass": "inference_batches end_of_step network_mode teacher",
-    "training/closed_form": "end_of_step",
+    "training/closed_form": "end_of_step foreign_device",
     "training/exemplars": "end_of_step",
     "training/exemplar_logits": "end_of_step",
     "training/sampling": "foreign_methods",

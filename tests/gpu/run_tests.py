@@ -117,7 +117,7 @@ def tests_of(file: str) -> list[str]:
     """Return the node ids of a file's tests, in its order."""
     command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", file]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    found = [line for line in done.stdout.splitlines() if "::" in line]
+    found = [line for line in done.stdout.splitlines() if line.startswith(f"{file}::")]
     if not found:
         raise SystemExit(f"no tests in {file}:\n{done.stdout}{done.stderr}")
     return found

@@ -1,9 +1,11 @@
-"""The example package beside a built wheel, without a checkout: trained, resumed, used for prediction, tested."""
+"""The example package beside a built wheel, without a checkout: trained, killed, resumed, used for prediction."""
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -39,21 +41,47 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
+def environment(site: Path) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(site), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+
+
 def run(site: Path, folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
-    environment = os.environ | {"PYTHONPATH": str(site), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *words], cwd=folder, env=environment(site), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done
 
 
-def test_the_package_trains_resumes_and_predicts_without_a_checkout(site: Path, tmp_path: Path) -> None:
+def kill_after(file: Path, site: Path, folder: Path, *words: str) -> None:
+    """Run Python as `run` does, and kill it, with the processes that it started, as soon as a file is there."""
+    process = subprocess.Popen(
+        [sys.executable, *words],
+        cwd=folder,
+        env=environment(site),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    while not file.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_the_package_trains_continues_after_a_kill_resumes_and_predicts_without_a_checkout(
+    site: Path, tmp_path: Path
+) -> None:
     clips = {"train": 6, "val": 2, "test": 2}
     listing = render_dataset(tmp_path / "clips", SyntheticSpec(num_classes=4, clips=clips, seconds=1.0, size=32))
     build_shards(listing, str(tmp_path / "shards"), clips_per_shard=8, min_seconds=0.1)
     avcil = ("-m", "avcil_dist")
     train = (*avcil, "train", "demo", "data.manifest=shards/manifest.json", *WORDS)
-    run(site, tmp_path, *train)
     stream = tmp_path / "runs" / "demo-own_replay-seed0"
+    kill_after(stream / "step_000" / "COMMITTED.json", site, tmp_path, *train)
+    assert not (stream / "step_001" / "COMMITTED.json").exists()
+    continued = run(site, tmp_path, *train)
+    assert "step 0 of 2" not in continued.stderr
+    assert "step 1 of 2" in continued.stderr
     weights = (stream / "step_001" / "model.safetensors").read_bytes()
     shutil.rmtree(stream)
     resumed = run(site, tmp_path, *avcil, "resume", "demo-own_replay-seed0", "--from-step", "0", "--fork", "seed=1")

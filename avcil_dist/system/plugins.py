@@ -118,7 +118,9 @@ def load_plug_in(setting: str, name: str, group: Group, built_in: Collection[str
         if point.name == name:
             return _import(setting, point.reference, f"{name!r} of the package {point.package}")
     known = [*sorted(built_in), *plug_in_names(group, built_in)]
-    raise ConfigError(f"{setting}: {visible(name)!r} is none of {', '.join(known)}")
+    raise ConfigError(
+        f"{setting}: {visible(name)!r} is none of {', '.join(known)}; if it is a plug-in, install its package here"
+    )
 
 
 def config_folders() -> list[Path]:

@@ -21,7 +21,6 @@ from avcil_dist.streams.metrics import EpochChoice, StreamMetrics
 # Settings that have a column of their own and are left out of the variant.
 OWN_COLUMNS = ("name", "seed", "method.name", ORDER)
 MEAN: MetricName = "mean_accuracy"
-NO_PVALUE = "–"
 NO_RESULT = "published: no result of these benchmarks in published.yaml"
 
 
@@ -144,7 +143,7 @@ def compared(
     if significance:
         p_values, note = p_against_best(rows)
         if p_values:
-            table.add_column("p against the best", [p_values[id(row)] for row in rows])
+            table.add_column("p against the best", p_values)
         table.notes.append(note)
     if published:
         _add_published(table, rows, published)
@@ -161,8 +160,8 @@ def spread(fractions: Sequence[float | None]) -> str:
     return Number.of(fractions).text(" ± ")
 
 
-def p_against_best(rows: Sequence[Row]) -> tuple[dict[int, str], str]:
-    """Return the p of each row against the best one of its benchmark, by identity of the row, and a note on the test.
+def p_against_best(rows: Sequence[Row]) -> tuple[list[str], str]:
+    """Return the p of each row against the best one of its benchmark, and a note on the test.
 
     The best row has the word `best`. Nothing but the note is returned where no row has enough common seeds.
     """
@@ -177,18 +176,16 @@ def p_against_best(rows: Sequence[Row]) -> tuple[dict[int, str], str]:
         reference = best.get(benchmark_name(row.config), row)
         tests.append(None if row is reference else paired_test(row.mean_accuracies, reference.mean_accuracies))
     if all(test is None or test.p_value is None for test in tests):
-        return {}, (
+        return [], (
             f"no p against the best row of a benchmark: the paired test needs {MIN_PAIRS} common seeds with all steps, "
             f"and there are at most {max((test.pairs for test in tests if test), default=0)}"
         )
-    shown: dict[int, str] = {}
+    shown = [""] * len(rows)
     for benchmark in dict.fromkeys(benchmark_name(row.config) for row in rows):
         numbers = [number for number, row in enumerate(rows) if benchmark_name(row.config) == benchmark]
         own = [tests[number] for number in numbers]
         for number, test, p in zip(numbers, own, holm([test.p_value if test else None for test in own]), strict=True):
-            shown[id(rows[number])] = (
-                "best" if test is None else f"{p:.3f}" if p is not None else _in_common(test.pairs)
-            )
+            shown[number] = "best" if test is None else f"{p:.3f}" if p is not None else _in_common(test.pairs)
     return shown, (
         "p: two-sided paired t-test of the mean accuracies of equal seed and class order against the best row of the "
         f"benchmark, corrected for the number of rows (Holm); it needs {MIN_PAIRS} common seeds"
@@ -196,7 +193,7 @@ def p_against_best(rows: Sequence[Row]) -> tuple[dict[int, str], str]:
 
 
 def _in_common(pairs: int) -> str:
-    return f"{NO_PVALUE} ({pairs} seed{'s' * (pairs != 1)})"
+    return f"– ({pairs} seed{'s' * (pairs != 1)})"
 
 
 def _add_published(table: TextTable, rows: Sequence[Row], published: Published) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from avcil_dist.config.variant_names import benchmark_name
-from avcil_dist.reporting.compare import METRICS, NO_PVALUE, NO_RESULT, Row, metric_numbers, p_against_best
+from avcil_dist.reporting.compare import METRICS, NO_RESULT, Row, metric_numbers, p_against_best
 from avcil_dist.reporting.formats import Number
 from avcil_dist.reporting.published import Published, Result
 from avcil_dist.text.visible import visible
@@ -40,7 +40,8 @@ class _Column:
         if self.metric is None:
             return "$p$"
         metric = METRICS[self.metric]
-        return f"{metric.short} ${'↓↑'[metric.higher_is_better]}$".replace("↑", r"\uparrow").replace("↓", r"\downarrow")
+        arrow = r"\uparrow" if metric.higher_is_better else r"\downarrow"
+        return f"{metric.short} ${arrow}$"
 
 
 def latex_table(
@@ -49,9 +50,11 @@ def latex_table(
     """Return the rows as a tabular; `metrics` are names of METRICS. What each number is stands in comments above it."""
     by_label: dict[str, dict[str, Row]] = {}
     for row in rows:
-        by_label.setdefault(_label(row), {})[benchmark_name(row.config)] = row
+        label, benchmark = _place(row)
+        by_label.setdefault(label, {})[benchmark] = row
     benchmarks = list(dict.fromkeys(benchmark_name(row.config) for row in rows))
-    p_values, note = p_against_best(rows) if significance else ({}, None)
+    p_values, note = p_against_best(rows) if significance else ([], None)
+    p_of = {_place(row): p for row, p in zip(rows, p_values, strict=False)}
     names: list[str | None] = [*metrics, *([None] if p_values else [])]
     columns = [_Column(benchmark, name) for benchmark in benchmarks for name in names]
     best = {column: _best(rows, column) for column in columns}
@@ -62,7 +65,7 @@ def latex_table(
             if row is None:
                 yield "--"
             elif column.metric is None:
-                yield _escaped(p_values.get(id(row), NO_PVALUE))
+                yield _escaped(p_of[_place(row)])
             else:
                 yield _cell(metric_numbers(row, column.metric), row, best[column])
 
@@ -114,6 +117,11 @@ def _range(counts: Sequence[int]) -> str:
 def _label(row: Row) -> str:
     method = row.config.method.name
     return f"{method} ({row.variant})" if row.variant else method
+
+
+def _place(row: Row) -> tuple[str, str]:
+    """The label and the benchmark of a row, which no other row has both of."""
+    return _label(row), benchmark_name(row.config)
 
 
 def _is_upper_bound(found: dict[str, Row]) -> bool:

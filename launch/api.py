@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from avcil_dist import compose, storage
@@ -27,9 +28,13 @@ from data_shards import build
 from data_shards.build_plan import BuildReport
 from launch.resume_policy import ResumePolicy
 
+if TYPE_CHECKING:
+    from avcil_dist.inference.attention import StepAttention
+
 __all__ = ["Observer", "Prediction", "Stream", "build_shards", "load_config", "load_manifest", "train"]
 
 AnyPath = str | PathLike[str]
+Numbers = np.ndarray | torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -125,8 +130,8 @@ class Stream:
         predictor = Predictor(artifact, {}, source)
         return _predictions([name for name, _ in given], predictor.classes, predictor.score_clips(contents))
 
-    def predict_features(self, visual: Any, audio: Any, step: int | None = None) -> list[Prediction]:
-        """Predict features: `visual` (clips, frames, positions, dim) and `audio` (clips, dim), arrays or tensors."""
+    def predict_features(self, visual: Numbers, audio: Numbers, step: int | None = None) -> list[Prediction]:
+        """Predict features: `visual` (clips, frames, positions, dim) and `audio` (clips, dim)."""
         from avcil_dist.inference.predict import Predictor
 
         tokens, sound = (torch.as_tensor(values, dtype=torch.float32) for values in (visual, audio))
@@ -147,7 +152,7 @@ class Stream:
         with without_main_module():
             return evaluation(predict_step(StepRequest(self.folder, step, split, manifest), current_world()))
 
-    def attention(self, clip: AnyPath, step: int | None = None, *, evidence: bool = False) -> Any:
+    def attention(self, clip: AnyPath, step: int | None = None, *, evidence: bool = False) -> "StepAttention":
         """Return the map of a video file by the network of a step, with the predicted class.
 
         `map.mass` (T, rows, columns) is the share of each part of the picture in the attention, or with `evidence` in

@@ -58,12 +58,21 @@ def load_streams(folders: Sequence[str]) -> list[StreamReport]:
             if (stream := _load_stream(path.rstrip("/"))) is not None
         }
         if not loaded:
+            below = ", ".join(_outputs_below(folder))
+            remedy = f"give one with streams: {below}" if below else "give the output folder of `avcil train`"
             raise ArtifactError(
-                f"{folder}: no committed step (searched for step_*/COMMITTED.json there and one folder down); "
-                "give the output folder of `avcil train`"
+                f"{folder}: no committed step (searched for step_*/COMMITTED.json there and one folder down); {remedy}"
             )
         streams |= loaded
     return list(streams.values())
+
+
+def _outputs_below(folder: str) -> list[str]:
+    """Return the folders in this one that hold streams: outputs of different commands, which are not mixed."""
+    inner = [storage.join(folder, name) for name in storage.list_folder(folder)]
+    return [
+        path for path in inner if any(committed_steps(storage.join(path, name)) for name in storage.list_folder(path))
+    ]
 
 
 def print_report(streams: Sequence[StreamReport], console: Console) -> None:

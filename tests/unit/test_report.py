@@ -129,6 +129,13 @@ def test_a_folder_without_a_committed_step_is_an_error_that_says_what_to_do(tmp_
     assert folder in str(raised.value)
 
 
+def test_outputs_of_several_commands_are_named_and_not_mixed(tmp_path: Path) -> None:
+    write_stream(tmp_path / "smoke" / "a", committed=1)
+    write_stream(tmp_path / "demo" / "a", committed=1)
+    with pytest.raises(ArtifactError, match=rf"give one with streams: {tmp_path}/demo, {tmp_path}/smoke$"):
+        load_streams([str(tmp_path)])
+
+
 @pytest.mark.parametrize(
     ("file", "content"),
     [

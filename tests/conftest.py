@@ -84,11 +84,14 @@ def one_rank() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def environment_of_its_own() -> Iterator[None]:
-    """End a test with the variables it began with: DeepSpeed and `mlflow.set_tracking_uri` set some in this process."""
+    """End a test with the variables and the servers it began with: DeepSpeed and MLflow set some in this process."""
     before = dict(os.environ)
     yield
     os.environ.clear()
     os.environ.update(before)
+    for name, kept in (("_tracking_service", "_tracking_uri"), ("_model_registry", "_registry_uri")):
+        if module := sys.modules.get(f"mlflow.tracking.{name}.utils"):
+            setattr(module, kept, None)
 
 
 @pytest.fixture(autouse=True)

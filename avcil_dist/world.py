@@ -34,7 +34,8 @@ class World:
     """Rank of one process. Ranks count from 0; `local_*` are within this machine.
 
     Rank 0 listens at `master_port`. If `agent_key` is set, a store of the launcher listens there instead: then rank 0
-    chooses a free port, and the ranks agree on it under that key.
+    chooses a free port, and the ranks agree on it under that key. `start_id` names the start of the ranks: all of them
+    have the same one, and ranks of another start, which may come to the same port, have another one.
     """
 
     rank: int = 0
@@ -45,6 +46,7 @@ class World:
     master_port: int = 0
     launcher: str = "none"
     agent_key: str = ""
+    start_id: str = ""
 
     def __post_init__(self) -> None:
         if not (0 <= self.rank < self.size and 0 <= self.local_rank < self.local_size <= self.size):
@@ -124,6 +126,7 @@ def _from_torchrun(environment: Mapping[str, str]) -> World:
         master_addr=environment["MASTER_ADDR"],
         master_port=_port(environment),
         launcher="torchrun",
+        start_id=f"{run}/{restart}" if run else "",
         agent_key=f"avcil/{run}/{restart}" if has_agent else "",
     )
     if not run and _is_step_of_ranks(environment) and _is_above_one(environment, "SLURM_STEP_NUM_TASKS"):
@@ -144,6 +147,7 @@ def _from_slurm(environment: Mapping[str, str]) -> World:
         master_addr=first_host(environment["SLURM_STEP_NODELIST"]),
         master_port=FIRST_JOB_PORT + (job_id + STEP_STRIDE * step_id + RESTART_STRIDE * restarts) % JOB_PORTS,
         launcher="slurm",
+        start_id=f"{job_id}.{step_id}/{restarts}",
     )
     if _is_above_one(environment, OPEN_MPI[1]):
         _refuse_contradiction(_from_mpi(environment, OPEN_MPI), "OMPI_COMM_WORLD_*", world)
@@ -161,7 +165,8 @@ def _from_mpi(environment: Mapping[str, str], names: tuple[str, str, str, str]) 
             f"mpirun started {size} ranks, but it sets no address at which they can meet; set MASTER_ADDR (the host of "
             "rank 0) and MASTER_PORT for all of them, or start with torchrun or srun"
         )
-    port = FIRST_JOB_PORT + int(hashlib.sha256(starts[0].encode()).hexdigest(), 16) % JOB_PORTS if starts else 0
+    digest = hashlib.sha256(starts[0].encode()).hexdigest() if starts else ""
+    port = FIRST_JOB_PORT + int(digest, 16) % JOB_PORTS if starts else 0
     return World(
         rank=rank,
         size=size,
@@ -170,6 +175,7 @@ def _from_mpi(environment: Mapping[str, str], names: tuple[str, str, str, str]) 
         master_addr=environment.get("MASTER_ADDR", LOOPBACK),
         master_port=_port(environment) if "MASTER_PORT" in environment else port,
         launcher="mpirun",
+        start_id=digest,
     )
 
 

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from multiprocessing.context import BaseContext
 from typing import Any
 
@@ -21,9 +21,8 @@ from avcil_dist.config.schema import Config
 from avcil_dist.errors import AvcilError, StepStopped, WorldError
 from avcil_dist.exit_codes import INTERRUPTED, STOPPED, USER_ERROR
 from avcil_dist.streams.stream import next_step, sole_runner, stream_url
-from avcil_dist.system.process_start import starting_process
+from avcil_dist.system.process_start import settle_rank, starting_process
 from avcil_dist.system.signals import StopRequest, interrupted_once, listening, shielding
-from avcil_dist.system.standard_error import keep_standard_error
 from avcil_dist.tracking.session import check_tracking, stream_run
 from avcil_dist.training.device import local_device
 from avcil_dist.training.observer import Observer
@@ -75,7 +74,6 @@ def run_stream(
             if first == num_steps and outer.is_main:
                 StepRun(config, num_steps - 1, num_steps, run_id).publish_if_unpublished()
             for step in range(first, num_steps):
-                worlds = (outer.at_meeting(next(_meetings)),) if has_launcher else local_worlds(processes or 1)
                 is_first = step == first
                 run = StepRun(
                     config,
@@ -84,10 +82,18 @@ def run_stream(
                     run_id,
                     shard_check=("stream" if has_launcher else "none") if is_first else "step",
                 )
-                _run_step(run, worlds, stop, context, observer)
+                with _worlds(outer, processes) as worlds:
+                    _run_step(run, worlds, stop, context, observer)
                 if stop.is_set() and step + 1 < num_steps:
                     raise StepStopped(f"stopped after step {step}; run the same command again to continue")
     return stream
+
+
+def _worlds(outer: World, processes: int | None) -> AbstractContextManager[tuple[World, ...]]:
+    """Return the worlds of the ranks of one step which this process starts."""
+    if outer.launcher != "none":
+        return nullcontext((outer.at_meeting(next(_meetings)),))
+    return local_worlds(processes or 1)
 
 
 def _run_step(
@@ -154,7 +160,7 @@ def _end(processes: list[Any]) -> None:
 
 def _run_rank(index: int, run: StepRun, worlds: tuple[World, ...], errors: Any, calls: Any) -> None:
     """Process of one rank: run the step, and pass an error to the supervisor."""
-    keep_standard_error()
+    settle_rank()
     try:
         with interrupted_once():
             run.run(worlds[index], errors.put, () if calls is None else (CallQueue(calls),))

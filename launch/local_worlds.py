@@ -1,23 +1,37 @@
-"""Worlds of processes on this machine, which meet at a free port."""
+"""Worlds of processes on this machine, which meet at a port of their own."""
 
 import itertools
 import os
+import secrets
 import socket
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from contextlib import contextmanager
 
 from avcil_dist.errors import WorldError
-from avcil_dist.world import World, world_from_environment
+from avcil_dist.world import LOOPBACK, World, world_from_environment
 
 
-def local_worlds(processes: int) -> tuple[World, ...]:
-    """Return the worlds of `processes` ranks on this machine, with a master port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return tuple(
-        World(rank, processes, rank, processes, "127.0.0.1", port, launcher="local") for rank in range(processes)
-    )
+@contextmanager
+def local_worlds(processes: int) -> Iterator[tuple[World, ...]]:
+    """Yield the worlds of `processes` ranks on this machine. Their port is reserved while the block runs."""
+    with reserved_port() as port:
+        start = secrets.token_hex(8)
+        yield tuple(
+            World(rank, processes, rank, processes, LOOPBACK, port, launcher="local", start_id=start)
+            for rank in range(processes)
+        )
+
+
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """Yield a port of the loopback interface at which a rank can listen, and which the system gives to nobody else.
+
+    A port that is only found free would be given to the ranks of other streams as well, before rank 0 listens there.
+    """
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # rank 0 sets it too, so both can have the port
+        holder.bind((LOOPBACK, 0))
+        yield holder.getsockname()[1]
 
 
 def launcher_world(environment: Mapping[str, str], processes: int | None) -> World:
@@ -55,5 +69,4 @@ def meetings() -> Iterator[World]:
 
 def current_world() -> World:
     """Return the world of the launcher around this process, or a world of this process alone."""
-    world = world_from_environment(os.environ)
-    return world if world.launcher != "none" else replace(local_worlds(1)[0], launcher="none")
+    return world_from_environment(os.environ)

@@ -1,5 +1,6 @@
 """Start of processes: faults of the system, the surroundings of a worker, and what it imports of its parent."""
 
+import faulthandler
 import signal
 import sys
 import types
@@ -21,6 +22,16 @@ def starting_process(purpose: str) -> Iterator[None]:
             f"{purpose}: no process can be started ({reason}); is memory short, or a limit of processes or files "
             "reached (ulimit -a)? Run the same command again"
         ) from None
+
+
+def settle_rank() -> None:
+    """Prepare this process of a rank: a full or closed standard error ends nothing, and a crash is traced there.
+
+    A crash in a library's machine code ends the process by a signal. The lines of Python that all threads then
+    execute are printed first.
+    """
+    keep_standard_error()
+    faulthandler.enable(file=2)
 
 
 def settle_worker() -> None:

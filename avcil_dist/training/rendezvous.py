@@ -29,7 +29,7 @@ NOTICE_SECONDS = 20.0  # after which rank 0 prints the ranks it waits for
 SEEN_SECONDS = 3.0  # for the other ranks to read that a rank is missing
 POLL_SECONDS = 0.05
 MAX_NAMED = 8
-HERE, SEEN, VERDICT = "avcil/here", "avcil/seen", "avcil/verdict"
+START, HERE, SEEN, VERDICT = "avcil/start", "avcil/here", "avcil/seen", "avcil/verdict"
 COMPLETE = "complete"
 
 _logger = logging.getLogger(__name__)
@@ -124,7 +124,8 @@ def _connect(host: str, port: int, deadline: float, minutes: float, timeout: dat
             with socket.socket(family, socket.SOCK_STREAM) as probe:
                 probe.settimeout(max(POLL_SECONDS, min(5.0, deadline - time.monotonic())))
                 probe.connect((address, port))
-            break
+                if probe.getsockname() != probe.getpeername():  # else its own port is this one: it met itself
+                    break
         except WorldError:
             if time.monotonic() > name_deadline:
                 raise
@@ -185,6 +186,10 @@ def _port_of_rank_0(agent: TCPStore, key: str, deadline: float, minutes: float) 
 
 def _check_in(store: TCPStore, world: World, deadline: float, minutes: float, gpu: str) -> None:
     """Announce this rank; return when all ranks are there. All raise rank 0's error when one is missing."""
+    if world.is_main:
+        store.set(START, world.start_id)
+    else:
+        _check_start(store, world, deadline, minutes)
     store.set(f"{HERE}/{world.rank}", json.dumps([socket.gethostname(), gpu]))
     if world.is_main:
         fault = _fault_of_ranks(store, world, deadline, minutes)
@@ -196,14 +201,29 @@ def _check_in(store: TCPStore, world: World, deadline: float, minutes: float, gp
                 time.sleep(POLL_SECONDS)
             raise fault
         return
-    while not store.check([VERDICT]):
-        if time.monotonic() > deadline + NAME_SECONDS:  # rank 0 may have begun to wait later
-            raise RankError(f"rank 0 did not answer within {minutes:g} minutes; see its log")
-        time.sleep(POLL_SECONDS)
-    verdict = store.get(VERDICT).decode(errors="replace")
+    verdict = _answer(store, VERDICT, deadline, minutes)
     if verdict != COMPLETE:
         store.set(f"{SEEN}/{world.rank}", "")
         raise decode_error(verdict)
+
+
+def _check_start(store: TCPStore, world: World, deadline: float, minutes: float) -> None:
+    """Raise RankError where the store is that of another start, whose ranks this rank must not join."""
+    start = _answer(store, START, deadline, minutes)
+    if start != world.start_id:
+        raise RankError(
+            f"ranks of another start meet at {store.host}:{store.port}; end them, or choose another port (torchrun "
+            "--master-port); a job takes another one when it starts again"
+        )
+
+
+def _answer(store: TCPStore, key: str, deadline: float, minutes: float) -> str:
+    """Return what rank 0 writes under a key, once it is there."""
+    while not store.check([key]):
+        if time.monotonic() > deadline + NAME_SECONDS:  # rank 0 may have begun to wait later
+            raise RankError(f"rank 0 did not answer within {minutes:g} minutes; see its log")
+        time.sleep(POLL_SECONDS)
+    return store.get(key).decode(errors="replace")
 
 
 def _fault_of_ranks(store: TCPStore, world: World, deadline: float, minutes: float) -> AvcilError | None:

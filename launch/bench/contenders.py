@@ -33,8 +33,8 @@ from avcil_dist.training.optim import build_optimizer
 from avcil_dist.training.teacher import Teacher
 from avcil_dist.training.teacher_cache import TeacherCache
 from avcil_dist.training.train_step import train_step
+from avcil_dist.world import World
 from launch.bench.eager_reference import EagerNetwork, avcil_loss
-from launch.local_worlds import local_worlds
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 COPY_BYTES = 1 << 28
@@ -173,7 +173,7 @@ def our_contender(
         build_optimizer(student, optim),
         config=config,
         rows=len(batch.labels),
-        world=local_worlds(1)[0],
+        world=World(),
         device=device,
     )
     engine.network.train()
@@ -275,7 +275,7 @@ def serve(name: ContenderName, setting: BenchSetting, connection: Connection) ->
     The request "time" measures the seconds of the parts, "memory" their peaks in bytes; None ends the process.
     """
     torch.set_num_threads(setting.threads)
-    world = local_worlds(1)[0]
+    world = World()
     device = local_device(world, "cuda" if setting.device == "cuda" else "cpu")  # NCCL needs the number of the GPU
     with process_group(world, device, EngineConfig()):
         if name in ("ours", "ours, teacher cached"):

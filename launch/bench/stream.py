@@ -22,7 +22,6 @@ from avcil_dist.training.observer import Observer
 from avcil_dist.training.step import run_step
 from avcil_dist.world import World
 from data_shards.random_features import make_feature_shards
-from launch.local_worlds import local_worlds
 
 CLASSES = 4  # of each of the two steps
 # VS100-CI: steps, epochs, training clips per step, and validation clips summed over steps
@@ -81,7 +80,7 @@ def measure_stream(
 
 def _run(config: Config, step: int) -> _EpochTimes:
     times = _EpochTimes()
-    run_step(config, step, world=local_worlds(1)[0], observers=(times,), stop=StopRequest())
+    run_step(config, step, world=World(), observers=(times,), stop=StopRequest())
     return times
 
 

@@ -35,7 +35,7 @@ _logger = logging.getLogger(__name__)
 class RankEntry:
     """Callable that submitit pickles once for all ranks of a step's job.
 
-    `folder`: of the chain. `kind`: of its scheduler. `port`: a free port, where ranks of one machine can meet.
+    `folder`: of the chain. `kind`: of its scheduler. `port`: reserved for ranks that meet on one machine.
     """
 
     run: StepRun

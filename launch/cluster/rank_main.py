@@ -17,8 +17,8 @@ from submitit.core.submission import process_job
 
 from avcil_dist.errors import ConfigError, StorageError
 from avcil_dist.exit_codes import USER_ERROR
+from avcil_dist.system.process_start import settle_rank
 from avcil_dist.system.signals import STOP_SIGNALS
-from avcil_dist.system.standard_error import keep_standard_error
 from avcil_dist.system.trusted_files import check_trusted_folder
 from launch.cluster.chain_record import mark_failed
 from launch.socket_folder import set_short_socket_folder
@@ -26,7 +26,7 @@ from launch.socket_folder import set_short_socket_folder
 
 def main(folder: str, file: str | None = None) -> None:
     """Run the rank that the environment names."""
-    keep_standard_error()
+    settle_rank()
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # pending until the step handles them, not submitit
     _check_trusted(Path(folder))
     set_short_socket_folder()

@@ -35,23 +35,23 @@ def _shards(root: Path) -> str:
     return load_manifest(f"{root}/manifest.json").root + "/manifest.json"
 
 
-def _train(folder: Path, fault: str) -> "subprocess.CompletedProcess[str]":
+def _train(folder: Path, fault: str, *settings: str) -> "subprocess.CompletedProcess[str]":
     (folder / fault).mkdir()
     crash = f"os.write(os.open({str(folder / 'crashes')!r}, os.O_CREAT | os.O_APPEND | os.O_WRONLY), {TAIL}); {CRASH}"
     (folder / fault / "sitecustomize.py").write_text(decoder_hook(crash if fault == "crash" else DAMAGE))
-    words = ["-m", "avcil_dist", "train", str(folder / "video.yaml"), "-n", "2", f"output={folder}/{fault}"]
+    words = ["-m", "avcil_dist", "train", str(folder / "video.yaml"), "-n", "2", f"output={folder}/{fault}", *settings]
     environment = os.environ | {"PYTHONPATH": f"{folder}/{fault}:{PROJECT}"}
     return subprocess.run(
         [sys.executable, *words], env=environment, capture_output=True, text=True, check=False, cwd=folder
     )
 
 
-def test_a_clip_that_crashes_its_decoder_costs_a_training_that_clip_alone(tmp_path: Path) -> None:
+def _configure(folder: Path) -> None:
     document = {
         "extends": "base",
         "name": "video",
         "data": {
-            "manifest": _shards(tmp_path / "shards"),
+            "manifest": _shards(folder / "shards"),
             "clip": CLIP,
             "decode_workers": 1,
             "max_bad_fraction": 0.3,
@@ -60,7 +60,11 @@ def test_a_clip_that_crashes_its_decoder_costs_a_training_that_clip_alone(tmp_pa
         "model": {"visual": {"kind": "small"}, "audio": {"kind": "small"}},
         "optim": {"epochs": 2, "global_batch": 4, "global_replay_batch": 2, "global_eval_batch": 4},
     }
-    (tmp_path / "video.yaml").write_text(yaml.safe_dump(document))
+    (folder / "video.yaml").write_text(yaml.safe_dump(document))
+
+
+def test_a_clip_that_crashes_its_decoder_costs_a_training_that_clip_alone(tmp_path: Path) -> None:
+    _configure(tmp_path)
     digests = set()
     for fault, line in (("crash", "its decoder crashed (SIGSEGV)"), ("damage", "not a video")):
         done = _train(tmp_path, fault)
@@ -72,3 +76,12 @@ def test_a_clip_that_crashes_its_decoder_costs_a_training_that_clip_alone(tmp_pa
     assert len(digests) == 1
     crashes = (tmp_path / "crashes").read_bytes().splitlines()
     assert sum(line.endswith(b"val-dog-1" + END) for line in crashes) == 2  # in the first of two validations
+
+
+def test_a_rank_that_crashes_prints_where(tmp_path: Path) -> None:
+    _configure(tmp_path)
+    done = _train(tmp_path, "crash", "data.decode_workers=0")
+    assert done.returncode == 2
+    assert "ended with signal SIGSEGV; run the same command again to continue" in done.stderr
+    assert "Fatal Python error: Segmentation fault" in done.stderr
+    assert "in open_or_fail" in done.stderr

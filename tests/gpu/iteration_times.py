@@ -27,9 +27,9 @@ from avcil_dist.training.optim import build_optimizer
 from avcil_dist.training.teacher import Teacher
 from avcil_dist.training.teacher_cache import TeacherCache
 from avcil_dist.training.train_step import train_step
+from avcil_dist.world import World
 from launch.bench.contenders import BenchSetting
 from launch.bench.eager_reference import EagerNetwork, avcil_loss
-from launch.local_worlds import local_worlds
 from tests.gpu.measured import peak_beyond, seconds, synchronize
 
 CURRENT, REPLAY, CLASSES, OLD = 256, 128, 100, 90
@@ -66,7 +66,7 @@ def ours(setting: BenchSetting, batch: Batch) -> Iterator[Run]:
     teacher.use_cache(TeacherCache(batch.clips, valid, teacher.output(batch, method)))
     config = EngineConfig(precision=setting.precision)
     optimizer = build_optimizer(student, OptimConfig())
-    engine = Engine(student, optimizer, config=config, rows=len(batch.labels), world=local_worlds(1)[0], device=device)
+    engine = Engine(student, optimizer, config=config, rows=len(batch.labels), world=World(), device=device)
     engine.network.train()
     yield lambda: train_step(engine, batch, method=method, teacher=teacher, num_bad=0).parts["loss"]
     engine.close()
@@ -142,7 +142,7 @@ def measure(device: torch.device, *, small: bool) -> dict[str, Any]:
     setting = setting_of(device, small=small)
     inputs = setting.batch()
     found: dict[str, Any] = {"setting": [setting.current, setting.replay, setting.frames, setting.positions]}
-    with process_group(local_worlds(1)[0], device, EngineConfig()):
+    with process_group(World(), device, EngineConfig()):
         for name, contender in contenders_of(device).items():
             try:
                 with contender(setting, inputs) as run:

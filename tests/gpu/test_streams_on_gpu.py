@@ -28,8 +28,8 @@ from avcil_dist.training.device import device_name
 from avcil_dist.training.loss_graph import method_loss
 from avcil_dist.training.observer import Observer
 from avcil_dist.training.step import run_step
+from avcil_dist.world import World
 from data_shards.random_features import make_feature_shards
-from launch.local_worlds import local_worlds
 from tests.end_to_end.test_kills import run_and_kill
 from tests.helpers.streams import avcil, last_artifact, train, weights_digest, write_config
 from tests.unit.test_loss_graph import CLASSES, drawn, gradients
@@ -59,7 +59,7 @@ class Losses(Observer):
 def _run_step(config: Config, step: int) -> list[float]:
     faulthandler.dump_traceback_later(HANGS_AFTER, exit=True)
     seen = Losses()
-    run_step(config, step, world=local_worlds(1)[0], observers=[seen], stop=StopRequest())
+    run_step(config, step, world=World(), observers=[seen], stop=StopRequest())
     return seen.means
 
 

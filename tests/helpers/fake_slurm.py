@@ -6,13 +6,15 @@ from pathlib import Path
 
 PROGRAMS = ("sbatch", "squeue", "sacct", "scancel", "scontrol", "srun")
 FAKE = f"""#!{sys.executable} -I
-import json, os, sys, time
+import fcntl, json, os, sys, time
 from pathlib import Path
 folder, name = Path(sys.argv[0]).parent, Path(sys.argv[0]).name
-calls = folder / "calls"
-with calls.open("a") as file:
-    file.write(json.dumps([name, sys.argv[1:], dict(os.environ)]) + "\\n")
-number = sum(json.loads(line)[0] == name for line in calls.read_text().splitlines())
+with (folder / "calls").open("a+") as calls:
+    fcntl.flock(calls, fcntl.LOCK_EX)  # ranks call at once, and a long line is written in parts
+    calls.write(json.dumps([name, sys.argv[1:], dict(os.environ)]) + "\\n")
+    calls.flush()
+    calls.seek(0)
+    number = sum(json.loads(line)[0] == name for line in calls)
 answer = json.loads((folder / f"{{name}}.json").read_text())
 time.sleep(answer["seconds"])
 sys.stdout.write(answer["output"].replace("{{number}}", str(number)))

@@ -24,8 +24,9 @@ def run_ranks(function: Callable[..., Any], count: int, *arguments: Any) -> list
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     results = context.Manager().Queue()
-    task = (function, local_worlds(count), results, arguments, dict(os.environ))
-    start_processes(_rank, task, count, start_method="forkserver")
+    with local_worlds(count) as worlds:
+        task = (function, worlds, results, arguments, dict(os.environ))
+        start_processes(_rank, task, count, start_method="forkserver")
     answers = dict(results.get() for _ in range(count))
     return [answers[rank] for rank in range(count)]
 

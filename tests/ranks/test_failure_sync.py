@@ -54,12 +54,13 @@ def test_one_rank_fails_and_all_end_with_its_message(fault: str, message: str, c
     context = get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     reports = context.SimpleQueue()
-    ranks = [context.Process(target=rank_of_three, args=(world, reports, fault)) for world in local_worlds(3)]
-    for process in ranks:
-        process.start()
-    begun = [reports.get() for _ in ranks]
-    for process in ranks:
-        process.join(60)
+    with local_worlds(3) as worlds:
+        ranks = [context.Process(target=rank_of_three, args=(world, reports, fault)) for world in worlds]
+        for process in ranks:
+            process.start()
+        begun = [reports.get() for _ in ranks]
+        for process in ranks:
+            process.join(60)
     assert time.monotonic() - max(moment for _, _, moment in begun) < SECONDS
     assert [process.exitcode for process in ranks] == codes
     messages = {}

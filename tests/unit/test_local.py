@@ -34,12 +34,13 @@ def test_restart_discards_nothing_while_another_process_trains(config: Config, l
 
 
 def test_ranks_of_one_machine_share_a_port() -> None:
-    worlds = local_worlds(3)
+    with local_worlds(3) as worlds, local_worlds(3) as others:
+        assert worlds[0].master_port != others[0].master_port
     assert [(world.rank, world.local_rank, world.size, world.local_size) for world in worlds] == [
         (rank, rank, 3, 3) for rank in range(3)
     ]
     assert len({world.master_port for world in worlds}) == 1
-    assert worlds[0].master_port > 0
+    assert len({world.start_id for world in (*worlds, *others)}) == 2
 
 
 def test_an_output_that_no_database_can_be_in_is_refused_before_anything_is_made(config: Config) -> None:

@@ -1,3 +1,5 @@
+import hashlib
+
 import pytest
 
 from avcil_dist.errors import WorldError
@@ -65,6 +67,8 @@ MPIRUN = {
     "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
     "PMIX_NAMESPACE": "3548119041",
 }
+JOB_START = "1234567.0/0"
+NAMESPACE = hashlib.sha256(b"3548119041").hexdigest()
 HYDRA_OF_TWO_NODES = {
     "PMI_RANK": "3",
     "PMI_SIZE": "4",
@@ -85,19 +89,22 @@ def _without(environment: dict[str, str], name: str) -> dict[str, str]:
         ({}, World(0, 1, 0, 1, "127.0.0.1", 0, "none")),
         ({"PATH": "x", "MASTER_ADDR": "gpu07"}, World(0, 1, 0, 1, "127.0.0.1", 0, "none")),
         (TORCHRUN, World(5, 8, 1, 4, "gpu07", 29400, "torchrun")),
-        (ONE_NODE, World(0, 2, 0, 2, "login-1", 24567, "slurm")),
-        (SLURM, World(3, 4, 1, 2, "gpu03", 24567, "slurm")),
+        (ONE_NODE, World(0, 2, 0, 2, "login-1", 24567, "slurm", start_id=JOB_START)),
+        (SLURM, World(3, 4, 1, 2, "gpu03", 24567, "slurm", start_id=JOB_START)),
         (ALLOCATION, World(0, 1, 0, 1, "127.0.0.1", 0, "none")),
-        (SLURM | ELASTIC, World(5, 8, 1, 4, "gpu07", 29400, "torchrun", "avcil/run7/2")),
+        (SLURM | ELASTIC, World(5, 8, 1, 4, "gpu07", 29400, "torchrun", "avcil/run7/2", "run7/2")),
         (SLURM | {"SLURM_STEP_ID": "4294967290"}, World()),
         (INTERACTIVE, World()),
-        (ONE_NODE | {"SLURM_PTY_PORT": "34567"}, World(0, 2, 0, 2, "login-1", 24567, "slurm")),
-        (MPIRUN, World(1, 2, 1, 2, "127.0.0.1", 22571, "mpirun")),
-        (MPIRUN | {"MASTER_PORT": "29500"}, World(1, 2, 1, 2, "127.0.0.1", 29500, "mpirun")),
+        (ONE_NODE | {"SLURM_PTY_PORT": "34567"}, World(0, 2, 0, 2, "login-1", 24567, "slurm", start_id=JOB_START)),
+        (MPIRUN, World(1, 2, 1, 2, "127.0.0.1", 22571, "mpirun", start_id=NAMESPACE)),
+        (MPIRUN | {"MASTER_PORT": "29500"}, World(1, 2, 1, 2, "127.0.0.1", 29500, "mpirun", start_id=NAMESPACE)),
         (MPIRUN | dict.fromkeys(OPEN_MPI, "0") | {"OMPI_COMM_WORLD_SIZE": "1"}, World()),
-        (MPIRUN | ELASTIC, World(5, 8, 1, 4, "gpu07", 29400, "torchrun", "avcil/run7/2")),
+        (MPIRUN | ELASTIC, World(5, 8, 1, 4, "gpu07", 29400, "torchrun", "avcil/run7/2", "run7/2")),
         (HYDRA_OF_TWO_NODES, World(3, 4, 1, 2, "gpu03", 29500, "mpirun")),
-        (SLURM | {"PMI_RANK": "3", "PMI_SIZE": "4"}, World(3, 4, 1, 2, "gpu03", 24567, "slurm")),
+        (
+            SLURM | {"PMI_RANK": "3", "PMI_SIZE": "4"},
+            World(3, 4, 1, 2, "gpu03", 24567, "slurm", start_id=JOB_START),
+        ),
     ],
     ids=[
         "nothing",
@@ -201,17 +208,18 @@ def test_each_meeting_has_a_port_of_its_own() -> None:
 
 def test_each_meeting_has_a_key_of_its_own_in_the_store_of_torchrun() -> None:
     world = world_from_environment(ELASTIC)
-    assert world.at_meeting(3) == World(5, 8, 1, 4, "gpu07", 29400, "torchrun", "avcil/run7/2/3")
+    assert world.at_meeting(3) == World(5, 8, 1, 4, "gpu07", 29400, "torchrun", "avcil/run7/2/3", "run7/2")
 
 
-def test_a_restarted_job_and_another_step_of_a_job_have_other_ports() -> None:
+def test_a_restarted_job_and_another_step_of_a_job_have_other_ports_and_names() -> None:
     changes: list[dict[str, str]] = [
         {},
         {"SLURM_RESTART_COUNT": "1"},
         {"SLURM_RESTART_COUNT": "2"},
         {"SLURM_STEP_ID": "1"},
     ]
-    assert len({world_from_environment(SLURM | change).master_port for change in changes}) == 4
+    worlds = [world_from_environment(SLURM | change) for change in changes]
+    assert len({world.master_port for world in worlds}) == len({world.start_id for world in worlds}) == 4
 
 
 def test_jobs_that_share_a_node_have_ports_of_their_own() -> None:

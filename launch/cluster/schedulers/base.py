@@ -114,7 +114,7 @@ class Scheduler(Protocol):
         """Return a shell command that ends the jobs of a build by parts."""
 
     def world(self, port: int) -> World:
-        """Return the world of the calling rank. `port`: a free port, where ranks of one machine can meet."""
+        """Return the world of the calling rank. `port`: reserved for ranks that meet on one machine."""
 
 
 def scheduler_kinds() -> list[str]:

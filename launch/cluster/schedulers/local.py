@@ -21,7 +21,7 @@ from avcil_dist.config.schema import Config
 from avcil_dist.errors import ConfigError, SchedulerError
 from avcil_dist.streams.stream import stream_url
 from avcil_dist.streams.summary import is_committed
-from avcil_dist.world import World
+from avcil_dist.world import LOOPBACK, World
 from launch.cluster.chain_record import Chain, write_chain
 from launch.cluster.part_jobs import PartJobs
 from launch.cluster.resources import ClusterConfig
@@ -128,7 +128,8 @@ class LocalScheduler:
     def world(self, port: int) -> World:
         """Return the world that submitit's local executor has set in the environment."""
         rank, size = int(os.environ["SUBMITIT_LOCAL_GLOBALID"]), int(os.environ["SUBMITIT_LOCAL_NTASKS"])
-        return World(rank, size, rank, size, "127.0.0.1", port, launcher="local")
+        start = os.environ["SUBMITIT_LOCAL_JOB_ID"]
+        return World(rank, size, rank, size, LOOPBACK, port, launcher="local", start_id=start)
 
 
 SCHEDULER = LocalScheduler()

@@ -1,12 +1,13 @@
 """Supervisor process of a local chain: it runs one job after the other with submitit's local executor.
 
-Started by `schedulers/local.py` as `python -m launch.cluster.schedulers.local_supervisor STREAM RUN_ID AFTER
-RESET_OPTIMIZER`. SIGTERM ends it; the step that runs writes a snapshot first.
+Started by `schedulers/local.py` as `python -m launch.cluster.schedulers.local_supervisor STREAM RUN_ID AFTER`.
+SIGTERM ends it; the step that runs writes a snapshot first.
 """
 
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,7 +25,7 @@ from launch.cluster.lanes import gpu_assignment, visible_gpus
 from launch.cluster.mark_failed import fail_stream
 from launch.cluster.rank_entry import RankEntry
 from launch.cluster.schedulers.local import LOCK, PID, POLL_SECONDS, is_supervised
-from launch.local_worlds import local_worlds
+from launch.local_worlds import reserved_port
 from launch.step_run import StepRun
 
 
@@ -90,11 +91,14 @@ class Supervisor:
         )
         num_steps, progress_file = self.chain.num_steps, self.chain.progress_file(step)
         run = StepRun(self.config, step, num_steps, self.run_id, progress_file)
-        port = local_worlds(resources.tasks)[0].master_port
-        job = executor.submit(RankEntry(run, self.chain.folder, self.chain.kind, port))
-        self.chain = self.chain.with_job(step, str(job.job_id))
-        write_chain(self.stream, self.chain)
-        controller = job._process
+        with reserved_port() as port:
+            job = executor.submit(RankEntry(run, self.chain.folder, self.chain.kind, port))
+            self.chain = self.chain.with_job(step, str(job.job_id))
+            write_chain(self.stream, self.chain)
+            return self._wait(job._process)
+
+    def _wait(self, controller: subprocess.Popen[bytes]) -> int:
+        """Wait for the end of a job, and pass a requested stop to it. Returns its exit code."""
         is_stopping = False
         while (code := controller.poll()) is None:
             if self.stop_requested and not is_stopping:

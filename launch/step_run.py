@@ -78,13 +78,16 @@ class StepRun:
         trust(*self.plug_ins)
         set_up_log(world.rank)
         with listening() as stop:
+            from avcil_dist.training.step import prepare_rank  # seconds of imports, which a supervisor does not need
+
+            device = prepare_rank(self.config, self.step, world)  # before the sender's thread
             if not world.is_main or self.run_id is None:
                 self._run_step(world, stop, report, ())
                 return
-            from avcil_dist.training.device import device_name, local_device  # imports torch
+            from avcil_dist.training.device import device_name
 
             with ExitStack() as stack:
-                facts = machine_facts(world, device_name(local_device(world, self.config.engine.device)))
+                facts = machine_facts(world, device_name(device))
                 tracker = stack.enter_context(track_step(self.config, self.step, facts=facts, warn=log_warning))
                 bar = stack.enter_context(ProgressBar(self.config.stream_name, self.num_steps))
                 files = (ProgressFile(self.progress_file),) if self.progress_file else ()

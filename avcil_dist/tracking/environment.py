@@ -8,6 +8,8 @@ import os
 import warnings
 from collections.abc import Mapping
 
+from avcil_dist.system.variables import set_missing_variables, set_variables, unset_variables
+
 REQUEST_SECONDS = 60  # one request, from the connection to the last byte of the answer
 # Credentials, certificates, storage of artifacts, workspace, connections, transfer of large files, verbosity.
 KEPT = (
@@ -73,17 +75,13 @@ def mlflow_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 def quiet_import() -> None:
     """Set what MLflow reads when it is imported, unless the user has set it. The rest stays as it is."""
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
+    set_missing_variables(QUIET)
 
 
 def isolate() -> None:
     """Give this process MLflow's environment, before a server is called. It may be called again."""
     wanted = mlflow_environment(os.environ)
-    for name in [name for name in os.environ if name not in wanted]:
-        del os.environ[name]
-    for name, value in wanted.items():
-        if os.environ.get(name) != value:
-            os.environ[name] = value
+    unset_variables([name for name in os.environ if name not in wanted])
+    set_variables(wanted)
     if any(action == "error" for action, *_ in warnings.filters):
         warnings.filterwarnings("default", module=FOREIGN)

@@ -15,6 +15,7 @@ from typing import Protocol
 from filelock import Timeout
 
 from avcil_dist.errors import StorageError
+from avcil_dist.tracking import environment
 from avcil_dist.tracking.event_queue import DeliveryCursor, Event, EventQueue
 from avcil_dist.tracking.outcomes import RefusedError, RejectedError, RunDeletedError, UnavailableError
 
@@ -66,7 +67,8 @@ class Sender:
         queue.on_append.append(self._wake.set)
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the thread. It must not change the environment, which other threads read: that is done before."""
+        environment.isolate()
         self._thread.start()
 
     def close(self, patience: float) -> bool:

@@ -2,7 +2,6 @@
 
 import datetime
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -14,14 +13,13 @@ from torch._C._distributed_c10d import TCPStore
 
 from avcil_dist.config.schema import EngineConfig
 from avcil_dist.errors import AvcilError, RankError
-from avcil_dist.training.device import nccl_variables
 from avcil_dist.training.error_codec import decode_error, encode_error
 from avcil_dist.training.failure_sync import propagate_failures
-from avcil_dist.training.rendezvous import interfaces, rendezvous
+from avcil_dist.training.rank_environment import set_network_variables
+from avcil_dist.training.rendezvous import rendezvous
 from avcil_dist.world import World
 
 T = TypeVar("T")
-LOOPBACK_INTERFACE = "lo"
 
 
 @contextmanager
@@ -39,13 +37,9 @@ def process_group(
     if device.type == "cuda":
         torch.cuda.set_device(device)
         gpu = str(torch.cuda.get_device_properties(device).uuid)
-        for name, value in nccl_variables(trace).items():
-            os.environ.setdefault(name, value)
+    set_network_variables(world, device, trace)
     timeout = datetime.timedelta(minutes=engine.timeout_minutes)
     store = rendezvous(world, minutes=engine.meeting_minutes, timeout=timeout, gpu=gpu)
-    if world.local_size == world.size and LOOPBACK_INTERFACE in interfaces():
-        # Otherwise gloo looks up the host's name, which may stand for an address that this machine does not have.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK_INTERFACE)
     try:
         with propagate_failures(store, world):
             _join(store, world, device, timeout)

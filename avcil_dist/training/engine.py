@@ -3,6 +3,7 @@
 The head must have grown before the engine is built: parameters added later are never updated.
 """
 
+import importlib
 import logging
 import os
 import warnings
@@ -32,6 +33,7 @@ from avcil_dist.training.deepspeed_private import (
 )
 from avcil_dist.training.optim import LossScale
 from avcil_dist.training.optimizer_parts import load_optimizer_parts, optimizer_parts
+from avcil_dist.training.rank_environment import set_deepspeed_variables
 from avcil_dist.training.weights import weight_parts
 from avcil_dist.world import World, threads_per_rank
 
@@ -59,7 +61,7 @@ class Engine:
         device: torch.device,
     ) -> None:
         """Build the engine. `rows` is the number of clips in a micro-batch of a rank."""
-        deepspeed = import_deepspeed(world, device)
+        deepspeed = initialised_deepspeed(world, device)
         self._trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
         self._sizes = {name: value.numel() for name, value in network.named_parameters() if value.requires_grad}
         self._world = world
@@ -226,7 +228,7 @@ def shard_out(network: Network, world: World) -> Any:
 
     A module's parameters are whole while it runs. All ranks must call the network together. Returns the engine.
     """
-    return import_deepspeed(world, next(network.parameters()).device).initialize(
+    return initialised_deepspeed(world, next(network.parameters()).device).initialize(
         model=network,
         config={
             "train_micro_batch_size_per_gpu": 1,
@@ -259,27 +261,24 @@ def set_threads(world: World) -> None:
     torch.set_num_threads(threads_per_rank(world, os.environ, len(os.sched_getaffinity(0))))
 
 
-def device_number(world: World, device: torch.device) -> int:
-    """Return what DeepSpeed takes for the rank on its machine: it selects the GPU with this number.
-
-    Where a scheduler shows each rank a GPU of its own, that is number 0 on all ranks.
-    """
-    return world.local_rank if device.index is None else device.index
-
-
 def import_deepspeed(world: World, device: torch.device) -> Any:
-    """Import DeepSpeed late (it takes seconds), without its log messages, and initialise it with the process group."""
+    """Import DeepSpeed late (it takes seconds), without its log messages. It sets variables (`rank_environment.py`)."""
     for module in ("torch.distributed", "deepspeed"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     if VARIABLE not in os.environ:
         name_accelerator(device.type)
-    os.environ["LOCAL_RANK"] = str(device_number(world, device))
-    for name in [name for name in os.environ if name.startswith("OMPI_COMM_WORLD_")]:
-        del os.environ[name]  # of an mpirun around this run, with which DeepSpeed compares it
+    set_deepspeed_variables(world, device)
+    importlib.import_module("torch._dynamo")  # optimizers import it, and it sets a variable as well
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
+    return deepspeed
+
+
+def initialised_deepspeed(world: World, device: torch.device) -> Any:
+    """Import DeepSpeed and initialise it with the process group."""
+    deepspeed = import_deepspeed(world, device)
     if not deepspeed.comm.is_initialized():
         disable_compiled_all_reduce(deepspeed)
         deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)

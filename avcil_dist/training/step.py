@@ -27,6 +27,7 @@ from avcil_dist.data.plan import NO_CLIPS
 from avcil_dist.data.sampler import TrainingSampler
 from avcil_dist.data.source_videos import source_disjoint
 from avcil_dist.data.subset import load_data
+from avcil_dist.methods import make_method
 from avcil_dist.methods.base import ClosedFormMethod
 from avcil_dist.models.encoders.adapters import merge_adapters
 from avcil_dist.models.network import Network
@@ -54,7 +55,7 @@ from avcil_dist.training.clip_maps import region_shares
 from avcil_dist.training.closed_form import solve_anchor, train_closed_form
 from avcil_dist.training.collectives import decide_together, process_group
 from avcil_dist.training.device import device_name, local_device, out_of_memory_as_line
-from avcil_dist.training.engine import set_threads
+from avcil_dist.training.engine import import_deepspeed, set_threads
 from avcil_dist.training.evaluation import ScoredPredictions, evaluate_scores, validation_logits
 from avcil_dist.training.exemplar_logits import store_logits, stored_rows
 from avcil_dist.training.exemplars import exemplar_features, update_memory
@@ -65,6 +66,7 @@ from avcil_dist.training.inference_pass import InferencePass
 from avcil_dist.training.memory_use import memory_use
 from avcil_dist.training.node_tensors import load_on_node
 from avcil_dist.training.observer import Observer, ObserverList
+from avcil_dist.training.rank_environment import set_deepspeed_variables, set_network_variables
 from avcil_dist.training.sampling import training_sampler
 from avcil_dist.training.snapshot import SnapshotManager
 from avcil_dist.training.system_metrics import observed_load
@@ -95,8 +97,7 @@ def run_step(
     and a snapshot is committed. Raises an AvcilError, the same on all ranks, for faults in settings, data or
     artifacts; an error that a rank cannot raise is passed to `report`, and the process ends.
     """
-    device = local_device(world, config.engine.device)
-    name_accelerator(device.type)
+    device = prepare_rank(config, number, world)
     set_threads(world)
     with (
         sole_writer(stream_url(config)) if world.is_main else nullcontext(),
@@ -114,6 +115,21 @@ def run_step(
             stop=stop,
             shard_check=shard_check,
         )
+
+
+def prepare_rank(config: Config, number: int, world: World) -> torch.device:
+    """Set the environment of the libraries that train step `number`; import those that set it. Returns the device.
+
+    `run_step` calls it too; a process that starts threads before that calls it first (see `system/variables.py`).
+    Raises WorldError as `local_device` does, and ConfigError for settings that the method does not take.
+    """
+    device = local_device(world, config.engine.device)
+    name_accelerator(device.type)
+    set_network_variables(world, device, trace_prefix(config, number))
+    set_deepspeed_variables(world, device)
+    if make_method(config.method).needs.trains_at(number):
+        import_deepspeed(world, device)
+    return device
 
 
 def _local_folder(config: Config) -> str:

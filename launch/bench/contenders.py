@@ -28,7 +28,7 @@ from avcil_dist.scenario import make_scenario
 from avcil_dist.training import train_step as train_step_module
 from avcil_dist.training.collectives import process_group
 from avcil_dist.training.device import local_device
-from avcil_dist.training.engine import Engine, import_deepspeed
+from avcil_dist.training.engine import Engine, initialised_deepspeed
 from avcil_dist.training.optim import build_optimizer
 from avcil_dist.training.teacher import Teacher
 from avcil_dist.training.teacher_cache import TeacherCache
@@ -279,7 +279,7 @@ def serve(name: ContenderName, setting: BenchSetting, connection: Connection) ->
     device = local_device(world, "cuda" if setting.device == "cuda" else "cpu")  # NCCL needs the number of the GPU
     with process_group(world, device, EngineConfig()):
         if name in ("ours", "ours, teacher cached"):
-            import_deepspeed(world, device)
+            initialised_deepspeed(world, device)
         _load_libraries(setting)
         batch, stopwatch = setting.batch(), Stopwatch(device)
         memory = Memory(device)

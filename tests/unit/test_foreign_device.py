@@ -94,7 +94,7 @@ def without_cuda(one_rank: None) -> Iterator[None]:
             (module, "_is_fused", lambda *arguments: False),
             (module, "_choose_kernels", lambda *arguments: TorchKernels()),
             (loss_graph, "capture", capture),
-            (engine, "import_deepspeed", lambda *arguments: deepspeed),
+            (engine, "initialised_deepspeed", lambda *arguments: deepspeed),
             (engine, "release", lambda made: None),
         ):
             stack.enter_context(mock.patch.object(owner, name, made))

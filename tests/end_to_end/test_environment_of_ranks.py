@@ -34,12 +34,16 @@ sys.addaudithook(record)
 """
 
 
-@pytest.mark.parametrize("words", [["train", "-n", "2"], ["submit", "--cluster", "local", "cluster.tasks_per_node=2"]])
+TRACKERS = "tracking.trackers=[tensorboard,wandb]"
+
+
+@pytest.mark.parametrize(
+    "words", [["train", "-n", "2"], ["submit", "--cluster", "local", "cluster.tasks_per_node=2", TRACKERS]]
+)
 def test_the_environment_of_a_rank_changes_only_before_it_has_threads(tmp_path: Path, words: list[str]) -> None:
-    """Of ranks that are forked, and of those of a job, with all trackers."""
+    """Of ranks that are forked, and of those of a job."""
     command, *options = words
-    trackers = {"trackers": ["tensorboard", "wandb"]}
-    config = write_config(tmp_path, scenario={"classes_per_step": [6]}, tracking=trackers)
+    config = write_config(tmp_path, scenario={"classes_per_step": [6]})
     (tmp_path / "hook").mkdir()
     (tmp_path / "hook" / "sitecustomize.py").write_text(HOOK)
     changes = tmp_path / "changes"

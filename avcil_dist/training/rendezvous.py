@@ -40,7 +40,7 @@ def rendezvous(world: World, *, minutes: float, timeout: datetime.timedelta, gpu
 
     `timeout` is that of the store's operations. `gpu` identifies this rank's GPU: two ranks cannot share one.
     Raises WorldError for an interface or host name that does not exist and for a shared GPU, RankError for what
-    another start may not meet: a port in use, and ranks that do not come within `minutes`.
+    another start may not meet: a port in use, ranks of another start there, ranks that do not come within `minutes`.
     """
     check_interfaces(os.environ, interfaces())
     deadline = time.monotonic() + 60 * minutes
@@ -186,12 +186,10 @@ def _port_of_rank_0(agent: TCPStore, key: str, deadline: float, minutes: float) 
 
 def _check_in(store: TCPStore, world: World, deadline: float, minutes: float, gpu: str) -> None:
     """Announce this rank; return when all ranks are there. All raise rank 0's error when one is missing."""
+    entry = json.dumps([socket.gethostname(), gpu])
     if world.is_main:
         store.set(START, world.start_id)
-    else:
-        _check_start(store, world, deadline, minutes)
-    store.set(f"{HERE}/{world.rank}", json.dumps([socket.gethostname(), gpu]))
-    if world.is_main:
+        store.set(f"{HERE}/{world.rank}", entry)
         fault = _fault_of_ranks(store, world, deadline, minutes)
         store.set(VERDICT, encode_error(fault, 0) if fault else COMPLETE)
         if fault:
@@ -201,6 +199,8 @@ def _check_in(store: TCPStore, world: World, deadline: float, minutes: float, gp
                 time.sleep(POLL_SECONDS)
             raise fault
         return
+    _check_start(store, world, deadline, minutes)
+    store.set(f"{HERE}/{world.rank}", entry)
     verdict = _answer(store, VERDICT, deadline, minutes)
     if verdict != COMPLETE:
         store.set(f"{SEEN}/{world.rank}", "")

@@ -78,14 +78,14 @@ class StepRun:
         trust(*self.plug_ins)
         set_up_log(world.rank)
         with listening() as stop:
-            from avcil_dist.training.step import prepare_rank  # seconds of imports, which a supervisor does not need
+            # seconds of imports, which a supervisor does not need
+            from avcil_dist.training.device import device_name
+            from avcil_dist.training.step import prepare_rank
 
             device = prepare_rank(self.config, self.step, world)  # before the sender's thread
             if not world.is_main or self.run_id is None:
                 self._run_step(world, stop, report, ())
                 return
-            from avcil_dist.training.device import device_name
-
             with ExitStack() as stack:
                 facts = machine_facts(world, device_name(device))
                 tracker = stack.enter_context(track_step(self.config, self.step, facts=facts, warn=log_warning))

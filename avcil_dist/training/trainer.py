@@ -82,9 +82,6 @@ class Trainer:
         if snapshot:
             state = snapshot.state
             self._check_position(state)
-            self.observer.message(
-                f"step {self.step.number}: continues after iteration {state.iteration:,} of {self.num_iterations:,}"
-            )
         if self.teacher and not self.step.config.data.augment.is_on:  # an augmented clip is new in each epoch
             self._teacher_cache = self._load_teacher_cache(self.teacher)
             self.teacher.use_cache(self._teacher_cache)

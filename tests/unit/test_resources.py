@@ -73,18 +73,18 @@ def test_the_job_script_is_valid_bash(name: str) -> None:
 
 
 def run_end(
-    tmp_path: Path, code: int, *, state: str, restarts: int = 0, status: str = ""
+    tmp_path: Path, command: str, *, state: str, restarts: int = 0, status: str = "", delay: float = 0.3
 ) -> tuple[int, list[str], str]:
-    """Run the end of a script whose ranks exited with `code`, with a scontrol that prints `state`.
+    """Run a script whose ranks are `command`, with a scontrol that prints `state` and a squeue that takes `delay` s.
 
-    Returns its exit code, the subcommands of scontrol, and the arguments of Python.
+    Returns its exit code, the subcommands of scontrol, and the arguments of Python, when all its processes have ended.
     """
     calls = tmp_path / "calls"
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(f'#!/bin/sh\necho "$1" >> {calls}\necho "JobId=7 JobState={state} Reason=None"\n')
     scontrol.chmod(0o755)
-    squeue = tmp_path / "squeue"  # slow: the job ends before `late` has begun to wait
-    squeue.write_text("#!/bin/sh\nsleep 0.3\necho 2099-01-01T00:00:00\n")
+    squeue = tmp_path / "squeue"
+    squeue.write_text(f"#!/bin/sh\nsleep {delay}\necho 2099-01-01T00:00:00\n")
     squeue.chmod(0o755)
     if status:
         (tmp_path / f"step_002.{status}").touch()
@@ -97,40 +97,41 @@ def run_end(
         python="echo",
         dependency=None,
     )
-    text = "\n".join([*parameters["setup"], f"(exit {code})", *parameters["teardown"]])
-    text = re.sub(r"sleep \d+", "exit 99", text)
-    environment = {
-        "PATH": f"{tmp_path}:/usr/bin:/bin",
-        "pause": "now",
-        "SLURM_JOB_ID": "7",
-        "SLURM_RESTART_COUNT": str(restarts),
-    }
-    done = subprocess.run(["bash", "-c", text], env=environment, capture_output=True, text=True)
+    setup, teardown = (re.sub(r"sleep \d+", "exit 99", "\n".join(parameters[key])) for key in ("setup", "teardown"))
+    text = f"{setup}\n{command}\n{teardown}"
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts)}
+    done = subprocess.run(["bash", "-c", text], env=environment, capture_output=True, text=True, timeout=60)
     assert done.stderr == ""
     return done.returncode, calls.read_text().split() if calls.exists() else [], done.stdout
 
 
 @pytest.mark.slow
 def test_a_step_that_is_done_or_failed_is_not_started_again(tmp_path: Path) -> None:
-    assert run_end(tmp_path, 0, state="RUNNING", status="done")[:2] == (0, [])
+    assert run_end(tmp_path, "(exit 0)", state="RUNNING", status="done")[:2] == (0, [])
     (tmp_path / "step_002.done").unlink()
-    assert run_end(tmp_path, 2, state="RUNNING", status="failed")[:2] == (2, [])
+    assert run_end(tmp_path, "(exit 2)", state="RUNNING", status="failed")[:2] == (2, [])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("code", [0, 1, 75, 137])  # srun gives 0 when it lost a node's daemon
 def test_a_step_that_is_neither_done_nor_failed_is_requeued(tmp_path: Path, code: int) -> None:
-    assert run_end(tmp_path, code, state="RUNNING", restarts=2)[:2] == (99, ["show", "requeue"])
+    assert run_end(tmp_path, f"(exit {code})", state="RUNNING", restarts=2)[:2] == (99, ["show", "requeue"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["sleep 0.3; (exit 1)", "kill -KILL $$"])
+def test_the_wait_for_the_time_limit_ends_with_the_script(tmp_path: Path, command: str) -> None:
+    run_end(tmp_path, command, state="RUNNING", delay=0)
 
 
 @pytest.mark.slow
 def test_a_job_that_slurm_itself_ends_is_not_requeued(tmp_path: Path) -> None:
-    assert run_end(tmp_path, 143, state="COMPLETING") == (1, ["show"], "")
+    assert run_end(tmp_path, "(exit 143)", state="COMPLETING") == (1, ["show"], "")
 
 
 @pytest.mark.slow
 def test_a_step_fails_after_the_last_requeue(tmp_path: Path) -> None:
-    code, calls, printed = run_end(tmp_path, 137, state="RUNNING", restarts=3)
+    code, calls, printed = run_end(tmp_path, "(exit 137)", state="RUNNING", restarts=3)
     assert (code, calls) == (1, ["show"])
     assert printed.startswith(
         f"-m launch.cluster.mark_failed {tmp_path} 2 step 2 is not done after 4 starts (exit code 137)"

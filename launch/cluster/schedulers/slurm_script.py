@@ -100,6 +100,7 @@ def _setup(cluster: ClusterConfig, code: str | None, step: int) -> list[str]:
     """Shell lines before the ranks start; `late` requeues a job whose ranks ignore SLURM's warning.
 
     At its time limit SLURM ends a job for good, and cancels the jobs that wait for it; until then it can be requeued.
+    The end of its input, not a signal, ends `late`: bash can lose a signal between a command and the next.
     """
     late_seconds = math.ceil(cluster.signal_seconds / LATE_SHARE)
     lines = [
@@ -117,18 +118,16 @@ def _setup(cluster: ClusterConfig, code: str | None, step: int) -> list[str]:
         f'  if scontrol requeue "$SLURM_JOB_ID"; then sleep {REQUEUE_SECONDS}; exit 1; fi',
         "}",
         "late() {",
-        "  pause=",
-        '  trap \'[ -z "$pause" ] || kill "$pause"; exit\' TERM',
         "  export SLURM_TIME_FORMAT=standard",
         '  while end=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e) && [ -n "$end" ] \\',
         '      && end=$(date --date="$end" +%s); do',
         f"    left=$((end - {late_seconds} - $(date +%s)))",
         '    if [ "$left" -le 0 ]; then again "the ranks do not react, and the time limit is near"; exit; fi',
-        '    sleep "$left" & pause=$!',
-        '    wait "$pause"',
+        '    read -r -t "$left"  # a pause, which ends with the input',
+        '    if [ "$?" -le 128 ]; then exit; fi',
         "  done",
         "}",
-        "late & late=$!",
+        "exec {waiting}> >(late)  # its input ends when this is closed, or with the script",
     ]
 
 
@@ -143,7 +142,7 @@ def _teardown(step: int, prefix: str, max_requeues: int, python: Sequence[str]) 
     )
     return [
         "code=$?",
-        'kill "$late" 2>/dev/null',
+        "exec {waiting}>&-",
         f"if [ -e {done} ]; then exit 0; fi",
         f"if [ -e {failed} ]; then exit {USER_ERROR}; fi",
         'if scontrol show job -o "$SLURM_JOB_ID" | grep -q " JobState=RUNNING "; then',

@@ -22,18 +22,16 @@ again() {
   if scontrol requeue "$SLURM_JOB_ID"; then sleep 600; exit 1; fi
 }
 late() {
-  pause=
-  trap '[ -z "$pause" ] || kill "$pause"; exit' TERM
   export SLURM_TIME_FORMAT=standard
   while end=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e) && [ -n "$end" ] \
       && end=$(date --date="$end" +%s); do
     left=$((end - 30 - $(date +%s)))
     if [ "$left" -le 0 ]; then again "the ranks do not react, and the time limit is near"; exit; fi
-    sleep "$left" & pause=$!
-    wait "$pause"
+    read -r -t "$left"  # a pause, which ends with the input
+    if [ "$?" -le 128 ]; then exit; fi
   done
 }
-late & late=$!
+exec {waiting}> >(late)  # its input ends when this is closed, or with the script
 
 # command
 export SUBMITIT_EXECUTOR=slurm
@@ -42,7 +40,7 @@ srun --unbuffered --output /shared/runs/vs100-avcil-seed0/jobs/step_000/%j_%t_lo
 
 # teardown
 code=$?
-kill "$late" 2>/dev/null
+exec {waiting}>&-
 if [ -e /shared/runs/vs100-avcil-seed0/jobs/step_000.done ]; then exit 0; fi
 if [ -e /shared/runs/vs100-avcil-seed0/jobs/step_000.failed ]; then exit 2; fi
 if scontrol show job -o "$SLURM_JOB_ID" | grep -q " JobState=RUNNING "; then

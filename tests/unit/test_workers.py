@@ -1,4 +1,3 @@
-import os
 import signal
 
 import pytest
@@ -18,7 +17,7 @@ def _double(item: list[int], crashed: frozenset[int], mark_start: MarkStart) -> 
         if element == 21:
             write_to_full_standard_error()
         if element in (13, 99):
-            os.kill(os.getpid(), signal.SIGSEGV if element == 13 else signal.SIGKILL)
+            signal.raise_signal(signal.SIGSEGV if element == 13 else signal.SIGKILL)
         doubled.append(2 * element)
     return doubled
 

@@ -5,8 +5,10 @@ other. It installs nothing and does not change a SLURM of the system.
 """
 
 import functools
+import itertools
 import json
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -43,6 +45,8 @@ HOSTS = Path("/etc/hosts")
 MARK = "# avcil sandbox"
 MAX_SOCKET_PATH = 100
 START_SECONDS, STOP_SECONDS = 60.0, 15.0
+USER_PORTS = range(1024, 65536)
+CONNECTION_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")  # for connections, and for port 0
 SYSTEM_PATHS = "/usr/local/sbin:/usr/sbin:/sbin"  # folders of daemons, which not every user has on the path
 
 
@@ -138,7 +142,7 @@ class Sandbox:
             settings_file.touch(mode=0o600)
             settings_file.write_text(
                 json.dumps(
-                    {"ports": dict(zip(names, _free_ports(len(names)), strict=True)), "password": secrets.token_hex()}
+                    {"ports": dict(zip(names, free_ports(len(names)), strict=True)), "password": secrets.token_hex()}
                 )
             )
         settings = _read_settings(settings_file) | {
@@ -267,15 +271,21 @@ def _write_secret(path: Path, text: str, mode: int = 0o600) -> None:
     path.write_text(text)
 
 
-def _free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
+def free_ports(count: int) -> list[int]:
+    """Return ports that are free, and that the system gives to no connection before the daemons listen there."""
+    first, last = map(int, CONNECTION_PORTS.read_text().split())
+    candidates = [port for port in USER_PORTS if not first <= port <= last] or list(USER_PORTS)
+    random.shuffle(candidates)
+    return list(itertools.islice(filter(_is_free, candidates), count))
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
 
 
 def _listens(port: int) -> bool:

@@ -12,7 +12,7 @@ from avcil_dist.tracking.client import find_stream
 from launch.cluster.chain_record import read_chain
 from launch.cluster.schedulers.local import LOG, PID, is_supervised
 from launch.cluster.status import chain_status
-from tests.helpers.s3 import free_port
+from tests.helpers.ports import reserve_port
 from tests.helpers.sent_events import uri_of
 from tests.helpers.streams import STEPS, avcil, last_artifact, train, weights_digest, write_config
 
@@ -53,7 +53,7 @@ def test_a_local_chain_survives_and_ends_with_the_bits_of_the_plain_run(tmp_path
     config = write_config(tmp_path, optim=optim, snapshot={"every_iterations": 20})
     whole = train(config, f"output={tmp_path}/plain")
 
-    away = (f"tracking.uri=http://127.0.0.1:{free_port()}", "tracking.wait_seconds=0.5")
+    away = (f"tracking.uri=http://127.0.0.1:{reserve_port()}", "tracking.wait_seconds=0.5")
     stream = submit(config, *away).splitlines()[-1].split(":")[0]
     wait_for(lambda: progress(stream, 0) > 0, stream)
     supervisor = supervisor_of(stream)

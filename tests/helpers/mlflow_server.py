@@ -9,7 +9,7 @@ import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 
-from tests.helpers.s3 import free_port
+from tests.helpers.ports import reserve_port
 
 START_SECONDS = 180.0
 
@@ -20,7 +20,7 @@ class TrackingServer:
     def __init__(
         self, folder: Path, destination: str, environment: Mapping[str, str], *, python: str = sys.executable
     ) -> None:
-        self.folder, self.destination, self.port, self.python = folder, destination, free_port(), python
+        self.folder, self.destination, self.port, self.python = folder, destination, reserve_port(), python
         self.environment = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         self.environment |= environment
         self._process: subprocess.Popen[bytes] | None = None

@@ -12,6 +12,8 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from tests.helpers.ports import reserve_port
+
 KEY, SECRET, BUCKET = "avcil", "a-secret-of-the-tests", "bucket"
 START_SECONDS = 20.0
 
@@ -21,18 +23,12 @@ def find_rclone() -> str | None:
     return shutil.which("rclone", path=str(Path(sys.executable).parent)) or shutil.which("rclone")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 class S3Server:
     """`rclone serve s3` over a folder; its buckets are the folder's folders."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.port = free_port()
+        self.port = reserve_port()
         self._process: subprocess.Popen[bytes] | None = None
         (folder / BUCKET).mkdir(parents=True, exist_ok=True)
 

@@ -25,7 +25,7 @@ from launch.sandbox.cluster import Sandbox
 from tests.end_to_end.test_kills import newest, ranks_of
 from tests.helpers import chains
 from tests.helpers.mlflow_server import TrackingServer
-from tests.helpers.s3 import free_port
+from tests.helpers.ports import reserve_port
 from tests.helpers.sent_events import check_sent
 from tests.helpers.streams import weights_digest, write_config
 
@@ -180,7 +180,7 @@ def _pause(seconds: float, process: "subprocess.Popen[str]") -> None:
 
 def sender(soak: Soak, count: int) -> None:
     """`avcil sync` of a stream whose server was away: the process is killed at random moments."""
-    away = [f"tracking.uri=http://127.0.0.1:{free_port()}", "tracking.wait_seconds=0.2", "tracking.register_as=none"]
+    away = [f"tracking.uri=http://127.0.0.1:{reserve_port()}", "tracking.wait_seconds=0.2", "tracking.register_as=none"]
     source = f"{soak.folder}/away/tiny-avcil-seed0"
     if not is_done(source):
         soak.train("away", *away)

@@ -1,8 +1,12 @@
-"""Sandbox: its line of the hosts file."""
+"""Sandbox: its line of the hosts file, and its ports."""
 
+import socket
 from pathlib import Path
 
-from launch.sandbox.cluster import hosts_of
+import pytest
+
+from launch.sandbox import cluster
+from launch.sandbox.cluster import CONNECTION_PORTS, free_ports, hosts_of
 
 
 def test_the_hosts_file_has_a_line_for_each_sandbox_that_is_there(tmp_path: Path) -> None:
@@ -15,3 +19,17 @@ def test_the_hosts_file_has_a_line_for_each_sandbox_that_is_there(tmp_path: Path
     lines = [f"127.0.0.1 node1 node2 # avcil sandbox {folder}" for folder in (first, second)]
     assert text.splitlines() == ["127.0.0.1 localhost", "# a comment", *lines]
     assert hosts_of(text, first, ()).splitlines() == ["127.0.0.1 localhost", "# a comment", lines[1]]
+
+
+def test_no_connection_gets_the_port_of_a_daemon() -> None:
+    first, last = map(int, CONNECTION_PORTS.read_text().split())
+    ports = free_ports(200)
+    assert len(set(ports)) == 200
+    assert not [port for port in ports if first <= port <= last]
+
+
+def test_a_port_at_which_somebody_listens_is_not_given_to_a_daemon(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        taken = server.getsockname()[1]
+        monkeypatch.setattr(cluster, "USER_PORTS", range(taken, taken + 1))
+        assert free_ports(1) == []

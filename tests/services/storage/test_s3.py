@@ -13,7 +13,8 @@ import pytest
 from avcil_dist import storage
 from avcil_dist.errors import DataError, StorageError
 from avcil_dist.storage.retry import with_retries
-from tests.helpers.s3 import BUCKET, FaultyProxy, S3Server, free_port
+from tests.helpers.ports import reserve_port
+from tests.helpers.s3 import BUCKET, FaultyProxy, S3Server
 from tests.helpers.streams import avcil, write_config
 from tests.services.storage.conftest import use
 
@@ -138,7 +139,7 @@ def test_a_fault_that_lasts_is_said_at_the_deadline(
 
 def test_a_server_that_is_away_is_said_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("s3fs")
-    use(monkeypatch, f"http://127.0.0.1:{free_port()}")
+    use(monkeypatch, f"http://127.0.0.1:{reserve_port()}")
     with pytest.raises(StorageError, match=r"Could not connect to the endpoint .* tries in 1 s failed"):
         storage.read_range(f"s3://{BUCKET}/x.tar", 0, 10, seconds=1)
 

@@ -25,8 +25,9 @@ from avcil_dist.tracking.client import find_stream
 from avcil_dist.tracking.delivery import sync_stream
 from avcil_dist.tracking.resume import ResumeRequest, prepare_resume
 from tests.helpers.mlflow_server import TrackingServer
+from tests.helpers.ports import reserve_port
 from tests.helpers.ranks import run_ranks
-from tests.helpers.s3 import BUCKET, S3Server, free_port
+from tests.helpers.s3 import BUCKET, S3Server
 from tests.helpers.sent_events import check_sent
 from tests.helpers.streams import STEPS, avcil, last_artifact, run_tracked, weights_digest, write_config
 
@@ -156,7 +157,7 @@ def test_a_large_file_goes_to_the_storage_in_parts(
 def test_a_stream_whose_server_is_unavailable_ends_well_and_is_synced_later(
     server: TrackingServer, tmp_path: Path
 ) -> None:
-    closed = f"http://127.0.0.1:{free_port()}"
+    closed = f"http://127.0.0.1:{reserve_port()}"
     settings = [f"tracking.uri={closed}", "name=late", "tracking.wait_seconds=0.2"]
     config = config_of(tmp_path, server, *settings)
     [[stream]] = run_ranks(run_tracked, 1, [config])
@@ -186,7 +187,7 @@ def test_a_stream_on_object_storage_is_tracked(
     server: TrackingServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))  # where the queue of such a stream is
-    closed = f"http://127.0.0.1:{free_port()}"
+    closed = f"http://127.0.0.1:{reserve_port()}"
     settings = [f"tracking.uri={closed}", "name=far", "tracking.wait_seconds=0.2"]
     [[stream]] = run_ranks(
         run_tracked, 1, [config_of(tmp_path, server, f"output=s3://{BUCKET}/{tmp_path.name}", *settings)]

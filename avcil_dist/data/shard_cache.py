@@ -182,7 +182,10 @@ class ShardCache:
             return path, descriptor
 
     def _make_room(self, size: int) -> bool:
-        """Remove unused files, the least recently used first, until `size` more bytes fit. Returns whether they fit."""
+        """Remove unused files, the least recently used first, until `size` more bytes fit. Returns whether they fit.
+
+        No shard is removed where the unused ones do not suffice.
+        """
         files: list[tuple[bool, int, Path, int]] = []
         for entry in os.scandir(self.folder):
             is_whole = bool(WHOLE.fullmatch(entry.name))
@@ -190,15 +193,20 @@ class ShardCache:
                 continue
             with suppress(FileNotFoundError):
                 status = entry.stat(follow_symlinks=False)
-                # files with temporary names, left behind by killed processes, are removed first
                 if stat.S_ISREG(status.st_mode):
                     files.append((is_whole, status.st_mtime_ns, Path(entry), status.st_size))
         disk = shutil.disk_usage(self.folder)
         excess = max(
             sum(entry[-1] for entry in files) + size - self.max_bytes, size + int(DISK_RESERVE * disk.total) - disk.free
         )
-        for is_whole, _, path, length in sorted(files):
-            if excess <= 0 and is_whole:
+        for is_whole, _, path, length in files:  # those with temporary names are left behind by killed processes
+            if not is_whole and _remove_unused(path):
+                excess -= length
+        shards = [(path, length) for is_whole, _, path, length in sorted(files) if is_whole]
+        if excess > 0 and excess > sum(length for path, length in shards if _is_unused(path)):
+            return False
+        for path, length in shards:
+            if excess <= 0:
                 break
             if _remove_unused(path):
                 excess -= length
@@ -265,14 +273,30 @@ def _open_own(path: Path) -> int | None:
 
 def _remove_unused(path: Path) -> bool:
     """Remove a file unless a process uses it. Returns whether it was removed."""
+    with _lock_unused(path) as is_unused:
+        if is_unused:
+            path.unlink(missing_ok=True)
+    return is_unused
+
+
+def _is_unused(path: Path) -> bool:
+    with _lock_unused(path) as is_unused:
+        return is_unused
+
+
+@contextmanager
+def _lock_unused(path: Path) -> Iterator[bool]:
+    """Lock a file during the block unless a process uses it. Yields whether it is locked."""
     descriptor = _open_own(path)
     if descriptor is None:
-        return False
+        yield False
+        return
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.unlink(missing_ok=True)
-    except BlockingIOError:
-        return False
+        is_unused = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            is_unused = False
+        yield is_unused
     finally:
         os.close(descriptor)
-    return True

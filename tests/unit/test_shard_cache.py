@@ -136,6 +136,23 @@ def test_without_room_open_returns_none(shards: Shards) -> None:
     shards.use(4)
 
 
+def test_a_shard_that_cannot_fit_removes_no_other(shards: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = shards.open(1)
+    assert held is not None
+    for number in (2, 3):
+        shards.use(number)
+    left = shards.cache.folder / f".{'0' * 64}.{'f' * 32}"
+    left.write_bytes(bytes(SIZE))
+    for size in (2 * SIZE + 1, 4 * SIZE):  # more than the unused ones, and than the cache
+        assert shards.cache.open(f"{shards.root}/4.tar", size, shards.digest(4)) is None
+        assert shards.kept() == {1, 2, 3}
+    assert not left.exists()
+    monkeypatch.setattr(cache_module, "DISK_RESERVE", 1.0)
+    assert shards.open(4) is None
+    assert shards.kept() == {1, 2, 3}
+    os.close(held)
+
+
 @contextmanager
 def full_disk() -> Iterator[None]:
     """No file may grow, as far as this process can tell."""

@@ -91,6 +91,11 @@ class JobResult:
     shard: Shard | None
     rejected: tuple[Rejection, ...]
 
+    def is_complete(self, job: ShardJob) -> bool:
+        """Whether each clip of the job is in the shard or rejected; one with several files may be rejected for each."""
+        taken = self.shard.count if self.shard else 0
+        return taken <= job.clips <= taken + len(self.rejected)
+
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
         return {
@@ -224,7 +229,7 @@ def load_finished(output: str, digest: str) -> BuildReport | None:
 
 
 def start_part(output: str, plan: Plan, part: Part) -> list[int]:
-    """Save the plan; return the numbers of the part's jobs that are not finished.
+    """Save the plan; return the numbers of the part's jobs that are not finished, and remove their earlier results.
 
     Raises ConfigError when another part was started with another plan: its clips or settings differ.
     """
@@ -236,11 +241,11 @@ def start_part(output: str, plan: Plan, part: Part) -> list[int]:
                 f"{url}: the parts there are of other clips or settings; "
                 f"give all parts the same, or remove {storage.join(output, PARTS)} to begin anew"
             )
-    storage.write_json(url, plan.to_dict())
     numbers = plan.share(part)
     with ThreadPoolExecutor(READERS) as pool:
-        finished = pool.map(partial(_is_finished, output), [plan.jobs[number] for number in numbers])
-        return [number for number, is_finished in zip(numbers, finished, strict=True) if not is_finished]
+        kept = list(pool.map(partial(_keep_result, output), [plan.jobs[number] for number in numbers]))
+    storage.write_json(url, plan.to_dict())  # after the removals: a merge takes every result for one of this plan
+    return [number for number, is_finished in zip(numbers, kept, strict=True) if not is_finished]
 
 
 def run_shard_job(
@@ -338,25 +343,32 @@ def clips_of_parts(output: str) -> tuple[int, int] | None:
     return sum(job.clips for job in plan.jobs if job.name in found), plan.clips
 
 
-def _is_finished(output: str, job: ShardJob) -> bool:
+def _keep_result(output: str, job: ShardJob) -> bool:
+    """Keep the result of a finished job and return True; remove that of other inputs, or of a shard that is damaged."""
     url = storage.join(output, job.result_url)
     if not storage.exists(url):
         return False
     result = JobResult.read(url)
-    if result.digest != job.digest:
-        return False
-    if result.shard is None:
+    if result.digest == job.digest and result.is_complete(job) and _is_written(output, result.shard):
         return True
-    shard_url = storage.join(output, result.shard.url)
-    return storage.exists(shard_url) and storage.size(shard_url) == result.shard.bytes
+    storage.remove_tree(url)
+    return False
+
+
+def _is_written(output: str, shard: Shard | None) -> bool:
+    if shard is None:
+        return True
+    url = storage.join(output, shard.url)
+    return storage.exists(url) and storage.size(url) == shard.bytes
 
 
 def _load_results(output: str, plan: Plan) -> list[JobResult]:
-    """The result of each job. Raises DataError, naming the first, when some are missing."""
+    """The result of each job. Raises DataError, naming the first, when some are missing or incomplete."""
 
     def load(job: ShardJob) -> JobResult | None:
         url = storage.join(output, job.result_url)
-        return JobResult.read(url) if storage.exists(url) else None
+        result = JobResult.read(url) if storage.exists(url) else None
+        return result if result and result.is_complete(job) else None
 
     with ThreadPoolExecutor(READERS) as pool:
         results = list(pool.map(load, plan.jobs))

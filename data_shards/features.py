@@ -100,7 +100,8 @@ def _build_encoders(config: Config, manifest: Manifest, device: torch.device) ->
 def _plan(config: Config, manifest: Manifest, encoders: FrozenEncoders) -> Plan:
     """A job for each clip shard.
 
-    Its digest covers the clips, the clip settings, the weights of the encoders, and their precision.
+    Its digest covers its clips, which `data.limit` may choose, the clip settings, the weights of the encoders, and
+    their precision.
     """
     weights = encoders.digests
     settings = [
@@ -111,7 +112,7 @@ def _plan(config: Config, manifest: Manifest, encoders: FrozenEncoders) -> Plan:
         *_plug_in_settings(config),
         *([config.engine.precision] if config.engine.precision != "float32" else []),
     ]
-    digests = [storage.sha256(json.dumps([settings, shard.sha256]).encode()) for shard in manifest.shards]
+    digests = [storage.sha256(json.dumps([settings, shard.sha256, shard.keys]).encode()) for shard in manifest.shards]
     urls = [f"{shard.split}/{shard.url.rsplit('/', 1)[-1]}" for shard in manifest.shards]
     if len(set(urls)) != len(urls):
         raise ConfigError(f"{config.data.manifest}: two shards of one split have the same file name; rename one")

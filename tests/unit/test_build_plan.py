@@ -110,6 +110,42 @@ def test_parts_of_copies_with_other_times_do_mix(clips: Path, tmp_path: Path) ->
     assert verify_shards(merge_parts(f"{tmp_path}/out").manifest_url) == []
 
 
+def _interrupt(done: int, total: int) -> None:
+    raise KeyboardInterrupt
+
+
+def test_merge_takes_no_results_of_an_earlier_plan(clips: Path, tmp_path: Path) -> None:
+    output, listed = f"{tmp_path}/out", tmp_path / "clips.csv"
+    header, *rows = (line for line in clips.read_text().splitlines() if "gone" not in line)  # the last one is silent
+
+    def write_list(rows: list[str]) -> None:
+        listed.write_text("\n".join([header, *(f"{clips.parent}/{row}" for row in rows), ""]))
+
+    write_list(rows)
+    with pytest.raises(DataError, match="1 clip rejected"):  # the results of all jobs are there
+        build_shards(listed, output, strict=True, **SETTINGS)
+    kept = sorted((tmp_path / "out").glob("*/c001-*.tar"))
+    times = [path.stat().st_mtime_ns for path in kept]
+    write_list(rows[1:-1])  # class_000 has one clip less
+    with pytest.raises(KeyboardInterrupt):
+        build_shards(listed, output, progress=_interrupt, **SETTINGS)
+    with pytest.raises(DataError, match="shards are not done"):
+        merge_parts(output)
+    report = build_shards(listed, output, **SETTINGS)
+    fresh = build_shards(listed, f"{tmp_path}/fresh", **SETTINGS)
+    assert report.manifest.content_hash == fresh.manifest.content_hash
+    assert [path.stat().st_mtime_ns for path in kept] == times
+
+
+def test_a_result_without_all_clips_of_its_job_counts_as_missing(clips: Path, tmp_path: Path) -> None:
+    build_part(clips, str(tmp_path), Part(0, 1), **SETTINGS)
+    result = min((tmp_path / "parts/train").glob("*.json"))
+    result.write_text(json.dumps(json.loads(result.read_text()) | {"shard": None, "rejected": []}))
+    with pytest.raises(DataError, match="1 of 10 shards are not done"):
+        merge_parts(str(tmp_path))
+    assert build_shards(clips, str(tmp_path), **SETTINGS).manifest.first_clips[-1] == 14
+
+
 KILLED_PART = """
 import os, signal, sys
 from pathlib import Path

@@ -123,6 +123,18 @@ def test_missing_clip_shard_stops_the_run_by_name(clips: str, tmp_path: Path) ->
     assert sum(shard.count for shard in resumed.manifest.shards) == 13
 
 
+def test_an_interrupted_trial_with_a_limit_leaves_no_clip_out(clips: str, tmp_path: Path) -> None:
+    def interrupt(done: int, total: int) -> None:
+        if done == total - 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_features(_config(clips, "data.limit.train=1"), f"{tmp_path}/out", batch=2, device=CPU, progress=interrupt)
+    whole = make_features(_config(clips), f"{tmp_path}/whole", batch=2, device=CPU)
+    after = make_features(_config(clips), f"{tmp_path}/out", batch=2, device=CPU)
+    assert (after.manifest.content_hash, after.rejected) == (whole.manifest.content_hash, whole.rejected)
+
+
 def test_command_under_torchrun_encodes_the_share_of_its_rank(clips: str, tmp_path: Path) -> None:
     for rank in ("0", "1"):
         local = {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}

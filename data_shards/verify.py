@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from itertools import chain, count
 
 from avcil_dist import storage
 from avcil_dist.data.manifest import Manifest, load_manifest
@@ -53,8 +54,8 @@ def repair_manifest(
 ) -> tuple[Manifest, list[str]]:
     """Rewrite a manifest so that it lists the intact shards only. Returns the new manifest and the faults.
 
-    The old manifest is saved beside it as `manifest.before-repair.json`, and its clip table stays. Without faults
-    nothing is written.
+    The old manifest is saved beside it as `manifest.before-repair.json`, that of a second repair as
+    `manifest.before-repair-2.json`, and their clip tables stay. Without faults nothing is written.
     Raises DataError when no shard is intact.
     """
     manifest = load_manifest(manifest_url)
@@ -68,9 +69,16 @@ def repair_manifest(
     present = {shard.class_name for shard in intact}
     classes = tuple(name for name in manifest.classes if name in present)
     repaired = replace(manifest, classes=classes, shards=intact)
-    storage.write_bytes(f"{manifest_url.removesuffix('.json')}.before-repair.json", storage.read_bytes(manifest_url))
+    storage.write_bytes(_url_before_repair(manifest_url), storage.read_bytes(manifest_url))
     repaired.save(manifest_url)
     return repaired, all_faults
+
+
+def _url_before_repair(manifest_url: str) -> str:
+    """Return the url that the manifest is saved at: the first one that is free."""
+    ends = chain([""], (f"-{number}" for number in count(2)))
+    urls = (f"{manifest_url.removesuffix('.json')}.before-repair{end}.json" for end in ends)
+    return next(url for url in urls if not storage.exists(url))
 
 
 def _wrong_hash(manifest_url: str) -> str:

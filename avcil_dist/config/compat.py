@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from avcil_dist.config.fields import schema_fields
+from avcil_dist.config.fields import method_fields, schema_fields
+from avcil_dist.config.method_options import METHOD_OPTIONS
 from avcil_dist.config.section import ChangeClass
 
 MANIFEST_HASH = "manifest hash"  # compared beside the settings: the data that a stream is trained on
@@ -28,7 +29,7 @@ class SettingChange:
 def change_class(key: str) -> ChangeClass:
     """Return the effect of a change of the setting `key`, or of MANIFEST_HASH.
 
-    Keys without a field in the schema are options of a method, or settings of another version: FORK.
+    Other keys are options of a method of another package, or settings of another version: FORK.
     """
     return _classes().get(key, ChangeClass.FORK)
 
@@ -58,4 +59,5 @@ def result_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 @cache
 def _classes() -> dict[str, ChangeClass]:
-    return {field.key: field.change for field in schema_fields()} | {MANIFEST_HASH: ChangeClass.INCOMPARABLE}
+    fields = [*schema_fields(), *method_fields(METHOD_OPTIONS)]
+    return {field.key: field.change for field in fields} | {MANIFEST_HASH: ChangeClass.INCOMPARABLE}

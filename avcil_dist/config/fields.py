@@ -36,10 +36,15 @@ def schema_fields() -> tuple[SettingField, ...]:
 
 
 def method_fields(options: Mapping[str, type[Section]]) -> list[SettingField]:
-    """Return the options of each method. A change of an option is a fork."""
+    """Return the options of each method. A change of an option is a fork, unless its type has another class."""
     return [
         SettingField(
-            f"method.{name}", method, type_text(field), default_text(field), field.description or "", ChangeClass.FORK
+            f"method.{name}",
+            method,
+            type_text(field),
+            default_text(field),
+            field.description or "",
+            next(iter(_marked_changes(field)), ChangeClass.FORK),
         )
         for method, model in options.items()
         for name, field in model.model_fields.items()
@@ -89,10 +94,14 @@ def _fields_of(model: type[BaseModel], prefix: str, kind: str | None = None) -> 
 
 
 def _change_of(key: str, field: FieldInfo) -> ChangeClass:
-    marked = [marker for marker in field.metadata if isinstance(marker, ChangeClass)]
+    marked = _marked_changes(field)
     if len(marked) != 1:
         raise AssertionError(f"{key}: a field needs one class of change, such as Fork[...]; it has {len(marked)}")
     return marked[0]
+
+
+def _marked_changes(field: FieldInfo) -> list[ChangeClass]:
+    return [marker for marker in field.metadata if isinstance(marker, ChangeClass)]
 
 
 def _type_text(annotation: Any, metadata: Sequence[Any]) -> str:

@@ -1,13 +1,14 @@
 """Options of the built-in methods. They are apart from the methods, so that reading settings does not import torch.
 
-A method of another package has a class `Options` of its own.
+A method of another package has a class `Options` of its own. A change of an option within a stream makes another
+stream, a fork; `Incomparable` are options that the state of earlier steps depends on, such as features of sums.
 """
 
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from avcil_dist.config.section import Section
+from avcil_dist.config.section import Incomparable, Section
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -19,14 +20,16 @@ class NoOptions(Section):
 class SumsOptions(Section):
     """Features φ."""
 
-    features: Literal["tokens", "network"] = Field(
+    features: Incomparable[Literal["tokens", "network"]] = Field(
         "tokens",
         description="pooled tokens of the encoders (tokens), or features of a network trained at step 0 (network)",
     )
-    pool: tuple[PositiveInt, PositiveInt] = Field(
+    pool: Incomparable[tuple[PositiveInt, PositiveInt]] = Field(
         (8, 1), description="grid of frames × positions to which visual tokens are pooled"
     )
-    unit_length: bool = Field(False, description="scale the sound and each pooled visual token of a clip to length 1")
+    unit_length: Incomparable[bool] = Field(
+        False, description="scale the sound and each pooled visual token of a clip to length 1"
+    )
 
 
 class RidgeOptions(SumsOptions):
@@ -37,10 +40,10 @@ class RidgeOptions(SumsOptions):
         min_length=1,
         description="candidates for γ; the best on validation clips is used, of equally good ones the largest",
     )
-    expansion: int = Field(
+    expansion: Incomparable[int] = Field(
         0, ge=0, le=1_000_000, description="length of a fixed random ReLU expansion of φ; 0 for none"
     )
-    expansion_seed: int = Field(0, ge=0)
+    expansion_seed: Incomparable[int] = Field(0, ge=0)
 
 
 class LwfOptions(Section):
@@ -107,7 +110,7 @@ class AvcilOptions(Section):
 class AnchoredOptions(Section):
     """Features and scale of the anchor, and the distillation."""
 
-    parts: PositiveInt = Field(8, description="parts of time to which the anchor's visual tokens are pooled")
+    parts: Incomparable[PositiveInt] = Field(8, description="parts of time to which the anchor's visual tokens are pooled")
     scale: PositiveFloat = Field(10.0, description="s, factor of the anchor's scores")
     distillation_temperature: PositiveFloat = 2.0
 
@@ -141,7 +144,7 @@ class SldaOptions(SumsOptions):
 class AcilOptions(RidgeOptions):
     """Features, expansion, and candidates for γ; the paper has one γ."""
 
-    expansion: int = Field(8192, ge=1, le=1_000_000, description="length of the random ReLU expansion of φ")
+    expansion: Incomparable[int] = Field(8192, ge=1, le=1_000_000, description="length of the random ReLU expansion of φ")
 
 
 class AirOptions(RidgeOptions):
@@ -152,7 +155,7 @@ class AirOptions(RidgeOptions):
         min_length=1,
         description="candidates for γ; the best on validation clips is used, of equally good ones the largest",
     )
-    expansion: int = Field(
+    expansion: Incomparable[int] = Field(
         8192, ge=0, le=1_000_000, description="length of a fixed random ReLU expansion of φ; 0 for none"
     )
 
@@ -175,13 +178,13 @@ class RanpacOptions(RidgeOptions):
         min_length=1,
         description="candidates for γ; the best on validation clips is used, of equally good ones the largest",
     )
-    expansion: int = Field(10_000, ge=1, le=1_000_000, description="length of the random projection, M in the paper")
+    expansion: Incomparable[int] = Field(10_000, ge=1, le=1_000_000, description="length of the random projection, M in the paper")
 
 
 class KernelOptions(Section):
     """Features, kernel and limits."""
 
-    pool: tuple[PositiveInt, PositiveInt] = Field(
+    pool: Incomparable[tuple[PositiveInt, PositiveInt]] = Field(
         (8, 1), description="grid of frames × positions to which visual tokens are pooled"
     )
     gamma: PositiveFloat = Field(0.01, description="ridge γ")

@@ -191,15 +191,17 @@ class Kernel(ClosedFormMethod):
         tensors = {**self.features, "labels": self.labels, "weights": self.weights, **self._factor}
         if self.landmarks is not None:
             tensors["landmarks"] = self.landmarks
-        return {**{name: tensor.cpu() for name, tensor in tensors.items()}, "medians": dict(self.medians)}
+        numbers = {"medians": dict(self.medians), **({"kernel": self._factor_options} if self._factor else {})}
+        return {**{name: tensor.cpu() for name, tensor in tensors.items()}, **numbers}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load the result of `state_dict`."""
+        """Load the result of `state_dict`. A factor that is not to be kept, or of another kernel, is left out."""
         self.features = {name: state[name] for name in MODALITIES if name in state}
         self.labels = state.get("labels", self.labels)
         self.medians = dict(state.get("medians", {}))
         self.weights, self.landmarks, self._parts = state.get("weights"), state.get("landmarks"), {}
-        self._factor = {name: state[name] for name in sorted(state) if name.startswith("factor_")}
+        if self.options.keep_factor and state.get("kernel", self._factor_options) == self._factor_options:
+            self._factor = {name: state[name] for name in sorted(state) if name.startswith("factor_")}
 
     def check_state(self, num_seen: int) -> None:
         """Check features, labels, medians, B, landmarks and the factor: shapes, types and numbers."""
@@ -237,6 +239,11 @@ class Kernel(ClosedFormMethod):
         if not 0 <= int(landmarks.min()) <= int(landmarks.max()) < count or bool((landmarks.diff() <= 0).any()):
             raise ValueError(f"landmarks: not ascending rows of {count} clips")
         return count
+
+    @property
+    def _factor_options(self) -> list[float]:
+        """The options that the factor depends on."""
+        return [self.options.gamma, self.options.visual_weight]
 
     def _clips(self, rows: slice | Tensor, only: str | None = None) -> dict[str, Tensor]:
         """Kept features of some clips; `only`: those of one modality."""

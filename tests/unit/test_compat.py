@@ -10,8 +10,9 @@ from avcil_dist.config.compat import (
     result_settings,
     setting_changes,
 )
-from avcil_dist.config.fields import schema_fields
+from avcil_dist.config.fields import method_fields, schema_fields
 from avcil_dist.config.loader import shipped_configs
+from avcil_dist.config.method_options import METHOD_OPTIONS
 from avcil_dist.config.section import ChangeClass
 from avcil_dist.config.serialization import flatten
 
@@ -49,6 +50,16 @@ def expected_class(key: str) -> ChangeClass:
 @pytest.mark.parametrize("key", sorted(KEYS))
 def test_every_setting_has_its_class_of_change(key: str) -> None:
     assert change_class(key) is expected_class(key)
+
+
+@pytest.mark.parametrize("name", ["features", "pool", "unit_length", "expansion", "expansion_seed", "parts"])
+def test_options_that_the_state_of_earlier_steps_depends_on_are_incomparable(name: str) -> None:
+    assert change_class(f"method.{name}") is ChangeClass.INCOMPARABLE
+
+
+def test_an_option_has_the_same_class_in_each_method() -> None:
+    for field in method_fields(METHOD_OPTIONS):
+        assert field.change is change_class(field.key), (field.key, field.kind)
 
 
 def test_settings_outside_the_schema_have_a_class_too() -> None:

@@ -45,11 +45,15 @@ def kernel_method(**options: Any) -> Kernel:
     return method
 
 
-def learn(*modalities: str, **options: Any) -> Kernel:
-    """All steps, each by a new method with the state of the one before, as it comes out of an artifact."""
+def learn(*modalities: str, last_step: dict[str, Any] | None = None, **options: Any) -> Kernel:
+    """All steps, each by a new method with the state of the one before, as it comes out of an artifact.
+
+    `last_step` are options that differ in the last step.
+    """
     state: dict[str, Any] = {}
     for step in range(SCENARIO.num_steps):
-        method = kernel_method(**options)
+        is_last = step + 1 == SCENARIO.num_steps
+        method = kernel_method(**options | ((last_step or {}) if is_last else {}))
         method.restore(state, SCENARIO.num_old(step), "the step before")
         method.begin_step(StepContext(SCENARIO, step))
         for new in SCENARIO.new(step):
@@ -117,6 +121,15 @@ def test_appended_rows_and_a_factor_computed_anew_give_the_same_head() -> None:
     appended, anew = (learn("audio", "visual", keep_factor=keep).weights for keep in (True, False))
     assert appended is not None
     torch.testing.assert_close(appended, anew, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("changed", [{"gamma": 1.0}, {"visual_weight": 0.2}, {"keep_factor": False}])
+def test_a_factor_of_other_options_is_not_extended(changed: dict[str, Any]) -> None:
+    found = learn("audio", "visual", keep_factor=True, last_step=changed)
+    expected = learn("audio", "visual", **{"keep_factor": True} | changed)
+    assert found.weights is not None
+    torch.testing.assert_close(found.weights, expected.weights, rtol=1e-9, atol=1e-9)
+    kernel_method(**{"keep_factor": True} | changed).restore(found.state_dict(), CLASSES, "step_002")
 
 
 @pytest.mark.parametrize(("weight", "gamma"), [(0.4, 0.5), (0.9, 0.02)])
@@ -232,9 +245,9 @@ def test_the_median_of_many_clips_is_that_of_evenly_spaced_ones() -> None:
 )
 def test_a_state_that_no_step_made_is_refused(change: dict[str, Any], message: str) -> None:
     state = learn("audio", "visual", keep_factor=True).state_dict()
-    kernel_method().restore(state, CLASSES, "step_002")
+    kernel_method(keep_factor=True).restore(state, CLASSES, "step_002")
     with pytest.raises(ArtifactError, match=message):
-        kernel_method().restore(state | change, CLASSES, "step_002")
+        kernel_method(keep_factor=True).restore(state | change, CLASSES, "step_002")
 
 
 @pytest.mark.parametrize(

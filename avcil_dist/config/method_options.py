@@ -110,7 +110,9 @@ class AvcilOptions(Section):
 class AnchoredOptions(Section):
     """Features and scale of the anchor, and the distillation."""
 
-    parts: Incomparable[PositiveInt] = Field(8, description="parts of time to which the anchor's visual tokens are pooled")
+    parts: Incomparable[PositiveInt] = Field(
+        8, description="parts of time to which the anchor's visual tokens are pooled"
+    )
     scale: PositiveFloat = Field(10.0, description="s, factor of the anchor's scores")
     distillation_temperature: PositiveFloat = 2.0
 
@@ -144,7 +146,9 @@ class SldaOptions(SumsOptions):
 class AcilOptions(RidgeOptions):
     """Features, expansion, and candidates for γ; the paper has one γ."""
 
-    expansion: Incomparable[int] = Field(8192, ge=1, le=1_000_000, description="length of the random ReLU expansion of φ")
+    expansion: Incomparable[int] = Field(
+        8192, ge=1, le=1_000_000, description="length of the random ReLU expansion of φ"
+    )
 
 
 class AirOptions(RidgeOptions):
@@ -178,7 +182,9 @@ class RanpacOptions(RidgeOptions):
         min_length=1,
         description="candidates for γ; the best on validation clips is used, of equally good ones the largest",
     )
-    expansion: Incomparable[int] = Field(10_000, ge=1, le=1_000_000, description="length of the random projection, M in the paper")
+    expansion: Incomparable[int] = Field(
+        10_000, ge=1, le=1_000_000, description="length of the random projection, M in the paper"
+    )
 
 
 class KernelOptions(Section):

@@ -24,7 +24,7 @@ from avcil_dist.models.extension import Extension
 from avcil_dist.models.fusion import Fusion, fusion_class
 from avcil_dist.models.heads import Head, LinearHead, ProxyHead, grow_linear, grow_proxies, zero_rows
 from avcil_dist.models.network_spec import DEFAULT_SPEC, NetworkSpec
-from avcil_dist.models.outputs import Divergence, Output, sum_present
+from avcil_dist.models.outputs import Divergence, Encoded, Output, sum_present
 from avcil_dist.models.precision import precision_context
 
 PROJECTIONS = ("audio_proj", "visual_proj")
@@ -98,7 +98,7 @@ class HeadedNetwork(Network):
             if self.has_booster:
                 self.booster = Booster(self.projections, num_classes)
             if self.branches is not None:
-                self._add_branch(num_classes - num_old)
+                self.branches.grow(self.projections, num_classes - num_old)
                 width = self.classifier.in_features // (self.branches.count - 1) * self.branches.count
             self.classifier = grow_linear(self.classifier, num_classes, width)
             if self.anchor is not None:
@@ -113,10 +113,6 @@ class HeadedNetwork(Network):
     def projections(self) -> dict[str, nn.Linear]:
         """Projections of the modalities that the network has, by name."""
         return {name: layer for name, layer in self.named_children() if name in PROJECTIONS}  # type: ignore[misc]
-
-    def _add_branch(self, num_new: int) -> None:
-        assert self.branches is not None
-        self.branches.grow(self.projections, num_new)
 
     def _freeze_shared(self) -> None:
         """Freeze all but the head, the method's extension, the booster, and the projections of a newest branch."""
@@ -135,12 +131,10 @@ class HeadedNetwork(Network):
         visual, audio = self.anchor.visual_encoder, self.anchor.audio_encoder
         return PooledTokens(visual or self.visual_encoder, audio or self.audio_encoder, (self.anchor.num_cells, 1))
 
-    def add_anchor(
-        self, output: Output, visual: Tensor, audio: Tensor, *, tokens: Tensor | None, sound: Tensor | None
-    ) -> Output:
-        """Add the scores of the anchor, if there is one, to the logits. The tensors are as in `Anchor.forward`."""
+    def finished(self, output: Output, encoded: Encoded) -> Output:
+        """Return the output with the scores of the anchor, and as the extension refines it, where there are these."""
         if self.anchor is not None:
-            output = output._replace(logits=output.logits + self.anchor(visual, audio, tokens, sound))
+            output = output._replace(logits=output.logits + self.anchor(*encoded))
         return output if self.extension is None else self.extension.refine(output)
 
     def project_and_classify(
@@ -201,28 +195,32 @@ class AudioVisualNetwork(HeadedNetwork):
 
     def classify(self, visual: Tensor, audio: Tensor, teacher: TeacherView | None) -> Output:
         """Pool the visual tokens by audio-guided attention, project both modalities, classify their sum."""
-        encoded_sound, encoded_tokens = self.audio_encoder(audio), self.visual_encoder(visual)
-        sound, tokens = self.adapted(encoded_sound, encoded_tokens)
+        encoded = self._encoded(visual, audio)
+        sound, tokens = self.adapted(encoded.sound, encoded.tokens)
         pooled, divergence = self.attention(*self._attended(sound, tokens), teacher)
-        output = self.fuse_and_classify(sound, pooled, divergence)
-        return self.add_anchor(output, visual, audio, tokens=encoded_tokens, sound=encoded_sound)
+        return self.classify_pooled(encoded, sound, pooled, divergence)
 
-    def fuse_and_classify(self, sound: Tensor, pooled: Tensor, divergence: Divergence | None = None) -> Output:
-        """Classify encoded sound (B, D) and the attention's pooled tokens: (B, D), or (B · T, D) for a fusion."""
+    def classify_pooled(
+        self, encoded: Encoded, sound: Tensor, pooled: Tensor, divergence: Divergence | None = None
+    ) -> Output:
+        """Classify adapted sound (B, D) and the attention's pooled tokens: (B, D), or (B · T, D) for a fusion."""
         if self.fusion is None:
-            return self.project_and_classify(sound, pooled, divergence)
+            return self.finished(self.project_and_classify(sound, pooled, divergence), encoded)
         num_frames = self.fusion.num_frames
         if divergence is not None:
             divergence = Divergence(*(part.view(len(part) // num_frames, -1).sum(dim=1) for part in divergence))
         mixed, frames = self.fusion(sound, pooled.unflatten(0, (-1, num_frames)))
-        return self.project_and_classify(mixed, frames, divergence)
+        return self.finished(self.project_and_classify(mixed, frames, divergence), encoded)
 
     @torch.no_grad()
-    def attention_view(self, visual: Tensor, audio: Tensor, rows: slice) -> TeacherView:
-        """Return the attention and the encoded `rows`: a teacher's side of the attention distillation."""
+    def attention_view(self, visual: Tensor, audio: Tensor) -> tuple[TeacherView, Encoded]:
+        """Return the attention and what it is given, a teacher's side of the distillation, and the encodings."""
         with precision_context(self.precision, audio.device):
-            sound, tokens = self.adapted(self.audio_encoder(audio[rows]), self.visual_encoder(visual[rows]))
-            return TeacherView(self.attention, *self._attended(sound, tokens))
+            encoded = self._encoded(visual, audio)
+            return TeacherView(self.attention, *self._attended(*self.adapted(encoded.sound, encoded.tokens))), encoded
+
+    def _encoded(self, visual: Tensor, audio: Tensor) -> Encoded:
+        return Encoded(visual, audio, self.visual_encoder(visual), self.audio_encoder(audio))
 
     def _attended(self, sound: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs of the attention, sound (B, D) and tokens (B, T, S, D).
@@ -250,7 +248,7 @@ class AudioNetwork(HeadedNetwork):
         """Project and classify the sound; `visual` is ignored."""
         encoded = self.audio_encoder(audio)
         sound, _ = self.adapted(encoded, None)
-        return self.add_anchor(self.project_and_classify(sound, None), visual, audio, tokens=None, sound=encoded)
+        return self.finished(self.project_and_classify(sound, None), Encoded(visual, audio, None, encoded))
 
 
 class VisualNetwork(HeadedNetwork):
@@ -276,7 +274,7 @@ class VisualNetwork(HeadedNetwork):
             _, pooled = self.fusion(None, tokens.mean(dim=2, dtype=torch.float32))
         else:
             pooled = tokens.mean(dim=(1, 2), dtype=torch.float32)
-        return self.add_anchor(self.project_and_classify(None, pooled), visual, audio, tokens=encoded, sound=None)
+        return self.finished(self.project_and_classify(None, pooled), Encoded(visual, audio, encoded, None))
 
 
 class PooledTokens(Network):

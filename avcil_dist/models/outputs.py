@@ -24,6 +24,18 @@ class Divergence(NamedTuple):
     temporal: Tensor
 
 
+class Encoded(NamedTuple):
+    """Inputs `visual` and `audio` of a network, and its encodings of them.
+
+    `tokens` (B, T, S, D) and `sound` (B, D); None without the modality.
+    """
+
+    visual: Tensor
+    audio: Tensor
+    tokens: Tensor | None
+    sound: Tensor | None
+
+
 class Output(NamedTuple):
     """Output of a network of dimension D with C classes for a batch of B clips.
 

@@ -37,13 +37,13 @@ def clip_maps(
     `visual` (T, …) and `audio` (…) are inputs of the encoders. The evidence is that for the class `label`, by default
     for the predicted one.
     """
-    view = network.attention_view(visual[None], audio[None], slice(None))
+    view, encoded = network.attention_view(visual[None], audio[None])
     sound, tokens = view.audio.float(), view.visual.float()
     # One clip, or with a projection for each frame (model.fusion=concat) as many clips of one frame as there are frames
     weights = token_weights(view.attention, sound, tokens)
     with torch.enable_grad():
         pooled = (weights * tokens).sum(dim=(1, 2)).requires_grad_()
-        scores = method.scores(network.fuse_and_classify(sound[:1], pooled))[0]
+        scores = method.scores(network.classify_pooled(encoded, sound[:1], pooled))[0]
         predicted = int(scores.argmax())
         gradient = torch.zeros_like(pooled)
         if scores.requires_grad:  # some methods score without a graph: no evidence is known of them

@@ -75,4 +75,4 @@ class Teacher(nn.Module):
     def attention_view(self, batch: Batch) -> TeacherView:
         """Return the teacher's attention and its encoded tokens for the batch's exemplars."""
         assert isinstance(self.network, AudioVisualNetwork)
-        return self.network.attention_view(batch.visual, batch.audio, slice(batch.num_current, None))
+        return self.network.attention_view(batch.visual[batch.num_current :], batch.audio[batch.num_current :])[0]

@@ -43,7 +43,7 @@ def test_eager_loss_and_gradient_are_ours() -> None:
         num_current=CURRENT,
         tasks=[slice(0, 2), slice(2, 4)],
     )
-    view = networks["teacher"][1].attention_view(visual, audio, slice(CURRENT, None))
+    view = networks["teacher"][1].attention_view(visual[CURRENT:], audio[CURRENT:])[0]
     output = networks["student"][1](visual, audio, view)
     ours = method.loss(Targets(labels, CURRENT), output, Output(teacher_logits, None, None))["loss"]
     assert ours.item() == pytest.approx(plain.item(), rel=1e-5)

@@ -83,7 +83,7 @@ def test_the_divergence_from_a_teacher_is_that_of_the_spatial_attention_of_all_f
     assert isinstance(student, AudioVisualNetwork)
     assert isinstance(teacher, AudioVisualNetwork)
     exemplars = slice(2, None)
-    output = student(visual, audio, teacher.attention_view(visual, audio, exemplars))
+    output = student(visual, audio, teacher.attention_view(visual[exemplars], audio[exemplars])[0])
     ours, theirs = (spatial_attention(made, visual, audio)[exemplars] for made in (student, teacher))
     expected = (theirs * (theirs.log() - ours.log())).sum(dim=(1, 2, 3))
     assert output.divergence is not None
@@ -183,7 +183,7 @@ def test_a_methods_own_parameters_are_part_of_the_network(fusion: str) -> None:
     torch.testing.assert_close(extended(visual, audio).logits, made(prompted, 2 * audio).logits + 3.0)
     assert {"extension.prompts", "extension.bias"} <= set(extended.state_dict())
     assert isinstance(extended, AudioVisualNetwork)
-    assert extended.attention_view(visual, audio, slice(1, None)).visual.shape[2] == POSITIONS + 2
+    assert extended.attention_view(visual[1:], audio[1:])[0].visual.shape[2] == POSITIONS + 2
     extended(visual, audio).logits.sum().backward()
     assert extended.extension.prompts.grad.abs().sum() > 0
     extended.grow(CLASSES + 2)

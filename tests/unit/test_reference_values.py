@@ -117,7 +117,7 @@ def case(request: pytest.FixtureRequest) -> Case:
         tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     student, teacher = network(tensors, "student"), network(tensors, "teacher")
     visual = tensors["visual"].unflatten(1, (facts["frames"], facts["positions"]))
-    view = teacher.attention_view(visual, tensors["audio"], slice(facts["current"], None))
+    view = teacher.attention_view(visual[facts["current"] :], tensors["audio"][facts["current"] :])[0]
     output = student(visual, tensors["audio"], view)
     return Case(facts, tensors, student, teacher, visual, tensors["audio"], output)
 

@@ -130,9 +130,16 @@ def find_files(paths: Sequence[str]) -> list[MediaFile]:
     """Return the clips of files, urls, folders (videos in them, at any depth) and csv files with a column `path`.
 
     A csv may have `start` and `duration`, in seconds; its other columns are passed over. Raises ConfigError for a path
-    that does not exist, and for a folder without videos; DataError for a faulty csv.
+    that does not exist or has no clips; DataError for a faulty csv.
     """
-    return [file for path in paths for file in _files(path)]
+    clips: list[MediaFile] = []
+    for path in paths:
+        found = list(_files(path))
+        if not found:
+            endings = ", ".join(sorted(VIDEO_ENDINGS)[:4])
+            raise ConfigError(f"{path}: no clips; a folder needs videos ({endings}, …), a csv a row with a path")
+        clips += found
+    return clips
 
 
 def _files(path: str) -> Iterator[MediaFile]:
@@ -142,8 +149,6 @@ def _files(path: str) -> Iterator[MediaFile]:
     local = Path(storage.local_path(path) or path)
     if local.is_dir():
         videos = sorted(file for file in local.rglob("*") if file.suffix.lower() in VIDEO_ENDINGS and file.is_file())
-        if not videos:
-            raise ConfigError(f"{path}: no videos in this folder ({', '.join(sorted(VIDEO_ENDINGS)[:4])}, …)")
         for video in videos:
             yield _file(f"{path.rstrip('/')}/{video.relative_to(local)}", ClipFile(str(video)))
     elif not local.exists():

@@ -14,6 +14,7 @@ from avcil_dist.compose import load_config
 from avcil_dist.config.schema import Config
 from avcil_dist.data.exemplar_memory import EMPTY_MEMORY
 from avcil_dist.data.manifest import Manifest, load_manifest
+from avcil_dist.errors import ConfigError
 from avcil_dist.inference import step_predictions
 from avcil_dist.inference.step_predictions import StepRequest, predict_step
 from avcil_dist.methods import make_method
@@ -24,6 +25,7 @@ from avcil_dist.streams.stream import scenario_of, stream_url
 from avcil_dist.training.build import network_after
 from data_shards.features import make_features
 from launch.local_worlds import current_world
+from launch.prediction import find_files
 from tests.helpers.rendered import tiny_manifest
 from tests.helpers.streams import avcil
 from tests.unit.test_feature_shards import CPU, TINY
@@ -185,3 +187,15 @@ def test_files_that_cannot_be_decoded_are_named_and_left_out(clips: Manifest, fo
     missing = avcil("predict", stream, tmp_path / "none.mp4")
     assert missing.exit_code == 2
     assert "no such file or folder" in missing.output
+
+
+def test_a_source_without_clips_is_refused(tmp_path: Path) -> None:
+    listing, blank, empty = tmp_path / "list.csv", tmp_path / "blank.csv", tmp_path / "videos"
+    listing.write_text("path,start\n")
+    blank.write_text("path,start\n,3\n")
+    empty.mkdir()
+    clip = tmp_path / "clip.mp4"
+    clip.touch()
+    for source in (listing, blank, empty):
+        with pytest.raises(ConfigError, match=rf"^{re.escape(str(source))}: no clips; a folder needs videos"):
+            find_files([str(clip), str(source)])

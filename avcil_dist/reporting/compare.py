@@ -12,8 +12,8 @@ from avcil_dist.config.compat import result_settings
 from avcil_dist.config.schema import Config
 from avcil_dist.config.serialization import flatten
 from avcil_dist.config.variant_names import ORDER, benchmark_name
-from avcil_dist.reporting.formats import Cell, Number, TextTable, print_table
-from avcil_dist.reporting.published import MetricName, Published, Result
+from avcil_dist.reporting.formats import Number, TextTable, print_table
+from avcil_dist.reporting.published import MetricName, Published
 from avcil_dist.reporting.report import TIES_NOTE, StreamReport, megabytes
 from avcil_dist.reporting.significance import MIN_PAIRS, PairedTest, holm, paired_test
 from avcil_dist.streams.metrics import EpochChoice, StreamMetrics
@@ -21,7 +21,7 @@ from avcil_dist.streams.metrics import EpochChoice, StreamMetrics
 # Settings that have a column of their own and are left out of the variant.
 OWN_COLUMNS = ("name", "seed", "method.name", ORDER)
 MEAN: MetricName = "mean_accuracy"
-NO_RESULT = "published: no result of these benchmarks in published.yaml"
+NO_RESULT = "published: no result of these benchmarks, with their steps, clips and exemplars, in published.yaml"
 
 
 @dataclass(frozen=True)
@@ -197,21 +197,20 @@ def _in_common(pairs: int) -> str:
 
 
 def _add_published(table: TextTable, rows: Sequence[Row], published: Published) -> None:
-    """Add the columns of published results and of the difference, and the sources as notes."""
-    results: list[Cell] = []
-    differences: list[Cell] = []
-    used: list[Result] = []
-    for row in rows:
-        result = published.match(row.config, MEAN)
-        if result is None:
-            results.append("")
-            differences.append("")
-            continue
-        used.append(result)
-        results.append(f"{published.papers[result.paper].name} {result.value:.2f}")
-        differences.append(f"{100 * _mean(row) - result.value:+.1f}" if row.mean_accuracies else "– (steps missing)")
-    table.add_column("published mean accuracy", results)
-    table.add_column("difference", differences)
+    """Add the columns of papers, of their results and of the difference, and the sources as notes."""
+    results = [published.match(row.config, MEAN) for row in rows]
+    used = [result for result in results if result]
+    if used:
+        table.add_column("paper", [published.papers[result.paper].name if result else "" for result in results])
+        values = [result.value / 100 if result else None for result in results]
+        table.add_column("published\nmean accuracy", [Number.of([value], ".2f") for value in values])
+        table.add_column(
+            "difference",
+            [
+                Number.of([] if value is None else [own - value for own in row.mean_accuracies.values()], "+.1f")
+                for row, value in zip(rows, values, strict=True)
+            ],
+        )
     table.notes += published.sources(used) or [NO_RESULT]
 
 

@@ -20,24 +20,28 @@ MARKDOWN = re.compile(r"[|`*_<>\[\]\\]")
 
 @dataclass(frozen=True)
 class Number:
-    """Mean and sample standard deviation of fractions; None where there is no value, or one alone."""
+    """Mean and sample standard deviation of fractions; None where there is no value, or one alone.
+
+    `form`: the format of the mean as %.
+    """
 
     mean: float | None
     deviation: float | None
     count: int
+    form: str = ".1f"
 
     @classmethod
-    def of(cls, fractions: Sequence[float | None]) -> "Number":
+    def of(cls, fractions: Sequence[float | None], form: str = ".1f") -> "Number":
         """Return the number of these fractions, without those that are None."""
         values = [value for value in fractions if value is not None]
         deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
-        return cls(float(np.mean(values)) if values else None, deviation, len(values))
+        return cls(float(np.mean(values)) if values else None, deviation, len(values), form)
 
     def text(self, between: str) -> str:
-        """Return it as %, with one decimal; – without a value."""
+        """Return it as %, the deviation with one decimal; – without a value."""
         if self.mean is None:
             return "–"
-        shown = f"{100 * self.mean + 0.0:.1f}"
+        shown = f"{100 * self.mean + 0.0:{self.form}}"
         return shown if self.deviation is None else f"{shown}{between}{100 * self.deviation:.1f}"
 
 

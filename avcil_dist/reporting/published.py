@@ -5,19 +5,22 @@ The first `published.yaml` of the configurations' search path is read.
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from avcil_dist import storage
+from avcil_dist.compose import load_config
 from avcil_dist.config.loader import find_in_path
 from avcil_dist.config.schema import Config
-from avcil_dist.config.variant_names import benchmark_name
+from avcil_dist.config.serialization import flatten
+from avcil_dist.config.variant_names import ORDER, benchmark_name
 from avcil_dist.config.yaml_text import parse_yaml
 from avcil_dist.errors import ConfigError
 
 MAX_BYTES = 1 << 20
+TASK = ("scenario.", "data.limit.", "memory.size")  # settings that define the task of a benchmark
 Word = Annotated[str, Field(min_length=1, max_length=200)]
 MetricName = Literal["mean_accuracy", "final_accuracy", "average_forgetting"]
 
@@ -59,9 +62,19 @@ class Published(BaseModel):
         """The results of each metric."""
         return {name: [found for found in self.results if found.metric == name] for name in MetricName.__args__}  # type: ignore[attr-defined]
 
+    @cached_property
+    def tasks(self) -> dict[str, dict[str, Any]]:
+        """The settings of each benchmark that define its task. Raises ConfigError for a benchmark without a file."""
+        return {name: _task(load_config(name)) for name in dict.fromkeys(result.benchmark for result in self.results)}
+
     def match(self, config: Config, metric: MetricName) -> Result | None:
-        """Return the result to compare a stream with: that of its method, else the best of any paper's method."""
+        """Return the result to compare a stream with: that of its method, else the best of any paper's method.
+
+        None for a stream whose task is another than that of the benchmark: other steps, classes, clips or exemplars.
+        """
         benchmark = benchmark_name(config)
+        if self.tasks.get(benchmark) != _task(config):
+            return None
         found = [
             result
             for result in self.by_metric[metric]
@@ -79,6 +92,11 @@ class Published(BaseModel):
         ]
 
 
+def _task(config: Config) -> dict[str, Any]:
+    """The settings that define the task. The class order is no part of it: rows of a table are over class orders."""
+    return {key: value for key, value in flatten(config).items() if key.startswith(TASK) and key != ORDER}
+
+
 def load_published() -> Published:
     """Read `published.yaml`. Raises ConfigError, naming file and value, for a faulty one."""
     path = find_in_path("", "published")
@@ -93,4 +111,8 @@ def load_published() -> Published:
     for result in published.results:
         if result.paper not in published.papers:
             raise ConfigError(f"{path}: {result.benchmark}: paper {result.paper!r} is none of papers; add its source")
+    try:
+        _ = published.tasks
+    except ConfigError as error:
+        raise ConfigError(f"{path}: benchmark: {error}") from None
     return published

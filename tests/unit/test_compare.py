@@ -1,4 +1,4 @@
-"""Streams side by side, and grids of them."""
+"""Streams side by side."""
 
 import csv
 import io
@@ -16,7 +16,6 @@ from scipy.stats import t as student_t
 
 from avcil_dist.compose import load_config
 from avcil_dist.config.loader import SEARCH_PATH
-from avcil_dist.config.variant_names import benchmark_name
 from avcil_dist.errors import ConfigError
 from avcil_dist.reporting.compare import compared, group_by_config, spread
 from avcil_dist.reporting.formats import TextFormat, formatted, print_table
@@ -26,9 +25,7 @@ from avcil_dist.reporting.report import StreamReport
 from avcil_dist.reporting.significance import paired_test
 from avcil_dist.scenario import Scenario
 from avcil_dist.streams.metrics import EpochChoice, MemoryUse, StreamMetrics, SubsetMetrics
-from launch.reproduce import reproduction_grid
-from launch.sweep import make_grid
-from tests.helpers.streams import avcil, write_config
+from tests.helpers.streams import avcil
 
 
 def stream(seen: float, *overrides: str, disjoint: float | None = None) -> StreamReport:
@@ -105,61 +102,6 @@ def test_a_single_value_has_no_deviation() -> None:
     assert spread([0.1, None, 0.3]) == "20.0 ± 14.1"
 
 
-def test_a_grid_is_every_combination_with_a_stream_of_its_own(tmp_path: Path) -> None:
-    config = str(write_config(tmp_path))
-    points = make_grid(config, ["method=finetune,ssil", "seed=1,2", "optim.lr=0.1,0.2"], ablation=False, processes=1)
-    names = [point.config.stream_name for point in points]
-    assert len(set(names)) == 8
-    assert names[0] == "tiny-lr-0_1-finetune-seed1"
-    assert {point.config.optim.lr for point in points} == {0.1, 0.2}
-
-
-def test_commas_in_brackets_do_not_part_values(tmp_path: Path) -> None:
-    config = str(write_config(tmp_path))
-    [point] = make_grid(config, ["scenario.classes_per_step=[2,4]", "method=lwf"], ablation=False, processes=1)
-    assert point.config.scenario.classes_per_step == [2, 4]
-    assert point.config.stream_name == "tiny-lwf-seed0"
-    points = make_grid(config, ["scenario.classes_per_step=[2,4],[1,5]"], ablation=False, processes=1)
-    assert [point.config.scenario.classes_per_step for point in points] == [[2, 4], [1, 5]]
-
-
-def test_an_ablation_is_every_combination_of_avcils_parts(tmp_path: Path) -> None:
-    points = make_grid(str(write_config(tmp_path)), [], ablation=True, processes=1)
-    options = [point.config.method.model_extra or {} for point in points]
-    parts = ("instance", "class_aware", "attention")
-    assert len({tuple(option[part] for part in parts) for option in options}) == 8
-    names = {point.config.stream_name for point in points}
-    assert len(names) == 8
-    assert {"tiny-avcil-seed0", "tiny-no_instance-no_class_aware-no_attention-avcil-seed0"} <= names
-
-
-def test_class_orders_are_streams_of_their_own_seeded_from_0(tmp_path: Path) -> None:
-    path = str(write_config(tmp_path))
-    points = make_grid(path, ["method=finetune", "seed=3,4"], ablation=False, processes=1, class_orders=2)
-    found = [(point.config.stream_name, point.config.scenario.shuffle_seed) for point in points]
-    assert found == [
-        ("tiny-order0-finetune-seed3", 0),
-        ("tiny-order1-finetune-seed3", 1),
-        ("tiny-order0-finetune-seed4", 0),
-        ("tiny-order1-finetune-seed4", 1),
-    ]
-    with pytest.raises(ConfigError, match=r"^--class-orders: it varies scenario.shuffle_seed, which is set too"):
-        make_grid(path, ["scenario.shuffle_seed=7"], ablation=False, processes=1, class_orders=2)
-    [alone] = make_grid(path, ["method=finetune"], ablation=False, processes=1)
-    assert (alone.config.name, alone.config.scenario.shuffle_seed) == ("tiny", None)
-
-
-def test_an_ablation_of_another_method_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--ablation: .* the method is ssil; set method=avcil"):
-        make_grid(str(write_config(tmp_path)), ["method=ssil"], ablation=True, processes=1)
-
-
-def test_a_grid_with_an_impossible_point_is_refused_before_anything_runs(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"optim.global_batch=5000"):
-        make_grid(str(write_config(tmp_path)), ["optim.global_batch=12,5000"], ablation=False, processes=1)
-    assert not (tmp_path / "runs").exists()
-
-
 STREAMS = [stream(0.5, "seed=1"), stream(0.7, "seed=2"), stream(0.8, "method=joint", "name=a_b")]
 
 
@@ -178,7 +120,7 @@ def as_latex(streams: list[StreamReport], metrics: Sequence[str] = DEFAULT_METRI
 
 def test_the_latex_table_is_that_of_a_paper() -> None:
     def two(method: str, name: str, *accuracies: float) -> list[StreamReport]:
-        words = ("scenario.classes_per_step=[1]", f"method={method}", f"name={name}")
+        words = ("scenario.classes_per_step=7", "memory.size=340", f"method={method}", f"name={name}")
         return [stream(value, *words, f"seed={seed}") for seed, value in enumerate(accuracies)]
 
     streams = [
@@ -305,29 +247,50 @@ def test_equal_differences_need_no_division_by_their_deviation() -> None:
 PAPER = Paper(name="X", citation="X: a paper", url="https://example.org/x")
 
 
-def test_a_published_result_is_shown_with_its_source_and_the_difference() -> None:
-    published = Published(
+def published_on_demo() -> Published:
+    return Published(
         papers={"x": PAPER},
         results=(
-            Result(paper="x", benchmark="demo", metric="mean_accuracy", value=70.5),
+            Result(paper="x", benchmark="demo", metric="mean_accuracy", value=70.56),
             Result(paper="x", benchmark="demo", metric="mean_accuracy", value=58, method="joint"),
         ),
     )
-    steps = "scenario.classes_per_step=[1]"
-    text = as_format(
-        "csv",
-        [
-            stream(0.6, steps),
-            stream(0.6, steps, "method=joint"),
-            stream(0.6, steps, "name=demo2"),
-            stream(0.6, steps, "model.modality=audio", "method=lwf", "name=demo-modality-audio"),
-        ],
-        published=published,
-    )
-    rows = list(csv.DictReader(io.StringIO(text)))
-    shown = [(row["published mean accuracy"], row["difference"]) for row in rows]
-    assert shown == [("X 70.50", "-10.5"), ("X 58.00", "+2.0"), ("", ""), ("", "")]
-    assert "X: a paper. https://example.org/x" in printed([stream(0.6)], published=published)
+
+
+def test_a_published_result_is_shown_with_its_source_and_the_difference() -> None:
+    published = published_on_demo()
+    streams = [
+        *(stream(seen, f"seed={seed}") for seed, seen in enumerate((0.6, 0.7))),
+        stream(0.6, "method=joint", "scenario.shuffle_seed=1"),
+        stream(0.6, "name=demo2"),
+        stream(0.6, "model.modality=audio", "method=lwf", "name=demo-modality-audio"),
+        replace(stream(0.6, "method=ssil"), scenario=Scenario((("a",), ("b",)))),
+    ]
+    rows = json.loads(as_format("json", streams, published=published))["rows"]
+    assert [row["paper"] for row in rows] == ["X", "X", "", "", "X"]
+    assert [row["published mean accuracy"]["mean"] for row in rows] == [0.7056, 0.58, None, None, 0.7056]
+    differences = [row["difference"]["mean"] for row in rows]
+    assert differences == [pytest.approx(-0.0556), pytest.approx(0.02), None, None, None]
+    assert rows[0]["difference"]["deviation"] == pytest.approx(0.005**0.5)
+    first = next(csv.DictReader(io.StringIO(as_format("csv", streams, published=published))))
+    assert (first["paper"], first["published mean accuracy"]) == ("X", "0.7056")
+    assert float(first["difference"]) == pytest.approx(-0.0556)
+    text = printed(streams, published=published)
+    assert all(shown in text for shown in ("70.56", "58.00", "-5.6 ± 7.1", "+2.0", "X: a paper. https://example.org/x"))
+
+
+@pytest.mark.parametrize(
+    "other",
+    ["scenario.imbalance=100", "scenario.classes_per_step=8", "data.limit.test=1", "memory.size=80"],
+)
+def test_a_stream_of_another_task_than_the_benchmarks_has_no_published_result(other: str) -> None:
+    key, _, value = other.rpartition("=")
+    swept = stream(0.6, other, f"name=demo-{key.rpartition('.')[2]}-{value}")
+    assert published_on_demo().match(swept.config, "mean_accuracy") is None
+    assert "published: no result of these benchmarks" in printed([swept], published=published_on_demo())
+    assert "published &" not in "\n".join(as_latex([swept], published=published_on_demo()))
+    both = json.loads(as_format("json", [stream(0.6), swept], published=published_on_demo()))["rows"]
+    assert [row["difference"]["count"] for row in both] == [1, 0]
 
 
 def test_every_shipped_result_has_a_source_and_a_benchmark() -> None:
@@ -342,45 +305,12 @@ def test_every_shipped_result_has_a_source_and_a_benchmark() -> None:
     }
 
 
-def test_a_result_without_its_paper_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "published.yaml").write_text(
-        "papers: {}\nresults: [{paper: x, benchmark: demo, metric: mean_accuracy, value: 3}]\n"
-    )
+def test_a_result_without_its_paper_or_benchmark_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, result = tmp_path / "published.yaml", "results: [{paper: x, benchmark: none, metric: mean_accuracy, value: 3}]"
+    own.write_text(f"papers: {{}}\n{result}\n")
     monkeypatch.setenv(SEARCH_PATH, str(tmp_path))
     with pytest.raises(ConfigError, match="paper 'x' is none of papers; add its source"):
         load_published()
-
-
-def test_a_reproduction_has_every_method_on_every_modality_and_the_ablation(tmp_path: Path) -> None:
-    points = reproduction_grid(str(write_config(tmp_path)), [], seeds=2, processes=1)
-    names = [point.config.stream_name for point in points]
-    assert len(names) == len(set(names)) == 2 * 32
-    rows = {
-        (c.method.name, c.model.modality, (c.method.model_extra or {}).get("predict"))
-        for c in (point.config for point in points)
-    }
-    both = {("finetune", None), ("lwf", None), ("ssil", None), ("joint", None)}
-    both |= {("icarl", "nme"), ("icarl", "fc"), ("afc", "nme"), ("afc", "lsc")}
-    wanted = {(method, m, p) for method, p in both for m in ("both", "audio", "visual")} | {("avcil", "both", None)}
-    assert rows == wanted
-    parts = ("instance", "class_aware", "attention")
-    found = {
-        tuple((c.method.model_extra or {})[part] for part in parts)
-        for c in (point.config for point in points)
-        if c.method.name == "avcil"
-    }
-    assert len(found) == 8
-    assert "tiny-finetune-seed0" in names  # the name that `avcil train` gives it: not trained twice
-    listed = avcil("reproduce", tmp_path / "tiny.yaml", "--seeds", 2, "--dry-run", "data.manifest=nowhere.json")
-    assert listed.exit_code == 0, listed.output
-    assert [line.split()[0] for line in listed.stdout.splitlines()] == names
-
-
-def test_streams_of_a_sweep_are_of_the_benchmark_that_it_varies(tmp_path: Path) -> None:
-    points = reproduction_grid(str(write_config(tmp_path)), [], seeds=1, processes=1, checked=False)
-    assert {benchmark_name(point.config) for point in points} == {"tiny"}
-    words = ["optim.lr=0.1,0.2", "method.attention=true,false", "seed=1,2"]
-    points = make_grid(str(write_config(tmp_path)), words, ablation=False, processes=1, class_orders=2)
-    assert {benchmark_name(point.config) for point in points} == {"tiny"}
-    assert benchmark_name(load_config("demo", ["name=epochs-10"])) == "epochs-10"
-    assert benchmark_name(load_config("demo", ["name=my-epochs-99"])) == "my-epochs-99"
+    own.write_text(f"papers: {{x: {{name: X, citation: X, url: 'https://example.org/x'}}}}\n{result}\n")
+    with pytest.raises(ConfigError, match=r"published.yaml: benchmark: none: no such file, and no benchmark"):
+        load_published()

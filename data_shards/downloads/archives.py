@@ -10,7 +10,7 @@ import shutil
 import stat
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple, TypeVar, cast
@@ -22,6 +22,7 @@ from data_shards.downloads.disk import check_room
 from data_shards.workers import Progress
 
 ENDINGS = (".npy", ".h5", ".hdf5")
+NOTES = "members.json"
 MAX_MEMBERS = 100_000
 MAX_RATIO = 1032  # of deflate: more is no archive
 READ_BYTES = 1 << 22
@@ -40,7 +41,7 @@ class Features(NamedTuple):
 
 
 def unpack_features(parts: Sequence[Path], folder: Path, progress: Progress | None = None) -> Features:
-    """Unpack the visual and the audio features of an archive into `folder`; files that are there already are kept.
+    """Unpack the visual and the audio features of an archive into `folder`; its own that are there already are kept.
 
     `progress` is called with the MiB written and their total. Raises DataError for an archive that is damaged or holds
     other files, StorageError where the disk has no room.
@@ -50,6 +51,7 @@ def unpack_features(parts: Sequence[Path], folder: Path, progress: Progress | No
         joined = stack.enter_context(_JoinedFile(parts))
         archive = _typed(name, lambda: stack.enter_context(zipfile.ZipFile(io.BufferedReader(joined, READ_BYTES))))
         members = {kind: _member(archive, kind, joined.size, name) for kind in Features._fields}
+        _keep_own(folder, members)
         paths = {kind: folder / f"{kind}{PurePosixPath(info.filename).suffix}" for kind, info in members.items()}
         missing = [kind for kind in members if not _is_there(paths[kind], members[kind])]
         total = sum(members[kind].file_size for kind in missing)
@@ -97,6 +99,15 @@ def _member(archive: zipfile.ZipFile, kind: str, size: int, name: Path) -> zipfi
 def _is_of(path: PurePosixPath, kind: str) -> bool:
     is_hidden = path.name.startswith(".") or "__MACOSX" in path.parts
     return kind in path.name.lower() and path.suffix in ENDINGS and not is_hidden
+
+
+def _keep_own(folder: Path, members: Mapping[str, zipfile.ZipInfo]) -> None:
+    """Remove features of other members than these, whose sizes and CRC-32 are noted in the folder."""
+    url, kind_of_notes, remedy = str(folder / NOTES), dict[str, tuple[int, int]], f"remove the folder {folder}"
+    own = {kind: (info.file_size, info.CRC) for kind, info in members.items()}
+    if not storage.exists(url) or own != storage.read_json(url, kind_of_notes, "notes of an archive", remedy=remedy):
+        remove_unpacked(folder)
+        storage.write_json(url, own)
 
 
 def _is_there(path: Path, info: zipfile.ZipInfo) -> bool:

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import shutil
 import stat
 import zipfile
 from collections.abc import Callable
@@ -36,9 +37,9 @@ def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AVCIL_DATA_MIRROR", raising=False)
 
 
-def _zip(keys: list[str], folder: Path) -> bytes:
+def _zip(keys: list[str], folder: Path, seed: int = 0) -> bytes:
     """The archive of the released features, in the published form of AVE."""
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed)
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
         for kind, shape in (("audio", (DIM,)), ("visual", (8 * POSITIONS, DIM))):
@@ -217,6 +218,21 @@ def test_a_file_that_differs_from_the_recorded_one_is_refused(tmp_path: Path, mi
         (tmp_path / "ave/downloads/AVE_features.zip").write_bytes(b"changed")
         with pytest.raises(DataError, match="not the file that was downloaded first"):
             _get(ave, tmp_path / "ave", server.url)
+
+
+def test_unpacked_features_of_another_archive_are_not_imported(tmp_path: Path, mirror: Path, ave: DataSet) -> None:
+    archive, folder = mirror / "AVE_features.zip", tmp_path / "ave"
+    _get(ave, folder, str(mirror), keep="all")
+    times = [path.stat().st_mtime_ns for path in sorted((folder / "unpacked").glob("*.npy"))]
+    unpack_features([archive], folder / "unpacked")
+    assert [path.stat().st_mtime_ns for path in sorted((folder / "unpacked").glob("*.npy"))] == times
+    labels = np.load(mirror / "data/AVE/all_id_category_dict.npy", allow_pickle=True).item()
+    archive.write_bytes(_zip([key for split in labels.values() for key in split], tmp_path / "made", seed=1))
+    (folder / "downloads/downloads.json").unlink()  # as the error advises, to accept the new archive
+    shutil.rmtree(folder / "shards")
+    reports = [_get(ave, place, str(mirror), keep="all").report for place in (folder, tmp_path / "fresh")]
+    hashes = [report.manifest.content_hash for report in reports if report is not None]
+    assert hashes == hashes[1:] * 2
 
 
 def test_a_full_disk_is_one_line_before_the_download(

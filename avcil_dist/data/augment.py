@@ -1,16 +1,20 @@
 """Random augmentation of training clips: frames by torchvision, the log-mel filterbank by torchaudio.
 
-The result is a function of the clip and a seed. The libraries draw from torch's CPU generator, which is seeded for
-the length of a call and then restored.
+The result is a function of the clip and a seed. The libraries draw from torch's global CPU generator and take no other.
+The thread that prepares batches must not touch it, because the network draws from it meanwhile: a mode of torch, which
+holds for the calling thread alone, gives their draws a generator of the call's own.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from avcil_dist.config.schema import AugmentConfig
 from avcil_dist.seeds import derive_seed
+
+DRAWS = (torch.rand, torch.randint, torch.randperm, torch.Tensor.uniform_)  # of both libraries
 
 
 class Augmentation:
@@ -27,21 +31,32 @@ class Augmentation:
 
     def augment_frames(self, frames: torch.Tensor, seed: int) -> torch.Tensor:
         """Augment frames uint8 (T, 3, H, W), all of them alike. Returns uint8 (T, 3, size, size)."""
-        with _seeded(derive_seed(seed, "pictures")):
+        with _OwnGenerator(derive_seed(seed, "pictures")):
             augmented: torch.Tensor = self._transform(frames)
         return augmented
 
     def augment_sound(self, log_mel: torch.Tensor, seed: int) -> torch.Tensor:
         """Set a time span and a frequency band of a normalised filterbank (mel_frames, mel_bins) to 0, the mean."""
         by_bin = log_mel.T
-        with _seeded(derive_seed(seed, "sound")):
+        with _OwnGenerator(derive_seed(seed, "sound")):
             for mask in self._masks:
                 by_bin = mask(by_bin)
         return by_bin.T
 
 
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):  # `torch.manual_seed` would seed the GPUs too
-        torch.default_generator.manual_seed(seed)
-        yield
+class _OwnGenerator(TorchFunctionMode):
+    """Draw the random numbers of the block from a new generator: those of the global one with the same seed."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        own = {"generator": self._generator} if func in DRAWS else {}
+        return func(*args, **(kwargs or {}), **own)

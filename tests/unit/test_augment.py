@@ -14,11 +14,12 @@ from avcil_dist.config.schema import AugmentConfig, ClipConfig, DataConfig
 from avcil_dist.data.augment import Augmentation
 from avcil_dist.data.batch import Batch
 from avcil_dist.data.decode import DecodedClip
-from avcil_dist.data.loader import load_batches
+from avcil_dist.data.loader import load_batches, load_on_device
 from avcil_dist.data.manifest import Manifest
 from avcil_dist.data.sampler import FixedSampler, TrainingSampler
 from avcil_dist.data.transforms import ClipTransform
 from avcil_dist.errors import ConfigError
+from avcil_dist.seeds import derive_seed
 from avcil_dist.world import World
 from tests.helpers.rendered import tiny_manifest
 
@@ -100,6 +101,12 @@ def test_augmentation_depends_on_the_seed_only_and_moves_no_generator() -> None:
         assert torch.equal(one, other)
 
 
+def test_draws_are_those_of_the_libraries_with_the_seed() -> None:
+    made = Augmentation(ALL, 32)
+    torch.manual_seed(derive_seed(7, "pictures"))
+    assert torch.equal(made._transform(frames()), made.augment_frames(frames(), 7))
+
+
 def training(manifest: Manifest, augment: AugmentConfig = ALL, **changes: object) -> TrainingSampler:
     """Two epochs of two batches of cats; three dogs are exemplars, and go through two and two thirds of a pass."""
     source = TrainingSampler(
@@ -152,6 +159,22 @@ def test_the_draws_are_the_same_on_any_world_size_with_any_workers_and_after_a_r
         assert [content(all_rows, row) for row in range(4)] == [
             content(batch, row) for row in range(2) for batch in (first, second)
         ]
+
+
+def test_batches_and_draws_of_the_network_do_not_disturb_each_other(clips: Manifest) -> None:
+    data = DataConfig(manifest=f"{clips.root}/manifest.json", clip=CLIP, augment=ALL, decode_workers=0)
+    source = training(clips, optim=OptimConfig(epochs=4, global_batch=2, global_replay_batch=2))
+    expected = rows(load(source, clips))
+    torch.manual_seed(0)
+    batches, drawn = [], []
+    arguments = {"manifest": clips, "labels": {"cat": 0, "dog": 1}, "data": data, "device": torch.device("cpu")}
+    for batch in load_on_device(source, **arguments):
+        batches.append(batch)
+        drawn += [torch.nn.functional.dropout(torch.ones(100, 100), 0.5) for _ in range(40)]
+    assert rows(batches) == expected
+    torch.manual_seed(0)
+    for mask in drawn:
+        assert torch.equal(mask, torch.nn.functional.dropout(torch.ones(100, 100), 0.5))
 
 
 def test_seed_and_step_draw_anew(clips: Manifest) -> None:

@@ -12,7 +12,6 @@ import torch
 
 from avcil_dist import storage
 from avcil_dist.compose import load_config
-from avcil_dist.data.manifest import load_manifest
 from avcil_dist.data.shard import SPLITS
 from avcil_dist.errors import ConfigError, DataError
 from avcil_dist.inference.exported import is_export, load_export
@@ -27,6 +26,7 @@ from avcil_dist.models.encoders.frozen import (
 )
 from avcil_dist.streams.artifact import load_artifact
 from avcil_dist.streams.score_metrics import probabilities
+from avcil_dist.streams.step_data import data_of_step
 from avcil_dist.streams.summary import committed_steps, step_url
 from avcil_dist.text.visible import visible
 from avcil_dist.training.device import DeviceSetting, local_device
@@ -80,7 +80,7 @@ def load_stored(request: ModelRequest) -> StoredModel:
         artifact = load_artifact(folder, step)
         url = request.manifest or artifact.config.data.manifest
         try:
-            manifest = load_manifest(url)
+            manifest = data_of_step(artifact, request.manifest)
         except DataError as error:
             raise DataError(f"{error}; --manifest names it where it is now") from None
         seen = artifact.scenario.seen(step)

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from avcil_dist import storage
-from avcil_dist.data.manifest import Manifest, load_manifest
+from avcil_dist.data.manifest import Manifest
+from avcil_dist.data.subset import load_data
 from avcil_dist.errors import ConfigError
 from avcil_dist.inference.attention import PreparedClip, prepare_clip, step_attention
 from avcil_dist.models.encoders.build import clip_inputs
@@ -24,7 +25,7 @@ def report_clips(streams: Sequence[StreamReport], count: int) -> list[ClipFigure
     """
     groups = make_groups(streams)
     first = groups[0].first
-    manifest = load_manifest(first.config.data.manifest)
+    manifest = load_data(first.config.data)
     if manifest.kind != "clip":
         raise ConfigError(f"{first.folder}: trained on features, so there are no pictures to show; leave out --clips")
     inputs = clip_inputs(first.config.model, first.config.data.clip)

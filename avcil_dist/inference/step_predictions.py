@@ -8,16 +8,16 @@ from functools import cached_property
 import numpy as np
 
 from avcil_dist import storage
-from avcil_dist.data.manifest import Manifest, check_shards, load_manifest
+from avcil_dist.data.manifest import Manifest, check_shards
 from avcil_dist.data.noise import InputNoise
 from avcil_dist.data.shard import Split
 from avcil_dist.data.source_videos import source_of
-from avcil_dist.data.subset import load_data
 from avcil_dist.errors import ArtifactError, DataError
 from avcil_dist.inference.predict import Modality, restore_step
 from avcil_dist.models.network import Network
 from avcil_dist.streams.artifact import StepArtifact, load_artifact
 from avcil_dist.streams.compat import check_manifest_scenario
+from avcil_dist.streams.step_data import data_of_step
 from avcil_dist.streams.summary import committed_steps, step_url
 from avcil_dist.training.collectives import process_group
 from avcil_dist.training.device import DeviceSetting, local_device
@@ -131,7 +131,7 @@ def loaded(request: StepRequest) -> tuple[StepArtifact, Manifest]:
     artifact = load_artifact(stream, last_step(stream) if request.step is None else request.step)
     scenario = artifact.scenario
     url = request.manifest or artifact.config.data.manifest
-    manifest = load_data(artifact.config.data) if request.manifest is None else load_manifest(url)
+    manifest = data_of_step(artifact, request.manifest)
     check_manifest_scenario(stream, artifact, manifest)
     for task in range(artifact.step + 1):
         if not len(manifest.clips(scenario.new(task), split)):

@@ -11,9 +11,12 @@ import pytest
 import torch
 
 from avcil_dist.compose import load_config
+from avcil_dist.data.arrival import arrived
 from avcil_dist.data.exemplar_memory import EMPTY_MEMORY
 from avcil_dist.data.manifest import load_manifest
 from avcil_dist.data.noise import InputNoise
+from avcil_dist.data.shard import SPLITS
+from avcil_dist.data.subset import load_data
 from avcil_dist.errors import ArtifactError, ConfigError, DataError
 from avcil_dist.inference import step_predictions
 from avcil_dist.inference.evaluation import evaluation
@@ -29,6 +32,7 @@ from avcil_dist.streams.stream import scenario_of, stream_url
 from avcil_dist.training.build import network_after
 from data_shards.random_features import make_feature_shards
 from launch.local_worlds import current_world
+from launch.prediction import ModelRequest, load_stored
 from tests.helpers.streams import avcil, write_config
 
 CLASSES_PER_STEP = 3
@@ -40,10 +44,10 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_predictions, "set_threads", lambda world: None)
 
 
-def commit_first_step(folder: Path) -> tuple[str, StepArtifact]:
+def commit_first_step(folder: Path, *settings: str) -> tuple[str, StepArtifact]:
     """Commit a step 0 with initial weights; returns the stream's folder and the artifact."""
-    config = load_config(str(write_config(folder)), [f"scenario.classes_per_step={CLASSES_PER_STEP}"])
-    manifest = load_manifest(config.data.manifest)
+    config = load_config(str(write_config(folder)), [f"scenario.classes_per_step={CLASSES_PER_STEP}", *settings])
+    manifest = load_data(config.data)
     scenario = scenario_of(config, manifest)
     torch.manual_seed(0)
     network = network_after(config, manifest.shape, scenario, make_method(config.method), 0)
@@ -118,6 +122,21 @@ def test_a_split_without_clips_is_an_error_of_one_line(tmp_path: Path) -> None:
         evaluate(stream, split="val", manifest=str(url))
     assert f"{url}: no val clips of the 3 classes of step 0" in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_the_clips_are_those_that_the_step_had(tmp_path: Path) -> None:
+    stream, artifact = commit_first_step(tmp_path, "scenario.imbalance=8", "data.limit.test=2")
+    url = artifact.config.data.manifest
+    seen = artifact.scenario.seen(0)
+    had = arrived(load_data(artifact.config.data), artifact.scenario, artifact.config.scenario, 0)
+    counts = {split: had.num_clips(seen, split) for split in SPLITS}
+    assert (counts["test"], counts["train"] < load_manifest(url).num_clips(seen, "train")) == (6, True)
+    for manifest in (None, url):
+        for split in ("train", "test"):
+            assert evaluate(stream, split=split, manifest=manifest)["num_clips"] == counts[split]
+        assert load_stored(ModelRequest(stream, manifest=manifest)).num_clips == counts
+    other = make_feature_shards(tmp_path / "other", classes=6, clips={"train": 24, "test": 10})
+    assert evaluate(stream, manifest=str(other))["num_clips"] == 30
 
 
 def test_a_step_that_is_not_committed_is_an_error(tmp_path: Path) -> None:

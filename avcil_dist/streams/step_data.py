@@ -1,0 +1,24 @@
+"""Data set of a committed step: the clips that it had."""
+
+from avcil_dist.data.arrival import arrived
+from avcil_dist.data.manifest import Manifest, load_manifest
+from avcil_dist.data.subset import limited, load_data
+from avcil_dist.streams.artifact import StepArtifact
+from avcil_dist.streams.summary import StepSummary
+
+
+def data_of_step(step: StepArtifact | StepSummary, url: str | None = None) -> Manifest:
+    """Return the data within `data.limit`, and with the training clips that have arrived by the step.
+
+    `url` names the manifest where it is now, or another one: of other data than the step's all clips are returned.
+    Raises DataError as `load_data` does.
+    """
+    config = step.config
+    if url is None:
+        manifest = load_data(config.data)
+    else:
+        whole = load_manifest(url)
+        manifest = limited(whole, config.data.limit)
+        if manifest.content_hash != step.manifest_hash:
+            return whole
+    return arrived(manifest, step.scenario, config.scenario, step.step)

@@ -41,22 +41,30 @@ class HttpSource:
 
     def size(self) -> int | None:
         """Size in bytes; None where the server does not send it. Raises DataError for a missing file."""
-        try:
-            with self._request("HEAD", {}) as response:
-                return _number(response.headers.get("Content-Length"))
-        except (CutError, StorageError):  # some servers refuse this request alone; the download has the last word
-            return None
+        return self._head()[0]
 
     def open(self, start: int, version: str) -> Opened:
         """Open the file at byte `start`, or at 0 where the server has no ranges or has another version by now."""
         headers = {"Range": f"bytes={start}-", **({"If-Range": version} if version else {})} if start else {}
         response = self._request("GET", headers)
+        if response is None:  # the file has no byte `start`: it is here as a whole, or is another one by now
+            if self._head() == (start, version):
+                return Opened(start, start, version, iter(()))
+            response = self._request("GET", {})
         length = _number(response.headers.get("Content-Length"))
         begin = start if response.status == http.client.PARTIAL_CONTENT else 0
-        validator = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
-        return Opened(begin, None if length is None else begin + length, validator, _blocks(response))
+        return Opened(begin, None if length is None else begin + length, _version(response), _blocks(response))
+
+    def _head(self) -> tuple[int | None, str]:
+        """Return size and version, None and "" where the server does not send them."""
+        try:
+            with self._request("HEAD", {}) as response:
+                return _number(response.headers.get("Content-Length")), _version(response)
+        except (CutError, StorageError):  # some servers refuse this request alone; the download has the last word
+            return None, ""
 
     def _request(self, method: str, headers: dict[str, str]) -> Any:
+        """Return the response; None where the file ends before the range of the headers."""
         agent = {"User-Agent": f"avcil-dist/{avcil_dist.__version__}", "Accept-Encoding": "identity"}
         request = urllib.request.Request(self.name, method=method, headers=agent | headers)  # noqa: S310 - checked
         try:
@@ -64,10 +72,14 @@ class HttpSource:
         except urllib.error.HTTPError as error:
             error.close()
             if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE and "Range" in headers:
-                return self._request(method, {})
+                return None
             raise _refusal(self.name, error) from None
         except (OSError, http.client.HTTPException) as error:
             raise CutError(_text(error)) from None
+
+
+def _version(response: Any) -> str:
+    return str(response.headers.get("ETag") or response.headers.get("Last-Modified") or "")
 
 
 def _blocks(response: Any) -> Iterator[bytes]:

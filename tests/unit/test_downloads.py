@@ -180,6 +180,36 @@ def test_an_interrupted_download_continues_in_another_run(tmp_path: Path, mirror
 
 
 @pytest.mark.parametrize("kind", ["http", "storage"])
+@pytest.mark.parametrize("is_changed", [False, True], ids=["same", "changed"])
+def test_a_whole_part_is_downloaded_again_only_if_the_file_changed(
+    tmp_path: Path, mirror: Path, kind: str, is_changed: bool
+) -> None:
+    def interrupt(done: int) -> None:
+        if done == 3000:
+            raise KeyboardInterrupt
+
+    file, seen = mirror / "list.csv", list[int]()
+    file.write_bytes(b"a" * 3000)
+    with PublishedServer(mirror) as server:
+        source = HttpSource(f"{server.url}/list.csv") if kind == "http" else StorageSource(str(file))
+        with pytest.raises(KeyboardInterrupt):
+            transfer.transfer(source, tmp_path / "file", interrupt)
+        assert transfer.bytes_here(tmp_path / "file") == 3000
+        if is_changed:
+            file.write_bytes(b"b" * 3000)
+        transfer.transfer(source, tmp_path / "file", seen.append)
+    assert seen == [3000] * is_changed
+    assert (tmp_path / "file").read_bytes() == file.read_bytes()
+
+
+def test_a_size_alone_does_not_make_a_part_whole(tmp_path: Path, mirror: Path) -> None:
+    (mirror / "list.csv").write_bytes(b"a" * 3000)
+    with PublishedServer(mirror) as server:
+        opened = HttpSource(f"{server.url}/list.csv").open(3000, "")
+        assert (opened.start, b"".join(opened.blocks)) == (0, b"a" * 3000)
+
+
+@pytest.mark.parametrize("kind", ["http", "storage"])
 def test_bytes_of_two_versions_are_never_mixed(tmp_path: Path, mirror: Path, kind: str) -> None:
     def interrupt(done: int) -> None:
         raise KeyboardInterrupt

@@ -12,14 +12,13 @@ from avcil_dist.config.schema import Config
 from avcil_dist.config.section import ChangeClass
 from avcil_dist.config.serialization import flatten
 from avcil_dist.data.subset import load_data
-from avcil_dist.errors import ConfigError, DataError, TrackingError
-from avcil_dist.streams.commit import COMMITTED, read_commit
+from avcil_dist.errors import ArtifactError, ConfigError, DataError, TrackingError
+from avcil_dist.streams.commit import COMMITTED, has_commit, read_commit, verify_file
 from avcil_dist.streams.identity import Change, StreamIdentity, read_identity, write_identity
 from avcil_dist.streams.stream import stream_url
 from avcil_dist.streams.summary import (
     StepCommit,
     committed_steps,
-    is_committed,
     load_summary,
     recorded_changes,
     step_url,
@@ -185,14 +184,28 @@ def _install(folder: str, stream: str, step: int, identity: StreamIdentity) -> N
         raise ConfigError(f"{stream}: later steps than {step} are committed there; {elsewhere}")
     try:
         write_identity(stream, identity)
-        if is_committed(stream, step) and _commit_digest(stream, step) == _commit_digest(folder, step):
-            return
-        storage.remove_tree(step_url(stream, step))
-        for name in (*read_commit(step_url(folder, step), StepCommit).files, COMMITTED):
-            storage.upload(f"{step_url(folder, step)}/{name}", storage.join(step_url(stream, step), name))
+        _install_step(step_url(folder, step), step_url(stream, step))
     except OSError as error:
         raise ConfigError(f"{stream}: cannot be written ({error.strerror}); give output= a folder here") from None
 
 
-def _commit_digest(stream: str, step: int) -> str:
-    return storage.sha256_file(storage.join(step_url(stream, step), COMMITTED))
+def _install_step(source: str, target: str) -> None:
+    """Copy a verified step, `COMMITTED.json` last. Of the same commit only files that are missing or damaged are copied.
+
+    After a kill in between, the next call copies the rest.
+    """
+    commit = read_commit(source, StepCommit)
+    if has_commit(target) and _commit_digest(target) != _commit_digest(source):
+        storage.remove_tree(storage.join(target, COMMITTED))  # first: without it the rest does not count
+        storage.remove_tree(target)
+    for name in commit.files:
+        try:
+            verify_file(target, name, commit)
+        except ArtifactError:
+            storage.upload(f"{source}/{name}", storage.join(target, name))
+    if not has_commit(target):
+        storage.upload(f"{source}/{COMMITTED}", storage.join(target, COMMITTED))
+
+
+def _commit_digest(folder: str) -> str:
+    return storage.sha256_file(storage.join(folder, COMMITTED))

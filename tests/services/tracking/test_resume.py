@@ -66,6 +66,24 @@ def test_a_stream_continues_from_its_last_committed_step(folder: Path, tmp_path:
     assert resume(folder, tmp_path).step == 1  # the same command again changes nothing
 
 
+def test_a_damaged_or_missing_file_of_the_step_is_replaced_and_the_others_are_kept(
+    folder: Path, tmp_path: Path
+) -> None:
+    resume(folder, tmp_path)
+    step = tmp_path / NAME / "step_001"
+    whole = {path.name: path.read_bytes() for path in step.iterdir()}
+    kept = (step / "config.yaml").stat().st_ino
+    (step / "model.safetensors").write_bytes(whole["model.safetensors"][:-1] + b"?")
+    (step / "memory.json").unlink()
+    resume(folder, tmp_path)
+    assert {path.name: path.read_bytes() for path in step.iterdir()} == whole
+    assert (step / "config.yaml").stat().st_ino == kept
+    (step / "COMMITTED.json").write_bytes(b"{}")  # another commit, whose folder is replaced as a whole
+    (step / "other.json").write_bytes(b"")
+    resume(folder, tmp_path)
+    assert {path.name: path.read_bytes() for path in step.iterdir()} == whole
+
+
 def test_an_earlier_step_can_be_named_if_it_is_committed(folder: Path, tmp_path: Path) -> None:
     assert resume(folder, tmp_path, from_step=0).step == 0
     assert committed_steps(f"{tmp_path}/{NAME}") == [0]

@@ -10,7 +10,7 @@ import hashlib
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar
 
 import fsspec
@@ -233,15 +233,20 @@ def list_folder(url: str) -> list[str]:
 
 
 @contextmanager
-def local_copy(url: str) -> Iterator[str]:
-    """Yield a folder as a local path: itself where it is local, otherwise a copy for the length of the block."""
+def local_copy(url: str) -> Iterator[Path]:
+    """Yield a file as a local path: itself where it is local, otherwise a copy of this name for the block's length.
+
+    Raises DataError where there is none.
+    """
     filesystem, path = open_filesystem(url)
     if isinstance(filesystem, LocalFileSystem):
-        yield path
+        size(url)
+        yield Path(path)
         return
     with temporary_folder() as folder:
-        _call(lambda: filesystem.get(path.rstrip("/") + "/", f"{folder}/", recursive=True), url, READ_SECONDS)
-        yield str(folder)
+        copy = folder / PurePosixPath(path).name
+        _call(lambda: filesystem.get_file(path, str(copy)), url, READ_SECONDS)
+        yield copy
 
 
 def sha256(data: bytes) -> str:

@@ -63,13 +63,13 @@ def upload_step(
     name = f"step_{step:03d}"
 
     def upload_files(upload: Callable[[Path], None]) -> None:
-        with storage.local_copy(folder) as local:
-            for file in (*sorted(files), COMMITTED):
-                if file not in uploaded:
+        for file in (*sorted(files), COMMITTED):
+            if file not in uploaded:
+                with storage.local_copy(storage.join(folder, file)) as local:
                     if file != COMMITTED:
-                        verify_file(local, file, commit)
-                    upload(Path(local, file))
-                    uploaded.add(file)
+                        verify_file(str(local.parent), file, commit)
+                    upload(local)
+                uploaded.add(file)
 
     if tracking.artifacts == "full":
 

@@ -5,8 +5,9 @@ tags, a metric that has a value at a position keeps it, files that were uploaded
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import PurePosixPath
 from typing import TypeVar
 
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
@@ -98,11 +99,9 @@ class MlflowWriter:
 
     def _file(self, event: Event) -> None:
         """Upload a file of the stream's folder to the stream's run."""
-        with storage.local_copy(self.stream) as folder:
-            path = Path(folder, event["file"])
-            if not path.is_file():
-                raise RejectedError(f"{path}: missing")
-            transfer(lambda: self._client.log_artifact(self._run(STREAM), str(path)), path.stat().st_size)
+        run_id = self._run(STREAM)
+        with self._uploading(), storage.local_copy(storage.join(self.stream, event["file"])) as path:
+            transfer(lambda: self._client.log_artifact(run_id, str(path)), path.stat().st_size)
 
     def _end(self, event: Event) -> None:
         self._client.set_terminated(self._run(event["run"]), event["status"], end_time=event["time"])
@@ -112,14 +111,11 @@ class MlflowWriter:
         if self._client.get_run(run_id).data.tags.get(COMMITTED_TAG) == event["committed"]:
             return
         uploaded = self._files.setdefault(event["committed"], set())
-        self.is_uploading = True
-        try:
+        with self._uploading():
             tags = upload_step(
                 self._client, run_id, self.tracking, self.stream, step, stream_id=self.stream_id, uploaded=uploaded
             )
             tables = self._upload_tables(run_id, step)
-        finally:
-            self.is_uploading = False
         self._tag(run_id, tags | tables)
 
     def _upload_tables(self, run_id: str, step: int) -> dict[str, str]:
@@ -132,13 +128,19 @@ class MlflowWriter:
         return {MLFLOW_LOGGED_ARTIFACTS: json.dumps([{"path": name, "type": "table"} for name in tables])}
 
     def _register(self, event: Event) -> None:
-        self.is_uploading = True
-        try:
+        step = event["step"]
+        with self._uploading():
             from avcil_dist.tracking.registry import register_model  # encoders and decoders, for the last step alone
 
-            step = event["step"]
             uri = self._client.get_run(self._run(str(step))).data.tags.get(REFERENCE_TAG)
             register_model(self._client, self._run(STREAM), self.stream, step, name=event["name"], uri=uri)
+
+    @contextmanager
+    def _uploading(self) -> Iterator[None]:
+        """Mark the writer as uploading during the block: the sender's end waits for a file, not for a request."""
+        self.is_uploading = True
+        try:
+            yield
         finally:
             self.is_uploading = False
 

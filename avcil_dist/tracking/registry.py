@@ -17,6 +17,7 @@ import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ from avcil_dist.data.subset import load_data
 from avcil_dist.errors import ArtifactError, AvcilError, ConfigError, DataError
 from avcil_dist.inference.predict import Predictor
 from avcil_dist.streams.artifact import StepArtifact, load_artifact
-from avcil_dist.streams.commit import COMMITTED, read_verified_commit
+from avcil_dist.streams.commit import COMMITTED, read_commit, read_verified_commit
 from avcil_dist.streams.identity import StepNumber
 from avcil_dist.streams.stream import scenario_of
 from avcil_dist.streams.summary import StepCommit, load_metrics, load_summary, step_url
@@ -74,8 +75,7 @@ def register_model(client: MlflowClient, run_id: str, stream: str, step: int, *,
             return
     with storage.temporary_folder() as temporary:
         folder = Path(temporary, MODEL_FOLDER)
-        with storage.local_copy(step_url(stream, step)) as local:
-            _save_model(folder, Path(local), stream, step, run_id, uri)
+        _save_model(folder, stream, step, run_id, uri, committed)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         transfer(lambda: client.log_artifacts(run_id, str(folder), MODEL_FOLDER), size)
     if not any(model.name == name for model in client.search_registered_models(f"name = '{name}'")):
@@ -103,21 +103,21 @@ def register_model(client: MlflowClient, run_id: str, stream: str, step: int, *,
     client.set_registered_model_alias(name, BEST, best)
 
 
-def _save_model(folder: Path, local: Path, stream: str, step: int, run_id: str, uri: str | None) -> None:
+def _save_model(folder: Path, stream: str, step: int, run_id: str, uri: str | None, committed: str) -> None:
     summary = load_summary(stream, step)
     manifest = load_data(summary.config.data)
-    committed = storage.sha256_file(str(local / COMMITTED))
     encoders = manifest.encoders and manifest.encoders.model_dump()
     about = {"step": step, "shape": manifest.shape, "uri": uri, "committed": committed, "encoders": encoders}
-    with storage.temporary_folder() as temporary:
+    with storage.temporary_folder() as temporary, ExitStack() as copies:
         data = Path(temporary, "data")
         data.mkdir()
         (data / ABOUT).write_text(json.dumps(about, indent=1))
         if uri is None:  # copied by MLflow, which follows links: only files that the commit lists, verified
-            files = Path(data, step_url(".", step))
+            source, files = step_url(stream, step), Path(data, step_url(".", step))
             files.mkdir()
-            for name in (*read_verified_commit(str(local), StepCommit).files, COMMITTED):
-                (files / name).symlink_to(local / name)
+            for name in (*read_commit(source, StepCommit).files, COMMITTED):
+                (files / name).symlink_to(copies.enter_context(storage.local_copy(storage.join(source, name))))
+            read_verified_commit(str(files), StepCommit)
         scenario = scenario_of(summary.config, manifest)
         mlflow.pyfunc.save_model(
             str(folder),

@@ -190,7 +190,7 @@ def _install(folder: str, stream: str, step: int, identity: StreamIdentity) -> N
 
 
 def _install_step(source: str, target: str) -> None:
-    """Copy a verified step, `COMMITTED.json` last. Of the same commit only files that are missing or damaged are copied.
+    """Copy a verified step, `COMMITTED.json` last. Of an equal commit only missing and damaged files are copied.
 
     After a kill in between, the next call copies the rest.
     """

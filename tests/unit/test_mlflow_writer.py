@@ -5,12 +5,14 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
+from avcil_dist import storage
 from avcil_dist.compose import load_config
 from avcil_dist.config.schema import TrackingConfig
 from avcil_dist.errors import ConfigError, StepStopped, TrackingError
@@ -213,6 +215,34 @@ def test_a_file_of_the_streams_folder_is_an_artifact_of_its_run(
     runs = stream.send_all()
     assert Path(client.download_artifacts(runs[STREAM], "report.html", str(tmp_path))).read_text() == "<p>"
     assert stream.queue.cursor(stream.uri).rejected == 1
+
+
+def test_of_a_stream_on_object_storage_one_file_at_a_time_is_copied_and_its_upload_is_waited_for(
+    stream: StreamFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream.folder = f"memory:/{tmp_path}/remote"
+    stream.commit(METRICS, **{"model.safetensors": bytes(1000), "memory.json": b"[]"})
+    storage.write_bytes(f"{stream.folder}/report.html", b"<p>")
+    with StepTracker(stream.queue, 1) as tracker:
+        tracker.publish(stream.folder)
+        publish_stream(tracker, "report.html")
+    (copies := tmp_path / "copies").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(copies))
+    seen, log = list[tuple[bool, list[str]]](), MlflowClient.log_artifact
+
+    def watched(*arguments: object, **named: object) -> None:
+        writer = sender._writer
+        seen.append((writer is not None and writer.is_uploading, [path.name for path in copies.rglob("*.*")]))
+        log(*arguments, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(MlflowClient, "log_artifact", watched)
+    sender = stream.sender()
+    sender.start()
+    assert sender.close(60.0)
+    files = ["memory.json", "metrics.json", "model.safetensors", "scenario.json", "COMMITTED.json", "report.html"]
+    assert seen == [(True, [name]) for name in files]
+    assert not list(copies.iterdir())
+    storage.remove_tree(stream.folder)
 
 
 def test_a_downloaded_artifact_equals_the_uploaded_one(stream: StreamFolder, tmp_path: Path) -> None:

@@ -145,13 +145,15 @@ def test_a_removed_tree_is_gone_and_may_be_removed_again(root: str) -> None:
     storage.remove_tree(folder)
 
 
-def test_a_local_copy_holds_the_whole_folder(root: str) -> None:
-    for name in ("x.txt", "deep/y.txt"):
+def test_a_local_copy_is_that_of_one_file_and_lasts_as_long_as_its_block(root: str) -> None:
+    for name in ("x.txt", "y.txt"):
         storage.write_bytes(storage.join(root, "folder", name), name.encode())
-    with storage.local_copy(storage.join(root, "folder")) as folder:
-        found = {str(p.relative_to(folder)): p.read_text() for p in Path(folder).rglob("*") if p.is_file()}
-        assert found == {"x.txt": "x.txt", "deep/y.txt": "deep/y.txt"}
-    assert Path(folder).exists() == (not root.startswith("memory"))
+    with storage.local_copy(storage.join(root, "folder", "x.txt")) as path:
+        assert (path.name, path.read_text()) == ("x.txt", "x.txt")
+        assert len(list(path.parent.iterdir())) == (1 if root.startswith("memory") else 2)
+    assert path.exists() == (not root.startswith("memory"))
+    with pytest.raises(DataError, match=r"gone\.txt: missing"), storage.local_copy(storage.join(root, "gone.txt")):
+        pass
 
 
 def test_digests_of_bytes_and_of_a_file_longer_than_a_chunk(root: str) -> None:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 
 from avcil_dist.config.compat import result_settings
@@ -21,6 +20,7 @@ from avcil_dist.streams.metrics import EpochChoice, StreamMetrics
 # Settings that have a column of their own and are left out of the variant.
 OWN_COLUMNS = ("name", "seed", "method.name", ORDER)
 MEAN: MetricName = "mean_accuracy"
+UPPER_BOUND = "joint"  # trains on all classes at once
 NO_RESULT = "published: no result of these benchmarks, with their steps, clips and exemplars, in published.yaml"
 
 
@@ -79,8 +79,18 @@ class Row:
         return {
             (stream.config.seed, _order(stream)): stream.metrics.mean_accuracy
             for stream in self.streams
-            if stream.metrics.step + 1 == stream.scenario.num_steps
+            if _has_all_steps(stream)
         }
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all streams have all steps."""
+        return all(map(_has_all_steps, self.streams))
+
+    @property
+    def is_upper_bound(self) -> bool:
+        """Whether the method is the upper bound, which is not compared with the others."""
+        return self.config.method.name == UPPER_BOUND
 
 
 def group_by_config(streams: Sequence[StreamReport]) -> list[Row]:
@@ -109,8 +119,8 @@ def compared(
     """Return the rows as a table. Numbers are %: mean and sample standard deviation over seeds and class orders.
 
     `metrics` are names of METRICS; those that no stream has are left out.
-    `significance` adds, for each row but the best of its benchmark, the p of a paired test against that; `published`
-    adds the result of a paper and the difference. Only streams with all steps are compared so.
+    `significance` adds the column of `p_against_best`, `published` the result of a paper and the difference. Only
+    streams with all steps are compared so.
     """
     shown = [name for name in metrics if any(metric_numbers(row, name).count for row in rows)]
     has_orders = any(_order(stream) is not None for row in rows for stream in row.streams)
@@ -160,40 +170,50 @@ def spread(fractions: Sequence[float | None]) -> str:
     return Number.of(fractions).text(" ± ")
 
 
-def p_against_best(rows: Sequence[Row]) -> tuple[list[str], str]:
-    """Return the p of each row against the best one of its benchmark, and a note on the test.
+def contenders(rows: Sequence[Row], benchmark: str) -> list[Row]:
+    """Return the rows of a benchmark that the best one is chosen from: with all steps, and not the upper bound."""
+    own = [row for row in rows if benchmark_name(row.config) == benchmark]
+    return [row for row in own if row.is_complete and not row.is_upper_bound]
 
-    The best row has the word `best`. Nothing but the note is returned where no row has enough common seeds.
+
+def p_against_best(rows: Sequence[Row]) -> tuple[list[str], str]:
+    """Return the p of each row against the best of the `contenders` of its benchmark, and a note on the test.
+
+    The best row has the word `best`, the upper bound no p. Nothing but the note is returned where no row has a p.
     """
-    best: dict[str, Row] = {}
-    for row in rows:
-        if row.mean_accuracies:
-            known = best.setdefault(benchmark_name(row.config), row)
-            if _mean(row) > _mean(known):
-                best[benchmark_name(row.config)] = row
-    tests: list[PairedTest | None] = []
-    for row in rows:
-        reference = best.get(benchmark_name(row.config), row)
-        tests.append(None if row is reference else paired_test(row.mean_accuracies, reference.mean_accuracies))
-    if all(test is None or test.p_value is None for test in tests):
+    shown = ["–"] * len(rows)
+    made: list[PairedTest] = []
+    for benchmark in dict.fromkeys(benchmark_name(row.config) for row in rows):
+        candidates = contenders(rows, benchmark)
+        if len(candidates) < 2:  # one alone is not the best of anything
+            continue
+        best = max(candidates, key=lambda row: metric_numbers(row, "mean").mean or 0.0)
+        others: list[tuple[int, PairedTest]] = []
+        for number, row in enumerate(rows):
+            if row is best:
+                shown[number] = "best"
+            elif benchmark_name(row.config) == benchmark and not row.is_upper_bound:
+                others.append((number, paired_test(row.mean_accuracies, best.mean_accuracies)))
+        for (number, test), p in zip(others, holm([test.p_value for _, test in others]), strict=True):
+            shown[number] = f"{p:.3f}" if p is not None else _without_p(test)
+        made += [test for _, test in others]
+    same = "; (same): both rows are the same for every seed, which is one result" * any(t.seeds_agree for t in made)
+    bound = f"; {UPPER_BOUND}, the upper bound, is not compared" * any(row.is_upper_bound for row in rows)
+    if not made:
+        return [], f"no p: no benchmark has two rows with all steps beside {UPPER_BOUND}"
+    if all(test.p_value is None for test in made):
         return [], (
             f"no p against the best row of a benchmark: the paired test needs {MIN_PAIRS} common seeds with all steps, "
-            f"and there are at most {max((test.pairs for test in tests if test), default=0)}"
+            f"and there are at most {max(test.pairs for test in made)}{same}"
         )
-    shown = [""] * len(rows)
-    for benchmark in dict.fromkeys(benchmark_name(row.config) for row in rows):
-        numbers = [number for number, row in enumerate(rows) if benchmark_name(row.config) == benchmark]
-        own = [tests[number] for number in numbers]
-        for number, test, p in zip(numbers, own, holm([test.p_value if test else None for test in own]), strict=True):
-            shown[number] = "best" if test is None else f"{p:.3f}" if p is not None else _in_common(test.pairs)
     return shown, (
         "p: two-sided paired t-test of the mean accuracies of equal seed and class order against the best row of the "
-        f"benchmark, corrected for the number of rows (Holm); it needs {MIN_PAIRS} common seeds"
+        f"benchmark, corrected for the number of rows (Holm); it needs {MIN_PAIRS} common seeds{same}{bound}"
     )
 
 
-def _in_common(pairs: int) -> str:
-    return f"– ({pairs} seed{'s' * (pairs != 1)})"
+def _without_p(test: PairedTest) -> str:
+    return "– (same)" if test.seeds_agree else f"– ({test.pairs} seed{'s' * (test.pairs != 1)})"
 
 
 def _add_published(table: TextTable, rows: Sequence[Row], published: Published) -> None:
@@ -214,8 +234,8 @@ def _add_published(table: TextTable, rows: Sequence[Row], published: Published) 
     table.notes += published.sources(used) or [NO_RESULT]
 
 
-def _mean(row: Row) -> float:
-    return float(np.mean(list(row.mean_accuracies.values()))) if row.mean_accuracies else -np.inf
+def _has_all_steps(stream: StreamReport) -> bool:
+    return stream.metrics.step + 1 == stream.scenario.num_steps
 
 
 def _settings(config: Config) -> dict[str, Any]:

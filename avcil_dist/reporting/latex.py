@@ -8,12 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from avcil_dist.config.variant_names import benchmark_name
-from avcil_dist.reporting.compare import METRICS, NO_RESULT, Row, metric_numbers, p_against_best
+from avcil_dist.reporting.compare import METRICS, NO_RESULT, Row, contenders, metric_numbers, p_against_best
 from avcil_dist.reporting.formats import Number
 from avcil_dist.reporting.published import Published, Result
 from avcil_dist.text.visible import visible
 
-UPPER_BOUND = "joint"
 DEFAULT_METRICS = ("mean", "forgetting")
 ESCAPES = {
     "\\": r"\textbackslash{}",
@@ -69,8 +68,8 @@ def latex_table(
             else:
                 yield _cell(metric_numbers(row, column.metric), row, best[column])
 
-    own = {label: found for label, found in by_label.items() if not _is_upper_bound(found)}
-    bound = {label: found for label, found in by_label.items() if _is_upper_bound(found)}
+    bound = {label: found for label, found in by_label.items() if all(row.is_upper_bound for row in found.values())}
+    own = {label: found for label, found in by_label.items() if label not in bound}
     results = _results(rows, metrics, published)
     parts = [
         *([_line([_escaped(label), *cells(found)]) for label, found in part.items()] for part in (own, bound)),
@@ -106,7 +105,7 @@ def _head(benchmarks: Sequence[str], columns: Sequence[_Column], width: int) -> 
 def _what_numbers_are(rows: Sequence[Row]) -> str:
     counts = sorted({len(row.streams) for row in rows})
     several = "" if counts == [1] else f": mean ± sample standard deviation over {_range(counts)} streams a row"
-    missing = "" if all(map(_is_complete, rows)) else "; *: steps are missing, never in bold"
+    missing = "" if all(row.is_complete for row in rows) else "; *: steps are missing, never in bold"
     return f"\\usepackage{{booktabs}}; % on test clips{several}{missing}"
 
 
@@ -124,25 +123,11 @@ def _place(row: Row) -> tuple[str, str]:
     return _label(row), benchmark_name(row.config)
 
 
-def _is_upper_bound(found: dict[str, Row]) -> bool:
-    return all(row.config.method.name == UPPER_BOUND for row in found.values())
-
-
-def _is_complete(row: Row) -> bool:
-    return len(row.mean_accuracies) == len(row.streams)
-
-
 def _best(rows: Sequence[Row], column: _Column) -> float | None:
-    """The best value as it is shown, of the complete rows other than the upper bound; None for fewer than two."""
+    """The best value as it is shown, of the contenders; None for fewer than two."""
     if column.metric is None:
         return None
-    numbers = [
-        metric_numbers(row, column.metric)
-        for row in rows
-        if benchmark_name(row.config) == column.benchmark
-        and row.config.method.name != UPPER_BOUND
-        and _is_complete(row)
-    ]
+    numbers = [metric_numbers(row, column.metric) for row in contenders(rows, column.benchmark)]
     values = [_shown(number.mean) for number in numbers if number.mean is not None]
     if len(values) <= 1:  # one alone is not the best of anything
         return None
@@ -157,10 +142,9 @@ def _cell(number: Number, row: Row, best: float | None) -> str:
     if number.mean is None:
         return "--"
     mean, between, deviation = number.text("±").partition("±")
-    complete = _is_complete(row)
-    if best is not None and complete and row.config.method.name != UPPER_BOUND and _shown(number.mean) == best:
+    if best is not None and row.is_complete and not row.is_upper_bound and _shown(number.mean) == best:
         mean = rf"\textbf{{{mean}}}"
-    return mean.replace("-", "$-$") + (rf" $\pm$ {deviation}" if between else "") + ("" if complete else "$^{*}$")
+    return mean.replace("-", "$-$") + (rf" $\pm$ {deviation}" if between else "") + "$^{*}$" * (not row.is_complete)
 
 
 def _results(rows: Sequence[Row], metrics: Sequence[str], published: Published | None) -> dict[str, list[Result]]:

@@ -3,32 +3,42 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 MIN_PAIRS = 3
+Stream = tuple[int, int | None]  # seed and class order
 
 
 @dataclass(frozen=True)
 class PairedTest:
-    """Two-sided paired t-test: the mean difference of `pairs` pairs, and p; None for fewer than MIN_PAIRS pairs."""
+    """Two-sided paired t-test: the mean difference of `pairs` pairs, and p; None for fewer than MIN_PAIRS pairs.
+
+    `seeds_agree`: some pairs are the same for every seed; they count as one.
+    """
 
     pairs: int
+    seeds_agree: bool
     difference: float
     p_value: float | None
 
 
-def paired_test(values: Mapping[Any, float], reference: Mapping[Any, float]) -> PairedTest:
-    """Compare values by seed with those of a reference; only seeds of both count."""
-    common = [key for key in values if key in reference]
-    first, second = [values[key] for key in common], [reference[key] for key in common]
-    difference = math.fsum(a - b for a, b in zip(first, second, strict=True)) / len(common) if common else math.nan
-    if len(common) < MIN_PAIRS:
-        return PairedTest(len(common), difference, None)
-    if len({a - b for a, b in zip(first, second, strict=True)}) == 1:  # no deviation: t is 0/0 or infinite
-        return PairedTest(len(common), difference, 1.0 if difference == 0 else 0.0)
+def paired_test(values: Mapping[Stream, float], reference: Mapping[Stream, float]) -> PairedTest:
+    """Compare values by seed and class order with those of a reference; only keys of both count."""
+    by_order: dict[int | None, list[tuple[float, float]]] = {}
+    for key in values:
+        if key in reference:
+            by_order.setdefault(key[1], []).append((values[key], reference[key]))
+    # a closed-form head gives one result for every seed of a class order: more seeds are no more evidence
+    pairs = [pair for found in by_order.values() for pair in (found[:1] if len(set(found)) == 1 else found)]
+    seeds_agree = len(pairs) < sum(map(len, by_order.values()))
+    first, second = [a for a, _ in pairs], [b for _, b in pairs]
+    difference = math.fsum(a - b for a, b in pairs) / len(pairs) if pairs else math.nan
+    if len(pairs) < MIN_PAIRS:
+        return PairedTest(len(pairs), seeds_agree, difference, None)
+    if len({a - b for a, b in pairs}) == 1:  # no deviation: t is 0/0 or infinite
+        return PairedTest(len(pairs), seeds_agree, difference, 1.0 if difference == 0 else 0.0)
     from scipy.stats import ttest_rel  # most of a second of imports
 
-    return PairedTest(len(common), difference, float(ttest_rel(first, second).pvalue))
+    return PairedTest(len(pairs), seeds_agree, difference, float(ttest_rel(first, second).pvalue))
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:

@@ -35,7 +35,11 @@ def _metric_names(_: click.Context, __: click.Parameter, text: str | None) -> tu
     help="Columns, of: mean, final, forgetting, disjoint, bwt, task_il, top5, map.  "
     "[default: the first four; latex: mean,forgetting]",
 )
-@click.option("--significance", is_flag=True, help="Paired t-test over seeds against the best row of a benchmark.")
+@click.option(
+    "--significance",
+    is_flag=True,
+    help="Paired t-test over seeds against the best row of a benchmark; `joint`, the upper bound, is set apart.",
+)
 @click.option("--published", is_flag=True, help="Add published results with their sources, and the difference.")
 @click.option(
     "--paired",

@@ -117,14 +117,14 @@ class StreamGroup:
         """Mean confusion matrix after the last step."""
         return confusion_view(self.streams)
 
-    def class_curve(self, name: str) -> list[float | None]:
-        """Mean accuracy of a class after each committed step, from its first one on."""
+    def class_curve(self, name: str) -> list[tuple[int, float]]:
+        """Each committed step from the first one of a class on, and the mean accuracy of the class after it."""
         values: dict[int, list[float]] = {}
         for history in self.histories:
             for _, metrics in history.steps:
                 if name in metrics.per_class:
                     values.setdefault(metrics.step, []).append(metrics.per_class[name])
-        return [float(np.mean(values[step])) for step in sorted(values)]
+        return [(step, float(np.mean(values[step]))) for step in sorted(values)]
 
 
 def make_groups(streams: Sequence[StreamReport]) -> list[StreamGroup]:

@@ -62,10 +62,10 @@ def write_page(
     storage.write_bytes(path, page.encode())
 
 
-def sparkline(values: Sequence[float], num_steps: int) -> str:
-    """Path of a curve in a field of 100 × 20, from 0 at the bottom to 1 at the top; it ends at the last step."""
-    first, width = num_steps - len(values), 100 / max(num_steps - 1, 1)
-    points = [f"{(first + number) * width:.0f} {19 - 18 * value:.0f}" for number, value in enumerate(values)]
+def sparkline(curve: Sequence[tuple[int, float]], num_steps: int) -> str:
+    """Path of a curve of (step, value) in a field of 100 × 20: steps from left to right, 0 at the bottom, 1 on top."""
+    width = 100 / max(num_steps - 1, 1)
+    points = [f"{step * width:.0f} {19 - 18 * value:.0f}" for step, value in curve]
     return f"M{points[0]}h1" if len(points) == 1 else "M" + "L".join(points)
 
 

@@ -1,5 +1,7 @@
 """The report page: means over seeds, confusion, curves of classes, origin; and the page in a browser."""
 
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -65,9 +67,27 @@ def test_confusion_is_the_mean_of_rows_and_names_the_most_frequent_mistakes(fold
     assert view.drift == pytest.approx(old / new)
 
 
-def test_sparklines_end_at_the_last_step() -> None:
-    assert sparkline([1.0, 0.0], 3) == "M50 1L100 19"
-    assert sparkline([0.5], 1) == "M0 10h1"
+def test_the_points_of_a_curve_are_at_their_steps() -> None:
+    assert sparkline([(1, 1.0), (2, 0.0)], 3) == "M50 1L100 19"
+    assert sparkline([(0, 1.0), (1, 0.0)], 3) == "M0 1L50 19"
+    assert sparkline([(0, 0.5)], 1) == "M0 10h1"
+
+
+def test_the_curves_of_an_unfinished_stream_end_at_its_last_step(folder: Path, tmp_path: Path) -> None:
+    stream = tmp_path / "made-avcil-seed0"
+    shutil.copytree(folder / stream.name, stream)
+    shutil.rmtree(stream / "step_002")
+    streams = load_streams([str(stream)])
+    [group] = make_groups(streams)
+    early, late = (streams[0].scenario.new(task)[0] for task in (0, 1))
+    steps = [metrics for _, metrics in group.histories[0].steps]
+    assert group.class_curve(early) == [(step, steps[step].per_class[early]) for step in (0, 1)]
+    assert group.class_curve(late) == [(1, steps[1].per_class[late])]
+    write_page(streams, str(tmp_path / "page.html"))
+    paths = re.findall(
+        r'<rect width="100" height="20"/><path d="M(\d+) \d+(?:L(\d+) \d+|h1)"', (tmp_path / "page.html").read_text()
+    )
+    assert paths == [("0", "50"), ("0", "50"), ("50", ""), ("50", "")]
 
 
 def test_times_have_one_unit() -> None:

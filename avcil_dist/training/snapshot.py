@@ -124,7 +124,7 @@ class SnapshotManager:
         folder, world = storage.join(self.folder, f"{state.iteration:09d}"), self.step.world
         self._writer.finish()
         if not self._is_begun:
-            decide_together(lambda: self._remove_from(state.iteration))
+            decide_together(self._remove_passed_over)
             self._is_begun = True
         kinds: dict[str, Parts | None] = {
             "model": engine.weight_parts(),
@@ -169,10 +169,10 @@ class SnapshotManager:
         name = _file(kind, self.step.world.rank)
         return {name: write_tensors(storage.join(folder, name), parts)}
 
-    def _remove_from(self, iteration: int) -> None:
-        """Remove what is left of snapshots from `iteration` on: unfinished, damaged, or of other data."""
+    def _remove_passed_over(self) -> None:
+        """Remove snapshots later than the one that the step continues from: unfinished, damaged, or of other data."""
         for name in storage.list_folder(self.folder):
-            if not name.isdecimal() or int(name) >= iteration:
+            if not name.isdecimal() or int(name) > self._iteration:
                 storage.remove_tree(storage.join(self.folder, name))
 
     def load_newest(self, student: Network) -> Snapshot | None:

@@ -16,6 +16,7 @@ from avcil_dist.data.manifest import load_manifest
 from avcil_dist.errors import ConfigError, DataError, StepStopped
 from avcil_dist.streams.artifact import StepArtifact, load_artifact
 from avcil_dist.streams.metrics import EpochChoice
+from avcil_dist.streams.snapshots import snapshots_url
 from avcil_dist.streams.stream import stream_url
 from avcil_dist.streams.summary import step_url
 from avcil_dist.system.signals import StopRequest
@@ -346,6 +347,14 @@ def test_a_snapshot_of_another_previous_step_is_skipped_and_so_is_its_teacher_ca
     assert second.started_from == 0
     assert [text for text in second.messages if "teacher cache" in text]
     assert "of another previous step; skipping" in caplog.text
+
+
+def test_a_snapshot_that_a_kill_cut_off_is_not_one_of_the_two_that_are_kept(config: Config) -> None:
+    stop_after(config, 9)
+    folder = snapshots_url(config, 0)
+    storage.write_bytes(storage.join(folder, "000000011/training.json"), b"{}")
+    stop_after(config, 2)
+    assert storage.list_folder(folder) == ["000000010", "000000013"]
 
 
 def test_the_teacher_cache_is_loaded_when_the_step_continues(config: Config) -> None:

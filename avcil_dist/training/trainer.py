@@ -21,10 +21,12 @@ from avcil_dist.models.network import Network
 from avcil_dist.streams.metrics import EpochMetrics
 from avcil_dist.system.signals import StopRequest
 from avcil_dist.training.collectives import Votes, collect_texts, gather_rows
+from avcil_dist.training.device import out_of_memory_as_line
 from avcil_dist.training.engine import Engine
 from avcil_dist.training.evaluation import evaluate
 from avcil_dist.training.exemplar_copies import local_exemplars
 from avcil_dist.training.exemplar_logits import StoredRows
+from avcil_dist.training.failure_sync import publishing_failures
 from avcil_dist.training.incremental_step import Step
 from avcil_dist.training.inference_pass import InferencePass
 from avcil_dist.training.iteration_metrics import IterationMetrics
@@ -89,6 +91,8 @@ class Trainer:
             local_exemplars(replace(self.sampler, start=state.iteration)) as (source, manifest),
             closing(self._make_engine(student)) as engine,
             closing(self.snapshots),
+            publishing_failures(),  # the other ranks do not wait until these blocks have cleaned up
+            out_of_memory_as_line(),
         ):
             if snapshot:
                 self.snapshots.load_optimizer(snapshot, engine)

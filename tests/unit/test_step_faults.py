@@ -1,7 +1,8 @@
 """Faults of a step's surroundings, on one rank: one line that names the file, and a step that can be run again."""
 
 import shutil
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,14 @@ import torch
 
 from avcil_dist.compose import load_config
 from avcil_dist.config.schema import Config
-from avcil_dist.errors import ArtifactError, AvcilError, DataError, StorageError
+from avcil_dist.errors import ArtifactError, AvcilError, DataError, StorageError, TrainingError
 from avcil_dist.streams.commit import Commit, read_verified_commit
 from avcil_dist.streams.stream import stream_url
 from avcil_dist.streams.summary import is_committed
 from avcil_dist.system.signals import StopRequest
+from avcil_dist.training import trainer
 from avcil_dist.training.observer import Observer
+from avcil_dist.training.snapshot import SnapshotManager
 from avcil_dist.training.step import step_in_group
 from avcil_dist.world import World
 from tests.helpers.disks import read_only
@@ -85,3 +88,25 @@ def test_step_without_its_shards_or_its_previous_step_ends_before_it_trains(tmp_
     weights = Path(stream_url(config), "step_000/model.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1])
     assert _fault(ArtifactError, config, 1).startswith(f"{weights}: damaged")
+
+
+def test_an_error_is_published_before_its_step_cleans_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class FillsMemory(Observer):
+        def advance(self) -> None:
+            raise torch.OutOfMemoryError("Tried to allocate 2 GiB")
+
+    events: list[str] = []
+
+    @contextmanager
+    def publishing() -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            events.append(type(error).__name__)
+            raise
+
+    monkeypatch.setattr(trainer, "publishing_failures", publishing)
+    monkeypatch.setattr(SnapshotManager, "close", lambda self: events.append("close"))
+    with pytest.raises(TrainingError):
+        _run(_config(tmp_path), 0, FillsMemory())
+    assert events == ["TrainingError", "close"]

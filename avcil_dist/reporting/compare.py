@@ -197,7 +197,7 @@ def p_against_best(rows: Sequence[Row]) -> tuple[list[str], str]:
         for (number, test), p in zip(others, holm([test.p_value for _, test in others]), strict=True):
             shown[number] = f"{p:.3f}" if p is not None else _without_p(test)
         made += [test for _, test in others]
-    same = "; (same): both rows are the same for every seed, which is one result" * any(t.seeds_agree for t in made)
+    same = "; rows that are the same for every seed (same) have one result" * any(test.seeds_agree for test in made)
     bound = f"; {UPPER_BOUND}, the upper bound, is not compared" * any(row.is_upper_bound for row in rows)
     if not made:
         return [], f"no p: no benchmark has two rows with all steps beside {UPPER_BOUND}"

@@ -241,7 +241,7 @@ def test_fewer_than_three_common_seeds_have_no_p() -> None:
 def test_seeds_that_give_the_same_accuracies_in_both_rows_are_one_result() -> None:
     closed_form = [*seeds("analytic", 0.976, 0.976, 0.976), *seeds("slda", 0.975, 0.975, 0.975)]
     text = as_format("md", closed_form, significance=True)
-    assert "there are at most 1; (same): both rows are the same for every seed, which is one result" in text
+    assert "there are at most 1; rows that are the same for every seed (same) have one result" in text
     shown = json.loads(as_format("json", [*closed_form, *seeds("lwf", 0.5, 0.6, 0.55)], significance=True))["rows"]
     assert [row["p against the best"] for row in shown] == ["best", "– (same)", "0.005"]
     varied = {(seed, order): 0.5 + order / (8 + order) for seed in range(3) for order in range(4)}

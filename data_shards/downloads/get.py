@@ -59,7 +59,10 @@ class Meters:
 
 @dataclass(frozen=True)
 class Fetched:
-    """Result of `get_data_set`: the files, and the report of the import, None for a data set of lists."""
+    """Result of `get_data_set`: the files, and the report of the import.
+
+    `report` is None for a data set of lists, and for shards that another process has made meanwhile.
+    """
 
     paths: dict[str, Path]
     report: BuildReport | None
@@ -154,10 +157,13 @@ def get_data_set(
         )
     downloads = folder / DOWNLOADS
     with sole_build(str(downloads)):
+        listed = _listed_now(listed, downloads)
+        paths = {entry.file.path: entry.path for entry in listed}
+        if is_imported(data_set, folder, output):
+            return Fetched(paths, None)
         check_room(folder, _needed(data_set, listed), "in all (download, unpacked features, shards)")
         _download(listed, meters.download)
         lock = _verify(listed, downloads, meters.digest)
-        paths = {entry.file.path: entry.path for entry in listed}
         if not data_set.archive:
             return Fetched(paths, None)
         parts = [paths[file.path] for file in data_set.archive]
@@ -180,6 +186,12 @@ def get_data_set(
                 if part.is_relative_to(downloads):
                     part.unlink(missing_ok=True)
         return Fetched(paths, report)
+
+
+def _listed_now(listed: Sequence[Listed], downloads: Path) -> list[Listed]:
+    """Return the files as they are listed now: another process may have downloaded some since."""
+    lock = read_lock(downloads)
+    return [_here(entry.file, entry.path, lock) if entry.path.is_file() else entry for entry in listed]
 
 
 def is_imported(data_set: DataSet, folder: Path, output: str) -> bool:

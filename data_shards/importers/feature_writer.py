@@ -1,7 +1,8 @@
 """Writer of features of another layout as feature shards, in float16, and the import by an importer of a plug-in."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,28 +53,47 @@ def import_foreign_features(
     """
     if not source.exists():
         raise DataError(f"{source}: missing; give the file or folder of the features")
-    contents = input_digests(importer.files(source), output, digest_progress)
-    name = f"{type(importer).__module__}:{type(importer).__qualname__}"
-    digest = storage.sha256(json.dumps([FORMAT, name, clips_per_shard, contents]).encode())
-    unchanged = load_finished(output, digest)
-    if unchanged:
-        return unchanged
-    with sole_build(output):
-        return write_features(importer.open(source), source, output, digest, clips_per_shard, progress)
+    return write_features(
+        lambda: nullcontext(importer.open(source)),
+        source,
+        importer.files(source),
+        output,
+        reader=f"{type(importer).__module__}:{type(importer).__qualname__}",
+        clips_per_shard=clips_per_shard,
+        digest_progress=digest_progress,
+        progress=progress,
+    )
 
 
 def write_features(
-    features: ForeignFeatures,
+    open_features: Callable[[], AbstractContextManager[ForeignFeatures]],
     where: Path,
+    files: Sequence[Path],
     output: str,
-    digest: str,
+    *,
+    reader: str | int,
     clips_per_shard: int,
+    digest_progress: Progress | None = None,
     progress: Progress | None = None,
 ) -> BuildReport:
     """Write the shards of `output` that are not written yet, and its manifest, under the lock of the output.
 
-    `digest` is that of the inputs and settings; `where` names them in errors. Raises as `import_features` does.
+    The features are those of `files`, read as `reader` states, and are opened only if there is something to write;
+    `where` names them in errors. Raises as `import_features` does.
     """
+    with sole_build(output):
+        contents = input_digests(files, output, digest_progress)
+        digest = storage.sha256(json.dumps([FORMAT, reader, clips_per_shard, contents]).encode())
+        unchanged = load_finished(output, digest)
+        if unchanged:
+            return unchanged
+        with open_features() as features:
+            return _write(features, where, output, digest, clips_per_shard, progress)
+
+
+def _write(
+    features: ForeignFeatures, where: Path, output: str, digest: str, clips_per_shard: int, progress: Progress | None
+) -> BuildReport:
     shape = _shape(features, where)
     chunks, rejected = _chunks(features, where, clips_per_shard, digest)
     plan = Plan("feature", features.classes, shape, digest, tuple(chunk.job for chunk in chunks), tuple(rejected))

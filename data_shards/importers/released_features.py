@@ -6,26 +6,22 @@ is copied to a temporary file in TMPDIR, in float16 (half the size of the `.npy`
 array is in memory at a time.
 """
 
-import json
 import math
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from avcil_dist import storage
 from avcil_dist.data.shard import KEY_PATTERN
 from avcil_dist.errors import ConfigError, DataError
-from data_shards.build_plan import FORMAT, BuildReport, load_finished
+from data_shards.build_plan import BuildReport
 from data_shards.importers.feature_importer import Arrays, ForeignFeatures
 from data_shards.importers.feature_writer import write_features
-from data_shards.importers.input_digests import input_digests
 from data_shards.listings.pickled_dict import read_pickled_dict
 from data_shards.listings.published_lists import read_published_lists
-from data_shards.output_lock import sole_build
 from data_shards.rejections import ClipRejectedError
 from data_shards.workers import Progress
 
@@ -54,16 +50,22 @@ def import_features(
     numbers that do not fit, or a missing library.
     """
     lists = read_published_lists(splits)
-    contents = input_digests([visual, audio, *sorted(splits.glob("*.npy"))], output, digest_progress)
-    digest = storage.sha256(json.dumps([FORMAT, frames, clips_per_shard, contents]).encode())
-    unchanged = load_finished(output, digest)
-    if unchanged:
-        return unchanged
-    with ExitStack() as files:
-        files.enter_context(sole_build(output))
-        tokens, sound = (files.enter_context(_open_arrays(path)) for path in (visual, audio))
-        features = ForeignFeatures(lists.classes, lists.labels, tokens, sound, frames)
-        return write_features(features, visual, output, digest, clips_per_shard, progress)
+
+    @contextmanager
+    def open_features() -> Iterator[ForeignFeatures]:
+        with _open_arrays(visual) as tokens, _open_arrays(audio) as sound:
+            yield ForeignFeatures(lists.classes, lists.labels, tokens, sound, frames)
+
+    return write_features(
+        open_features,
+        visual,
+        [visual, audio, *sorted(splits.glob("*.npy"))],
+        output,
+        reader=frames,
+        clips_per_shard=clips_per_shard,
+        digest_progress=digest_progress,
+        progress=progress,
+    )
 
 
 @contextmanager

@@ -2,12 +2,12 @@
 
 import dataclasses
 import hashlib
-import io
 import json
 import shutil
 import stat
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from avcil_dist.data.manifest import load_manifest
 from avcil_dist.errors import AvcilError, ConfigError, DataError, StorageError
 from data_shards.downloads import disk, transfer
 from data_shards.downloads.archives import unpack_features
-from data_shards.downloads.get import Fetched, Meters, get_data_set, is_imported, list_files
+from data_shards.downloads.get import Fetched, Keep, Meters, get_data_set, is_imported, list_files
 from data_shards.downloads.http import HttpSource
 from data_shards.downloads.sources import DATA_SETS, FEATURES_REPOSITORY, DataSet
 from data_shards.downloads.transfer import CutError, StorageSource
@@ -37,27 +37,28 @@ def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AVCIL_DATA_MIRROR", raising=False)
 
 
-def _zip(keys: list[str], folder: Path, seed: int = 0) -> bytes:
-    """The archive of the released features, in the published form of AVE."""
+def _write_archive(root: Path, seed: int) -> None:
+    """Write the archive of the released features, in the published form of AVE, to a mirror with its lists."""
+    labels = np.load(root / "data/AVE/all_id_category_dict.npy", allow_pickle=True).item()
     random = np.random.default_rng(seed)
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(root / "AVE_features.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for kind, shape in (("audio", (DIM,)), ("visual", (8 * POSITIONS, DIM))):
-            values = {key: random.normal(size=shape).astype(np.float32) for key in keys}
-            path = save_pickled_dict(folder / f"{kind}.npy", values)
+            values = {key: random.normal(size=shape).astype(np.float32) for split in labels.values() for key in split}
+            path = save_pickled_dict(root.parent / f"made/{kind}.npy", values)
             archive.write(path, f"AVE/{kind}_pretrained_feature/{kind}_pretrained_feature_dict.npy")
-    return content.getvalue()
+
+
+def _interrupt(done: int) -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.fixture
 def mirror(tmp_path: Path) -> Path:
     """A mirror of made lists and features, in the published paths."""
     root = tmp_path / "mirror"
-    lists = make_benchmark(root / "data/AVE", "AVE")
-    labels = np.load(lists / "all_id_category_dict.npy", allow_pickle=True).item()
+    make_benchmark(root / "data/AVE", "AVE")
     (tmp_path / "made").mkdir()
-    data = _zip([key for split in labels.values() for key in split], tmp_path / "made")
-    (root / "AVE_features.zip").write_bytes(data)
+    _write_archive(root, seed=0)
     return root
 
 
@@ -72,9 +73,9 @@ def ave(mirror: Path) -> DataSet:
     return dataclasses.replace(known, lists=lists)
 
 
-def _get(data_set: DataSet, folder: Path, mirror: str | None, keep: str = "archives") -> Fetched:
+def _get(data_set: DataSet, folder: Path, mirror: str | None, keep: Keep = "archives") -> Fetched:
     listed = list_files(data_set, folder, mirror)
-    return get_data_set(data_set, listed, folder, f"{folder}/shards", keep=keep, meters=QUIET)  # type: ignore[arg-type]
+    return get_data_set(data_set, listed, folder, f"{folder}/shards", keep=keep, meters=QUIET)
 
 
 @pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "no-ranges"])
@@ -148,6 +149,26 @@ def test_without_archives_nothing_is_downloaded_again(tmp_path: Path, mirror: Pa
     assert is_imported(ave, tmp_path / "ave", f"{tmp_path}/ave/shards")
 
 
+@pytest.mark.parametrize("keep", ["archives", "nothing"])
+def test_the_second_of_two_gets_downloads_nothing(
+    tmp_path: Path, mirror: Path, ave: DataSet, caplog: pytest.LogCaptureFixture, keep: Keep
+) -> None:
+    second: list[Future[Fetched]] = []
+
+    def start_another(done: int, total: int) -> None:
+        while not caplog.records and not (second and second[0].done()):  # until it waits for the first
+            second[:] = second or [pool.submit(_get, ave, tmp_path / "ave", server.url, keep)]
+            wait(second, timeout=0.01)
+
+    with PublishedServer(mirror) as server, ThreadPoolExecutor() as pool:
+        listed = list_files(ave, tmp_path / "ave", server.url)
+        meters = dataclasses.replace(QUIET, download=start_another)
+        get_data_set(ave, listed, tmp_path / "ave", f"{tmp_path}/ave/shards", keep=keep, meters=meters)
+        assert second[0].result().report is None
+        gets = [path for method, path, _ in server.requests if method == "GET"]
+    assert len(gets) == len(set(gets)) == len(ave.files)
+
+
 def test_cut_connections_are_continued(tmp_path: Path, mirror: Path) -> None:
     data = (mirror / "AVE_features.zip").read_bytes()
     with PublishedServer(mirror) as server:
@@ -163,15 +184,12 @@ def test_cut_connections_are_continued(tmp_path: Path, mirror: Path) -> None:
 
 
 def test_an_interrupted_download_continues_in_another_run(tmp_path: Path, mirror: Path) -> None:
-    def interrupt(done: int) -> None:
-        raise KeyboardInterrupt
-
     data = (mirror / "AVE_features.zip").read_bytes()
     with PublishedServer(mirror) as server:
         source = HttpSource(f"{server.url}/AVE_features.zip")
         server.cut_after = 1000
         with pytest.raises(KeyboardInterrupt):
-            transfer.transfer(source, tmp_path / "file", interrupt)
+            transfer.transfer(source, tmp_path / "file", _interrupt)
         assert transfer.bytes_here(tmp_path / "file") == 1000
         server.cut_after = None
         transfer.transfer(source, tmp_path / "file")
@@ -211,16 +229,13 @@ def test_a_size_alone_does_not_make_a_part_whole(tmp_path: Path, mirror: Path) -
 
 @pytest.mark.parametrize("kind", ["http", "storage"])
 def test_bytes_of_two_versions_are_never_mixed(tmp_path: Path, mirror: Path, kind: str) -> None:
-    def interrupt(done: int) -> None:
-        raise KeyboardInterrupt
-
     file = mirror / "list.csv"
     file.write_bytes(b"a" * 3000)
     with PublishedServer(mirror) as server:
         url = f"{server.url}/list.csv"
         source = HttpSource(url) if kind == "http" else StorageSource(str(file))
         with pytest.raises(KeyboardInterrupt):
-            transfer.transfer(source, tmp_path / "file", interrupt)
+            transfer.transfer(source, tmp_path / "file", _interrupt)
         (tmp_path / ".file.part").write_bytes(b"a" * 100)
         file.write_bytes(b"b" * 2000)
         transfer.transfer(source, tmp_path / "file")
@@ -245,6 +260,7 @@ def test_a_file_that_is_not_the_published_one_is_refused(tmp_path: Path, mirror:
 def test_a_file_that_differs_from_the_recorded_one_is_refused(tmp_path: Path, mirror: Path, ave: DataSet) -> None:
     with PublishedServer(mirror) as server:
         _get(ave, tmp_path / "ave", server.url)
+        shutil.rmtree(tmp_path / "ave/shards")
         (tmp_path / "ave/downloads/AVE_features.zip").write_bytes(b"changed")
         with pytest.raises(DataError, match="not the file that was downloaded first"):
             _get(ave, tmp_path / "ave", server.url)
@@ -256,8 +272,7 @@ def test_unpacked_features_of_another_archive_are_not_imported(tmp_path: Path, m
     times = [path.stat().st_mtime_ns for path in sorted((folder / "unpacked").glob("*.npy"))]
     unpack_features([archive], folder / "unpacked")
     assert [path.stat().st_mtime_ns for path in sorted((folder / "unpacked").glob("*.npy"))] == times
-    labels = np.load(mirror / "data/AVE/all_id_category_dict.npy", allow_pickle=True).item()
-    archive.write_bytes(_zip([key for split in labels.values() for key in split], tmp_path / "made", seed=1))
+    _write_archive(mirror, seed=1)
     (folder / "downloads/downloads.json").unlink()  # as the error advises, to accept the new archive
     shutil.rmtree(folder / "shards")
     reports = [_get(ave, place, str(mirror), keep="all").report for place in (folder, tmp_path / "fresh")]

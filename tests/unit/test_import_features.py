@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import h5py
@@ -189,6 +190,21 @@ def test_interrupted_import_does_not_repeat_finished_shards(tmp_path: Path, list
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
     assert report.manifest.content_hash == _import(files, lists, tmp_path / "fresh").manifest.content_hash
     assert _import(files, lists, tmp_path / "out").unchanged
+
+
+def test_the_second_of_two_imports_writes_nothing(
+    tmp_path: Path, lists: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files, second = _write(tmp_path, "npy", *_features()), list[Future[BuildReport]]()
+
+    def start_another(done: int, total: int) -> None:
+        while not caplog.records and not (second and second[0].done()):  # until it waits for the first
+            second[:] = second or [pool.submit(_import, files, lists, tmp_path / "out")]
+            wait(second, timeout=0.01)
+
+    with ThreadPoolExecutor() as pool:
+        import_features(*files, lists, f"{tmp_path}/out", frames=FRAMES, clips_per_shard=3, progress=start_another)
+        assert second[0].result().unchanged
 
 
 MEASURE = """

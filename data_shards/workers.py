@@ -2,20 +2,28 @@
 
 An item has elements. A worker marks each element before it starts it. When the worker crashes, a new worker takes
 the item again and leaves the marked element out. A worker that is killed, as by a system that is short of memory, is
-no sign against the element: the item is taken again as it was.
+no sign against the element: the item is taken again as it was. A worker ends when no item waits for it.
+
+Temporary folders of a worker are below one of its own, which the parent removes when the worker has ended.
 """
 
 import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import shutil
 import signal
+import tempfile
 import threading
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
 
+from avcil_dist import storage
 from avcil_dist.data.clip_bounds import limit_process
 from avcil_dist.errors import AvcilError, DataError
 from avcil_dist.system.process_start import settle_worker, starting_process
@@ -31,6 +39,7 @@ NO_CRASHES: Mapping[int, frozenset[int]] = {}
 
 MAX_KILLS = 3  # of the workers of one item
 POLL_SECONDS = 0.5
+STOP_SECONDS = 5.0  # for workers to remove the files that they are writing
 
 
 def map_in_workers(
@@ -84,15 +93,19 @@ def _map_here(
 
 
 class _Worker:
-    """One process and the number of its item; in shared memory its current position and its count of elements."""
+    """One process and the number of its item; in shared memory its current position and its count of elements.
 
-    def __init__(self, context: Any, work: Work[Any, Any]) -> None:
+    Its temporary folders are below `place`.
+    """
+
+    def __init__(self, context: Any, work: Work[Any, Any], place: Path) -> None:
         self.item = -1
         with starting_process("workers"):
+            self.folder = tempfile.mkdtemp(dir=place)
             self.position = context.Value("q", -1, lock=False)
             self.num_started = context.Value("q", 0, lock=False)
             self.connection, worker_end = context.Pipe()
-            arguments = (work, worker_end, self.position, self.num_started)
+            arguments = (work, worker_end, self.position, self.num_started, self.folder)
             self.process = context.Process(target=_run_worker, args=arguments, daemon=True)
             self.process.start()
         worker_end.close()  # so that a crashed worker reads as the end of the pipe
@@ -102,10 +115,18 @@ class _Worker:
         with contextlib.suppress(ConnectionError):  # of a crashed worker; the end of its pipe is read next
             self.connection.send((item, crashed))
 
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.join()
-        self.connection.close()
+
+def _stop(workers: Sequence[_Worker]) -> None:
+    """End the workers, all at a time, and remove their temporary folders."""
+    for worker in workers:
+        worker.process.terminate()
+    end = time.monotonic() + STOP_SECONDS
+    for worker in workers:
+        worker.process.join(max(0.0, end - time.monotonic()))
+        worker.process.kill()
+        worker.process.join()
+        worker.connection.close()
+        shutil.rmtree(worker.folder, ignore_errors=True)
 
 
 class _Pool:
@@ -129,9 +150,10 @@ class _Pool:
         self.kills = Counter[int]()  # per item
         self.results: dict[int, Any] = {}
         self.workers: list[_Worker] = []
-        self.num_started_by_crashed = 0
+        self.num_started_by_ended = 0
 
     def run(self) -> list[Any]:
+        self.place = storage.new_temporary_folder()
         try:
             for _ in range(self.size):
                 self._send_next(self._start_worker())
@@ -141,14 +163,14 @@ class _Pool:
                     self._receive(by_connection[connection])
                 if self.on_start:
                     started = sum(worker.num_started.value for worker in self.workers)
-                    self.on_start(self.num_started_by_crashed + started)
+                    self.on_start(self.num_started_by_ended + started)
         finally:
-            for worker in self.workers:
-                worker.stop()
+            _stop(self.workers)
+            shutil.rmtree(self.place, ignore_errors=True)
         return [self.results[number] for number in range(len(self.items))]
 
     def _start_worker(self) -> _Worker:
-        worker = _Worker(self.context, self.work)
+        worker = _Worker(self.context, self.work, self.place)
         self.workers.append(worker)
         return worker
 
@@ -157,7 +179,12 @@ class _Pool:
             number = self.waiting.pop()
             worker.send(number, self.items[number], self.crashed.get(number, frozenset()))
         else:
-            worker.item = -1
+            self._end(worker)
+
+    def _end(self, worker: _Worker) -> None:
+        _stop([worker])
+        self.workers.remove(worker)
+        self.num_started_by_ended += worker.num_started.value
 
     def _receive(self, worker: _Worker) -> None:
         """Store a worker's result and send it the next item, or replace the worker if it crashed."""
@@ -173,9 +200,7 @@ class _Pool:
 
     def _replace(self, worker: _Worker) -> None:
         """Start another worker for one that ended; its item is done again without the element that crashed it."""
-        worker.stop()
-        self.workers.remove(worker)
-        self.num_started_by_crashed += worker.num_started.value
+        self._end(worker)
         number, position, code = worker.item, worker.position.value, worker.process.exitcode
         self.kills[number] += code == -signal.SIGKILL
         if position < 0 or self.kills[number] > MAX_KILLS:
@@ -191,13 +216,20 @@ class _Pool:
         self._send_next(self._start_worker())
 
 
-def _run_worker(work: Work[Any, Any], connection: Any, shared_position: Any, num_started: Any) -> None:
+def _exit(number: int, frame: FrameType | None) -> NoReturn:
+    """Exit as an exception, so that the files that are being written are removed."""
+    raise SystemExit(128 + number)
+
+
+def _run_worker(work: Work[Any, Any], connection: Any, shared_position: Any, num_started: Any, folder: str) -> None:
     """Main loop of a worker: receive an item, send its result."""
+    signal.signal(signal.SIGTERM, _exit)
     # a fork server that shields ranks from signals passes its mask on
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     import torch  # late: users of `exit_with_parent` alone need no torch
 
     settle_worker()
+    storage.place_temporary_folders(folder)
     exit_with_parent()
     torch.set_num_threads(1)
     limit_process()

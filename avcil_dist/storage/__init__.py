@@ -22,7 +22,15 @@ from avcil_dist.storage.files import (
     write_bytes,
 )
 from avcil_dist.storage.json_files import MAX_JSON_BYTES, describe, parse_json, read_json, write_json
-from avcil_dist.storage.local import REFUSED, file_lock, new_temporary_folder, open_regular, temporary_folder, writing
+from avcil_dist.storage.local import (
+    REFUSED,
+    file_lock,
+    new_temporary_folder,
+    open_regular,
+    place_temporary_folders,
+    temporary_folder,
+    writing,
+)
 from avcil_dist.storage.urls import check_url, inner_path, join, parent, path_below
 
 __all__ = [
@@ -48,6 +56,7 @@ __all__ = [
     "parent",
     "parse_json",
     "path_below",
+    "place_temporary_folders",
     "read_bytes",
     "read_json",
     "read_range",

@@ -16,6 +16,7 @@ from avcil_dist.errors import DataError, StorageError
 from avcil_dist.storage.retry import NO_ROOM, cannot_write
 
 PREFIX = "avcil-"  # of temporary folders
+_place: str | None = None  # of temporary folders; None: TMPDIR
 REFUSED = (*NO_ROOM, errno.EACCES, errno.EPERM, errno.ENOTDIR)  # of a disk or folder that takes no file
 
 
@@ -83,6 +84,15 @@ def file_lock(path: Path, seconds: float) -> Iterator[BaseFileLock]:
         lock.release()
 
 
+def place_temporary_folders(below: str) -> None:
+    """Let `temporary_folder` make its folders below another one than TMPDIR, in this process, from now on.
+
+    The caches of the user below TMPDIR stay there.
+    """
+    global _place
+    _place = below
+
+
 @contextmanager
 def temporary_folder(below: str | None = None) -> Iterator[Path]:
     """Make a folder below TMPDIR, or another folder, for the length of the block.
@@ -90,7 +100,7 @@ def temporary_folder(below: str | None = None) -> Iterator[Path]:
     Raises StorageError where that has no room, or is none.
     """
     with _making_temporary(below):
-        folder = tempfile.TemporaryDirectory(prefix=PREFIX, dir=below)
+        folder = tempfile.TemporaryDirectory(prefix=PREFIX, dir=below or _place)
     with folder as path:
         try:
             yield Path(path)

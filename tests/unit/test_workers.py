@@ -1,7 +1,13 @@
+import os
 import signal
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import pytest
 
+from avcil_dist import storage
 from avcil_dist.errors import DataError
 from data_shards.workers import MarkStart, map_in_workers
 from tests.helpers.lethal import write_to_full_standard_error
@@ -25,6 +31,42 @@ def _double(item: list[int], crashed: frozenset[int], mark_start: MarkStart) -> 
 def _refuse(item: int, crashed: frozenset[int], mark_start: MarkStart) -> int:
     if item == 1:
         raise DataError("item 1 is wrong")
+    return item
+
+
+def _outlast(folder: Path, item: int, crashed: frozenset[int], mark_start: MarkStart) -> int:
+    """Item 0 ends at once, item 1 when the worker of item 0 has ended."""
+    mark_start(0)
+    if item == 0:
+        storage.write_bytes(str(folder / "worker"), str(os.getpid()).encode())
+    else:
+        _wait_for((folder / "worker").exists)
+        _wait_for(lambda: not Path("/proc", (folder / "worker").read_text()).exists())
+    return item
+
+
+def _wait_for(is_so: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def _write(folder: Path, end: str, item: int, crashed: frozenset[int], mark_start: MarkStart) -> int:
+    """Item 0 writes files until its process is stopped, or crashes; then item 1 raises an error."""
+    mark_start(0)
+    if item == 1:
+        _wait_for((folder / "place").exists)
+        if end == "stop":
+            raise DataError("item 1 is wrong")
+    elif not crashed:
+        with storage.temporary_folder() as temporary, storage.new_file(str(folder / "out" / "shard.tar")) as file:
+            (temporary / "file").write_bytes(bytes(9))
+            file.write(bytes(9))
+            storage.write_bytes(str(folder / "place"), str(temporary).encode())
+            if end == "crash":
+                signal.raise_signal(signal.SIGSEGV)
+            _wait_for(lambda: False)
     return item
 
 
@@ -74,6 +116,25 @@ def test_error_in_a_worker_is_raised_in_the_parent() -> None:
         map_in_workers(_refuse, [0, 1, 2], processes=2)
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
         map_in_workers(_break, [0], processes=1)
+
+
+@pytest.mark.slow
+def test_worker_ends_when_no_item_waits(tmp_path: Path) -> None:
+    assert map_in_workers(partial(_outlast, tmp_path), [0, 1], processes=2) == [0, 1]
+
+
+@pytest.mark.slow
+def test_stop_leaves_no_temporary_files(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="item 1 is wrong"):
+        map_in_workers(partial(_write, tmp_path, "stop"), [0, 1], processes=2)
+    assert not Path((tmp_path / "place").read_text()).exists()
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_crashed_worker_leaves_no_temporary_files(tmp_path: Path) -> None:
+    assert map_in_workers(partial(_write, tmp_path, "crash"), [0, 1], processes=2) == [0, 1]
+    assert not Path((tmp_path / "place").read_text()).exists()
 
 
 def test_no_items_give_no_results() -> None:

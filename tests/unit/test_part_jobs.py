@@ -1,6 +1,10 @@
 """Builds by parts on a cluster: scripts, the words of a part, errors of parts, progress; nothing is submitted."""
 
 import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,7 @@ from launch.cluster.part_jobs import MERGE, PartJobs
 from launch.cluster.parts import plan_parts
 from launch.cluster.resources import ClusterConfig
 from launch.cluster.schedulers.slurm_parts import array_text, merge_text
+from launch.cluster.schedulers.slurm_script import REQUEUE_SECONDS
 from tests.helpers.rendered import render_tiny
 
 torch.set_num_threads(1)
@@ -82,6 +87,56 @@ def test_a_part_of_features_has_a_process_for_each_gpu() -> None:
     assert "#SBATCH --gpus-per-node=4" in text.splitlines()
     assert "\nsrun --export=ALL --cpus-per-task=6 --kill-on-bad-exit=1 " in text
     assert "#SBATCH --cpus-per-task=24" in array_text(_cluster(gpus_per_node=4, cpus_per_task=6), WORK).splitlines()
+
+
+def _end_of_part(
+    folder: Path, program: str, setup: Sequence[str] = (), *, warn: bool = False
+) -> tuple[int, list[tuple[str, str]]]:
+    """Run the script of a single part whose program is shell text; SLURM fails to requeue it once.
+
+    `warn`: of its time limit, as soon as the file `begun` exists. Returns its exit code, and what it reports as failed.
+    """
+    work = replace(WORK, folder=str(folder), working=str(folder), code=None, count=1)
+    scontrol = f"echo >> {folder}/calls; [ $(wc -l < {folder}/calls) -gt 1 ] && touch {folder}/requeued"
+    for name, text in (("program", program), ("scontrol", scontrol)):
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+    text = array_text(_cluster(setup=setup, python=f"{folder}/program"), work).replace(
+        f"sleep {REQUEUE_SECONDS}", "exit 99"
+    )
+    with work.log("part_1").open("w") as log:
+        process = subprocess.Popen(
+            ["bash", "-c", text],
+            env={"PATH": f"{folder}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"},
+            stdout=log,
+            stderr=log,
+        )
+        deadline = time.monotonic() + 60
+        while warn and not (folder / "begun").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        if warn:
+            process.send_signal(signal.SIGUSR2)
+        code = process.wait(60)
+    return code, [failure for failure in work.failures() if failure[0] != MERGE]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setup", [[], ["set -euo pipefail"]])
+def test_the_exit_code_of_a_part_is_kept(tmp_path: Path, setup: list[str]) -> None:
+    assert _end_of_part(tmp_path, "exit 3", setup) == (3, [("part_1", "exit code 3")])
+
+
+@pytest.mark.slow
+def test_a_part_whose_setup_fails_names_the_command(tmp_path: Path) -> None:
+    failure = ("part_1", "setup failed with exit code 1: test -e /nowhere")
+    assert _end_of_part(tmp_path, "exit 0", ["test -e /nowhere"]) == (1, [failure])
+
+
+@pytest.mark.slow
+def test_a_part_near_its_time_limit_is_requeued_though_slurm_does_not_answer_at_first(tmp_path: Path) -> None:
+    program = f"touch {tmp_path}/begun; for _ in $(seq 200); do [ -e {tmp_path}/requeued ] && break; sleep 0.05; done"
+    assert _end_of_part(tmp_path, program, warn=True)[0] == 99
 
 
 def test_errors_of_parts_are_read_from_their_logs(tmp_path: Path) -> None:

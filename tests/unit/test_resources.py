@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,15 @@ from launch.cli.options import split_words
 from launch.cluster.code_snapshot import snapshot_code, snapshot_folder, source_folder
 from launch.cluster.resources import ClusterConfig, load_cluster
 from launch.cluster.schedulers.base import scheduler_of
+from launch.cluster.schedulers.local import start_supervisor
 from launch.cluster.schedulers.slurm_commands import require_slurm
-from launch.cluster.schedulers.slurm_script import rank_command, sbatch_options, sbatch_parameters, sbatch_text
+from launch.cluster.schedulers.slurm_script import (
+    REQUEUE_SECONDS,
+    rank_command,
+    sbatch_options,
+    sbatch_parameters,
+    sbatch_text,
+)
 from tests.helpers.data import DATA
 
 GOLDEN = DATA / "sbatch"
@@ -72,24 +80,39 @@ def test_the_job_script_is_valid_bash(name: str) -> None:
     subprocess.run(["bash", "-n", GOLDEN / name], check=True)
 
 
-def run_end(
-    tmp_path: Path, command: str, *, state: str, restarts: int = 0, status: str = "", delay: float = 0.3
-) -> tuple[int, list[str], str]:
-    """Run a script whose ranks are `command`, with a scontrol that prints `state` and a squeue that takes `delay` s.
+LATER = "sleep 0.3; echo 2099-01-01T00:00:00"
+NO_ANSWER = "Socket timed out\n"
 
-    Returns its exit code, the subcommands of scontrol, and the arguments of Python, when all its processes have ended.
+
+def run_end(
+    tmp_path: Path,
+    command: str,
+    *,
+    state: str,
+    restarts: int = 0,
+    status: str = "",
+    queue: str = LATER,
+    faults: int = 0,
+    setup: Sequence[str] = (),
+) -> tuple[int, list[str], str]:
+    """Run a script whose ranks are `command`, with a scontrol that prints `state` and a squeue that is `queue`.
+
+    The first `faults` calls of each subcommand of scontrol fail. Returns the script's exit code, the subcommands of
+    scontrol, and the arguments of Python, when all processes have ended.
     """
     calls = tmp_path / "calls"
-    scontrol = tmp_path / "scontrol"
-    scontrol.write_text(f'#!/bin/sh\necho "$1" >> {calls}\necho "JobId=7 JobState={state} Reason=None"\n')
-    scontrol.chmod(0o755)
-    squeue = tmp_path / "squeue"
-    squeue.write_text(f"#!/bin/sh\nsleep {delay}\necho 2099-01-01T00:00:00\n")
-    squeue.chmod(0o755)
+    scontrol = (
+        f'echo "$1" >> {calls}\n'
+        f'if [ $(grep -cx "$1" {calls}) -le {faults} ]; then echo "{NO_ANSWER.strip()}" >&2; exit 1; fi\n'
+        f'if [ "$1" = show ]; then echo "JobId=7 JobState={state} Reason=None"; fi\n'
+    )
+    for name, text in (("scontrol", scontrol), ("squeue", queue)):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
     if status:
         (tmp_path / f"step_002.{status}").touch()
     parameters = sbatch_parameters(
-        ClusterConfig(kind="slurm", max_requeues=3),
+        ClusterConfig(kind="slurm", max_requeues=3, setup=setup),
         2,
         name="x",
         code=None,
@@ -97,11 +120,11 @@ def run_end(
         python="echo",
         dependency=None,
     )
-    setup, teardown = (re.sub(r"sleep \d+", "exit 99", "\n".join(parameters[key])) for key in ("setup", "teardown"))
-    text = f"{setup}\n{command}\n{teardown}"
+    text = "\n".join([*parameters["setup"], command, *parameters["teardown"]])
+    text = re.sub(r"pause=\d+", "pause=0.01", text.replace(f"sleep {REQUEUE_SECONDS}", "exit 99"))
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts)}
     done = subprocess.run(["bash", "-c", text], env=environment, capture_output=True, text=True, timeout=60)
-    assert done.stderr == ""
+    assert done.stderr.replace(NO_ANSWER, "") == ""
     return done.returncode, calls.read_text().split() if calls.exists() else [], done.stdout
 
 
@@ -121,7 +144,16 @@ def test_a_step_that_is_neither_done_nor_failed_is_requeued(tmp_path: Path, code
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["sleep 0.3; (exit 1)", "kill -KILL $$"])
 def test_the_wait_for_the_time_limit_ends_with_the_script(tmp_path: Path, command: str) -> None:
-    run_end(tmp_path, command, state="RUNNING", delay=0)
+    run_end(tmp_path, command, state="RUNNING", queue="echo 2099-01-01T00:00:00")
+
+
+@pytest.mark.slow
+def test_ranks_that_do_not_react_are_requeued_though_slurm_does_not_answer_at_first(tmp_path: Path) -> None:
+    queue = f"echo >> {tmp_path}/asked; [ $(wc -l < {tmp_path}/asked) -gt 2 ] && date +%FT%T"
+    ranks = f"for _ in $(seq 200); do grep -qs requeue {tmp_path}/calls && break; sleep 0.05; done; (exit 1)"
+    code, calls, printed = run_end(tmp_path, ranks, state="RUNNING", queue=queue)
+    assert (code, calls) == (99, ["requeue", "show", "requeue"])
+    assert "step 2 is not done (the ranks do not react, and the time limit is near); requeued" in printed
 
 
 @pytest.mark.slow
@@ -130,12 +162,57 @@ def test_a_job_that_slurm_itself_ends_is_not_requeued(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_calls_that_slurm_does_not_answer_are_repeated(tmp_path: Path) -> None:
+    code, calls, printed = run_end(tmp_path, "(exit 75)", state="RUNNING", faults=2)
+    assert (code, calls) == (99, ["show"] * 3 + ["requeue", "show"] * 2 + ["requeue"])
+    assert printed == "avcil: step 2 is not done (exit code 75); requeued, it continues from its last snapshot\n"
+    (tmp_path / "calls").unlink()
+    assert run_end(tmp_path, "(exit 143)", state="COMPLETING", faults=1)[:2] == (1, ["show", "show"])
+    code, _, printed = run_end(tmp_path, "(exit 75)", state="RUNNING", faults=1000)
+    assert code == 1
+    assert "step 2 is not done after 1 starts (exit code 75; SLURM did not requeue the job); see its log" in printed
+
+
+@pytest.mark.slow
+def test_options_of_the_shell_that_setup_sets_end_with_it(tmp_path: Path) -> None:
+    setup = ["set -euo pipefail", "trap 'echo setup is cleaned up' EXIT"]
+    code, calls, printed = run_end(tmp_path, "(exit 75)", state="RUNNING", setup=setup)
+    assert (code, calls) == (99, ["show", "requeue"])
+    assert printed.endswith("setup is cleaned up\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("line", "code", "command"),
+    [("false", 1, "false"), ("fail() { return 3; }; fail", 3, "return 3"), ("true || x; exit 7", 7, "exit 7")],
+)
+def test_a_start_whose_setup_fails_is_one_that_is_not_done(tmp_path: Path, line: str, code: int, command: str) -> None:
+    setup = ["export A=1", line]
+    ended, calls, printed = run_end(tmp_path, "echo ranks", state="RUNNING", setup=setup)
+    assert (ended, calls) == (99, ["show", "requeue"])
+    assert printed.startswith(
+        f"avcil: setup failed with exit code {code}: {command}\navcil: step 2 is not done (setup: "
+    )
+    assert "ranks" not in printed
+    (tmp_path / "calls").unlink()
+    ended, calls, printed = run_end(tmp_path, "echo ranks", state="RUNNING", setup=setup, restarts=3)
+    assert (ended, calls) == (1, ["show"])
+    assert f"step 2 is not done after 4 starts (setup: exit code {code}; max_requeues=3); see its log" in printed
+
+
+@pytest.mark.slow
+def test_a_local_chain_whose_setup_fails_does_not_start(tmp_path: Path) -> None:
+    with pytest.raises(SchedulerError, match=r"the jobs did not start; see .*supervisor\.log"):
+        start_supervisor(str(tmp_path), None, ClusterConfig(kind="local", setup=["test -e /nowhere"]), ["nothing"])
+    assert (tmp_path / "supervisor.log").read_text() == "avcil: setup failed with exit code 1: test -e /nowhere\n"
+
+
+@pytest.mark.slow
 def test_a_step_fails_after_the_last_requeue(tmp_path: Path) -> None:
     code, calls, printed = run_end(tmp_path, "(exit 137)", state="RUNNING", restarts=3)
     assert (code, calls) == (1, ["show"])
-    assert printed.startswith(
-        f"-m launch.cluster.mark_failed {tmp_path} 2 step 2 is not done after 4 starts (exit code 137)"
-    )
+    text = "step 2 is not done after 4 starts (exit code 137; max_requeues=3); see its log"
+    assert printed == f"-m launch.cluster.mark_failed {tmp_path} 2 {text}\n"
 
 
 def test_a_time_limit_is_in_whole_minutes_rounded_up() -> None:

@@ -345,6 +345,7 @@ def test_ranks_get_the_environment_of_the_script_and_the_names_of_files_as_they_
     folder.mkdir()
     cluster = ClusterConfig(kind="slurm", setup=["export OF_SETUP=1"], extra={"export": "NONE"})
     script = scheduler_of("slurm").script(record, cluster, 2, None)
+    slurm.answer("scontrol", "JobId=7 JobState=COMPLETING Reason=None")
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (1, "")
     [(arguments, environment)] = slurm.calls("srun")

@@ -23,6 +23,7 @@ from avcil_dist.streams.stream import stream_url
 from avcil_dist.streams.summary import is_committed
 from avcil_dist.world import LOOPBACK, World
 from launch.cluster.chain_record import Chain, write_chain
+from launch.cluster.guarded_setup import guarded_setup
 from launch.cluster.part_jobs import PartJobs
 from launch.cluster.resources import ClusterConfig
 from launch.cluster.schedulers.base import JobStart, JobState, Lane
@@ -181,7 +182,7 @@ def start_supervisor(
     """
     path = os.pathsep.join(part for part in (code, os.environ.get("PYTHONPATH")) if part)
     command = shlex.join([sys.executable, "-u", "-m", *words])
-    script = "\n".join(["set -e", *cluster.setup, f"exec {command}"])
+    script = "\n".join([*guarded_setup(cluster.setup, []), f"exec {command}"])
     Path(folder, PID).unlink(missing_ok=True)  # of an earlier supervisor
     log_file = Path(folder, LOG)
     with storage.writing(log_file, storage.REFUSED), log_file.open("ab") as log:

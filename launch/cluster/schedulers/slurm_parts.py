@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 from launch.cluster.container import python_words, single_python_words, srun_words
+from launch.cluster.guarded_setup import guarded_setup
 from launch.cluster.part_jobs import MERGE, PROGRAM, PartJobs
 from launch.cluster.resources import ClusterConfig
+from launch.cluster.schedulers.slurm_script import REQUEUE_SECONDS, RETRY_SECONDS
 
 TASK = "NUMBER_OF_THE_TASK"  # its place in a command that is quoted for the shell
-KILL_SECONDS = 600  # longest wait for SLURM to end a task that it has requeued
 
 
 def array_text(cluster: ClusterConfig, work: PartJobs) -> str:
@@ -80,24 +81,29 @@ def _folders(work: PartJobs) -> list[Path]:
 def _text(cluster: ClusterConfig, work: PartJobs, options: dict[str, str], command: str, name: str) -> str:
     """A script that requeues its task before the time limit: finished shards are not made again."""
     path = f"export PYTHONPATH={shlex.quote(work.code)}${{PYTHONPATH:+:$PYTHONPATH}}" if work.code else ""
+    write_code = f'echo "$code" > {shlex.quote(work.folder)}/{name}.code'
     lines = [
         "#!/bin/bash",
         *(f"#SBATCH --{key}={shlex.quote(value)}" if value else f"#SBATCH --{key}" for key, value in options.items()),
         "",
-        *cluster.setup,
+        *guarded_setup(cluster.setup, [write_code]),
         "export PYTHONSAFEPATH=1  # no modules of the working folder",
         *([path] if path else []),
         f"cd {shlex.quote(work.working)} || exit 1",
+        f"pause={RETRY_SECONDS}",
         "again() {",
         f'  if [ "${{SLURM_RESTART_COUNT:-0}}" -ge {cluster.max_requeues} ]; then return; fi',
         '  echo "the time limit is near; requeued, it continues with the shards that are not done"',
-        f'  if scontrol requeue "$SLURM_JOB_ID"; then sleep {KILL_SECONDS}; exit 1; fi',
+        '  while kill -0 "$run" 2>/dev/null; do  # a busy controller does not answer every call',
+        f'    if scontrol requeue "$SLURM_JOB_ID"; then sleep {REQUEUE_SECONDS}; exit 1; fi',
+        '    sleep "$pause"',
+        "  done",
         "}",
         "trap again USR2",
         f"{command} & run=$!",
         'wait "$run"; code=$?',
         'while kill -0 "$run" 2>/dev/null; do wait "$run"; code=$?; done  # a signal ends `wait`',
-        f"echo $code > {shlex.quote(work.folder)}/{name}.code",
-        "exit $code",
+        write_code,
+        'exit "$code"',
     ]
     return "\n".join(lines) + "\n"

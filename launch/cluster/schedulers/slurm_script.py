@@ -11,10 +11,12 @@ from typing import Any
 
 from avcil_dist.exit_codes import USER_ERROR
 from launch.cluster.container import python_words, single_python_words, srun_words
+from launch.cluster.guarded_setup import guarded_setup
 from launch.cluster.resources import ClusterConfig
 
 WAIT_SECONDS = 3600  # rank 0 uploads results after the others have ended; a rank that still runs then is lost
 REQUEUE_SECONDS = 600  # longest wait for SLURM to end a job that it has requeued
+RETRY_SECONDS, RETRIES = 5, 120  # pause after a call that SLURM did not answer, and number of calls
 NO_OPTIONS = ("setup", "teardown", "srun_args", "stderr_to_stdout", "signal_delay_s", "additional_parameters")
 LATE_SHARE = 4  # ranks have all but this part of the time between warning and limit for their snapshot
 
@@ -51,8 +53,8 @@ def sbatch_parameters(
         "mem": f"{math.ceil(resources.memory_gb * 1024)}MB" if resources.memory_gb else None,
         "dependency": dependency,
         "signal_delay_s": resources.signal_seconds,
-        "setup": _setup(resources, code, step),
-        "teardown": _teardown(step, prefix, resources.max_requeues, end_python),
+        "setup": _setup(resources, code, step, _not_done(step, prefix, resources.max_requeues, end_python)),
+        "teardown": ["code=$?", "exec {waiting}>&-", 'not_done "exit code $code"'],
         "srun_args": [
             "--export=ALL",  # the script's environment, whatever `export` or SLURM_EXPORT_ENV the job has
             f"--cpus-per-task={resources.cpus_per_task}",  # srun does not take it from the job
@@ -96,33 +98,42 @@ def sbatch_text(parameters: dict[str, Any], *, folder: str, command: str) -> str
     return str(_make_sbatch_string(command=command, folder=folder, **parameters))
 
 
-def _setup(cluster: ClusterConfig, code: str | None, step: int) -> list[str]:
+def _setup(cluster: ClusterConfig, code: str | None, step: int, end: Sequence[str]) -> list[str]:
     """Shell lines before the ranks start; `late` requeues a job whose ranks ignore SLURM's warning.
 
-    At its time limit SLURM ends a job for good, and cancels the jobs that wait for it; until then it can be requeued.
-    The end of its input, not a signal, ends `late`: bash can lose a signal between a command and the next.
+    `end`: the lines that define `not_done`. At its time limit SLURM ends a job for good, and cancels the jobs that wait
+    for it; until then it can be requeued. The end of its input, not a signal, ends `late`: bash can lose a signal
+    between a command and the next.
     """
     late_seconds = math.ceil(cluster.signal_seconds / LATE_SHARE)
-    lines = [
-        *cluster.setup,
-        "trap : TERM USR2  # the ranks handle these signals; the shell waits for the ranks",
-        "export PYTHONSAFEPATH=1  # no modules of the working folder",
-    ]
+    paths = ["export PYTHONSAFEPATH=1  # no modules of the working folder"]
     if code:
-        lines.append(f"export PYTHONPATH={shlex.quote(code)}${{PYTHONPATH:+:$PYTHONPATH}}")
+        paths.append(f"export PYTHONPATH={shlex.quote(code)}${{PYTHONPATH:+:$PYTHONPATH}}")
     return [
-        *lines,
-        "again() {",
-        f'  if [ "${{SLURM_RESTART_COUNT:-0}}" -ge {cluster.max_requeues} ]; then return; fi',
-        f'  echo "avcil: step {step} is not done ($1); requeued, it continues from its last snapshot"',
+        f"pause={RETRY_SECONDS}",
+        "requeue() {",
+        '  if [ "${reason:-}" != "$1" ]; then  # the first of several calls',
+        f'    echo "avcil: step {step} is not done ($1); requeued, it continues from its last snapshot"; reason=$1',
+        "  fi",
         f'  if scontrol requeue "$SLURM_JOB_ID"; then sleep {REQUEUE_SECONDS}; exit 1; fi',
         "}",
+        *end,
+        *guarded_setup(cluster.setup, [*paths, 'not_done "setup: exit code $code"']),
+        "trap : TERM USR2  # the ranks handle these signals; the shell waits for the ranks",
+        *paths,
         "late() {",
+        f'  if [ "${{SLURM_RESTART_COUNT:-0}}" -ge {cluster.max_requeues} ]; then exit; fi',
         "  export SLURM_TIME_FORMAT=standard",
-        '  while end=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e) && [ -n "$end" ] \\',
-        '      && end=$(date --date="$end" +%s); do',
-        f"    left=$((end - {late_seconds} - $(date +%s)))",
-        '    if [ "$left" -le 0 ]; then again "the ranks do not react, and the time limit is near"; exit; fi',
+        "  while true; do",
+        "    left=$pause",
+        '    if end=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e); then',
+        '      if [ -z "$end" ] || ! end=$(date --date="$end" +%s); then exit; fi',
+        f"      left=$((end - {late_seconds} - $(date +%s)))",
+        '      if [ "$left" -le 0 ]; then',
+        '        requeue "the ranks do not react, and the time limit is near"',
+        "        left=$pause",
+        "      fi",
+        "    fi",
         '    read -r -t "$left"  # a pause, which ends with the input',
         '    if [ "$?" -le 128 ]; then exit; fi',
         "  done",
@@ -131,25 +142,34 @@ def _setup(cluster: ClusterConfig, code: str | None, step: int) -> list[str]:
     ]
 
 
-def _teardown(step: int, prefix: str, max_requeues: int, python: Sequence[str]) -> list[str]:
-    """Shell lines after the ranks have ended: success, failure, or another start.
+def _not_done(step: int, prefix: str, max_requeues: int, python: Sequence[str]) -> list[str]:
+    """Shell lines that define `not_done REASON`, the end of a start: success, failure, or another start.
 
     srun's exit code is not enough: it is 0 where a node's daemon was lost. A job that SLURM itself is ending
-    (cancelled, preempted, requeued by hand) is left to SLURM: it is no longer in the state RUNNING.
+    (cancelled, preempted, requeued by hand) is left to SLURM: its state is known, and no longer RUNNING. A busy
+    controller does not answer every call, so both calls are repeated.
     """
     done, failed, folder = (
         shlex.quote(text) for text in (f"{prefix}.done", f"{prefix}.failed", str(Path(prefix).parent))
     )
     return [
-        "code=$?",
-        "exec {waiting}>&-",
-        f"if [ -e {done} ]; then exit 0; fi",
-        f"if [ -e {failed} ]; then exit {USER_ERROR}; fi",
-        'if scontrol show job -o "$SLURM_JOB_ID" | grep -q " JobState=RUNNING "; then',
-        '  again "exit code $code"',
-        f'  starts="$((${{SLURM_RESTART_COUNT:-0}} + 1)) starts (exit code $code); max_requeues={max_requeues}"',
-        f"  {shlex.join(python)} -m launch.cluster.mark_failed {folder} {step} "
-        f'"step {step} is not done after $starts; see its log"',
-        "fi",
-        "exit 1",
+        "not_done() {",
+        f"  if [ -e {done} ]; then exit 0; fi",
+        f"  if [ -e {failed} ]; then exit {USER_ERROR}; fi",
+        '  cause="SLURM did not requeue the job"',
+        f"  for _ in {{1..{RETRIES}}}; do",
+        '    case "$(scontrol show job -o "$SLURM_JOB_ID")" in',
+        '      *" JobState=RUNNING "*)',
+        f'        if [ "${{SLURM_RESTART_COUNT:-0}}" -ge {max_requeues} ]; then',
+        f'          cause="max_requeues={max_requeues}"; break',
+        "        fi",
+        '        requeue "$1" ;;',
+        '      *" JobState="*) exit 1 ;;',
+        "    esac",
+        '    sleep "$pause"',
+        "  done",
+        f"  {shlex.join(python)} -m launch.cluster.mark_failed {folder} {step} \\",
+        f'    "step {step} is not done after $((${{SLURM_RESTART_COUNT:-0}} + 1)) starts ($1; $cause); see its log"',
+        "  exit 1",
+        "}",
     ]

@@ -23,22 +23,63 @@
 #SBATCH --wckey=submitit
 
 # setup
+pause=5
+requeue() {
+  if [ "${reason:-}" != "$1" ]; then  # the first of several calls
+    echo "avcil: step 4 is not done ($1); requeued, it continues from its last snapshot"; reason=$1
+  fi
+  if scontrol requeue "$SLURM_JOB_ID"; then sleep 600; exit 1; fi
+}
+not_done() {
+  if [ -e /shared/runs/vs100-avcil-seed0/jobs/step_004.done ]; then exit 0; fi
+  if [ -e /shared/runs/vs100-avcil-seed0/jobs/step_004.failed ]; then exit 2; fi
+  cause="SLURM did not requeue the job"
+  for _ in {1..120}; do
+    case "$(scontrol show job -o "$SLURM_JOB_ID")" in
+      *" JobState=RUNNING "*)
+        if [ "${SLURM_RESTART_COUNT:-0}" -ge 20 ]; then
+          cause="max_requeues=20"; break
+        fi
+        requeue "$1" ;;
+      *" JobState="*) exit 1 ;;
+    esac
+    sleep "$pause"
+  done
+  /shared/venv/bin/python -m launch.cluster.mark_failed /shared/runs/vs100-avcil-seed0/jobs 4 \
+    "step 4 is not done after $((${SLURM_RESTART_COUNT:-0} + 1)) starts ($1; $cause); see its log"
+  exit 1
+}
+is_set_up=
+of_setup() {  # $1: the exit code, $2: the command that ends the shell
+  if [ "$is_set_up" ]; then return; fi
+  set +eu; set +o pipefail
+  code=$1; echo "avcil: setup failed with exit code $code: $2"
+  export PYTHONSAFEPATH=1  # no modules of the working folder
+  export PYTHONPATH=/shared/runs/vs100-avcil-seed0/jobs/code-0123456789ab${PYTHONPATH:+:$PYTHONPATH}
+  not_done "setup: exit code $code"
+}
+trap 'of_setup "$?" "$BASH_COMMAND"' EXIT
+set -e
 module load cuda/12
 export NCCL_SOCKET_IFNAME="ib0"
+set +eu; set +o pipefail
+is_set_up=1
 trap : TERM USR2  # the ranks handle these signals; the shell waits for the ranks
 export PYTHONSAFEPATH=1  # no modules of the working folder
 export PYTHONPATH=/shared/runs/vs100-avcil-seed0/jobs/code-0123456789ab${PYTHONPATH:+:$PYTHONPATH}
-again() {
-  if [ "${SLURM_RESTART_COUNT:-0}" -ge 20 ]; then return; fi
-  echo "avcil: step 4 is not done ($1); requeued, it continues from its last snapshot"
-  if scontrol requeue "$SLURM_JOB_ID"; then sleep 600; exit 1; fi
-}
 late() {
+  if [ "${SLURM_RESTART_COUNT:-0}" -ge 20 ]; then exit; fi
   export SLURM_TIME_FORMAT=standard
-  while end=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e) && [ -n "$end" ] \
-      && end=$(date --date="$end" +%s); do
-    left=$((end - 75 - $(date +%s)))
-    if [ "$left" -le 0 ]; then again "the ranks do not react, and the time limit is near"; exit; fi
+  while true; do
+    left=$pause
+    if end=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e); then
+      if [ -z "$end" ] || ! end=$(date --date="$end" +%s); then exit; fi
+      left=$((end - 75 - $(date +%s)))
+      if [ "$left" -le 0 ]; then
+        requeue "the ranks do not react, and the time limit is near"
+        left=$pause
+      fi
+    fi
     read -r -t "$left"  # a pause, which ends with the input
     if [ "$?" -le 128 ]; then exit; fi
   done
@@ -53,11 +94,4 @@ srun --unbuffered --output /shared/runs/vs100-avcil-seed0/jobs/step_004/%j_%t_lo
 # teardown
 code=$?
 exec {waiting}>&-
-if [ -e /shared/runs/vs100-avcil-seed0/jobs/step_004.done ]; then exit 0; fi
-if [ -e /shared/runs/vs100-avcil-seed0/jobs/step_004.failed ]; then exit 2; fi
-if scontrol show job -o "$SLURM_JOB_ID" | grep -q " JobState=RUNNING "; then
-  again "exit code $code"
-  starts="$((${SLURM_RESTART_COUNT:-0} + 1)) starts (exit code $code); max_requeues=20"
-  /shared/venv/bin/python -m launch.cluster.mark_failed /shared/runs/vs100-avcil-seed0/jobs 4 "step 4 is not done after $starts; see its log"
-fi
-exit 1
+not_done "exit code $code"

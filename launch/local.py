@@ -30,6 +30,7 @@ from avcil_dist.training.preflight import preflight
 from avcil_dist.training.rendezvous import check_interfaces, interfaces
 from avcil_dist.world import World
 from launch.call_queue import CallQueue, replay_calls
+from launch.cluster.live_jobs import require_no_recorded_jobs
 from launch.fork_server import await_server, rank_processes
 from launch.local_worlds import launcher_world, local_worlds
 from launch.progress import print_warning
@@ -66,10 +67,13 @@ def run_stream(
     num_steps = preflight(config, sizes, restart=policy.restart, with_shards=not has_launcher).num_steps
     check_tracking(config)
     stream = stream_url(config)
-    first = 0 if policy.restart else next_step(stream, num_steps)  # before any waiting: all ranks must agree
+    first = 0 if policy.restart else next_step(stream, num_steps)  # before any waiting: a launcher's ranks must agree
     with sole_runner(stream) if outer.is_main else nullcontext():
         if outer.is_main:
-            discard_state(config, policy, num_steps)
+            if policy != KEEP_ALL:
+                require_no_recorded_jobs(stream)
+            next_now = discard_state(config, policy, num_steps)
+            first = first if has_launcher else next_now
         with listening() as stop, stream_run(config, is_main=outer.is_main, warn=print_warning) as run_id:
             if first == num_steps and outer.is_main:
                 StepRun(config, num_steps - 1, num_steps, run_id).publish_if_unpublished()

@@ -91,8 +91,9 @@ class StepRun:
                 tracker = stack.enter_context(track_step(self.config, self.step, facts=facts, warn=log_warning))
                 bar = stack.enter_context(ProgressBar(self.config.stream_name, self.num_steps))
                 files = (ProgressFile(self.progress_file),) if self.progress_file else ()
-                self._run_step(world, stop, report, (bar, *files, MetricsObserver(tracker), *observers))
-                self._publish(tracker)
+                observers = (bar, *files, MetricsObserver(tracker), *observers)
+                if self._run_step(world, stop, report, observers):
+                    self._publish(tracker)
 
     def publish_if_unpublished(self) -> None:
         """Publish the last step of a finished stream if its process was killed between the commit and that."""
@@ -117,10 +118,11 @@ class StepRun:
 
     def _run_step(
         self, world: World, stop: StopRequest, report: Callable[[AvcilError], None], observers: tuple[Observer, ...]
-    ) -> None:
+    ) -> bool:
+        """Run the step; whether this process and its peers committed it."""
         from avcil_dist.training.step import run_step  # seconds of imports, which a supervisor does not need
 
-        run_step(
+        artifact = run_step(
             self.config,
             self.step,
             world=world,
@@ -129,3 +131,4 @@ class StepRun:
             report=report,
             shard_check=self.shard_check,
         )
+        return artifact is not None

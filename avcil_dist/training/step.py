@@ -46,6 +46,7 @@ from avcil_dist.streams.region_shares import RegionShares
 from avcil_dist.streams.score_metrics import score_metrics
 from avcil_dist.streams.snapshots import snapshots_url
 from avcil_dist.streams.stream import scenario_of, shards_of, sole_writer, stream_url
+from avcil_dist.streams.summary import is_committed
 from avcil_dist.system.accelerator import name_accelerator
 from avcil_dist.system.signals import StopRequest
 from avcil_dist.system.source_version import source_version
@@ -89,9 +90,10 @@ def run_step(
     stop: StopRequest,
     report: Report = print_fault,
     shard_check: ShardCheck = "step",
-) -> StepArtifact:
+) -> StepArtifact | None:
     """Train, test and commit step `number`; every rank calls it. Returns the committed artifact.
 
+    None, and nothing is changed, where the step is committed already: by a process that this one waited for.
     `shard_check` selects the shards whose presence and size rank 0 checks first, for all ranks.
     A step with a snapshot continues from its newest one. Raises StepStopped, on all ranks, when `stop` is set on one
     and a snapshot is committed. Raises an AvcilError, the same on all ranks, for faults in settings, data or
@@ -106,6 +108,9 @@ def run_step(
         observed_load(store, world, ObserverList(observers), config.tracking.system_seconds, _local_folder(config)),
         out_of_memory_as_line(),
     ):
+        if decide_together(lambda: is_committed(stream_url(config), number)):
+            ObserverList(observers).message("committed already, by another process")
+            return None
         return step_in_group(
             config,
             number,

@@ -16,13 +16,14 @@ from avcil_dist.config.serialization import flatten
 from avcil_dist.data.subset import load_data
 from avcil_dist.errors import ConfigError
 from avcil_dist.streams.snapshots import check_snapshot_fits, is_of_step, newest_snapshot, snapshot_identity
-from avcil_dist.streams.stream import next_step, stream_url
+from avcil_dist.streams.stream import next_step, sole_runner, stream_url
 from avcil_dist.text.redaction import redacted
 from avcil_dist.tracking.session import check_tracking, open_run
 from avcil_dist.tracking.uris import is_sqlite
 from avcil_dist.training.preflight import preflight
 from launch.cluster.chain_record import Chain, has_chain, read_chain
 from launch.cluster.code_snapshot import snapshot_code, snapshot_folder
+from launch.cluster.live_jobs import require_no_jobs
 from launch.cluster.resources import ClusterConfig
 from launch.cluster.schedulers.base import JobStart, JobState, Lane, Scheduler, scheduler_of
 from launch.cluster.submission_lock import submission_lock
@@ -74,9 +75,9 @@ def submit_stream(
     with submission_lock(stream, Path(chain.folder)):
         chain = _with_recorded_jobs(chain, stream)
         if policy != KEEP_ALL:
-            if scheduler.live_jobs({stream: chain})[stream]:
-                raise ConfigError(f"{stream}: its jobs wait or run; end them first: avcil cancel {shlex.quote(stream)}")
-            discard_state(config, policy, chain.num_steps)
+            require_no_jobs(scheduler, stream, chain)
+            with sole_runner(stream):
+                discard_state(config, policy, chain.num_steps)
             chain = _with_recorded_jobs(chain, stream)
         first = next_step(stream, chain.num_steps)
         live = _live_jobs(scheduler, stream, chain, first)

@@ -12,9 +12,14 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from torch.multiprocessing.spawn import start_processes
 
+from avcil_dist.compose import load_config
 from avcil_dist.data.manifest import load_manifest
 from avcil_dist.streams.summary import is_committed
+from avcil_dist.world import World
+from launch.local_worlds import local_worlds
+from launch.step_run import StepRun
 from tests.helpers.sent_events import histories
 from tests.helpers.streams import STEPS, avcil, last_artifact, train, weights_digest, write_config
 from tests.helpers.tracker_files import tensorboard_values, wandb_values
@@ -56,8 +61,16 @@ def test_a_finished_stream_is_not_trained_again(tmp_path: Path) -> None:
     before = Path(stream, "step_002", "COMMITTED.json").stat().st_mtime_ns
     train(config)
     assert Path(stream, "step_002", "COMMITTED.json").stat().st_mtime_ns == before
+    run = StepRun(load_config(str(config), []), 2, len(STEPS), run_id=None)  # as after a wait for another process
+    with local_worlds(2) as worlds:
+        start_processes(_run_again, (run, worlds), 2, start_method="forkserver")
+    assert Path(stream, "step_002", "COMMITTED.json").stat().st_mtime_ns == before
     train(config, "--restart")
     assert Path(stream, "step_002", "COMMITTED.json").stat().st_mtime_ns != before
+
+
+def _run_again(rank: int, run: StepRun, worlds: tuple[World, ...]) -> None:
+    run.run(worlds[rank], report=print)
 
 
 def test_a_half_written_artifact_does_not_count(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Status of chains of jobs: each step's state, nodes, time, progress, accuracy and error; its logs; cancelling."""
 
+import os
 import time
+from codecs import getincrementaldecoder
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -160,18 +162,19 @@ def log_text(stream: str, step: int, rank: int, *, follow: bool) -> Iterator[str
     chain = read_chain(stream)
     if step not in range(chain.num_steps):
         raise ConfigError(f"{stream}: no step {step}; it has steps 0 to {chain.num_steps - 1}")
-    offset, is_over, next_look = 0, False, 0.0
+    log, is_over, next_look = None, False, 0.0
     while True:
         if time.monotonic() >= next_look:
             is_over = not (follow and chain_status(stream).steps[step].is_live)  # checked before the last read
             next_look = time.monotonic() + LIVE_SECONDS
-        log = log_file(read_chain(stream), step, rank)
-        if log is not None:
-            with log.open("rb") as file:
-                file.seek(offset)
-                if piece := file.read():
-                    offset += len(piece)
-                    yield piece.decode(errors="replace")
+        newest = log_file(read_chain(stream), step, rank)
+        if log is not None and newest not in (None, log.path):  # the step has started again as another job
+            yield log.read(is_whole=True)
+            log = None
+        if log is None and newest is not None:
+            log = _GrowingLog(newest)
+        if log is not None and (text := log.read(is_whole=is_over)):
+            yield text
         if is_over:
             break
         time.sleep(FOLLOW_SECONDS)
@@ -179,6 +182,26 @@ def log_text(stream: str, step: int, rank: int, *, follow: bool) -> Iterator[str
         raise ConfigError(
             f"{stream}: step {step} has no log of rank {rank}; its job has not started (avcil status {stream})"
         )
+
+
+class _GrowingLog:
+    """A log that is read piece by piece while it is written; from its beginning again once it is shorter."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._offset = 0
+        self._decoder = getincrementaldecoder("utf-8")("replace")
+
+    def read(self, *, is_whole: bool) -> str:
+        """Return the text that is new; `is_whole`: also the beginning of a last character that is incomplete."""
+        with self.path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size < self._offset:
+                self._offset = 0
+                self._decoder.reset()
+            file.seek(self._offset)
+            piece = file.read()
+        self._offset += len(piece)
+        return self._decoder.decode(piece, is_whole)
 
 
 def _steps(stream: str, chain: Chain, jobs: Mapping[int, JobState]) -> tuple[StepStatus, ...]:

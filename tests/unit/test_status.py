@@ -238,6 +238,36 @@ def test_a_log_is_followed_until_its_job_is_over(stream: str, monkeypatch: pytes
     assert list(log_text(stream, 1, 0, follow=True)) == ["one ", "two ", "three"]
 
 
+def test_the_log_of_a_step_that_starts_again_is_shown_from_its_beginning(
+    stream: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = read_chain(stream)
+    chain.log_folder(1).mkdir()
+    first, second = (chain.log_folder(1) / f"{job}_0_log.out" for job in (11, 21))
+    first.write_text("the first start, which is longer\n")
+
+    def start_again() -> None:
+        with first.open("a") as file:
+            file.write("its end\n")
+        write_chain(stream, chain.with_job(1, "21"))
+        second.write_bytes(b"second: " + "é".encode()[:1])
+
+    changes = iter(
+        [
+            start_again,
+            lambda: second.write_bytes("second: é, cut\n".encode()),
+            lambda: second.write_bytes(b"new\n"),
+            lambda: set_jobs(monkeypatch, {}, {1: job(21, "COMPLETED", is_live=False)}),
+        ]
+    )
+    monkeypatch.setattr(time, "sleep", lambda seconds: next(changes)())
+    monkeypatch.setattr(status_module, "LIVE_SECONDS", 0)
+    set_jobs(monkeypatch, {1: job(11, "RUNNING", is_live=True)}, {})
+    assert "".join(log_text(stream, 1, 0, follow=True)) == (
+        "the first start, which is longer\nits end\nsecond: é, cut\nnew\n"
+    )
+
+
 def test_a_stream_without_jobs_has_a_row_for_each_step(tmp_path: Path) -> None:
     write_streams(tmp_path, {"lwf": {}, "joint": {}})
     stream = f"{tmp_path}/made-lwf-seed0"

@@ -284,7 +284,10 @@ class TrackingConfig(Section):
         description="Tracking server or database. Default: the variable MLFLOW_TRACKING_URI, else an SQLite database "
         "in the output folder.",
     )
-    experiment: Operational[str] = Field("avcil", description="Name of the MLflow experiment.")
+    experiment: Operational[str] = Field(
+        "avcil",
+        description="Name of the MLflow experiment of a new stream; a stream stays in the one that has its run.",
+    )
     trackers: Operational[list[str]] = Field(
         [],
         max_length=10,

@@ -28,6 +28,7 @@ from avcil_dist.tracking.uris import is_server, local_folder
 
 # The view in which MLflow's pages open the experiment, "Model training"; MLflow's package has no name for it.
 KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
+EXPERIMENTS = 100  # that are searched for runs in one call
 
 logging.getLogger("alembic").setLevel(logging.WARNING)
 
@@ -73,19 +74,20 @@ def experiment_id(client: MlflowClient, uri: str, tracking: TrackingConfig, outp
     return str(experiment.experiment_id)
 
 
-def is_active(client: MlflowClient, run_id: str) -> bool:
-    """Whether the run exists on the server and is not deleted."""
+def active_run(client: MlflowClient, run_id: str) -> Run | None:
+    """The run with this id; None where the server has none, or has deleted it."""
     try:
-        return bool(client.get_run(run_id).info.lifecycle_stage == "active")
+        run = client.get_run(run_id)
     except MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return False
+            return None
         raise
+    return run if run.info.lifecycle_stage == LifecycleStage.ACTIVE else None
 
 
-def find_by_stream_id(client: MlflowClient, experiments: list[str], stream_id: str) -> Run | None:
-    """The run of the stream with this id, or None."""
-    runs = client.search_runs(experiments, f"tags.`{STREAM_TAG}` = '{stream_id}'", max_results=1)
+def find_by_stream_id(client: MlflowClient, stream_id: str) -> Run | None:
+    """The run of the stream with this id, in whatever experiment it is, or None."""
+    runs = _search_everywhere(client, f"tags.`{STREAM_TAG}` = '{stream_id}'", 1)
     return runs[0] if runs else None
 
 
@@ -127,15 +129,13 @@ def find_stream(uri: str, name: str) -> TrackedStream:
 def _run_of_id(client: MlflowClient, name: str) -> Run | None:
     if not re.fullmatch(r"[0-9a-f]{32}", name):
         return None
-    if is_active(client, name):
-        return client.get_run(name)
-    return find_by_stream_id(client, _experiments(client), name)
+    return active_run(client, name) or find_by_stream_id(client, name)
 
 
 def _run_of_name(client: MlflowClient, uri: str, name: str) -> Run:
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise TrackingError(f"{redacted(uri)}: {name!r} is neither the id nor the name of a stream run")
-    runs = client.search_runs(_experiments(client), f"attributes.run_name = '{name}'", max_results=10)
+    runs = _search_everywhere(client, f"attributes.run_name = '{name}'", 10)
     streams = [run for run in runs if STREAM_TAG in run.data.tags]
     if len(streams) == 1:
         return streams[0]
@@ -145,5 +145,13 @@ def _run_of_name(client: MlflowClient, uri: str, name: str) -> Run:
     raise TrackingError(f"{redacted(uri)}: no stream run {name}; --uri names another server or database")
 
 
-def _experiments(client: MlflowClient) -> list[str]:
-    return [experiment.experiment_id for experiment in client.search_experiments()]
+def _search_everywhere(client: MlflowClient, query: str, max_results: int) -> list[Run]:
+    """Runs of all experiments, at most `max_results` of a page of experiments."""
+    runs, token = list[Run](), None
+    while True:
+        page = client.search_experiments(max_results=EXPERIMENTS, page_token=token)
+        if page:
+            runs += client.search_runs([found.experiment_id for found in page], query, max_results=max_results)
+        token = page.token
+        if not token or len(runs) >= max_results:
+            return runs

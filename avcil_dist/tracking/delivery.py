@@ -33,7 +33,7 @@ Warn = Callable[[str], None]
 class LastOpen(NamedTuple):
     """The last start of a stream: its id, its queue, its tracking settings, and the server it was sent to.
 
-    `is_elsewhere`: jobs on other machines train it.
+    `is_elsewhere`: jobs on other machines train it. `experiment`: of the first start; None where it has no name.
     """
 
     id: str
@@ -42,6 +42,7 @@ class LastOpen(NamedTuple):
     output: str
     server: str | None
     is_elsewhere: bool = False
+    experiment: str | None = None
 
     @property
     def uri(self) -> str:
@@ -72,7 +73,8 @@ def last_open(stream: str) -> LastOpen | None:
             "train again, or begin the stream anew with --restart"
         ) from None
     is_elsewhere = last.get("is_elsewhere", False)
-    return LastOpen(identity.id, queue, tracking, last["output"], last.get("server"), is_elsewhere)
+    experiment = events[0]["tracking"].get("experiment")
+    return LastOpen(identity.id, queue, tracking, last["output"], last.get("server"), is_elsewhere, experiment)
 
 
 def unsent(stream: str) -> str | None:
@@ -177,7 +179,7 @@ def _senders(opened: LastOpen, stream: str) -> list[Sender]:
 def _tracker_sender(opened: LastOpen, stream: str, name: str) -> Sender:
     local = storage.local_path(stream)
     folder = tracker_folder(opened.queue.folder if local is None else Path(local), name)
-    names = StreamName(PurePosixPath(stream).name, opened.id, opened.tracking.experiment)
+    names = StreamName(PurePosixPath(stream).name, opened.id, opened.experiment or opened.tracking.experiment)
 
     def connect(runs: dict[str, str]) -> EventWriter:
         try:

@@ -20,7 +20,7 @@ from avcil_dist.streams.summary import load_metrics, task_sizes
 from avcil_dist.text.redaction import redacted
 from avcil_dist.tracking.artifacts import transfer, upload_step
 from avcil_dist.tracking.batches import BatchWriter
-from avcil_dist.tracking.client import connect, experiment_id, find_by_stream_id, is_active
+from avcil_dist.tracking.client import active_run, connect, experiment_id, find_by_stream_id
 from avcil_dist.tracking.event_queue import Event
 from avcil_dist.tracking.events import STREAM, as_metric_name
 from avcil_dist.tracking.faults import FAULTS, delivery_error
@@ -44,9 +44,22 @@ class MlflowWriter:
         self._files: dict[str, set[str]] = {}
         self._client = self._set_up(lambda: connect(uri))
         self._batches = BatchWriter(self._client, redacted(uri), self._check_runs)
-        self.experiment = self._set_up(lambda: experiment_id(self._client, uri, tracking, output))
-        if STREAM in runs and not self._set_up(lambda: is_active(self._client, runs[STREAM])):
+        self.experiment = self._set_up(lambda: self._experiment(uri, output))
+
+    def _experiment(self, uri: str, output: str) -> str:
+        """The id of the experiment of the stream's run; that of the settings, if the server has no run of the stream.
+
+        So a stream is whole in one experiment, whatever name the settings have later.
+        """
+        known = self.runs.get(STREAM)
+        run = active_run(self._client, known) if known else find_by_stream_id(self._client, self.stream_id)
+        if run is not None:
+            self.runs[STREAM] = str(run.info.run_id)
+            return str(run.info.experiment_id)
+        experiment = experiment_id(self._client, uri, self.tracking, output)
+        if known:
             raise RunDeletedError
+        return experiment
 
     def write(self, events: Sequence[Event]) -> None:
         """Write events of one kind; metrics of one run and several positions go in one call."""
@@ -172,10 +185,8 @@ class MlflowWriter:
     def _stream_run(self, name: str, time: int | None = None) -> str:
         """The id of the stream's run, which is created when it is first needed."""
         if STREAM not in self.runs:
-            run = find_by_stream_id(self._client, [self.experiment], self.stream_id)
-            if run is None:
-                tags = {STREAM_TAG: self.stream_id}
-                run = self._client.create_run(self.experiment, start_time=time, tags=tags, run_name=name)
+            tags = {STREAM_TAG: self.stream_id}
+            run = self._client.create_run(self.experiment, start_time=time, tags=tags, run_name=name)
             self.runs[STREAM] = str(run.info.run_id)
         return self.runs[STREAM]
 
@@ -209,7 +220,7 @@ class MlflowWriter:
         except RefusedError as error:
             if STREAM not in self.runs:
                 raise
-            if self._translated(lambda: is_active(self._client, self.runs[STREAM])):
+            if self._translated(lambda: active_run(self._client, self.runs[STREAM])):
                 raise RejectedError(str(error)) from None
             raise RunDeletedError from None
         except RejectedError:
@@ -229,5 +240,5 @@ class MlflowWriter:
 
     def _check_runs(self) -> None:
         """Raise RunDeletedError if one of the stream's runs was deleted on the server."""
-        if not self._translated(lambda: all(is_active(self._client, run_id) for run_id in self.runs.values())):
+        if not self._translated(lambda: all(active_run(self._client, run_id) for run_id in self.runs.values())):
             raise RunDeletedError

@@ -19,6 +19,7 @@ class StreamFolder:
 
     def __init__(self, folder: Path, output: str, uri: str | None = None) -> None:
         self.folder, self.output, self.id = str(folder), output, folder.name
+        self.tracking = TRACKING
         self.uri = uri or tracking_uri(TRACKING, output)
         self.queue = EventQueue(folder / "events")
 
@@ -28,7 +29,7 @@ class StreamFolder:
     def sender(self) -> Sender:
         def connect(runs: dict[str, str]) -> MlflowWriter:
             return MlflowWriter(
-                self.uri, TRACKING, output=self.output, stream=self.folder, stream_id=self.id, runs=runs
+                self.uri, self.tracking, output=self.output, stream=self.folder, stream_id=self.id, runs=runs
             )
 
         return Sender(self.queue, self.uri, connect, shown=self.uri)

@@ -76,7 +76,7 @@ def run_stream(
             first = first if has_launcher else next_now
         with listening() as stop, stream_run(config, is_main=outer.is_main, warn=print_warning) as run_id:
             if first == num_steps and outer.is_main:
-                StepRun(config, num_steps - 1, num_steps, run_id).publish_if_unpublished()
+                StepRun(config, num_steps - 1, num_steps, run_id).publish_unpublished()
             for step in range(first, num_steps):
                 is_first = step == first
                 run = StepRun(

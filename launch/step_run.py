@@ -13,14 +13,14 @@ from avcil_dist.streams.stream import stream_url
 from avcil_dist.system.log import set_up_log
 from avcil_dist.system.plugins import trust, trusted
 from avcil_dist.system.signals import StopRequest, listening
+from avcil_dist.tracking.delivery import last_open
 from avcil_dist.tracking.events import StepTracker
 from avcil_dist.tracking.run_facts import machine_facts
-from avcil_dist.tracking.session import is_published, publish_step, publish_stream, track_step
+from avcil_dist.tracking.session import PAGE, publish_step, publish_stream, track_step, unpublished
 from avcil_dist.training.observer import Observer
 from avcil_dist.world import World
 from launch.progress import ProgressBar, ProgressFile, log_warning
 
-PAGE = "report.html"
 EPOCH_NAMES = {"loss": "epoch_loss", "data": "epoch_data", "val": "val"}  # the rest is that of the last iteration
 
 
@@ -95,18 +95,22 @@ class StepRun:
                 if self._run_step(world, stop, report, observers):
                     self._publish(tracker)
 
-    def publish_if_unpublished(self) -> None:
-        """Publish the last step of a finished stream if its process was killed between the commit and that."""
-        if not is_published(self.config, PAGE):
+    def publish_unpublished(self) -> None:
+        """Publish what the queue lacks of this committed step: its process was killed between the commit and that.
+
+        A stream without a queue here was published by another machine.
+        """
+        opened = last_open(stream_url(self.config))
+        if opened is not None and unpublished(self.config, opened.queue, self.step, self.num_steps):
             with track_step(self.config, self.step, warn=log_warning) as tracker:
                 self._publish(tracker)
 
     def _publish(self, tracker: StepTracker) -> None:
-        """Publish the committed step, and after the last one the stream with its report."""
+        """Publish what the queue lacks of the committed step, and after the last one the stream with its report."""
         publish_step(self.config, tracker, self.num_steps)
         if self.step + 1 == self.num_steps:
             self._write_page()
-            publish_stream(tracker, PAGE)
+            publish_stream(tracker)
 
     def _write_page(self) -> None:
         """Write the report of a finished stream to its folder."""

@@ -13,7 +13,15 @@ from avcil_dist.config.schema import Config
 from avcil_dist.config.serialization import config_from_yaml
 from avcil_dist.errors import ArtifactError, ConfigError
 from avcil_dist.scenario import Scenario, configured_scenario
-from avcil_dist.streams.commit import Commit, Sha256, has_commit, read_commit, read_committed_file, read_committed_json
+from avcil_dist.streams.commit import (
+    COMMITTED,
+    Commit,
+    Sha256,
+    has_commit,
+    read_commit,
+    read_committed_file,
+    read_committed_json,
+)
 from avcil_dist.streams.identity import Change, StepNumber
 from avcil_dist.streams.metrics import Count, StreamMetrics
 
@@ -95,6 +103,11 @@ def task_sizes(stream: str, step: int) -> list[int]:
 def recorded_changes(stream: str, step: int) -> tuple[Change, ...]:
     """The settings that were changed up to a committed step. Raises ArtifactError as `load_summary` does."""
     return committed_folder(stream, step)[1].changes
+
+
+def commit_digest(stream: str, step: int) -> str:
+    """Return the sha256 of a committed step's `COMMITTED.json`, which identifies all of its files."""
+    return storage.sha256_file(storage.join(step_url(stream, step), COMMITTED))
 
 
 def committed_folder(stream: str, step: int) -> tuple[str, StepCommit]:

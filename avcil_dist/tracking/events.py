@@ -16,11 +16,9 @@ from types import TracebackType
 from typing import Literal, Self
 from urllib.parse import urlsplit
 
-from avcil_dist import storage
 from avcil_dist.errors import StepStopped
-from avcil_dist.streams.commit import COMMITTED
 from avcil_dist.streams.metrics import StreamMetrics
-from avcil_dist.streams.summary import StepCommit, committed_folder, load_metrics
+from avcil_dist.streams.summary import StepCommit, commit_digest, committed_folder, load_metrics
 from avcil_dist.text.redaction import redacted
 from avcil_dist.tracking.event_queue import EventQueue
 from avcil_dist.tracking.results_note import results_note
@@ -86,7 +84,7 @@ class StepTracker:
 
     def publish(self, stream: str, url: str | None = None) -> None:
         """Log the committed step: its metrics, its data set if its `url` is given, and its files by reference."""
-        metrics, (folder, commit) = load_metrics(stream, self.step), committed_folder(stream, self.step)
+        metrics, (_, commit) = load_metrics(stream, self.step), committed_folder(stream, self.step)
         own = {f"test/{name}": value for name, value in metrics.scalars().items()} | _times(commit)
         self.queue.append("metrics", run=STREAM, position=self.step, values=own | _task_metrics(metrics))
         self.queue.append("metrics", run=self.run, position=self.step, values=own)
@@ -96,8 +94,7 @@ class StepTracker:
             for run in (self.run, STREAM):
                 self.queue.append("dataset", run=run, name=name, digest=commit.manifest_hash[:DIGEST], url=source)
             self.queue.append("tags", run=STREAM, tags={NOTE_TAG: results_note(metrics)})
-        digest = storage.sha256_file(storage.join(folder, COMMITTED))
-        self.queue.append("artifact", step=self.step, committed=digest)
+        self.queue.append("artifact", step=self.step, committed=commit_digest(stream, self.step))
 
     def register(self, name: str) -> None:
         """Register the step's weights, the stream's final model, under this name in the model registry."""

@@ -46,7 +46,7 @@ from avcil_dist.streams.artifact import StepArtifact, load_artifact
 from avcil_dist.streams.commit import COMMITTED, read_commit, read_verified_commit
 from avcil_dist.streams.identity import StepNumber
 from avcil_dist.streams.stream import scenario_of
-from avcil_dist.streams.summary import StepCommit, load_metrics, load_summary, step_url
+from avcil_dist.streams.summary import StepCommit, commit_digest, load_metrics, load_summary, step_url
 from avcil_dist.tracking.artifacts import transfer
 from avcil_dist.tracking.tags import ACCURACY_TAG, COMMITTED_TAG, STREAM_TAG
 
@@ -69,7 +69,7 @@ def register_model(client: MlflowClient, run_id: str, stream: str, step: int, *,
     `uri`: the folder of the step's files for a model that refers to them; None for a model that contains them.
     Raises ArtifactError or DataError when the step or its data no longer exist.
     """
-    committed = storage.sha256_file(storage.join(step_url(stream, step), COMMITTED))
+    committed = commit_digest(stream, step)
     for existing in client.search_model_versions(f"name = '{name}'"):
         if existing.run_id == run_id and existing.tags.get(COMMITTED_TAG) == committed:
             return

@@ -18,6 +18,7 @@ from avcil_dist.streams.identity import Change, StreamIdentity, read_identity, w
 from avcil_dist.streams.stream import stream_url
 from avcil_dist.streams.summary import (
     StepCommit,
+    commit_digest,
     committed_steps,
     load_summary,
     recorded_changes,
@@ -184,18 +185,19 @@ def _install(folder: str, stream: str, step: int, identity: StreamIdentity) -> N
         raise ConfigError(f"{stream}: later steps than {step} are committed there; {elsewhere}")
     try:
         write_identity(stream, identity)
-        _install_step(step_url(folder, step), step_url(stream, step))
+        _install_step(folder, stream, step)
     except OSError as error:
         raise ConfigError(f"{stream}: cannot be written ({error.strerror}); give output= a folder here") from None
 
 
-def _install_step(source: str, target: str) -> None:
+def _install_step(folder: str, stream: str, step: int) -> None:
     """Copy a verified step, `COMMITTED.json` last. Of an equal commit only missing and damaged files are copied.
 
     After a kill in between, the next call copies the rest.
     """
+    source, target = step_url(folder, step), step_url(stream, step)
     commit = read_commit(source, StepCommit)
-    if has_commit(target) and _commit_digest(target) != _commit_digest(source):
+    if has_commit(target) and commit_digest(stream, step) != commit_digest(folder, step):
         storage.remove_tree(storage.join(target, COMMITTED))  # first: without it the rest does not count
         storage.remove_tree(target)
     for name in commit.files:
@@ -205,7 +207,3 @@ def _install_step(source: str, target: str) -> None:
             storage.upload(f"{source}/{name}", storage.join(target, name))
     if not has_commit(target):
         storage.upload(f"{source}/{COMMITTED}", storage.join(target, COMMITTED))
-
-
-def _commit_digest(folder: str) -> str:
-    return storage.sha256_file(storage.join(folder, COMMITTED))

@@ -10,7 +10,7 @@ from avcil_dist.config.schema import Config
 from avcil_dist.config.serialization import flatten
 from avcil_dist.streams.identity import StreamIdentity, new_identity, read_identity, write_identity
 from avcil_dist.streams.stream import stream_url
-from avcil_dist.streams.summary import committed_steps
+from avcil_dist.streams.summary import commit_digest, committed_steps
 from avcil_dist.tracking.delivery import Warn, last_open, sending
 from avcil_dist.tracking.event_queue import EventQueue, queue_folder
 from avcil_dist.tracking.events import STREAM, StepDescription, StepTracker, end_status, is_finished, unfinished_steps
@@ -19,6 +19,7 @@ from avcil_dist.tracking.tags import CHANGES_TAG, FOLDER_TAG, ORIGIN_RUN_TAG, OR
 from avcil_dist.tracking.trackers import check_trackers
 from avcil_dist.tracking.uris import tracking_uri
 
+PAGE = "report.html"  # in the folder of a finished stream
 _logger = logging.getLogger(__name__)
 
 
@@ -48,9 +49,10 @@ def open_run(config: Config, *, is_elsewhere: bool | None = None) -> str:
         server=server,
         is_elsewhere=is_elsewhere,
     )
-    published = {event["step"] for event in queue.events("artifact")}
+    published = {(event["step"], event["committed"]) for event in queue.events("artifact")}
     for step in committed_steps(stream):
-        if step not in published:  # its process ended between commit and event, or ran on another machine
+        # its process may have ended between commit and event, or may have run on another machine
+        if (step, commit_digest(stream, step)) not in published:
             with StepTracker(queue, step, _description(config, step)) as tracker:
                 tracker.publish(stream, config.data.manifest)
     return identity.id
@@ -110,23 +112,38 @@ def track_step(
 
 
 def publish_step(config: Config, tracker: StepTracker, num_steps: int) -> None:
-    """Publish a committed step. The last step also registers its weights."""
-    tracker.publish(stream_url(config), config.data.manifest)
-    name = config.tracking.register_as
-    if tracker.step + 1 == num_steps and name != "none":
+    """Publish what the queue lacks of a committed step. The last step also registers its weights."""
+    missing = unpublished(config, tracker.queue, tracker.step, num_steps)
+    if "artifact" in missing:
+        tracker.publish(stream_url(config), config.data.manifest)
+    if "register" in missing:
+        name = config.tracking.register_as
         tracker.register(f"{config.name}-{config.method.label}" if name == "auto" else name)
 
 
-def publish_stream(tracker: StepTracker, page: str) -> None:
-    """Publish the report `page` of the stream's folder, and end the stream's run."""
-    tracker.queue.append("file", file=page)  # after the rest: `is_published` looks for it
+def publish_stream(tracker: StepTracker) -> None:
+    """Publish the report page, which is in the stream's folder, and end the stream's run."""
+    tracker.queue.append("file", file=PAGE)
     tracker.queue.append("end", run=STREAM, status="FINISHED")
 
 
-def is_published(config: Config, page: str) -> bool:
-    """Whether `publish_stream` was called with this page, and all before it."""
-    opened = last_open(stream_url(config))
-    return opened is not None and page in {event["file"] for event in opened.queue.events("file")}
+def unpublished(config: Config, queue: EventQueue, step: int, num_steps: int) -> tuple[str, ...]:
+    """Return the kinds of events that publish a committed step, in order, from the first that the queue lacks.
+
+    A process may be killed between any two of them. The last step has three: the model and the report page follow its
+    artifact. Those before the artifact are of an earlier training of the step.
+    """
+    expected = {"artifact": {"step": step, "committed": commit_digest(stream_url(config), step)}}
+    if step + 1 == num_steps:
+        expected |= {"register": {"step": step}} if config.tracking.register_as != "none" else {}
+        expected |= {"file": {"file": PAGE}}
+    offset = 0
+    for number, (kind, values) in enumerate(expected.items()):
+        found = queue.read(offset, limit=queue.size(), kind=kind)
+        offset = next((end for event, end in found if values.items() <= event.items()), -1)
+        if offset < 0:
+            return tuple(expected)[number:]
+    return ()
 
 
 def _description(config: Config, step: int, facts: Mapping[str, str] | None = None) -> StepDescription:

@@ -28,6 +28,7 @@ from launch.cluster.resources import ClusterConfig
 from launch.cluster.schedulers.base import JobStart, JobState, Lane, Scheduler, scheduler_of
 from launch.cluster.submission_lock import submission_lock
 from launch.resume_policy import KEEP_ALL, ResumePolicy, discard_state
+from launch.step_run import StepRun
 
 FOLDER_MARKS = {
     "%": "in the paths of logs SLURM replaces it by numbers of the job",
@@ -65,6 +66,8 @@ def submit_stream(
     submission; the first job waits until that has ended, successfully or not. `policy`: what to discard before.
     `lane`: of the cluster; default: the only one of a single stream.
 
+    Of a stream whose steps are all committed, this process publishes what a killed job did not.
+
     Raises ConfigError or DataError for what would fail later, SchedulerError where the scheduler is missing or refuses.
     """
     scheduler = scheduler_of(cluster.kind)
@@ -80,6 +83,8 @@ def submit_stream(
                 discard_state(config, policy, chain.num_steps)
             chain = _with_recorded_jobs(chain, stream)
         first = next_step(stream, chain.num_steps)
+        if first == chain.num_steps:
+            StepRun(config, first - 1, first, run_id).publish_unpublished()
         live = _live_jobs(scheduler, stream, chain, first)
         if live:
             _check_same(config, cluster, chain)

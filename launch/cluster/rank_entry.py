@@ -69,7 +69,8 @@ class RankEntry:
             if not is_committed(stream_url(config), run.step):
                 run.run(world, report)
             elif world.is_main:
-                open_run(config)  # publishes the results of a job that was killed between commit and upload
+                open_run(config)
+                run.publish_unpublished()
             if world.is_main:
                 if run.step + 1 == run.num_steps:
                     close_run(config, None)

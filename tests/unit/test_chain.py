@@ -23,6 +23,7 @@ from launch.cluster.chain_record import Chain, read_chain, write_chain
 from launch.cluster.resources import ClusterConfig
 from launch.cluster.schedulers.base import JobStart, JobState, Lane
 from launch.resume_policy import KEEP_ALL, ResumePolicy
+from launch.step_run import StepRun
 
 NUM_STEPS = 4
 CLUSTER = ClusterConfig(kind="slurm")
@@ -118,6 +119,17 @@ def test_committed_steps_get_no_job(config: Config, scheduler: RecordingSchedule
     done = submit(config)
     assert (done.new, done.kept, done.last) == ((), (), None)
     assert len(scheduler.starts) == 1
+
+
+def test_of_a_finished_stream_the_submission_publishes_what_a_killed_job_did_not(
+    config: Config, scheduler: RecordingScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published: list[int] = []
+    monkeypatch.setattr(StepRun, "publish_unpublished", lambda run: published.append(run.step))
+    for committed, expected in ((NUM_STEPS - 1, []), (NUM_STEPS, [NUM_STEPS - 1])):
+        commit_steps(config, committed)
+        submit(config)
+        assert published == expected
 
 
 def test_jobs_that_wait_or_run_are_kept_and_recorded(config: Config, scheduler: RecordingScheduler) -> None:

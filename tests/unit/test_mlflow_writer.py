@@ -225,7 +225,7 @@ def test_of_a_stream_on_object_storage_one_file_at_a_time_is_copied_and_its_uplo
     storage.write_bytes(f"{stream.folder}/report.html", b"<p>")
     with StepTracker(stream.queue, 1) as tracker:
         tracker.publish(stream.folder)
-        publish_stream(tracker, "report.html")
+        publish_stream(tracker)
     (copies := tmp_path / "copies").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(copies))
     seen, log = list[tuple[bool, list[str]]](), MlflowClient.log_artifact
@@ -291,7 +291,7 @@ def test_the_run_of_a_stream_is_ended_once_after_each_beginning(tmp_path: Path) 
     config = load_config("demo", [f"output={tmp_path}"])
     queue = EventQueue(queue_folder(f"{tmp_path}/{config.stream_name}", open_run(config, is_elsewhere=True)))
     with StepTracker(queue, 0) as tracker:
-        publish_stream(tracker, "report.html")
+        publish_stream(tracker)
     close_run(config, None)
     assert [event["run"] for event in queue.events("end")] == [STREAM, "0"]
     open_run(config)

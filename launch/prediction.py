@@ -81,8 +81,10 @@ def load_stored(request: ModelRequest) -> StoredModel:
         url = request.manifest or artifact.config.data.manifest
         try:
             manifest = data_of_step(artifact, request.manifest)
-        except DataError as error:
-            raise DataError(f"{error}; --manifest names it where it is now") from None
+        except DataError:
+            if request.manifest is not None or artifact.config.model.visual.kind == "precomputed":
+                raise
+            return StoredModel(artifact, {}, None, step_url(folder, step), url)  # the weights take clips as they are
         seen = artifact.scenario.seen(step)
         num_clips: dict[str, int] = {split: manifest.num_clips(seen, split) for split in SPLITS}
         return StoredModel(artifact, manifest.shape, manifest.encoders, step_url(folder, step), url, num_clips)

@@ -1,7 +1,9 @@
 """Streams on disk: folder, scenario, committed steps, next step, lock of the writer."""
 
+import logging
+import shlex
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 from filelock import Timeout
@@ -15,6 +17,8 @@ from avcil_dist.scenario import Scenario, configured_scenario
 from avcil_dist.streams.summary import is_committed
 
 LOCK_SECONDS = 60
+QUIET_SECONDS = 2  # a wait of that length is not mentioned
+_logger = logging.getLogger(__name__)
 ARTIFACT_FOLDER = "mlartifacts"  # in an output folder: the copies of artifacts that a database of MLflow refers to
 
 
@@ -62,8 +66,17 @@ def _locked(stream: str, suffix: str) -> Iterator[None]:
         yield
         return
     folder = Path(path)
-    try:
-        with storage.file_lock(folder.with_name(f".{folder.name}{suffix}"), LOCK_SECONDS):
-            yield
-    except Timeout:
-        raise ConfigError(f"{stream}: another process trains this stream; wait for it, or end it") from None
+    lock = folder.with_name(f".{folder.name}{suffix}")
+    with ExitStack() as stack:
+        try:
+            try:
+                stack.enter_context(storage.file_lock(lock, min(QUIET_SECONDS, LOCK_SECONDS)))
+            except Timeout:
+                _logger.warning("%s: another process trains this stream; waiting for its end", stream)
+                stack.enter_context(storage.file_lock(lock, max(0, LOCK_SECONDS - QUIET_SECONDS)))
+        except Timeout:
+            raise ConfigError(
+                f"{stream}: another process trains this stream; wait for it, or end it; "
+                f"its jobs, if it is one of them: avcil status {shlex.quote(stream)}"
+            ) from None
+        yield

@@ -139,6 +139,21 @@ def test_the_clips_are_those_that_the_step_had(tmp_path: Path) -> None:
     assert evaluate(stream, manifest=str(other))["num_clips"] == 30
 
 
+def test_a_manifest_that_is_not_where_it_was_is_named_with_its_place_and_the_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, artifact = commit_first_step(tmp_path)
+    changes = {"name": "moved", "data": artifact.config.data.model_copy(update={"manifest": "here/manifest.json"})}
+    config = artifact.config.model_copy(update=changes)
+    moved = stream_url(config)
+    save_artifact(moved, replace(artifact, config=config))
+    monkeypatch.chdir(tmp_path)
+    for words in (("eval", moved), ("export", moved, "--output", tmp_path / "exported")):
+        refused = avcil(*words)
+        assert refused.exit_code == 2
+        assert f"{tmp_path}/here/manifest.json: missing; --manifest names it where it is now" in refused.output
+
+
 def test_a_step_that_is_not_committed_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="no committed step artifact"):
         evaluate(str(tmp_path / "nothing"))

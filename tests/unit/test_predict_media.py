@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -187,6 +188,15 @@ def test_files_that_cannot_be_decoded_are_named_and_left_out(clips: Manifest, fo
     missing = avcil("predict", stream, tmp_path / "none.mp4")
     assert missing.exit_code == 2
     assert "no such file or folder" in missing.output
+
+
+def test_a_stream_of_clips_predicts_without_its_shards(clips: Manifest, folder: Path, tmp_path: Path) -> None:
+    shards = shutil.copytree(clips.root, tmp_path / "shards")
+    settings = [f"data.manifest={shards}/manifest.json", f"output={tmp_path}", "scenario.classes_per_step=3"]
+    stream = commit(load_config("demo", settings))
+    wanted = expected(stream)
+    shutil.rmtree(shards)
+    check(predicted(stream, folder), wanted)
 
 
 def test_a_source_without_clips_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Streams on disk: the next step, the single writer, and whether a stream may continue."""
 
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -116,6 +118,26 @@ def test_a_stream_has_one_writer_at_a_time(tmp_path: Path, monkeypatch: pytest.M
             pass
     with sole_writer(stream):  # free again
         assert not Path(stream).exists()  # the lock lies beside the folder, which may be removed
+
+
+def test_a_wait_for_another_process_is_mentioned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(stream_module, "QUIET_SECONDS", 0.05)
+    stream = str(tmp_path / "runs" / "tiny")
+    with ThreadPoolExecutor(1) as pool:
+        with sole_writer(stream):
+            other = pool.submit(_take, stream)
+            while not caplog.messages:
+                time.sleep(0.01)
+            assert not other.done()
+        other.result()
+    assert caplog.messages == [f"{stream}: another process trains this stream; waiting for its end"]
+
+
+def _take(stream: str) -> None:
+    with sole_writer(stream):
+        return
 
 
 def test_a_command_that_runs_a_stream_leaves_its_steps_their_own_lock(

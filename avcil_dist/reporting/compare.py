@@ -11,10 +11,12 @@ from avcil_dist.config.compat import result_settings
 from avcil_dist.config.schema import Config
 from avcil_dist.config.serialization import flatten
 from avcil_dist.config.variant_names import ORDER, benchmark_name
+from avcil_dist.reporting.benchmarks import benchmark_notes, benchmarks
 from avcil_dist.reporting.formats import Number, TextTable, print_table
 from avcil_dist.reporting.published import MetricName, Published
 from avcil_dist.reporting.report import TIES_NOTE, StreamReport, megabytes
 from avcil_dist.reporting.significance import MIN_PAIRS, PairedTest, holm, paired_test
+from avcil_dist.scenario import Scenario
 from avcil_dist.streams.metrics import EpochChoice, StreamMetrics
 
 # Settings that have a column of their own and are left out of the variant.
@@ -65,6 +67,7 @@ class Row:
     `variant`: the settings that differ within its benchmark and method.
     """
 
+    benchmark: str
     variant: str
     streams: tuple[StreamReport, ...]
 
@@ -74,10 +77,10 @@ class Row:
         return self.streams[0].config
 
     @property
-    def mean_accuracies(self) -> dict[tuple[int, int | None], float]:
-        """Mean accuracy by seed and class order, of the streams with all steps."""
+    def mean_accuracies(self) -> dict[tuple[int, tuple[Scenario, str]], float]:
+        """Mean accuracy by seed and class order on the same data, of the streams with all steps."""
         return {
-            (stream.config.seed, _order(stream)): stream.metrics.mean_accuracy
+            (stream.config.seed, (stream.scenario, stream.manifest_hash)): stream.metrics.mean_accuracy
             for stream in self.streams
             if _has_all_steps(stream)
         }
@@ -94,14 +97,18 @@ class Row:
 
 
 def group_by_config(streams: Sequence[StreamReport]) -> list[Row]:
-    """Group streams whose settings differ only in seed or class order, in order of first appearance."""
-    groups: dict[tuple[tuple[str, str], ...], list[StreamReport]] = {}
-    for stream in streams:
+    """Group the streams of a benchmark whose settings differ only in seed or class order, as they first appear."""
+    groups: dict[tuple[str, tuple[tuple[str, str], ...]], list[StreamReport]] = {}
+    places = list(zip(benchmarks(streams), streams, strict=True))
+    for benchmark, stream in places:
         settings = tuple(
             (key, str(value)) for key, value in _settings(stream.config).items() if key not in ("seed", ORDER)
         )
-        groups.setdefault(settings, []).append(stream)
-    return [Row(_variant(group[0], streams), tuple(group)) for group in groups.values()]
+        groups.setdefault((benchmark, settings), []).append(stream)
+    return [
+        Row(benchmark, _variant(group[0], [stream for other, stream in places if other == benchmark]), tuple(group))
+        for (benchmark, _), group in groups.items()
+    ]
 
 
 def metric_numbers(row: Row, name: str) -> Number:
@@ -137,7 +144,7 @@ def compared(
     for row, selected in zip(rows, epochs, strict=True):
         table.rows.append(
             [
-                benchmark_name(row.config),
+                row.benchmark,
                 row.config.method.name,
                 row.variant,
                 _listed(stream.config.seed for stream in row.streams),
@@ -148,6 +155,7 @@ def compared(
                 *([selected or "–"] if any(epochs) else []),
             ]
         )
+    table.notes += notes_on_benchmarks(rows)
     if any("*" in selected for selected in epochs):
         table.notes.append(TIES_NOTE)
     if significance:
@@ -170,10 +178,19 @@ def spread(fractions: Sequence[float | None]) -> str:
     return Number.of(fractions).text(" ± ")
 
 
+def notes_on_benchmarks(rows: Sequence[Row]) -> list[str]:
+    """Return a line for each name whose streams are not all compared, or whose data differ by seed."""
+    return benchmark_notes([stream for row in rows for stream in row.streams])
+
+
 def contenders(rows: Sequence[Row], benchmark: str) -> list[Row]:
-    """Return the rows of a benchmark that the best one is chosen from: with all steps, and not the upper bound."""
-    own = [row for row in rows if benchmark_name(row.config) == benchmark]
-    return [row for row in own if row.is_complete and not row.is_upper_bound]
+    """Return the rows of a benchmark that the best one is chosen from: with all steps, and not the upper bound.
+
+    There are none where they have no data in common.
+    """
+    own = [row for row in rows if row.benchmark == benchmark and row.is_complete and not row.is_upper_bound]
+    data = [{stream.manifest_hash for stream in row.streams} for row in own]
+    return own if data and set.intersection(*data) else []
 
 
 def p_against_best(rows: Sequence[Row]) -> tuple[list[str], str]:
@@ -183,7 +200,7 @@ def p_against_best(rows: Sequence[Row]) -> tuple[list[str], str]:
     """
     shown = ["–"] * len(rows)
     made: list[PairedTest] = []
-    for benchmark in dict.fromkeys(benchmark_name(row.config) for row in rows):
+    for benchmark in dict.fromkeys(row.benchmark for row in rows):
         candidates = contenders(rows, benchmark)
         if len(candidates) < 2:  # one alone is not the best of anything
             continue
@@ -192,7 +209,7 @@ def p_against_best(rows: Sequence[Row]) -> tuple[list[str], str]:
         for number, row in enumerate(rows):
             if row is best:
                 shown[number] = "best"
-            elif benchmark_name(row.config) == benchmark and not row.is_upper_bound:
+            elif row.benchmark == benchmark and not row.is_upper_bound:
                 others.append((number, paired_test(row.mean_accuracies, best.mean_accuracies)))
         for (number, test), p in zip(others, holm([test.p_value for _, test in others]), strict=True):
             shown[number] = f"{p:.3f}" if p is not None else _without_p(test)
@@ -272,14 +289,9 @@ def _listed(values: Iterable[object]) -> str:
 
 
 def _variant(stream: StreamReport, streams: Sequence[StreamReport]) -> str:
-    """The settings of a stream that differ among the streams of its benchmark and method."""
-    own = _settings(stream.config)
-    place = benchmark_name(stream.config), stream.config.method.name
-    peers = [
-        _settings(other.config)
-        for other in streams
-        if (benchmark_name(other.config), other.config.method.name) == place
-    ]
+    """The settings of a stream that differ among these streams of its benchmark and of its method."""
+    own, method = _settings(stream.config), stream.config.method.name
+    peers = [_settings(other.config) for other in streams if other.config.method.name == method]
     return ", ".join(
         f"{key.removeprefix('method.')}={str(value).lower() if isinstance(value, bool) else value}"
         for key, value in own.items()

@@ -7,7 +7,6 @@ import numpy as np
 
 from avcil_dist.config.compat import result_settings
 from avcil_dist.config.serialization import flatten
-from avcil_dist.config.variant_names import benchmark_name
 from avcil_dist.reporting.charts import Curve
 from avcil_dist.reporting.compare import group_by_config, spread
 from avcil_dist.reporting.confusion import ConfusionView, confusion_view
@@ -130,12 +129,11 @@ class StreamGroup:
 def make_groups(streams: Sequence[StreamReport]) -> list[StreamGroup]:
     """Group streams by configuration and read their histories. Raises ArtifactError for a damaged step."""
     rows = group_by_config(streams)
-    benchmarks = [benchmark_name(row.config) for row in rows]
-    has_several = len(set(benchmarks)) > 1
+    has_several = len({row.benchmark for row in rows}) > 1
     return [
         StreamGroup(
             number,
-            benchmarks[number] if has_several else "",
+            row.benchmark if has_several else "",
             row.variant,
             [load_history(stream) for stream in row.streams],
         )

@@ -4,11 +4,18 @@ Streams of the method `joint`, which trains on all classes at once, follow below
 published results below another one; neither is in bold.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from avcil_dist.config.variant_names import benchmark_name
-from avcil_dist.reporting.compare import METRICS, NO_RESULT, Row, contenders, metric_numbers, p_against_best
+from avcil_dist.reporting.compare import (
+    METRICS,
+    NO_RESULT,
+    Row,
+    contenders,
+    metric_numbers,
+    notes_on_benchmarks,
+    p_against_best,
+)
 from avcil_dist.reporting.formats import Number
 from avcil_dist.reporting.published import Published, Result
 from avcil_dist.text.visible import visible
@@ -51,7 +58,7 @@ def latex_table(
     for row in rows:
         label, benchmark = _place(row)
         by_label.setdefault(label, {})[benchmark] = row
-    benchmarks = list(dict.fromkeys(benchmark_name(row.config) for row in rows))
+    benchmarks = list(dict.fromkeys(row.benchmark for row in rows))
     p_values, note = p_against_best(rows) if significance else ([], None)
     p_of = {_place(row): p for row, p in zip(rows, p_values, strict=False)}
     names: list[str | None] = [*metrics, *([None] if p_values else [])]
@@ -75,9 +82,9 @@ def latex_table(
         *([_line([_escaped(label), *cells(found)]) for label, found in part.items()] for part in (own, bound)),
         [_line([_escaped(label), *_published_cells(found, columns)]) for label, found in results.items()],
     ]
-    comments = [_what_numbers_are(rows), *([note] if note else [])]
+    comments = [_what_numbers_are(rows), *notes_on_benchmarks(rows), *([note] if note else [])]
     if published:
-        used = [result for found in results.values() for result in found]
+        used = [result for found in results.values() for result in found.values()]
         comments += published.sources(used) or [NO_RESULT]
     body = "\n\\midrule\n".join("\n".join(part) for part in parts if part)
     return "\n".join(
@@ -120,7 +127,7 @@ def _label(row: Row) -> str:
 
 def _place(row: Row) -> tuple[str, str]:
     """The label and the benchmark of a row, which no other row has both of."""
-    return _label(row), benchmark_name(row.config)
+    return _label(row), row.benchmark
 
 
 def _best(rows: Sequence[Row], column: _Column) -> float | None:
@@ -147,9 +154,11 @@ def _cell(number: Number, row: Row, best: float | None) -> str:
     return mean.replace("-", "$-$") + (rf" $\pm$ {deviation}" if between else "") + "$^{*}$" * (not row.is_complete)
 
 
-def _results(rows: Sequence[Row], metrics: Sequence[str], published: Published | None) -> dict[str, list[Result]]:
-    """The published results to set below, by label."""
-    found: dict[str, list[Result]] = {}
+def _results(
+    rows: Sequence[Row], metrics: Sequence[str], published: Published | None
+) -> dict[str, dict[_Column, Result]]:
+    """The published results to set below, by label and column."""
+    found: dict[str, dict[_Column, Result]] = {}
     for row in rows if published else ():
         assert published is not None
         for name in metrics:
@@ -160,16 +169,14 @@ def _results(rows: Sequence[Row], metrics: Sequence[str], published: Published |
             words = [result.method, result.modality if result.modality != "both" else None]
             extra = ", ".join(word for word in words if word)
             label = f"{published.papers[result.paper].name}{f' ({extra})' if extra else ''}, published"
-            if result not in found.setdefault(label, []):
-                found[label].append(result)
+            found.setdefault(label, {})[_Column(row.benchmark, name)] = result
     return found
 
 
-def _published_cells(results: Sequence[Result], columns: Sequence[_Column]) -> Iterator[str]:
-    values = {(result.benchmark, result.metric): f"{result.value:.2f}".replace("-", "$-$") for result in results}
+def _published_cells(results: Mapping[_Column, Result], columns: Sequence[_Column]) -> Iterator[str]:
     for column in columns:
-        metric = METRICS[column.metric].published if column.metric else None
-        yield values.get((column.benchmark, metric), "--") if metric else "--"
+        result = results.get(column)
+        yield f"{result.value:.2f}".replace("-", "$-$") if result else "--"
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -22,12 +22,13 @@ TIES_NOTE = "* later epochs are as good on the validation clips; the first of th
 
 @dataclass(frozen=True)
 class StreamReport:
-    """A stream at its last committed step."""
+    """A stream at its last committed step. `manifest_hash` identifies its data."""
 
     folder: str
     config: Config
     scenario: Scenario
     metrics: StreamMetrics
+    manifest_hash: str
 
     @property
     def label(self) -> str:
@@ -132,7 +133,7 @@ def _load_stream(folder: str) -> StreamReport | None:
     if not committed:
         return None
     summary = load_summary(folder, committed[-1])
-    return StreamReport(folder, summary.config, summary.scenario, summary.metrics)
+    return StreamReport(folder, summary.config, summary.scenario, summary.metrics, summary.manifest_hash)
 
 
 def task_sizes(stream: StreamReport) -> list[int]:

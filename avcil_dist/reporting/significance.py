@@ -1,11 +1,12 @@
 """Significance of differences over seeds: a paired t-test of the streams of equal seed and class order."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 MIN_PAIRS = 3
-Stream = tuple[int, int | None]  # seed and class order
+Order = TypeVar("Order", bound=Hashable)  # of the classes
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,9 @@ class PairedTest:
     p_value: float | None
 
 
-def paired_test(values: Mapping[Stream, float], reference: Mapping[Stream, float]) -> PairedTest:
+def paired_test(values: Mapping[tuple[int, Order], float], reference: Mapping[tuple[int, Order], float]) -> PairedTest:
     """Compare values by seed and class order with those of a reference; only keys of both count."""
-    by_order: dict[int | None, list[tuple[float, float]]] = {}
+    by_order: dict[Order, list[tuple[float, float]]] = {}
     for key in values:
         if key in reference:
             by_order.setdefault(key[1], []).append((values[key], reference[key]))

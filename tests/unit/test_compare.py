@@ -33,7 +33,7 @@ def stream(seen: float, *overrides: str, disjoint: float | None = None) -> Strea
     metrics = StreamMetrics(0, ((seen,),), (seen,), {}, 10, 0, None)
     if disjoint is not None:
         metrics = replace(metrics, source_disjoint=SubsetMetrics((disjoint,), 5))
-    return StreamReport("runs/x", config, Scenario((("a",),)), metrics)
+    return StreamReport("runs/x", config, Scenario((("a",),)), metrics, "data")
 
 
 def printed(streams: list[StreamReport], width: int = 200, **options: Any) -> str:
@@ -129,7 +129,8 @@ def test_the_latex_table_is_that_of_a_paper() -> None:
         *two("joint", "ave_ci", 0.9, 0.9),
         *two("finetune", "b_2", 0.25),
     ]
-    unfinished = replace(stream(0.99, "method=ssil", "name=ave_ci"), scenario=Scenario((("a",), ("b",))))
+    of_steps = stream(0.99, "method=ssil", "name=ave_ci", "scenario.classes_per_step=7")
+    unfinished = replace(of_steps, scenario=Scenario((("a",), ("b",))))
     lines = as_latex([*streams, unfinished], ["mean"])
     assert lines[0].endswith("over 1 to 2 streams a row; *: steps are missing, never in bold")
     assert lines[1:] == [
@@ -225,6 +226,61 @@ def test_the_best_row_of_a_paper_is_in_bold_and_is_that_of_the_p_and_joint_is_no
     ]
     assert any("joint, the upper bound, is not compared" in line for line in shown)
     assert "no p: no benchmark has two rows with all steps beside joint" in printed(streams[:6], significance=True)
+
+
+def other_data(streams: list[StreamReport], *classes: str) -> list[StreamReport]:
+    return [replace(one, manifest_hash="0123456789", scenario=Scenario((classes or ("a",),))) for one in streams]
+
+
+def test_streams_of_other_data_are_of_another_benchmark() -> None:
+    streams = [*seeds("ssil", 0.8, 0.9, 0.8), *other_data(seeds("lwf", 0.5, 0.6, 0.4))]
+    text = printed([*streams, *seeds("er", 0.7, 0.6, 0.65)], significance=True)
+    assert [row.benchmark for row in group_by_config(streams)] == [f"demo (manifest hash={h})" for h in DATA]
+    assert "demo: streams that differ in manifest hash are not compared with one another" in text
+    assert re.search(r"lwf .* – │$", text, re.MULTILINE)
+    latex = "\n".join(as_latex(streams, ["mean"], significance=True))
+    assert "textbf" not in latex
+    assert "no p: no benchmark has two rows with all steps beside joint" in latex
+    merged = [stream(0.5, "seed=1"), *other_data([stream(0.5, "seed=2")], "b", "c")]  # one row for two sets of classes
+    assert [row.benchmark for row in group_by_config(merged)] == [f"demo (manifest hash={h})" for h in DATA]
+
+
+DATA = ("data", "01234567")
+
+
+@pytest.mark.parametrize(
+    ("setting", "first"),
+    [("scenario.classes_per_step=[1,3]", "2"), ("scenario.imbalance=10.5", "null"), ("data.limit.test=3", "null")],
+)
+def test_streams_of_another_task_are_of_another_benchmark(setting: str, first: str) -> None:
+    rows = group_by_config(
+        [stream(0.5), stream(0.7, setting), stream(0.7, setting, "method=er"), stream(0.6, "seed=1")]
+    )
+    key, _, value = setting.partition(".")[2].partition("=")
+    named = [f"demo ({key}={first})", f"demo ({key}={value.replace(',', ', ')})"]
+    assert [(row.benchmark, row.variant) for row in rows] == [(named[0], ""), (named[1], ""), (named[1], "")]
+    same = [stream(0.5), stream(0.6, "model.modality=audio"), stream(0.6, "scenario.shuffle_seed=1")]
+    assert {row.benchmark for row in group_by_config(same)} == {"demo"}
+
+
+def test_benchmarks_whose_settings_read_the_same_are_numbered() -> None:
+    def listed(*last: str) -> StreamReport:
+        return stream(0.5, f"scenario.classes=[a_long_name_of_a_class,{','.join(last)}]")
+
+    found = [row.benchmark for row in group_by_config([listed("a", "b"), listed("b", "a")])]
+    assert [name.partition("=")[0] for name in found] == ["demo (1: classes", "demo (2: classes"]
+
+
+def test_data_of_each_seed_are_one_benchmark_and_pair_by_data() -> None:
+    def by_seed(method: str, *accuracies: float) -> list[StreamReport]:
+        return [replace(one, manifest_hash=f"data{n}") for n, one in enumerate(seeds(method, *accuracies))]
+
+    streams = [*by_seed("ssil", 0.8, 0.9, 0.8), *by_seed("er", 0.5, 0.6, 0.55)]
+    text = printed(streams, significance=True)
+    assert "demo: the data (manifest hash) differ from seed to seed" in text
+    assert re.search(r"ssil .* best │$", text, re.MULTILINE)
+    apart = [*seeds("ssil", 0.8), *other_data([stream(0.5, "method=er", "seed=1")])]
+    assert "textbf" not in "\n".join(as_latex(apart, ["mean"]))
 
 
 def test_fewer_than_three_common_seeds_have_no_p() -> None:

@@ -1,5 +1,6 @@
 """Start of processes: faults of the system, the surroundings of a worker, and what it imports of its parent."""
 
+import ctypes
 import faulthandler
 import signal
 import sys
@@ -9,6 +10,8 @@ from contextlib import contextmanager
 
 from avcil_dist.errors import WorldError
 from avcil_dist.system.standard_error import keep_standard_error
+
+PR_SET_PDEATHSIG = 1
 
 
 @contextmanager
@@ -38,6 +41,12 @@ def settle_worker() -> None:
     """Prepare this worker process: a full or closed standard error ends nothing, and its parent handles interrupts."""
     keep_standard_error()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def end_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
+    """Have the system send this process a signal when its parent dies (Linux). Its own children do not inherit this."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 @contextmanager

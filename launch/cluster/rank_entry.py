@@ -4,7 +4,6 @@ The job's script and `avcil status` read the status files `step_003.done` and `s
 job is started again, and the step continues from its last snapshot.
 """
 
-import ctypes
 import logging
 import signal
 import sys
@@ -18,6 +17,7 @@ from avcil_dist.errors import AvcilError, RankError, StepStopped, StorageError
 from avcil_dist.exit_codes import REQUEUE, USER_ERROR
 from avcil_dist.streams.stream import stream_url
 from avcil_dist.streams.summary import is_committed
+from avcil_dist.system.process_start import end_with_parent
 from avcil_dist.system.signals import STOP_SIGNALS
 from avcil_dist.tracking.session import close_run, open_run
 from avcil_dist.training.failure_sync import print_fault
@@ -27,7 +27,6 @@ from launch.cluster.mark_failed import fail_stream
 from launch.cluster.schedulers.base import scheduler_of
 from launch.step_run import StepRun
 
-PR_SET_PDEATHSIG = 1
 _logger = logging.getLogger(__name__)
 
 
@@ -45,7 +44,7 @@ class RankEntry:
 
     def __call__(self) -> None:
         """Run this process's rank. The exit code is REQUEUE for an error that may not occur again."""
-        _end_with_parent()
+        end_with_parent()  # a restarted job must not run beside ranks of the old one
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # pending until the step handles them, not submitit
         try:
             world = scheduler_of(self.kind).world(self.port)
@@ -97,9 +96,3 @@ class RankEntry:
                 mark_failed(self.folder, self.run.step, str(error))
         except StorageError as fault:  # a full disk, which may be the first error too: the job is started again
             print_fault(fault)
-
-
-def _end_with_parent() -> None:
-    """End this process when its parent dies (Linux): a restarted job must not run beside ranks of the old one."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

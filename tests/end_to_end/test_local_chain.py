@@ -2,11 +2,13 @@
 
 import json
 import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
 
 from avcil_dist.tracking.client import find_stream
 from launch.cluster.chain_record import read_chain
@@ -83,6 +85,20 @@ def test_a_local_chain_survives_and_ends_with_the_bits_of_the_plain_run(tmp_path
     shown = avcil("status", stream).output
     assert "not all is uploaded" in shown
     assert f"avcil sync {stream}" in shown
+
+
+@pytest.mark.parametrize("is_training", [False, True])
+def test_a_rank_ends_with_a_killed_supervisor(tmp_path: Path, is_training: bool) -> None:
+    optim = {"epochs": 100_000, "global_batch": 12, "global_replay_batch": 6, "global_eval_batch": 16}
+    stream = submit(write_config(tmp_path, optim=optim)).splitlines()[-1].split(":")[0]
+    supervisor = supervisor_of(stream)
+    if is_training:
+        wait_for(lambda: progress(stream, 0) > 0, stream)
+    wait_for(lambda: bool(ranks(supervisor)), stream)
+    [rank] = ranks(supervisor)
+    os.kill(supervisor, signal.SIGKILL)
+    wait_for(lambda: has_ended(rank.pid), stream)
+    assert not is_supervised(read_chain(stream).folder)
 
 
 def test_a_step_that_dies_at_each_start_fails_with_its_runs(tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -163,6 +165,25 @@ def test_errors_of_parts_are_read_from_their_logs(tmp_path: Path) -> None:
 def test_impossible_places_and_resources_are_refused(output: str, cluster: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         plan_parts(output, _cluster(**cluster), 2, ["shards", "build"], strict=False, ranks=1)
+
+
+@pytest.mark.slow
+def test_a_part_on_this_machine_ends_with_its_killed_supervisor(tmp_path: Path) -> None:
+    replace(WORK, kind="local", folder=str(tmp_path), working=str(tmp_path), count=1, command=("x", "--", "y")).save()
+    script = (
+        "from launch.cluster.schedulers import local_parts\n"
+        "local_parts.PROGRAM = 'http.server'\n"  # a part that does not end
+        f"work = local_parts.PartJobs.load({str(tmp_path)!r})\n"
+        "local_parts._run(work, 'part_1', ['--bind', '127.0.0.1', '0'])"
+    )
+    supervisor = psutil.Popen([sys.executable, "-c", script])
+    deadline = time.monotonic() + 60
+    while not (parts := supervisor.children()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    supervisor.kill()
+    supervisor.wait()
+    assert psutil.wait_procs(parts, 30)[1] == []
 
 
 def _run(*words: object) -> Result:

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from avcil_dist import storage
 from avcil_dist.config.schema import Config
-from avcil_dist.errors import ConfigError, SchedulerError
+from avcil_dist.errors import ConfigError, RankError, SchedulerError
 from avcil_dist.streams.stream import stream_url
 from avcil_dist.streams.summary import is_committed
 from avcil_dist.world import LOOPBACK, World
@@ -127,9 +127,14 @@ class LocalScheduler:
         return f"kill {Path(work.folder, PID).read_text()}"
 
     def world(self, port: int) -> World:
-        """Return the world that submitit's local executor has set in the environment."""
+        """Return the world that submitit's local executor has set in the environment.
+
+        Raises RankError in a rank whose controller, which has the job's id, ended before the rank could end with it.
+        """
         rank, size = int(os.environ["SUBMITIT_LOCAL_GLOBALID"]), int(os.environ["SUBMITIT_LOCAL_NTASKS"])
         start = os.environ["SUBMITIT_LOCAL_JOB_ID"]
+        if os.getppid() != int(start):
+            raise RankError("the supervisor of this rank has ended")
         return World(rank, size, rank, size, LOOPBACK, port, launcher="local", start_id=start)
 
 

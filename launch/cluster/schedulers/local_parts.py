@@ -8,11 +8,13 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock
 
 from avcil_dist import storage
+from avcil_dist.system.process_start import end_with_parent
 from avcil_dist.system.trusted_files import check_trusted_folder
 from launch.cluster.part_jobs import MERGE, PROGRAM, PartJobs
 from launch.cluster.schedulers.local import LOCK, PID
@@ -39,7 +41,14 @@ def _run(work: PartJobs, name: str, words: list[str]) -> int:
         torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(work.ranks), "-m"]
         is_parallel = work.ranks > 1 and name != MERGE
         command = [sys.executable, "-m", *(torchrun if is_parallel else []), PROGRAM, *words]
-        process = subprocess.Popen(command, cwd=work.working, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        process = subprocess.Popen(
+            command,
+            cwd=work.working,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            preexec_fn=partial(end_with_parent, signal.SIGTERM),  # torchrun then ends its ranks
+        )
         try:
             code = process.wait()
         finally:

@@ -11,12 +11,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
-from submitit import LocalExecutor
+from submitit import LocalExecutor, LocalJob
 
 from avcil_dist import storage
 from avcil_dist.streams.stream import next_step
+from avcil_dist.system.process_start import end_with_parent
 from avcil_dist.system.standard_error import keep_standard_error
 from avcil_dist.system.trusted_files import make_private_folder
 from avcil_dist.training.device import VISIBLE, gpu_facts
@@ -32,7 +34,8 @@ from launch.step_run import StepRun
 class _Executor(LocalExecutor):
     """submitit's local executor with the program of a rank that both schedulers start, and a job's GPUs by name.
 
-    submitit itself numbers the GPUs from 0, and hides them all from a job that requests none.
+    submitit itself numbers the GPUs from 0, and hides them all from a job that requests none. Its controller, the
+    parent of the ranks, would survive this process.
     """
 
     num_gpus = 0
@@ -43,6 +46,28 @@ class _Executor(LocalExecutor):
         visible = gpu_assignment(gpus, self.num_gpus, os.environ.get(VISIBLE))
         setting = ["-u", VISIBLE] if visible is None else [f"{VISIBLE}={visible}"]
         return shlex.join(["env", *setting, sys.executable, "-u", "-m", "launch.cluster.rank_main", str(self.folder)])
+
+    def _submit_command(self, command: str) -> LocalJob[Any]:
+        """Start submitit's controller, with the variables that it reads."""
+        values = self.parameters
+        variables = {
+            "SUBMITIT_EXECUTOR": "local",
+            "SUBMITIT_LOCAL_COMMAND": command,
+            "SUBMITIT_LOCAL_JOB_NUM_NODES": "1",
+            "SUBMITIT_LOCAL_NODEID": "0",
+            "SUBMITIT_LOCAL_NTASKS": str(values["tasks_per_node"]),
+            "SUBMITIT_LOCAL_SIGNAL_DELAY_S": str(values["signal_delay_s"]),
+            "SUBMITIT_LOCAL_TIMEOUT_S": str(round(60 * values["timeout_min"])),
+            "SUBMITIT_LOCAL_WITH_SHELL": "",
+            "SUBMITIT_STDERR_TO_STDOUT": "1",
+        }
+        process = subprocess.Popen(
+            [sys.executable, "-m", "submitit.local._local", str(self.folder)],
+            env=os.environ | variables,
+            preexec_fn=end_with_parent,
+        )
+        tasks = list(range(values["tasks_per_node"]))
+        return LocalJob(folder=self.folder, job_id=str(process.pid), process=process, tasks=tasks)
 
 
 class Supervisor:
@@ -87,7 +112,6 @@ class Supervisor:
             tasks_per_node=resources.tasks,
             timeout_min=resources.hours * 60,
             signal_delay_s=resources.signal_seconds,
-            stderr_to_stdout=True,
         )
         num_steps, progress_file = self.chain.num_steps, self.chain.progress_file(step)
         run = StepRun(self.config, step, num_steps, self.run_id, progress_file)

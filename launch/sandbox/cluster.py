@@ -170,11 +170,13 @@ class Sandbox:
             (self.folder / name).mkdir(exist_ok=True)
 
     def _write_hosts(self, names: tuple[str, ...]) -> None:
-        """Replace this sandbox's line of the hosts file."""
-        text = HOSTS.read_text()
-        changed = hosts_of(text, self.folder, names)
+        """Replace this sandbox's line of the hosts file, in place: others read it meanwhile, and it may be a mount."""
+        text = HOSTS.read_bytes()
+        changed = hosts_of(text.decode(), self.folder, names).encode()
         if changed != text:
-            HOSTS.write_text(changed)
+            with HOSTS.open("r+b", buffering=0) as file:
+                file.write(changed.ljust(len(text), b"\n"))  # in one call, never shorter than what is there
+                file.truncate(len(changed))
 
     def _start_accounting(self) -> None:
         daemons, environment, folder = self.daemons, self.environment(), self.folder

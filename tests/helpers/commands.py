@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
+
 PROJECT = Path(__file__).parents[2]
 
 
@@ -13,3 +15,11 @@ def run_avcil(*words: object) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "avcil_dist", *map(str, words)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, env=environment)
+
+
+def has_ended(process: int) -> bool:
+    """Whether a process has ended; its parent may not have waited for it."""
+    try:
+        return psutil.Process(process).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True

@@ -6,10 +6,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 import webdataset as wds
@@ -17,6 +17,7 @@ import webdataset as wds
 from avcil_dist.data.manifest import load_manifest
 from avcil_dist.errors import ConfigError, DataError
 from data_shards.build import BuildReport, build_shards
+from tests.helpers.commands import has_ended
 from tests.helpers.rendered import remuxed, render_tiny, tiny_clip
 
 torch.set_num_threads(1)
@@ -239,9 +240,10 @@ def test_killed_build_leaves_no_process_and_continues(tmp_path: Path) -> None:
         environment = os.environ | {"PYTHONPATH": str(project), "TMPDIR": temporary}
         killed = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False, env=environment)
     assert killed.returncode == -signal.SIGKILL
-    children = [psutil.Process(int(pid)) for pid in killed.stdout.split() if psutil.pid_exists(int(pid))]
-    _, alive = psutil.wait_procs(children, timeout=20)
-    assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+    children, deadline = [int(pid) for pid in killed.stdout.split()], time.monotonic() + 20
+    while not all(map(has_ended, children)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert [child for child in children if not has_ended(child)] == []
     assert not (tmp_path / "out/manifest.json").exists()
     _build(source, tmp_path / "out")
     _build(source, tmp_path / "fresh")

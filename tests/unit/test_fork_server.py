@@ -5,10 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 
 from launch.fork_server import PRELOADED
+from tests.helpers.commands import has_ended
 
 SCRIPT = """\
 import os, signal, sys, threading, time
@@ -33,7 +33,7 @@ def test_the_server_starts_before_torch_is_imported_and_ends_with_the_command_at
     assert has_torch == "False"
     assert ended.returncode == -signal.SIGINT
     assert ended.stderr.count("KeyboardInterrupt") == 1  # of the command alone
-    assert not psutil.pid_exists(int(server)) or psutil.Process(int(server)).status() == psutil.STATUS_ZOMBIE
+    assert has_ended(int(server))
 
 
 def test_what_mlflow_reads_is_set_before_any_package_can_import_it() -> None:

@@ -14,25 +14,23 @@ from avcil_dist.tracking.client import find_stream
 from launch.cluster.chain_record import read_chain
 from launch.cluster.schedulers.local import LOG, PID, is_supervised
 from launch.cluster.status import chain_status
+from tests.helpers.commands import PROJECT, has_ended
+from tests.helpers.foreign_methods import SLOW_AVCIL
 from tests.helpers.ports import reserve_port
 from tests.helpers.sent_events import uri_of
 from tests.helpers.streams import STEPS, avcil, last_artifact, train, weights_digest, write_config
 
 
 def wait_for(condition: Callable[[], bool], stream: str) -> None:
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 400
     while not condition():
         assert time.monotonic() < deadline, Path(read_chain(stream).folder, LOG).read_text()
-        time.sleep(0.2)
+        time.sleep(0.02)
 
 
 def progress(stream: str, step: int) -> int:
     file = Path(read_chain(stream).progress_file(step))
     return int(json.loads(file.read_text())["done"]) if file.exists() else 0
-
-
-def has_ended(process: int) -> bool:
-    return not psutil.pid_exists(process) or psutil.Process(process).status() == psutil.STATUS_ZOMBIE
 
 
 def submit(config: Path, *words: object) -> str:
@@ -50,10 +48,13 @@ def supervisor_of(stream: str) -> int:
     return int(Path(read_chain(stream).folder, PID).read_text())
 
 
-def test_a_local_chain_survives_and_ends_with_the_bits_of_the_plain_run(tmp_path: Path) -> None:
+def test_a_local_chain_survives_and_ends_with_the_bits_of_the_plain_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT))  # the jobs import the slow method
     optim = {"epochs": 25, "global_batch": 12, "global_replay_batch": 6, "global_eval_batch": 16, "lr": 0.001}
-    config = write_config(tmp_path, optim=optim, snapshot={"every_iterations": 20})
-    whole = train(config, f"output={tmp_path}/plain")
+    config = write_config(tmp_path, method=SLOW_AVCIL, optim=optim, snapshot={"every_iterations": 20})
+    whole = train(config, "method=avcil", f"output={tmp_path}/plain")
 
     away = (f"tracking.uri=http://127.0.0.1:{reserve_port()}", "tracking.wait_seconds=0.5")
     stream = submit(config, *away).splitlines()[-1].split(":")[0]

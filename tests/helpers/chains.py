@@ -15,7 +15,7 @@ from launch.cluster.status import StepStatus, chain_status
 from launch.sandbox.cluster import Sandbox
 from launch.sandbox.daemons import processes_with
 
-SECONDS = 240
+SECONDS = 400
 
 
 def wait_for(condition: Callable[[], bool], what: str, seconds: float = SECONDS) -> None:

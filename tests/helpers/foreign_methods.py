@@ -1,6 +1,7 @@
-"""Methods as other packages have them, with the needs that no built-in method combines."""
+"""Methods as other packages have them: with needs that no built-in method combines, or slow enough to be disturbed."""
 
 import math
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from avcil_dist.config.section import Section
+from avcil_dist.methods.avcil import Avcil
 from avcil_dist.methods.base import Method, Needs, SamplingWeights, Targets
 from avcil_dist.methods.losses import cross_entropy, stored_distance
 from avcil_dist.models.extension import Extension
@@ -84,3 +86,15 @@ class LearningToPrompt(Method):
         new = cross_entropy(output.logits[:, old:], targets.labels - old)
         similarity = output.auxiliary.mean()
         return {"loss": new - self.options.weight * similarity, "new_classes": new, "similarity": similarity}
+
+
+class SlowAvcil(Avcil):
+    """AV-CIL with the same bits, and iterations of at least 50 ms on every machine: a test can disturb a short step."""
+
+    def loss(self, targets: Targets, output: Output, teacher: Output | None) -> dict[str, Tensor]:
+        """Return the loss of AV-CIL, late."""
+        time.sleep(0.05)
+        return super().loss(targets, output, teacher)
+
+
+SLOW_AVCIL = f"{__name__}:{SlowAvcil.__name__}"

@@ -21,6 +21,8 @@ from tests.helpers.chains import (
     wait_for_restart,
     wait_until_it_trains,
 )
+from tests.helpers.commands import PROJECT
+from tests.helpers.foreign_methods import SLOW_AVCIL
 from tests.helpers.sent_events import uri_of
 from tests.helpers.streams import avcil, last_artifact, train, weights_digest, write_config
 
@@ -30,7 +32,8 @@ handle = signal.signal
 handle(signal.SIGUSR2, signal.SIG_IGN)
 signal.signal = lambda number, handler: None if number == signal.SIGUSR2 else handle(number, handler)
 """
-TWO_NODES = ("--cluster", "slurm", "cluster.nodes=2", "cluster.cpus_per_task=1")
+TESTS = f"cluster.setup=[export PYTHONPATH={PROJECT}]"  # the jobs import the slow method
+TWO_NODES = ("--cluster", "slurm", "cluster.nodes=2", "cluster.cpus_per_task=1", TESTS)
 
 
 def submit(config: Path, *words: object) -> str:
@@ -48,8 +51,8 @@ def high_priority_job(sandbox: Sandbox) -> None:
 
 def test_a_disturbed_chain_ends_with_the_bits_of_the_local_run(sandbox: Sandbox, tmp_path: Path) -> None:
     optim = {"epochs": 60, "global_batch": 12, "global_replay_batch": 6, "global_eval_batch": 16, "lr": 0.0005}
-    config = write_config(tmp_path, optim=optim, snapshot={"every_iterations": 20})
-    whole = train(config, f"output={tmp_path}/local", "-n", 2)
+    config = write_config(tmp_path, method=SLOW_AVCIL, optim=optim, snapshot={"every_iterations": 20})
+    whole = train(config, "method=avcil", f"output={tmp_path}/local", "-n", 2)
 
     stream = submit(config, "cluster.signal_seconds=60")
     jobs = [job_of(stream, step) for step in range(3)]
@@ -95,7 +98,7 @@ def test_ranks_that_do_not_react_are_requeued_in_time_and_fail_in_the_end(sandbo
     (tmp_path / "deaf").mkdir()
     (tmp_path / "deaf" / "sitecustomize.py").write_text(DEAF)  # the ranks ignore the warning of the time limit
     deaf = f"cluster.setup=[export PYTHONPATH={tmp_path}/deaf]"
-    stream = submit(config, "cluster.hours=0.016", "cluster.signal_seconds=20", "cluster.max_requeues=1", deaf)
+    stream = submit(config, "cluster.hours=0.05", "cluster.signal_seconds=20", "cluster.max_requeues=1", deaf)
     job = job_of(stream, 0)
     wait_for_restart(sandbox, job, 1)
     wait_until_it_trains(stream, 0)

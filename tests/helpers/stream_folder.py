@@ -1,6 +1,7 @@
 """A stream's folder with an event queue and committed steps, without training, and a sender to MLflow."""
 
 import json
+import time
 from pathlib import Path
 
 from avcil_dist.config.schema import TrackingConfig
@@ -51,3 +52,9 @@ class StreamFolder:
         contents = {"metrics.json": metrics.to_dict(), "scenario.json": {"steps": steps}}
         contents = {name: json.dumps(value).encode() for name, value in contents.items()} | files
         write_commit(folder, write_files(folder, contents), step=metrics.step, manifest_hash="m", code_version="1")
+
+
+def wait_for_outage(sender: Sender) -> None:
+    """Wait until a sender has recorded in its cursor that the server is unavailable."""
+    while sender.queue.cursor(sender.uri).unavailable_since is None:
+        time.sleep(0.01)

@@ -14,6 +14,7 @@ from avcil_dist.errors import StorageError
 from avcil_dist.tracking.event_queue import DeliveryCursor, Event, EventQueue
 from avcil_dist.tracking.outcomes import RefusedError, RejectedError, RunDeletedError, UnavailableError
 from avcil_dist.tracking.sender import Sender
+from tests.helpers.stream_folder import wait_for_outage
 
 SERVER = "http://server"
 WRONG = [
@@ -219,6 +220,7 @@ def test_an_outage_is_recorded_in_the_cursor_and_cleared_after_it(tmp_path: Path
     queue.append("begin", step=0)
     closed = Sender(queue, SERVER, lambda runs: FlakyWriter(runs, [UnavailableError("away")] * 99, -1), shown=SERVER)
     closed.start()
+    wait_for_outage(closed)
     assert not closed.close(0.1)
     cursor = queue.cursor(SERVER)
     assert (cursor.offset, cursor.reason) == (0, "away")
@@ -329,8 +331,7 @@ def test_a_clock_that_jumps_does_not_lengthen_the_end(
     queue.append("begin", step=0)
     away = Sender(queue, SERVER, lambda runs: FlakyWriter(runs, [UnavailableError("away")] * 99, -1), shown=SERVER)
     away.start()
-    while queue.cursor(SERVER).unavailable_since is None:
-        time.sleep(0.01)
+    wait_for_outage(away)
     monkeypatch.setattr(time, "time", lambda: clock() + 3600 * hours)
     begun = time.monotonic()
     assert not away.close(0.5)

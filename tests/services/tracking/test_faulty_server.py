@@ -19,7 +19,7 @@ from avcil_dist.tracking.tags import STEP_TAG, STREAM_TAG
 from tests.helpers.faulty_proxy import FaultyProxy
 from tests.helpers.mlflow_server import TrackingServer
 from tests.helpers.sent_events import check_sent, histories
-from tests.helpers.stream_folder import TRACKING, StreamFolder
+from tests.helpers.stream_folder import TRACKING, StreamFolder, wait_for_outage
 
 EPOCHS = 6
 PROJECT = Path(__file__).parents[3]
@@ -73,7 +73,10 @@ def test_an_outage_of_batches_loses_nothing_where_asynchronous_logging_is_asked_
     monkeypatch.setenv("MLFLOW_ENABLE_ASYNC_LOGGING", "true")
     with FaultyProxy(server.port, lambda method, path: "503" if path.endswith("runs/log-batch") else "pass") as proxy:
         stream = filled(tmp_path / "async-503", proxy.uri)
-        assert not stream.send(patience=1.0)
+        sender = stream.sender()
+        sender.start()
+        wait_for_outage(sender)
+        assert not sender.close(patience=1.0)
         assert "503" in stream.queue.cursor(proxy.uri).reason
         monkeypatch.setenv("MLFLOW_ENABLE_ASYNC_LOGGING", "true")
         proxy.rule = lambda method, path: "pass"

@@ -9,7 +9,7 @@ from avcil_dist.data.transforms import ClipTransform
 from avcil_dist.errors import DataError
 
 SEGFAULT, ONCE, BUG, DAMAGED = b"crash the decoder", b"crash it once: ", b"a bug", b"damaged"
-NOISY = b"a line on a full standard error"
+NOISY, SILENT = b"a line on a full standard error", b"no answer"
 
 
 def write_to_full_standard_error() -> None:
@@ -35,6 +35,8 @@ class LethalTransform(ClipTransform):
         if content.startswith(NOISY):
             write_to_full_standard_error()
             content = content.removeprefix(NOISY)
+        if content.startswith(SILENT):
+            time.sleep(60)
         if content.startswith(BUG):
             raise ZeroDivisionError
         if content.startswith(DAMAGED):

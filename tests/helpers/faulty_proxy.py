@@ -16,9 +16,17 @@ class FaultyProxy:
 
     def __init__(self, port: int, rule: Rule = lambda method, path: "pass") -> None:
         self.rule, self.faults, self.closing = rule, 0, threading.Event()
+        self._lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"proxy": self, "port": port})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
+
+    def fault_of(self, method: str, path: str) -> str:
+        """Return the fault of a request, and count it; one request at a time, as rules may count too."""
+        with self._lock:
+            fault = self.rule(method, path)
+            self.faults += fault != "pass"
+            return fault
 
     @property
     def uri(self) -> str:
@@ -41,8 +49,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _forward(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        fault = self.proxy.rule(self.command, self.path)
-        self.proxy.faults += fault != "pass"
+        fault = self.proxy.fault_of(self.command, self.path)
         if fault.isdigit():
             self._answer(int(fault), b"refused by the proxy", [])
             return

@@ -47,8 +47,8 @@ def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Set the timeouts of S3 to one second."""
-    settings: dict[str, Any] = {"config_kwargs": {"read_timeout": 1, "connect_timeout": 1}}
+    """Set the timeouts of S3 to five seconds: only a fault takes as long."""
+    settings: dict[str, Any] = {"config_kwargs": {"read_timeout": 5, "connect_timeout": 5}}
     monkeypatch.setitem(fsspec.config.conf, "s3", settings)
     forget_filesystems()
 

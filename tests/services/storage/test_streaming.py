@@ -137,7 +137,7 @@ def test_a_network_that_refuses_cuts_stalls_and_resets_loses_nothing(
     assert min(faulty.injected[fault] for fault in faulty.faults) > 0
     injected = sum(faulty.injected.values())
     assert injected - faulty.injected["reset"] <= total(seen)["retries"] <= injected
-    assert total(seen)["stall_seconds"] > 1  # of the stalls, each a second long
+    assert total(seen)["stall_seconds"] > 1  # of the stalls, each five seconds long
 
 
 def test_a_storage_that_stays_away_stops_the_reading(

@@ -1,6 +1,7 @@
 """Hostile or mistaken settings: one line, whatever the text, the number or the file."""
 
 import os
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -164,11 +165,13 @@ def test_plain_values(text: str, value: object) -> None:
     assert parse_yaml(text) == value
 
 
-@settings(deadline=2000, max_examples=150)
+@settings(deadline=None, max_examples=150)
 @given(st.text(alphabet="{}[]&*!?:-,'\"|>%@#a1 \n\t.~=<", max_size=60))
 def test_any_text_is_a_value_or_a_fault_of_yaml(text: str) -> None:
+    started = time.process_time()
     with suppress(yaml.YAMLError):
         parse_yaml(text)
+    assert time.process_time() - started < 2
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:

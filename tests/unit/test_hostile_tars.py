@@ -15,17 +15,17 @@ from data_shards.random_features import make_feature_shards
 from data_shards.verify import verify_shards
 from tests.helpers.hostile_tars import HOSTILE, member, tar_of
 
-SECONDS = 5
+SECONDS = 5  # of processor
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_tar_is_refused_at_once(tmp_path: Path, name: str) -> None:
     path = tmp_path / "a.tar"
     path.write_bytes(HOSTILE[name])
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(DataError, match=r"a\.tar: ") as caught:
         import_tars([str(path)], f"{tmp_path}/manifest.json", split="train")
-    assert time.monotonic() - started < SECONDS
+    assert time.process_time() - started < SECONDS
     assert len(str(caught.value).splitlines()) == 1
     assert not (tmp_path / "manifest.json").exists()
 
@@ -39,9 +39,9 @@ def test_a_hostile_tar_is_one_fault_of_a_data_set(tmp_path: Path, name: str) -> 
     path.write_bytes(data)
     shard = replace(manifest.shards[0], bytes=len(data), sha256=storage.sha256(data))
     replace(manifest, shards=(shard,)).save(url)
-    started = time.monotonic()
+    started = time.process_time()
     faults = verify_shards(url)
-    assert time.monotonic() - started < SECONDS
+    assert time.process_time() - started < SECONDS
     assert all(fault.startswith(str(path)) and len(fault.splitlines()) == 1 for fault in faults)
     assert faults
 

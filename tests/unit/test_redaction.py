@@ -78,9 +78,9 @@ def test_warnings_of_retries_have_no_secret(caplog: pytest.LogCaptureFixture, mo
 
 @pytest.mark.parametrize("text", ["?" * 100_000, "://" * 50_000, "&a" * 50_000, "://" + "a" * 100_000 + ":" * 1000])
 def test_long_text_is_quick(text: str) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     redacted(text)
-    assert time.monotonic() - started < 2
+    assert time.process_time() - started < 2
 
 
 def test_other_arguments_of_an_error_stay() -> None:

@@ -177,11 +177,11 @@ PRIME = (1 << 61) - 1  # Python's hashes of integers are remainders of it
 )
 def test_a_pickle_that_costs_more_than_its_size_is_refused_at_once(tmp_path: Path, code: bytes) -> None:
     path = _program(tmp_path / "evil.npy", code)
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(DataError, match=r"evil\.npy: ") as caught:
         read_pickled_dict(path)
     assert len(str(caught.value)) < 400
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_a_doubled_list_is_never_printed(tmp_path: Path) -> None:

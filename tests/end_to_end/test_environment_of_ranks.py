@@ -20,10 +20,16 @@ HOOK = f"""
 import os, sys, threading, traceback
 from pathlib import Path
 
+def name_of(task):
+    try:
+        return task.read_text()
+    except OSError:  # the thread has ended
+        return ""
+
 def record(event, arguments):
     if event not in ("os.putenv", "os.unsetenv"):
         return
-    tasks = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    tasks = map(name_of, Path("/proc/self/task").glob("*/comm"))
     others = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
     others += [name.strip() for name in tasks if name.startswith({NATIVE!r})]
     line = f"{{arguments[0].decode()}} beside {{others}}: {{traceback.extract_stack()[:-1]}}" if others else "alone"

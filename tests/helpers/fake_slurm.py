@@ -1,5 +1,6 @@
 """Programs of SLURM in a folder of the path: they print what a test sets, and record arguments and environment."""
 
+import fcntl
 import json
 import sys
 from pathlib import Path
@@ -41,5 +42,9 @@ class FakeSlurm:
     def calls(self, name: str) -> list[tuple[list[str], dict[str, str]]]:
         """Return arguments and environment of each call of a program."""
         log = self.folder / "calls"
-        lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        if not log.exists():
+            return []
+        with log.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH)  # no program writes now
+            lines = [json.loads(line) for line in file]
         return [(arguments, environment) for program, arguments, environment in lines if program == name]

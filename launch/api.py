@@ -4,7 +4,8 @@ The functions start the same processes as the command line and raise the same er
 needs an `if __name__ == "__main__"` around them. Call them from the main thread, as stop signals are handled there.
 """
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
@@ -18,7 +19,7 @@ from avcil_dist.config.schema import Config, TrackingConfig
 from avcil_dist.data import manifest as manifests
 from avcil_dist.data.manifest import Manifest
 from avcil_dist.data.shard import Split
-from avcil_dist.errors import ArtifactError
+from avcil_dist.errors import ArtifactError, ConfigError
 from avcil_dist.streams.artifact import StepArtifact, load_artifact
 from avcil_dist.streams.metrics import StreamMetrics
 from avcil_dist.streams.summary import committed_steps, load_metrics, load_summary, step_url
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["Observer", "Prediction", "Stream", "build_shards", "load_config", "load_manifest", "train"]
 
 AnyPath = str | PathLike[str]
+Override = str | Mapping[str, Any]
 Numbers = np.ndarray | torch.Tensor
 
 
@@ -111,20 +113,20 @@ class Stream:
         """Return the weights of a step's network, by name."""
         return dict(self.artifact(step).model)
 
-    def predict(self, clips: Iterable[AnyPath | bytes], step: int | None = None) -> list[Prediction]:
-        """Predict video files, given as paths, urls or their bytes, by the network of a step.
+    def predict(self, clips: AnyPath | bytes | Iterable[AnyPath | bytes], step: int | None = None) -> list[Prediction]:
+        """Predict video files, one or several, given as paths, urls or their bytes, by the network of a step.
 
         Raises DataError for a clip that cannot be read or decoded, ConfigError for a stream trained on features.
         """
-        from avcil_dist.errors import ConfigError
         from avcil_dist.inference.predict import Predictor
 
         artifact = self.artifact(step)
         source = step_url(self.folder, artifact.step)
         if artifact.config.model.visual.kind == "precomputed":
             raise ConfigError(f"{source}: trained on features; predict_features takes them")
+        several = [clips] if isinstance(clips, str | bytes | PathLike) else clips
         given = [
-            (f"clip {n}", clip) if isinstance(clip, bytes) else (fspath(clip), None) for n, clip in enumerate(clips)
+            (f"clip {n}", clip) if isinstance(clip, bytes) else (fspath(clip), None) for n, clip in enumerate(several)
         ]
         contents = ((name, storage.read_bytes(name) if data is None else data) for name, data in given)
         predictor = Predictor(artifact, {}, source)
@@ -170,12 +172,36 @@ class Stream:
         return self.steps[-1] if step is None else step
 
 
-def load_config(name: AnyPath, *overrides: str) -> Config:
-    """Load a configuration file, or one by its name in the search path, with `section.key=value` overrides.
+def load_config(name: AnyPath, *overrides: Override) -> Config:
+    """Load a configuration file, or one by its name in the search path, with overrides.
 
-    Raises ConfigError, one line that names file, key, value and what is allowed.
+    An override is a word `section.key=value`, or a mapping such as `{"section.key": value}`. Raises ConfigError, one
+    line that names file, key, value and what is allowed.
     """
-    return compose.load_config(fspath(name), overrides)
+    return compose.load_config(fspath(name), _words(overrides))
+
+
+def _words(overrides: Iterable[Override]) -> list[str]:
+    """Return overrides as words. Raises ConfigError for one that is neither a word nor a mapping."""
+    words: list[str] = []
+    for override in overrides:
+        if isinstance(override, Mapping):
+            words += _words_of_mapping(override)
+        elif isinstance(override, str):
+            words.append(override)
+        else:
+            raise ConfigError(
+                f"{override!r}: {type(override).__name__}; an override is a word section.key=value, or a mapping"
+            )
+    return words
+
+
+def _words_of_mapping(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _words_of_mapping(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}={json.dumps(value, default=str)}"
 
 
 def load_manifest(url: AnyPath) -> Manifest:
@@ -185,7 +211,7 @@ def load_manifest(url: AnyPath) -> Manifest:
 
 def train(
     config: Config | AnyPath,
-    *overrides: str,
+    *overrides: Override,
     processes: int = 1,
     restart: bool = False,
     observer: Observer | None = None,
@@ -200,7 +226,9 @@ def train(
     from launch.socket_folder import set_short_socket_folder
 
     resolved = (
-        compose.override_config(config, overrides) if isinstance(config, Config) else load_config(config, *overrides)
+        compose.override_config(config, _words(overrides))
+        if isinstance(config, Config)
+        else load_config(config, *overrides)
     )
     set_short_socket_folder()
     with without_main_module():

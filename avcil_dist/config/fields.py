@@ -51,6 +51,15 @@ def method_fields(options: Mapping[str, type[Section]]) -> list[SettingField]:
     ]
 
 
+def keys_in(model: type[BaseModel]) -> list[str]:
+    """Return the dotted keys of all settings of a model, over all kinds of each section."""
+    keys: dict[str, None] = {}
+    for name, field in model.model_fields.items():
+        inner = [key for section in sections_in(field.annotation) for key in keys_in(section)]
+        keys |= dict.fromkeys([f"{name}.{key}" for key in inner] or [name])
+    return list(keys)
+
+
 def sections_in(annotation: Any) -> list[type[BaseModel]]:
     """Return the sections that a field's annotation allows; none for a plain value."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from avcil_dist.config.fields import sections_in
+from avcil_dist.config.fields import keys_in, sections_in
 
 MAX_SHOWN = 200  # characters of a refused value
 
@@ -58,6 +58,8 @@ def _nearest_key(keys: Sequence[str], model: type[BaseModel]) -> str:
         return "another kind has it, this one does not"
     if not allowed:
         return "none is allowed here"
+    if len(found := [key for key in keys_in(model) if key.rpartition(".")[2] == keys[-1]]) == 1:
+        return f"did you mean {found[0]!r}?"
     close = difflib.get_close_matches(keys[-1], allowed, n=1)
     return f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(sorted(allowed))}"
 

@@ -7,7 +7,6 @@ from functools import cached_property
 
 import numpy as np
 
-from avcil_dist import storage
 from avcil_dist.data.manifest import Manifest, check_shards
 from avcil_dist.data.noise import InputNoise
 from avcil_dist.data.shard import Split
@@ -16,6 +15,7 @@ from avcil_dist.errors import ArtifactError, DataError
 from avcil_dist.inference.predict import Modality, restore_step
 from avcil_dist.models.network import Network
 from avcil_dist.streams.artifact import StepArtifact, load_artifact
+from avcil_dist.streams.commit import has_commit
 from avcil_dist.streams.compat import check_manifest_scenario
 from avcil_dist.streams.step_data import data_of_step
 from avcil_dist.streams.summary import committed_steps, step_url
@@ -121,14 +121,19 @@ def last_step(stream: str) -> int:
     """Return the last committed step. Raises ArtifactError when there is none."""
     steps = committed_steps(stream)
     if not steps:
-        raise ArtifactError(f"{storage.join(stream, 'step_000')}: no committed step artifact; train the stream first")
+        of_step = "; that is the folder of a step" * has_commit(stream)
+        raise ArtifactError(
+            f"{stream}: no committed step (searched for step_*/COMMITTED.json there){of_step}; give the folder of a "
+            "stream, such as runs/demo-avcil-seed0"
+        )
     return steps[-1]
 
 
 def loaded(request: StepRequest) -> tuple[StepArtifact, Manifest]:
     """Return the step and its manifest. Raises as `predict_step` does where there is nothing to predict."""
     stream, split = request.stream, request.split
-    artifact = load_artifact(stream, last_step(stream) if request.step is None else request.step)
+    last = last_step(stream)
+    artifact = load_artifact(stream, last if request.step is None else request.step)
     scenario = artifact.scenario
     url = request.manifest or artifact.config.data.manifest
     manifest = data_of_step(artifact, request.manifest)

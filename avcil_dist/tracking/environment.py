@@ -74,8 +74,12 @@ def mlflow_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def quiet_import() -> None:
-    """Set what MLflow reads when it is imported, unless the user has set it. The rest stays as it is."""
+    """Set what MLflow reads when it is imported, unless the user has set it. The rest stays as it is.
+
+    Its warning about type hints of its own is no concern of the user, and is not shown.
+    """
     set_missing_variables(QUIET)
+    warnings.filterwarnings("ignore", message=".*Any type hint is inferred as AnyType", category=UserWarning)
 
 
 def isolate() -> None:

@@ -29,7 +29,8 @@ def doctor(words: tuple[str, ...], name: str | None, cluster: str | None, as_jso
 
     Looked at are driver, CUDA, NCCL, compiler, DeepSpeed, codecs, `flock` on the disk of the output, TMPDIR, /dev/shm,
     the hub, MLflow and S3 as configured, and the clock against that of a server. The exit code is 0 without a cross
-    and 1 with one. KEY=VALUE changes a setting of --config, cluster.KEY=VALUE one of the cluster file.
+    and 1 with one; a hub that does not answer is none. KEY=VALUE changes a setting of --config, cluster.KEY=VALUE one
+    of the cluster file.
 
     \b
     Examples:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     "--format", "kind", type=click.Choice(["safetensors", "onnx", "hub"]), default="safetensors", show_default=True
 )
 @click.option("--output", "-o", metavar="FOLDER", required=True, help="New folder of the files.")
-@click.option("--step", type=int, help="The step to export; default: the last committed.")
+@click.option("--step", type=click.IntRange(0), help="The step to export; default: the last committed.")
 @click.option(
     "--license", "licence", default="unknown", show_default=True, help="Licence of the weights, as the hub names it."
 )

@@ -106,8 +106,12 @@ def cancel(run: str) -> None:
 
 @click.command()
 @click.argument("run")
-@click.option("--step", type=int, help="The step whose newest job is shown; default: the one that runs, else the last.")
-@click.option("--rank", type=int, default=0, show_default=True)
+@click.option(
+    "--step",
+    type=click.IntRange(0),
+    help="The step whose newest job is shown; default: the one that runs, else the last.",
+)
+@click.option("--rank", type=click.IntRange(0), default=0, show_default=True)
 @click.option(
     "--follow/--no-follow",
     "-f",

@@ -38,6 +38,8 @@ class _Commands(click.Group):
             try:
                 prepare_output()
                 return super().invoke(context)
+            except click.NoSuchOption as error:
+                raise _with_setting(error) from None
             except AvcilError as error:
                 echo_error(str(error))
                 sys.exit(USER_ERROR)
@@ -47,6 +49,22 @@ class _Commands(click.Group):
             except StepStopped as stopped:
                 echo_error(str(stopped))
                 sys.exit(STOPPED)
+
+
+def _with_setting(error: click.NoSuchOption) -> click.UsageError:
+    """Return the error with the setting of that name, where a command that takes settings got it as an option."""
+    if error.ctx is None or not any("KEY=VALUE" in str(argument.metavar) for argument in error.ctx.command.params):
+        return error
+    from avcil_dist.config.fields import keys_in
+    from avcil_dist.config.loader import NAMED_SECTIONS
+    from avcil_dist.config.schema import Config
+
+    name = error.option_name.lstrip("-").replace("-", "_")
+    found = [key for key in (*NAMED_SECTIONS, *keys_in(Config)) if name in (key, key.rpartition(".")[2])]
+    if len(found) != 1:
+        return error
+    line = f"No such option {error.option_name!r}. It is a setting, without dashes: {found[0]}=VALUE"
+    return click.UsageError(line, error.ctx)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -25,7 +25,9 @@ def resume_options(command: Callable[..., None]) -> Callable[..., None]:
 def predicted_clips_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options of a step and of the clips that it predicts: step, split, manifest, modality, device."""
     options = (
-        click.option("--step", type=int, help="The step whose weights predict; default: the last committed."),
+        click.option(
+            "--step", type=click.IntRange(0), help="The step whose weights predict; default: the last committed."
+        ),
         click.option("--split", type=click.Choice(["train", "val", "test"]), default="test", show_default=True),
         click.option("--manifest", help="Manifest of other shards than those that the step was trained on."),
         click.option(

@@ -179,9 +179,9 @@ def log_text(stream: str, step: int, rank: int, *, follow: bool) -> Iterator[str
             break
         time.sleep(FOLLOW_SECONDS)
     if log is None:
-        raise ConfigError(
-            f"{stream}: step {step} has no log of rank {rank}; its job has not started (avcil status {stream})"
-        )
+        has_started = log_file(read_chain(stream), step, 0) is not None
+        why = "its job has fewer ranks" if has_started else "its job has not started"
+        raise ConfigError(f"{stream}: step {step} has no log of rank {rank}; {why} (avcil status {stream})")
 
 
 class _GrowingLog:

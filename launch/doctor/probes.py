@@ -91,7 +91,7 @@ def _servers(config: Config | None, output: str, environment: Mapping[str, str])
     hub = environment.get("HF_ENDPOINT") or "https://huggingface.co"
     if environment.get("HF_HUB_OFFLINE", "").upper() not in ("1", "ON", "YES", "TRUE"):
         remedy = "needed by `avcil weights get` and `data get` alone: set HF_ENDPOINT to a mirror, or HF_HUB_OFFLINE=1"
-        servers.append(("hub", hub, remedy))
+        servers.append((findings.HUB, hub, remedy))
     tracking = (config.tracking.uri if config else None) or environment.get("MLFLOW_TRACKING_URI", "")
     if tracking.startswith(("http://", "https://")):
         servers.append(("MLflow", tracking, "start the server, or correct tracking.uri or MLFLOW_TRACKING_URI"))

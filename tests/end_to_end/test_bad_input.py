@@ -135,7 +135,7 @@ def test_damaged_artifact_is_named(tmp_path: Path) -> None:
 
 
 def test_eval_of_a_stream_that_is_not_there(tmp_path: Path) -> None:
-    _refused(avcil("eval", tmp_path), "no committed step artifact")
+    _refused(avcil("eval", tmp_path), "no committed step (searched")
 
 
 def test_clips_damaged_after_the_build_stop_the_step_by_name(tmp_path: Path) -> None:

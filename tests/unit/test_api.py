@@ -4,14 +4,18 @@ import ast
 import multiprocessing.spawn
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import avcil_dist
 from avcil_dist.errors import ArtifactError, ConfigError
+from avcil_dist.streams.artifact import save_artifact
 from avcil_dist.system.process_start import without_main_module
 from avcil_dist.training.observer import Observer
+from launch import api
 from launch.call_queue import CallQueue, replay_calls
+from tests.helpers.artifacts import make_artifact
 
 PACKAGE = Path(avcil_dist.__file__).parent
 
@@ -85,6 +89,32 @@ def test_a_notebook_gets_an_error_of_the_user_as_one_line() -> None:
     assert caught.value._render_traceback_() == [
         "ConfigError: command line: optim.lrr: unknown key; did you mean 'lr'?"
     ]
+
+
+def test_overrides_are_words_or_mappings() -> None:
+    words = ("optim.epochs=2", "optim.lr=1e-05", "method=er", "scenario.classes=[a b,c]", "memory.selection=random")
+    given = {"optim": {"epochs": 2}, "optim.lr": 1e-5, "method": "er", "scenario.classes": ["a b", "c"]}
+    config = avcil_dist.load_config("demo", given, "memory.selection=random")
+    assert config == avcil_dist.load_config("demo", *words)
+    assert (config.optim.epochs, config.optim.lr) == (2, 1e-5)
+    with pytest.raises(
+        ConfigError, match=r"^\['optim.epochs=2'\]: list; an override is a word section.key=value, or a"
+    ):
+        avcil_dist.load_config("demo", ["optim.epochs=2"])  # type: ignore[arg-type]
+
+
+def test_one_clip_needs_no_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_artifact(str(tmp_path), make_artifact())
+    predictor = SimpleNamespace(classes=("a",), score_clips=lambda contents: None)
+    monkeypatch.setattr("avcil_dist.inference.predict.Predictor", lambda *_: predictor)
+    monkeypatch.setattr(api, "_predictions", lambda names, *_: names)
+    of_clips = SimpleNamespace(config=avcil_dist.load_config("demo"), step=0)
+    monkeypatch.setattr(api.Stream, "artifact", lambda *_: of_clips)
+    stream = avcil_dist.Stream(tmp_path)
+    assert (
+        stream.predict("clip.mp4") == stream.predict(Path("clip.mp4")) == stream.predict(["clip.mp4"]) == ["clip.mp4"]
+    )
+    assert stream.predict(b"bytes") == ["clip 0"]
 
 
 def test_every_call_of_an_observer_crosses() -> None:

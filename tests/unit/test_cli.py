@@ -32,6 +32,25 @@ def test_help_imports_none_of_the_large_libraries() -> None:
     assert done.stdout == "[]\n"
 
 
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (
+            ("train", "demo", "--epochs", "3"),
+            "No such option '--epochs'. It is a setting, without dashes: optim.epochs=",
+        ),
+        (("sweep", "demo", "--method=er"), "It is a setting, without dashes: method=VALUE"),
+        (("train", "demo", "--size", "3"), "No such option '--size'. (Did"),  # several settings
+        (("eval", "x", "--epochs", "3"), "No such option '--epochs'.\n"),  # no settings
+        (("train", "demo", "--proceses", "3"), "Did you mean '--processes'?"),
+    ],
+)
+def test_a_setting_that_is_given_as_an_option_is_named(words: tuple[str, ...], answer: str) -> None:
+    refused = avcil(*words)
+    assert refused.exit_code == 2
+    assert answer in refused.output
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["status", "logs", "cancel", "report", "compare", "config show demo"])
 def test_looking_at_a_stream_imports_no_training(command: str, tmp_path: Path) -> None:

@@ -138,6 +138,8 @@ def test_later_words_win() -> None:
     [
         ("optim.lrr=3", "optim.lrr: unknown key; did you mean 'lr'?"),
         ("optin.lr=3", "optin: unknown key; did you mean 'optim'?"),
+        ("epochs=3", "epochs: unknown key; did you mean 'optim.epochs'?"),
+        ("size=3", "size: unknown key; allowed: data, engine, "),
         ("data.clip.zzz=3", "data.clip.zzz: unknown key; allowed: frames, mel_bins, mel_frames, mel_mean, "),
         ("model.visual.dimm=3", "model.visual.dimm: unknown key; did you mean 'dim'?"),
         ("model.audio.train=full", "model.audio.train: unknown key; another kind has it, this one does not"),

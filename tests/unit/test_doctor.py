@@ -39,6 +39,7 @@ GB = 1 << 30
         (findings.room("TMPDIR", "x", 2 * GB, GB, "set TMPDIR"), "ok"),
         (findings.room("TMPDIR", "x", GB // 2, GB, "set TMPDIR"), "fault"),
         (findings.reachable("MLflow", "http://h", "Connection refused", "start it"), "fault"),
+        (findings.reachable("hub", "http://h", "Name or service not known", "needed by one command alone"), "note"),
         (findings.clock("http://h", 3.0), "ok"),
         (findings.clock("http://h", -400.0), "fault"),
         (findings.clock("", None), "note"),

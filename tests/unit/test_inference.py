@@ -155,8 +155,19 @@ def test_a_manifest_that_is_not_where_it_was_is_named_with_its_place_and_the_opt
 
 
 def test_a_step_that_is_not_committed_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="no committed step artifact"):
-        evaluate(str(tmp_path / "nothing"))
+    nothing, (stream, _) = tmp_path / "nothing", commit_first_step(tmp_path)
+    for step in (None, 0):
+        with pytest.raises(
+            ArtifactError, match=rf"^{nothing}: no committed step \(searched for .*; give the folder of"
+        ):
+            evaluate(str(nothing), step=step)
+    with pytest.raises(ArtifactError, match=r"step_000: no committed step .*; that is the folder of a step; give the"):
+        evaluate(f"{stream}/step_000")
+    with pytest.raises(ArtifactError, match="step_007: no committed step artifact; run step 7 first"):
+        evaluate(stream, step=7)
+    refused = avcil("eval", stream, "--step", "-1")
+    assert refused.exit_code == 2
+    assert "Invalid value for '--step'" in refused.output
 
 
 def test_noise_is_of_the_clip_and_the_seed_and_grows_with_its_level(tmp_path: Path) -> None:

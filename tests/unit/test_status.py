@@ -212,8 +212,10 @@ def test_the_log_is_that_of_the_newest_job_and_the_rank(stream: str) -> None:
     assert "".join(log_text(stream, 1, 0, follow=False)) == "log of 21_0"
     assert "".join(log_text(stream, 1, 1, follow=False)) == "log of 21_1"
     assert log_file(chain, 1, 2) is None
-    with pytest.raises(ConfigError, match="no log of rank 2"):
+    with pytest.raises(ConfigError, match="no log of rank 2; its job has fewer ranks"):
         list(log_text(stream, 1, 2, follow=False))
+    with pytest.raises(ConfigError, match="step 2 has no log of rank 1; its job has not started"):
+        list(log_text(stream, 2, 1, follow=False))
     with pytest.raises(ConfigError, match="no step 4; it has steps 0 to 3"):
         list(log_text(stream, 4, 0, follow=False))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from mlflow import environment_variables
 
-from avcil_dist.tracking.environment import FOREIGN, OURS, isolate, mlflow_environment
+from avcil_dist.tracking.environment import FOREIGN, OURS, isolate, mlflow_environment, quiet_import
 
 KEPT = {
     "MLFLOW_TRACKING_URI": "http://server",
@@ -77,6 +77,16 @@ def test_warnings_of_other_packages_are_no_errors_and_the_filters_do_not_grow() 
         with pytest.raises(DeprecationWarning):
             warnings.warn_explicit("old", DeprecationWarning, "x.py", 1, module="avcil_dist.training")
     assert FOREIGN
+
+
+def test_mlflows_warning_about_its_own_type_hints_is_not_shown() -> None:
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("default")
+        quiet_import()
+        text = "Any type hint is inferred as AnyType, and MLflow doesn't validate the data for this type."
+        warnings.warn_explicit(f"\x1b[1;33m{text}\x1b[0m", UserWarning, "type_hints.py", 232, "mlflow.types.type_hints")
+        warnings.warn_explicit("another", UserWarning, "type_hints.py", 232, "mlflow.types.type_hints")
+    assert [str(warning.message) for warning in shown] == ["another"]
 
 
 @pytest.mark.slow

@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from avcil_dist.errors import ConfigError
+from avcil_dist.streams.stream import stream_url
 from avcil_dist.world import world_from_environment
-from launch.cluster.chain import kept_events_note, submit_stream
+from launch.cluster.chain import kept_events_note, kept_streams, submit_stream
 from launch.cluster.resources import ClusterConfig
 from launch.cluster.schedulers.base import Lane, scheduler_of
 from launch.local import run_stream
@@ -74,7 +75,7 @@ def submit_grid(
     """Submit streams as chains, in lanes of chains that follow one another.
 
     `make_points` returns the streams for a number of ranks, which the lanes of `num_streams` determine. `show` is
-    called with a line for each stream.
+    called with a line for each stream, first for those whose jobs wait or run already.
     """
     lanes = scheduler_of(resources.kind).lanes(resources, num_streams)
     points = make_points(lanes[0].cluster.world_size)
@@ -90,14 +91,18 @@ def _submit(
     show: Callable[[str], None],
     policy: ResumePolicy,
 ) -> int:
-    last_jobs: list[str | None] = [None] * len(lanes)
+    """Submit streams; a new chain waits for all that its lane has. Returns the number of jobs that wait or run."""
+    last_jobs: list[list[str]] = [[] for _ in lanes]
+    kept = kept_streams((point.config for point in points), resources)
     jobs = 0
-    for number, point in enumerate(points):
+    for number, point in sorted(enumerate(points), key=lambda item: stream_url(item[1].config) not in kept):
         queue = number % len(lanes)
         submission = submit_stream(point.config, resources, policy=policy, after=last_jobs[queue], lane=lanes[queue])
-        last_jobs[queue] = submission.last or last_jobs[queue]
-        new, kept = len(submission.new), len(submission.kept)
-        jobs += new + kept
-        jobs_line = f"{new} submitted, {kept} wait or run already" if new or kept else "all steps are committed"
+        if submission.last is not None:
+            before = last_jobs[queue] if submission.kept else []  # a new chain is the last of its lane
+            last_jobs[queue] = [*before, submission.last]
+        new, old = len(submission.new), len(submission.kept)
+        jobs += new + old
+        jobs_line = f"{new} submitted, {old} wait or run already" if new or old else "all steps are committed"
         show(f"{submission.stream}: {jobs_line}")
     return jobs

@@ -4,7 +4,7 @@ Submitting is idempotent: committed steps are skipped, and jobs that wait or run
 """
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,14 +56,14 @@ def submit_stream(
     cluster: ClusterConfig,
     *,
     run_id: str | None = None,
-    after: str | None = None,
+    after: Sequence[str] = (),
     policy: ResumePolicy = KEEP_ALL,
     lane: Lane | None = None,
 ) -> Submission:
     """Submit the jobs of all steps that are neither committed nor waiting nor running.
 
-    `run_id`: the MLflow run of the stream; default: its own, opened at submission. `after`: the `last` of another
-    submission; the first job waits until that has ended, successfully or not. `policy`: what to discard before.
+    `run_id`: the MLflow run of the stream; default: its own, opened at submission. `after`: the `last` of other
+    submissions; the first job waits until they have ended, successfully or not. `policy`: what to discard before.
     `lane`: of the cluster; default: the only one of a single stream.
 
     Of a stream whose steps are all committed, this process publishes what a killed job did not.
@@ -97,9 +97,19 @@ def submit_stream(
                 _check_snapshot(config, first)
             chain = _freeze(config, cluster, chain)
             run_id = run_id or open_run(config, is_elsewhere=cluster.is_elsewhere)
-            start = JobStart(run_id, first, after, lane.gpus)
+            start = JobStart(run_id, first, tuple(after), lane.gpus)
             chain = scheduler.submit(config, cluster, chain, new, start)
         return Submission(stream, chain, new, tuple(live), scheduler.last_job(chain) if new or live else None)
+
+
+def kept_streams(configs: Iterable[Config], cluster: ClusterConfig) -> set[str]:
+    """Return the streams whose first step that is not committed waits or runs: their submission keeps the jobs."""
+    recorded = [stream for stream in map(stream_url, configs) if has_chain(stream)]
+    chains = {stream: chain for stream in recorded if (chain := read_chain(stream)).kind == cluster.kind}
+    if not chains:
+        return set()
+    live = scheduler_of(cluster.kind).live_jobs(chains)
+    return {stream for stream, chain in chains.items() if next_step(stream, chain.num_steps) in live[stream]}
 
 
 def plan_chain(config: Config, cluster: ClusterConfig, *, restart: bool = False) -> Chain:

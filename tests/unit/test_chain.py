@@ -94,7 +94,7 @@ def scheduler(monkeypatch: pytest.MonkeyPatch) -> RecordingScheduler:
     return recording
 
 
-def submit(config: Config, policy: ResumePolicy = KEEP_ALL, after: str | None = None) -> Submission:
+def submit(config: Config, policy: ResumePolicy = KEEP_ALL, after: Sequence[str] = ()) -> Submission:
     return submit_stream(config, CLUSTER, run_id="id", after=after, policy=policy)
 
 
@@ -104,9 +104,9 @@ def commit_steps(config: Config, count: int) -> None:
 
 
 def test_a_new_stream_gets_a_job_for_each_step(config: Config, scheduler: RecordingScheduler) -> None:
-    done = submit(config, after="before")
+    done = submit(config, after=["before"])
     assert (done.new, done.kept, done.last) == ((0, 1, 2, 3), (), "new-3")
-    assert scheduler.starts == [JobStart("id", 0, "before")]
+    assert scheduler.starts == [JobStart("id", 0, ("before",))]
     assert read_chain(done.stream).config() == config
 
 

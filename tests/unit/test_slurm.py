@@ -184,14 +184,14 @@ def test_a_job_has_its_ranks_and_its_script_before_it_is_submitted(slurm: FakeSl
     (tmp_path / "jobs").mkdir()
     mark_failed(record.folder, 2, "an earlier error")
     slurm.answer("sbatch", "sbatch: welcome to the cluster\n4711;gpus\n")
-    submitted = submit(tmp_path, ClusterConfig(kind="slurm", partition="gpu"), JobStart("id", 2, after="9"))
+    submitted = submit(tmp_path, ClusterConfig(kind="slurm", partition="gpu"), JobStart("id", 2, after=("8", "9")))
     assert submitted.jobs == {2: ("4711",)}
     assert record.failure(2) is None
     [([parsable, script], _)] = slurm.calls("sbatch")
     assert parsable == "--parsable"
     assert Path(script).parent == record.log_folder(2)
     text = Path(script).read_text()
-    for line in ("job-name=s02-vs100-0a1b2c", "partition=gpu", "dependency=afterany:9", "signal=USR2@120"):
+    for line in ("job-name=s02-vs100-0a1b2c", "partition=gpu", "dependency=afterany:8:9", "signal=USR2@120"):
         assert f"#SBATCH --{line}\n" in text
     ranks = Path(script).with_suffix(".pkl")
     assert f"{record.log_folder(2)} {ranks.name}\n" in text
@@ -200,7 +200,7 @@ def test_a_job_has_its_ranks_and_its_script_before_it_is_submitted(slurm: FakeSl
 
 
 def test_each_job_waits_for_the_one_before_it_and_is_recorded_at_once(slurm: FakeSlurm, tmp_path: Path) -> None:
-    start = JobStart("id", first_step=1, after="77")
+    start = JobStart("id", first_step=1, after=("77",))
     submit(tmp_path, ClusterConfig(kind="slurm"), start, 1, 2, 3)
     texts = [Path(arguments[1]).read_text() for arguments, _ in slurm.calls("sbatch")]
     waits_for = [[line for line in text.splitlines() if "--dependency" in line] for text in texts]

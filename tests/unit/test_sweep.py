@@ -1,5 +1,6 @@
 """Grids of streams, and the values of their settings on the command line."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,11 @@ import pytest
 from avcil_dist.compose import load_config
 from avcil_dist.config.variant_names import benchmark_name
 from avcil_dist.errors import ConfigError
+from launch.cluster.chain_record import read_chain
 from launch.reproduce import reproduction_grid
 from launch.sweep import make_grid, num_points, split_values
-from tests.helpers.streams import avcil, write_config
+from tests.helpers.fake_slurm import FakeSlurm
+from tests.helpers.streams import STEPS, avcil, write_config
 
 
 @pytest.mark.parametrize(
@@ -142,3 +145,33 @@ def test_streams_of_a_sweep_are_of_the_benchmark_that_it_varies(tmp_path: Path) 
     assert {benchmark_name(point.config) for point in points} == {"tiny"}
     assert benchmark_name(load_config("demo", ["name=epochs-10"])) == "epochs-10"
     assert benchmark_name(load_config("demo", ["name=my-epochs-99"])) == "my-epochs-99"
+
+
+@pytest.mark.slow
+def test_a_sweep_submitted_again_waits_for_all_chains_that_its_lane_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slurm = FakeSlurm(tmp_path / "bin")
+    monkeypatch.setenv("PATH", f"{slurm.folder}:/usr/bin:/bin")
+    streams = [str(tmp_path / "runs" / f"tiny-finetune-seed{seed}") for seed in (1, 2, 3)]
+    words = ("method=finetune", "seed=1,2,3", "--cluster", "slurm", "cluster.max_parallel=1")
+
+    def submit() -> list[list[str]]:
+        """Submit the sweep. Returns for each stream with new jobs the ids of other chains that its first job awaits."""
+        before = len(slurm.calls("sbatch"))
+        result = avcil("sweep", write_config(tmp_path), *words)
+        assert result.exit_code == 0, result.output
+        texts = [Path(arguments[1]).read_text() for arguments, _ in slurm.calls("sbatch")[before :: len(STEPS)]]
+        return [re.findall(r"\d+", "".join(re.findall(r"--dependency=afterany:(.*)", text))) for text in texts]
+
+    def last_job(stream: str) -> str:
+        return read_chain(stream).jobs[len(STEPS) - 1][-1]
+
+    assert submit() == [[], [last_job(streams[0])], [last_job(streams[1])]]
+    rows = [  # the first chain has ended
+        f"{ids[-1]}|PENDING|||||0|None|{next(read_chain(stream).log_folder(step).glob('*.sh'))}|\n"
+        for stream in streams[1:]
+        for step, ids in read_chain(stream).jobs.items()
+    ]
+    slurm.answer("squeue", "".join(rows))
+    assert submit() == [[last_job(streams[1]), last_job(streams[2])]]

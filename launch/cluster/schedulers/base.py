@@ -50,13 +50,13 @@ class JobStart:
     """Conditions under which a chain's jobs start.
 
     `run_id`: the stream's id, see `open_run`. `first_step`: the first step that is not committed. `after`: the
-    `last_job` of another chain; the first step starts once it has ended, successfully or not. `gpus`:
+    `last_job` of other chains; the first step starts once all have ended, successfully or not. `gpus`:
     the names of the GPUs of the chain's lane.
     """
 
     run_id: str
     first_step: int
-    after: str | None = None
+    after: tuple[str, ...] = ()
     gpus: tuple[str, ...] = ()
 
 

@@ -66,7 +66,7 @@ class LocalScheduler:
             chain.clear_status(step)
         write_chain(stream_url(config), chain)
         module = "launch.cluster.schedulers.local_supervisor"
-        arguments = [stream_url(config), start.run_id, start.after or ""]
+        arguments = [stream_url(config), start.run_id, *start.after]
         start_supervisor(chain.folder, chain.code, cluster, [module, *arguments], start.gpus)
         return chain
 

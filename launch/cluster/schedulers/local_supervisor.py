@@ -1,6 +1,6 @@
 """Supervisor process of a local chain: it runs one job after the other with submitit's local executor.
 
-Started by `schedulers/local.py` as `python -m launch.cluster.schedulers.local_supervisor STREAM RUN_ID AFTER`.
+Started by `schedulers/local.py` as `python -m launch.cluster.schedulers.local_supervisor STREAM RUN_ID [AFTER ...]`.
 SIGTERM ends it; the step that runs writes a snapshot first.
 """
 
@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,11 @@ class Supervisor:
         self.first_step = next_step(stream, self.chain.num_steps)
         self.stop_requested = False
 
-    def run(self, after: str) -> None:
-        """Run all steps that are not committed; `after`: the folder of a chain to wait for, or an empty string."""
+    def run(self, after: Sequence[str]) -> None:
+        """Run all steps that are not committed; `after`: the folders of chains to wait for."""
         signal.signal(signal.SIGTERM, self._request_stop)
-        while after and is_supervised(after) and not self.stop_requested:
+        waiting = after  # a chain that has ended may be submitted again, and then waits for this one
+        while (waiting := [folder for folder in waiting if is_supervised(folder)]) and not self.stop_requested:
             time.sleep(POLL_SECONDS)
         for step in range(self.first_step, self.chain.num_steps):
             if not self._run_step(step):
@@ -135,7 +137,7 @@ class Supervisor:
         self.stop_requested = True
 
 
-def main(stream: str, run_id: str, after: str) -> None:
+def main(stream: str, run_id: str, *after: str) -> None:
     """Run the chain of a stream; the arguments are those of the command line."""
     keep_standard_error()
     folder = Path(read_own_chain(stream).folder)

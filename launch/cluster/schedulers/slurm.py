@@ -44,7 +44,7 @@ class SlurmScheduler:
     ) -> Chain:
         """See `Scheduler.submit`."""
         for step in steps:
-            after = f"afterany:{start.after}" if start.after else None
+            after = f"afterany:{':'.join(start.after)}" if start.after else None
             dependency = after if step == start.first_step else f"afterok:{chain.jobs[step - 1][-1]}"
             run = StepRun(config, step, chain.num_steps, start.run_id, chain.progress_file(step))
             chain = chain.with_job(step, _sbatch(run, cluster, chain, dependency))

@@ -1,15 +1,18 @@
 """Chains on this machine: ranks and their supervisor."""
 
+import fcntl
 import os
 import signal
+import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from avcil_dist.errors import RankError
 from launch.cluster.schedulers import local_supervisor
-from launch.cluster.schedulers.local import SCHEDULER
+from launch.cluster.schedulers.local import LOCK, PID, SCHEDULER, is_supervised, supervising
 from launch.cluster.schedulers.local_supervisor import Supervisor
 
 
@@ -40,3 +43,17 @@ def test_a_chain_waits_for_each_of_the_others_once(monkeypatch: pytest.MonkeyPat
     supervisor.chain = SimpleNamespace(num_steps=1)  # type: ignore[assignment]
     supervisor.run(["one", "two"])
     assert looks == ["one", "two", "two", "two"]  # a chain that has ended may be submitted again, and wait for this one
+
+
+def test_probes_of_a_supervisor_neither_see_nor_refuse_one_another(tmp_path: Path) -> None:
+    assert not is_supervised(str(tmp_path))
+    with (tmp_path / LOCK).open("w") as probe:
+        fcntl.flock(probe, fcntl.LOCK_SH)
+        assert not is_supervised(str(tmp_path))
+        end = threading.Timer(0.3, fcntl.flock, (probe, fcntl.LOCK_UN))
+        end.start()
+        with supervising(str(tmp_path)):  # it waits for the end of the probe
+            end.join()
+            assert is_supervised(str(tmp_path))
+            assert (tmp_path / PID).read_text() == str(os.getpid())
+    assert not is_supervised(str(tmp_path))

@@ -3,18 +3,19 @@
 The supervisor (`local_supervisor.py`) outlives the shell and holds a file lock for as long as it lives.
 """
 
+import fcntl
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from avcil_dist import storage
 from avcil_dist.config.schema import Config
@@ -31,7 +32,7 @@ from launch.environments import without_launcher
 from launch.progress import duration
 
 LOCK, PID, LOG = "supervisor.lock", "supervisor.pid", "supervisor.log"
-POLL_SECONDS, START_SECONDS, STOP_SECONDS = 0.2, 60.0, 120.0
+POLL_SECONDS, LOCK_SECONDS, START_SECONDS, STOP_SECONDS = 0.2, 10.0, 60.0, 120.0
 
 
 @dataclass(frozen=True)
@@ -169,13 +170,25 @@ def _elapsed(chain: Chain, step: int) -> str:
 
 def is_supervised(folder: str) -> bool:
     """Whether a supervisor runs the chain of this folder."""
-    if not Path(folder, LOCK).exists():
-        return False
     try:
-        with FileLock(Path(folder, LOCK), timeout=0):
-            return False
-    except Timeout:
+        with Path(folder, LOCK).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared, so that a probe does not see another one
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
         return True
+    return False
+
+
+@contextmanager
+def supervising(folder: str) -> Iterator[None]:
+    """Hold the lock of a folder during the block, as its supervisor; the folder has the id of this process then.
+
+    Raises Timeout where there is a supervisor already. A probe, which holds the lock for an instant, is none.
+    """
+    with FileLock(Path(folder, LOCK), timeout=LOCK_SECONDS):
+        storage.write_bytes(f"{folder}/{PID}", str(os.getpid()).encode())  # whole at once
+        yield
 
 
 def start_supervisor(

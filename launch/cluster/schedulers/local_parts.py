@@ -4,20 +4,16 @@ Started by `schedulers/local.py` as `python -m launch.cluster.schedulers.local_p
 part that runs.
 """
 
-import os
 import signal
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 
-from filelock import FileLock
-
-from avcil_dist import storage
 from avcil_dist.system.process_start import end_with_parent
 from avcil_dist.system.trusted_files import check_trusted_folder
 from launch.cluster.part_jobs import MERGE, PROGRAM, PartJobs
-from launch.cluster.schedulers.local import LOCK, PID
+from launch.cluster.schedulers.local import supervising
 
 STOP_SECONDS = 30.0
 
@@ -25,8 +21,7 @@ STOP_SECONDS = 30.0
 def main(folder: str) -> None:
     """Run all parts of the record in a folder; the first that fails ends them."""
     check_trusted_folder(Path(folder))
-    with FileLock(Path(folder, LOCK), timeout=0):
-        storage.write_bytes(f"{folder}/{PID}", str(os.getpid()).encode())
+    with supervising(folder):
         work = PartJobs.load(folder)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         for number in range(1, work.count + 1):

@@ -11,13 +11,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from submitit import LocalExecutor, LocalJob
 
-from avcil_dist import storage
 from avcil_dist.streams.stream import next_step
 from avcil_dist.system.process_start import end_with_parent
 from avcil_dist.system.standard_error import keep_standard_error
@@ -27,7 +24,7 @@ from launch.cluster.chain_record import read_own_chain, write_chain
 from launch.cluster.lanes import gpu_assignment, visible_gpus
 from launch.cluster.mark_failed import fail_stream
 from launch.cluster.rank_entry import RankEntry
-from launch.cluster.schedulers.local import LOCK, PID, POLL_SECONDS, is_supervised
+from launch.cluster.schedulers.local import POLL_SECONDS, is_supervised, supervising
 from launch.local_worlds import reserved_port
 from launch.step_run import StepRun
 
@@ -140,9 +137,7 @@ class Supervisor:
 def main(stream: str, run_id: str, *after: str) -> None:
     """Run the chain of a stream; the arguments are those of the command line."""
     keep_standard_error()
-    folder = Path(read_own_chain(stream).folder)
-    with FileLock(folder / LOCK, timeout=0):
-        storage.write_bytes(str(folder / PID), str(os.getpid()).encode())  # whole at once
+    with supervising(read_own_chain(stream).folder):
         Supervisor(stream, run_id).run(after)
 
 

@@ -1,11 +1,13 @@
 """Commands on chains of jobs: `submit`, `status`, `cancel`, `logs`."""
 
 import shlex
+import sys
 
 import click
 
+from avcil_dist.exit_codes import USER_ERROR
 from launch.cli.options import log_options, resume_options, smoke_option, split_words
-from launch.cli.output import echo
+from launch.cli.output import echo, echo_error
 
 
 @click.command()
@@ -91,7 +93,7 @@ def status(run: str) -> None:
 @click.command()
 @click.argument("run")
 def cancel(run: str) -> None:
-    """End the jobs of RUN that wait or run. A new submission continues.
+    """End the jobs of RUN that wait or run, and wait for their end. A new submission continues.
 
     RUN is a stream's folder, or a folder of streams, such as the output folder of a sweep.
     """
@@ -100,8 +102,13 @@ def cancel(run: str) -> None:
 
     folder = run.rstrip("/") or "/"
     streams = [stream for stream in streams_below(folder) if has_chain(stream)] or [folder]
-    for stream, count in cancel_chains(streams).items():
+    ended, faults = cancel_chains(streams)
+    for stream, count in ended.items():
         echo(f"{stream}: {count} ended" if count else f"{stream}: nothing waits or runs")
+    for fault in faults:
+        echo_error(str(fault))
+    if faults:
+        sys.exit(USER_ERROR)
 
 
 @click.command()

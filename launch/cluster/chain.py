@@ -1,6 +1,6 @@
 """Submission of a stream as a chain of jobs: one job for each step, each after the one before it succeeded.
 
-Submitting is idempotent: committed steps are skipped, and jobs that wait or run are kept.
+Submitting is idempotent: committed steps are skipped, and jobs that wait or run are kept. One that ends is waited for.
 """
 
 import shlex
@@ -17,15 +17,16 @@ from avcil_dist.data.subset import load_data
 from avcil_dist.errors import ConfigError
 from avcil_dist.streams.snapshots import check_snapshot_fits, is_of_step, newest_snapshot, snapshot_identity
 from avcil_dist.streams.stream import next_step, sole_runner, stream_url
+from avcil_dist.streams.summary import is_committed
 from avcil_dist.text.redaction import redacted
 from avcil_dist.tracking.session import check_tracking, open_run
 from avcil_dist.tracking.uris import is_sqlite
 from avcil_dist.training.preflight import preflight
 from launch.cluster.chain_record import Chain, has_chain, read_chain
 from launch.cluster.code_snapshot import snapshot_code, snapshot_folder
-from launch.cluster.live_jobs import require_no_jobs
+from launch.cluster.live_jobs import require_no_jobs, wait_for_jobs
 from launch.cluster.resources import ClusterConfig
-from launch.cluster.schedulers.base import JobStart, JobState, Lane, Scheduler, scheduler_of
+from launch.cluster.schedulers.base import JobStart, JobState, Lane, scheduler_of
 from launch.cluster.submission_lock import submission_lock
 from launch.resume_policy import KEEP_ALL, ResumePolicy, discard_state
 from launch.step_run import StepRun
@@ -77,6 +78,7 @@ def submit_stream(
     stream, chain = stream_url(config), plan_chain(config, cluster, restart=policy.restart)
     with submission_lock(stream, Path(chain.folder)):
         chain = _with_recorded_jobs(chain, stream)
+        jobs = wait_for_jobs(scheduler, {stream: chain}, _is_awaited)[stream]
         if policy != KEEP_ALL:
             require_no_jobs(scheduler, stream, chain)
             with sole_runner(stream):
@@ -85,7 +87,10 @@ def submit_stream(
         first = next_step(stream, chain.num_steps)
         if first == chain.num_steps:
             StepRun(config, first - 1, first, run_id).publish_unpublished()
-        live = _live_jobs(scheduler, stream, chain, first)
+        live = {step: job for step, job in jobs.items() if step >= first}
+        if live and first not in live:  # the others wait for a job that is gone
+            scheduler.cancel({stream: chain}, first)
+            live = {}
         if live:
             _check_same(config, cluster, chain)
         for step, job in live.items():
@@ -185,13 +190,9 @@ def _differences(options: Mapping[int, Mapping[str, str]]) -> str:
     return "\n".join(["### what differs by step, beside the step's number in paths", *lines])
 
 
-def _live_jobs(scheduler: Scheduler, stream: str, chain: Chain, first: int) -> dict[int, JobState]:
-    """Return the jobs of the steps from `first` on that wait or run; jobs without the one they wait for are ended."""
-    live = {step: job for step, job in scheduler.live_jobs({stream: chain})[stream].items() if step >= first}
-    if live and first not in live:
-        scheduler.cancel({stream: chain}, first)
-        return {}
-    return live
+def _is_awaited(stream: str, step: int, job: JobState) -> bool:
+    """Whether a job ends whose step is not committed: jobs that start after its success may never do so."""
+    return job.is_ending and not is_committed(stream, step)
 
 
 def _with_recorded_jobs(chain: Chain, stream: str) -> Chain:

@@ -1,11 +1,40 @@
-"""Jobs of a stream that wait or run: a condition of commands that discard what they would continue."""
+"""Jobs of a stream that wait, run or end: what commands that discard, end or replace them have to wait for."""
 
 import shlex
+import time
+from collections.abc import Callable, Mapping
 
 from avcil_dist import storage
 from avcil_dist.errors import ConfigError, SchedulerError
 from launch.cluster.chain_record import RECORD, Chain, has_chain, read_chain
-from launch.cluster.schedulers.base import Scheduler, scheduler_of
+from launch.cluster.schedulers.base import JobState, Scheduler, scheduler_of
+from launch.progress import print_warning
+
+END_SECONDS, POLL_SECONDS = 300.0, 2.0
+
+
+def wait_for_jobs(
+    scheduler: Scheduler, chains: Mapping[str, Chain], is_awaited: Callable[[str, int, JobState], bool]
+) -> dict[str, dict[int, JobState]]:
+    """Wait until no job, given by its stream, step and state, is awaited. Returns the jobs that wait or run then.
+
+    Raises SchedulerError where the scheduler does not answer, or a job is still awaited after END_SECONDS.
+    """
+    deadline, is_reported = time.monotonic() + END_SECONDS, False
+    while True:
+        live = scheduler.live_jobs(chains)
+        awaited = [(stream, step, job) for stream in live for step, job in live[stream].items()]
+        found = next((place for place in awaited if is_awaited(*place)), None)
+        if found is None:
+            return live
+        stream, step, job = found
+        text = f"{stream}: the job {job.id} of step {step} is still {job.state}"
+        if time.monotonic() > deadline:
+            raise SchedulerError(f"{text} after {END_SECONDS:.0f} s; try again when it has ended")
+        if not is_reported:
+            print_warning(f"{text}; waiting for its end")
+            is_reported = True
+        time.sleep(POLL_SECONDS)
 
 
 def require_no_jobs(scheduler: Scheduler, stream: str, chain: Chain) -> None:

@@ -4,6 +4,7 @@ import os
 import time
 from codecs import getincrementaldecoder
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from avcil_dist.streams.stream import ARTIFACT_FOLDER, next_step
 from avcil_dist.streams.summary import committed_steps, is_committed, load_metrics
 from avcil_dist.tracking.session import close_run
 from launch.cluster.chain_record import Chain, has_chain, read_chain, read_own_chain
+from launch.cluster.live_jobs import wait_for_jobs
 from launch.cluster.schedulers.base import JobState, scheduler_of
+from launch.cluster.submission_lock import submission_lock
 from launch.progress import ProgressRecord, duration
 
 FOLLOW_SECONDS = 1.0
@@ -119,20 +122,50 @@ def _jobs(kind: str, chains: Mapping[str, Chain]) -> tuple[dict[str, dict[int, J
     return {stream: {**past[stream], **live[stream]} for stream in chains}, None
 
 
-def cancel_chains(streams: Sequence[str]) -> dict[str, int]:
-    """End all jobs of streams that wait or run. Returns their number by stream. Steps and snapshots stay.
+def cancel_chains(streams: Sequence[str]) -> tuple[dict[str, int], list[AvcilError]]:
+    """End all jobs of streams that wait or run, and wait for their end. Steps and snapshots stay.
 
-    Raises ConfigError where no jobs were submitted, and for a record of another user.
+    Returns the number of jobs by stream, and the faults of other streams: no record of jobs, or one that is damaged or
+    of another user; a submission under way; a scheduler that does not answer; jobs that have not ended by now.
     """
-    chains = {stream: read_own_chain(stream) for stream in streams}
     ended: dict[str, int] = {}
-    for kind in sorted({chain.kind for chain in chains.values()}):
-        of_kind = {stream: chain for stream, chain in chains.items() if chain.kind == kind}
-        ended |= scheduler_of(kind).cancel(of_kind)
-    for stream, count in ended.items():
-        if count:
-            close_run(chains[stream].config(), KeyboardInterrupt)
-    return {stream: ended[stream] for stream in streams}
+    faults: list[AvcilError] = []
+    with ExitStack() as locks:
+        chains: dict[str, Chain] = {}
+        for stream in streams:
+            with _collected(faults):
+                chains[stream] = _locked_chain(stream, locks)
+        for kind in sorted({chain.kind for chain in chains.values()}):
+            with _collected(faults):
+                of_kind = {stream: chain for stream, chain in chains.items() if chain.kind == kind}
+                scheduler = scheduler_of(kind)
+                counts = scheduler.cancel(of_kind)
+                ended |= counts
+                if running := {stream: chain for stream, chain in of_kind.items() if counts[stream]}:
+                    wait_for_jobs(scheduler, running, lambda *_: True)
+        for stream, count in ended.items():
+            if count:
+                with _collected(faults):
+                    close_run(chains[stream].config(), KeyboardInterrupt)
+    return {stream: ended[stream] for stream in streams if stream in ended}, faults
+
+
+def _locked_chain(stream: str, locks: ExitStack) -> Chain:
+    """Return the record of a stream's jobs, of which no more are submitted while `locks` are held."""
+    chain = read_own_chain(stream)
+    if not Path(chain.folder).exists():  # where no job can run
+        return chain
+    locks.enter_context(submission_lock(stream, Path(chain.folder)))
+    return read_own_chain(stream)
+
+
+@contextmanager
+def _collected(faults: list[AvcilError]) -> Iterator[None]:
+    """Collect an error of the block, which does not stop what follows."""
+    try:
+        yield
+    except AvcilError as error:
+        faults.append(error)
 
 
 def log_file(chain: Chain, step: int, rank: int) -> Path | None:

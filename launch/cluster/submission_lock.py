@@ -1,4 +1,7 @@
-"""Lock of a stream's submission: one at a time, from the look at live jobs to the record of the new ones."""
+"""Lock of a stream's submission: one at a time, from the look at live jobs to the record of the new ones.
+
+A cancellation takes it too, from the look at live jobs to their end.
+"""
 
 import os
 from collections.abc import Iterator
@@ -16,10 +19,10 @@ LOCK_SECONDS = 60
 
 @contextmanager
 def submission_lock(stream: str, folder: Path) -> Iterator[None]:
-    """Lock against another submission of the same stream, and make the folder of its chain.
+    """Lock against another submission or cancellation of the same stream, and make the folder of its chain.
 
-    The lock file is not among the files that can be discarded. Raises SchedulerError when the other submission does
-    not end within a minute, ConfigError for a folder that others can write, StorageError where it takes no file.
+    The lock file is not among the files that can be discarded. Raises SchedulerError when the other one does not end
+    within a minute, ConfigError for a folder that others can write, StorageError where it takes no file.
     """
     path = storage.local_path(stream)
     file = Path(path).with_name(f".{Path(path).name}.submit.lock") if path else folder / "submit.lock"
@@ -34,4 +37,6 @@ def submission_lock(stream: str, folder: Path) -> Iterator[None]:
                 make_private_folder(folder)  # jobs run the code and load the pickles in it
                 yield
     except Timeout:
-        raise SchedulerError(f"{stream}: another submission of this stream is under way; try again") from None
+        raise SchedulerError(
+            f"{stream}: another submission or cancellation of this stream is under way; try again"
+        ) from None

@@ -24,6 +24,7 @@ class JobState:
 
     `state`: the scheduler's own word, but CANCELLED for every job that was ended by a user or for lack of the job
     before it. `nodes`: the machines that it runs on. `is_live`: it waits, runs, or is about to start again.
+    `is_ending`: a live job that ends, or starts again, which the scheduler does not show yet.
     `elapsed` and `limit`: its time, in the words of the scheduler. `restarts`: how often it was started again.
     """
 
@@ -35,6 +36,7 @@ class JobState:
     elapsed: str = ""
     limit: str = ""
     restarts: int = 0
+    is_ending: bool = False
 
 
 @dataclass(frozen=True)

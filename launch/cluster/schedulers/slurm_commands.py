@@ -67,6 +67,7 @@ def queued_jobs() -> list[QueuedJob]:
                         elapsed=elapsed if nodes else "",
                         limit=limit,
                         restarts=int(restarts) if restarts.isdecimal() else 0,
+                        is_ending=state == "COMPLETING",
                     ),
                     Path(script.rpartition("|")[0]),
                 )

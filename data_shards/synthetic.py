@@ -29,7 +29,8 @@ from avcil_dist.data.clip_table import Region
 from avcil_dist.data.shard import SPLITS
 from avcil_dist.errors import ConfigError
 from avcil_dist.seeds import generator
-from data_shards.workers import exit_with_parent
+from avcil_dist.system.process_start import starting_worker
+from data_shards.workers import begin_worker
 
 # A class's number times such an irrational, modulo 1, spreads any number of classes evenly over a parameter;
 # a different irrational for each parameter makes the parameters independent.
@@ -118,9 +119,11 @@ def render_dataset(
         regions = _collected(map(render, chunks), progress)
     else:
         context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(processes, mp_context=context, initializer=exit_with_parent)
+        pool = ProcessPoolExecutor(processes, mp_context=context, initializer=begin_worker)
         try:
-            regions = _collected(pool.map(render, chunks), progress)
+            with starting_worker("workers"):
+                rendered = pool.map(render, chunks)
+            regions = _collected(rendered, progress)
         finally:
             pool.shutdown(cancel_futures=True)
     text = io.StringIO()

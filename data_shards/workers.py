@@ -26,7 +26,7 @@ from typing import Any, NoReturn, TypeVar
 from avcil_dist import storage
 from avcil_dist.data.clip_bounds import limit_process
 from avcil_dist.errors import AvcilError, DataError
-from avcil_dist.system.process_start import settle_worker, starting_process
+from avcil_dist.system.process_start import await_fork_server, fork_server, settle_worker, starting_worker
 from avcil_dist.system.signals import STOP_SIGNALS
 
 Item = TypeVar("Item")
@@ -37,6 +37,7 @@ Work = Callable[[Item, frozenset[int], MarkStart], Result]
 Progress = Callable[[int, int], None]  # takes the number done and the total
 NO_CRASHES: Mapping[int, frozenset[int]] = {}
 
+PURPOSE = "workers"  # in errors of their start
 MAX_KILLS = 3  # of the workers of one item
 POLL_SECONDS = 0.5
 STOP_SECONDS = 5.0  # for workers to remove the files that they are writing
@@ -58,13 +59,15 @@ def map_in_workers(
     all such positions after each crash. Raises the errors of `work`, and DataError when more than 3 workers of an item
     are killed, or one ends before it starts an element: then the clips are not the cause.
     """
-    if processes == 0:
+    if processes == 0 or not items:
         return _map_here(work, items, on_start, crashed)
     return _Pool(work, items, min(processes, len(items)), on_start, crashed, on_crash).run()
 
 
-def exit_with_parent() -> None:
-    """Make this worker process exit when its parent is killed. Otherwise it would wait for work for ever."""
+def begin_worker() -> None:
+    """Settle this worker process. A stop signal ends it, and so does the end of its parent, even by a kill."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # which its start has blocked
+    settle_worker()
     parent = multiprocessing.parent_process()
     assert parent is not None, "called in a worker"
 
@@ -100,14 +103,13 @@ class _Worker:
 
     def __init__(self, context: Any, work: Work[Any, Any], place: Path) -> None:
         self.item = -1
-        with starting_process("workers"):
-            self.folder = tempfile.mkdtemp(dir=place)
-            self.position = context.Value("q", -1, lock=False)
-            self.num_started = context.Value("q", 0, lock=False)
-            self.connection, worker_end = context.Pipe()
-            arguments = (work, worker_end, self.position, self.num_started, self.folder)
-            self.process = context.Process(target=_run_worker, args=arguments, daemon=True)
-            self.process.start()
+        self.folder = tempfile.mkdtemp(dir=place)
+        self.position = context.Value("q", -1, lock=False)
+        self.num_started = context.Value("q", 0, lock=False)
+        self.connection, worker_end = context.Pipe()
+        arguments = (work, worker_end, self.position, self.num_started, self.folder)
+        self.process = context.Process(target=_run_worker, args=arguments, daemon=True)
+        self.process.start()
         worker_end.close()  # so that a crashed worker reads as the end of the pipe
 
     def send(self, number: int, item: Any, crashed: frozenset[int]) -> None:
@@ -142,9 +144,7 @@ class _Pool:
         on_crash: Callable[[int, frozenset[int]], None] | None,
     ) -> None:
         self.work, self.items, self.size, self.on_start, self.on_crash = work, items, size, on_start, on_crash
-        self.context = multiprocessing.get_context("forkserver")
-        preload = getattr(work, "func", work).__module__  # imported once, not by every process
-        self.context.set_forkserver_preload([preload, "torch"])
+        self.preload = getattr(work, "func", work).__module__  # imported once, not by every process
         self.waiting = list(range(len(items)))[::-1]
         self.crashed = dict(crashed)  # per item the positions that crashed a worker
         self.kills = Counter[int]()  # per item
@@ -155,6 +155,8 @@ class _Pool:
     def run(self) -> list[Any]:
         self.place = storage.new_temporary_folder()
         try:
+            self.context = fork_server([self.preload, "torch"], PURPOSE)
+            await_fork_server(PURPOSE)
             for _ in range(self.size):
                 self._send_next(self._start_worker())
             while len(self.results) < len(self.items):
@@ -170,8 +172,9 @@ class _Pool:
         return [self.results[number] for number in range(len(self.items))]
 
     def _start_worker(self) -> _Worker:
-        worker = _Worker(self.context, self.work, self.place)
-        self.workers.append(worker)
+        with starting_worker(PURPOSE):
+            worker = _Worker(self.context, self.work, self.place)
+            self.workers.append(worker)
         return worker
 
     def _send_next(self, worker: _Worker) -> None:
@@ -224,13 +227,10 @@ def _exit(number: int, frame: FrameType | None) -> NoReturn:
 def _run_worker(work: Work[Any, Any], connection: Any, shared_position: Any, num_started: Any, folder: str) -> None:
     """Main loop of a worker: receive an item, send its result."""
     signal.signal(signal.SIGTERM, _exit)
-    # a fork server that shields ranks from signals passes its mask on
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    import torch  # late: users of `exit_with_parent` alone need no torch
+    begin_worker()
+    import torch  # late: users of `begin_worker` alone need no torch
 
-    settle_worker()
     storage.place_temporary_folders(folder)
-    exit_with_parent()
     torch.set_num_threads(1)
     limit_process()
 

@@ -4,18 +4,12 @@ The imports take seconds. A rank on a GPU is a fresh process instead: one that i
 parent has initialised.
 """
 
-import atexit
-import functools
 import multiprocessing
-import os
-import signal
-from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from pathlib import Path
 
 from avcil_dist.system.accelerator import name_accelerator
-from avcil_dist.system.process_start import starting_process
-from avcil_dist.system.signals import shielding
+from avcil_dist.system.process_start import fork_server
 
 # `avcil_dist.tracking` sets what MLflow reads when DeepSpeed imports it. Optimizers need `torch._dynamo`, and the
 # sender of rank 0 the store of a sqlite database.
@@ -35,34 +29,10 @@ def rank_processes(device_type: str) -> BaseContext:
     name_accelerator(device_type)
     if device_type == "cuda":
         return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    with starting_process("the processes of the steps"), shielding(signal.SIGINT):
-        forkserver.ensure_running()
-    _end_with(os.getpid())
-    return context
+    return fork_server(PRELOADED, "the processes of the steps")
 
 
 def start_early() -> None:
     """Start the server before the device is known, on a machine without a GPU. Raises as `rank_processes` does."""
     if not any(Path("/dev").glob("nvidia[0-9]*")):
         rank_processes("cpu")
-
-
-def await_server() -> None:
-    """Wait until the server has made its imports. An interrupt ends the wait."""
-    process = multiprocessing.get_context("forkserver").Process()
-    process.start()
-    process.join()
-
-
-@functools.cache
-def _end_with(owner: int) -> None:
-    """End the server with this process: by itself it would first finish its imports, and hold the standard output."""
-
-    def end() -> None:
-        server: int | None = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
-        if server is not None and os.getpid() == owner:
-            os.kill(server, signal.SIGKILL)
-
-    atexit.register(end)

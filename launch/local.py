@@ -8,7 +8,6 @@ every process of the launcher supervises one rank.
 import itertools
 import logging
 import os
-import signal
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -21,8 +20,8 @@ from avcil_dist.config.schema import Config
 from avcil_dist.errors import AvcilError, StepStopped, WorldError
 from avcil_dist.exit_codes import INTERRUPTED, STOPPED, USER_ERROR
 from avcil_dist.streams.stream import next_step, sole_runner, stream_url
-from avcil_dist.system.process_start import settle_rank, starting_process
-from avcil_dist.system.signals import StopRequest, interrupted_once, listening, shielding
+from avcil_dist.system.process_start import await_fork_server, settle_rank, starting_process, starting_worker
+from avcil_dist.system.signals import StopRequest, interrupted_once, listening
 from avcil_dist.tracking.session import check_tracking, stream_run
 from avcil_dist.training.device import local_device
 from avcil_dist.training.observer import Observer
@@ -31,7 +30,7 @@ from avcil_dist.training.rendezvous import check_interfaces, interfaces
 from avcil_dist.world import World
 from launch.call_queue import CallQueue, replay_calls
 from launch.cluster.live_jobs import require_no_recorded_jobs
-from launch.fork_server import await_server, rank_processes
+from launch.fork_server import rank_processes
 from launch.local_worlds import launcher_world, local_worlds
 from launch.progress import print_warning
 from launch.resume_policy import KEEP_ALL, ResumePolicy, discard_state
@@ -110,9 +109,12 @@ def _run_step(
     with starting_process(f"step {run.step}"):
         errors = context.SimpleQueue()
         calls = context.SimpleQueue() if observer else None
-    ranks = _start(run, worlds, errors, calls, context.get_start_method())
+    if context.get_start_method() == "forkserver":
+        await_fork_server(f"step {run.step}")
+    ranks, is_stopping = None, False
     try:
-        is_stopping = False
+        with starting_worker(f"step {run.step}"):
+            ranks = _start(run, worlds, errors, calls, context.get_start_method())
         while not ranks.join(POLL_SECONDS, GRACE_SECONDS):
             replay_calls(calls, observer)
             if stop.is_set() and not is_stopping:
@@ -130,21 +132,14 @@ def _run_step(
             "run the same command again to continue from the last snapshot"
         ) from None
     finally:
-        _end(ranks.processes)
+        _end(ranks.processes if ranks else [])
     replay_calls(calls, observer)
 
 
 def _start(run: StepRun, worlds: tuple[World, ...], errors: Any, calls: Any, method: str) -> Any:
-    """Start the ranks' processes. Raises WorldError when the system, or another process, prevents it."""
+    """Start the ranks' processes."""
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # names each rank that it terminates
-    with starting_process(f"step {run.step}"):
-        if method == "forkserver":
-            await_server()
-        # an interrupt amid the start of a rank would leave it without anybody who ends it
-        with shielding(signal.SIGINT):
-            return start_processes(
-                _run_rank, (run, worlds, errors, calls), len(worlds), join=False, start_method=method
-            )
+    return start_processes(_run_rank, (run, worlds, errors, calls), len(worlds), join=False, start_method=method)
 
 
 def _end(processes: list[Any]) -> None:

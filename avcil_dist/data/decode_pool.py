@@ -7,7 +7,6 @@ a process that somebody or something else ended costs nothing but time. The resu
 """
 
 import math
-import multiprocessing
 import signal
 import threading
 import traceback
@@ -25,8 +24,7 @@ from torch import Tensor
 from avcil_dist.data.clip_bounds import MAX_DECODING_SECONDS, limit_process
 from avcil_dist.data.shared_memory import SharedMemory
 from avcil_dist.errors import ConfigError, DataError
-from avcil_dist.system.process_start import settle_worker, starting_process
-from avcil_dist.system.signals import shielding
+from avcil_dist.system.process_start import fork_server, settle_worker, starting_worker
 
 TensorPair = tuple[Tensor, Tensor]
 LethalClips = dict[int, str]
@@ -155,10 +153,9 @@ class _Process:
     """One decoding process, its connection, and the memory for its results."""
 
     def __init__(self, transform: Transform, shapes: tuple[tuple[int, ...], ...]) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
-        # it ignores stop signals: without it there would be no snapshot
-        with starting_process("data.decode_workers"), shielding():
+        context = fork_server(PRELOADED, "data.decode_workers")
+        # stop signals stay blocked in it: without it there would be no snapshot
+        with starting_worker("data.decode_workers"):
             self._memory = SharedMemory(sum(4 * math.prod(shape) for shape in shapes))
             self._result = _views(self._memory, shapes)
             self._connection, theirs = context.Pipe()

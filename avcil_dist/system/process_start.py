@@ -1,14 +1,21 @@
 """Start of processes: faults of the system, the surroundings of a worker, and what it imports of its parent."""
 
+import atexit
 import ctypes
 import faulthandler
+import functools
+import multiprocessing
+import os
 import signal
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 
 from avcil_dist.errors import WorldError
+from avcil_dist.system.signals import shielding
 from avcil_dist.system.standard_error import keep_standard_error
 
 PR_SET_PDEATHSIG = 1
@@ -25,6 +32,50 @@ def starting_process(purpose: str) -> Iterator[None]:
             f"{purpose}: no process can be started ({reason}); is memory short, or a limit of processes or files "
             "reached (ulimit -a)? Run the same command again"
         ) from None
+
+
+@contextmanager
+def starting_worker(purpose: str) -> Iterator[None]:
+    """`starting_process` for processes that their parent ends: they begin with interrupts and stop signals blocked.
+
+    An interrupt of this process is raised at the end of the block, which records the processes that it starts.
+    """
+    with starting_process(purpose), shielding(signal.SIGINT):
+        yield
+
+
+def fork_server(preload: Sequence[str], purpose: str) -> ForkServerContext:
+    """Return the context of the fork server, which imports the modules `preload` once; start the server if needed.
+
+    Interrupts and stop signals are blocked in it and in the processes that it forks. It ends with this process.
+    Raises as `starting_process` does.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(preload))
+    with starting_worker(purpose):
+        forkserver.ensure_running()
+    _end_with(os.getpid())
+    return context
+
+
+def await_fork_server(purpose: str) -> None:
+    """Wait until the fork server has made its imports. An interrupt ends the wait. Raises as `starting_process`."""
+    with starting_process(purpose):
+        process = multiprocessing.get_context("forkserver").Process()
+        process.start()
+        process.join()
+
+
+@functools.cache
+def _end_with(owner: int) -> None:
+    """End the server with this process: by itself it would first finish its imports, and hold the standard output."""
+
+    def end() -> None:
+        server: int | None = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+        if server is not None and os.getpid() == owner:
+            os.kill(server, signal.SIGKILL)
+
+    atexit.register(end)
 
 
 def settle_rank() -> None:

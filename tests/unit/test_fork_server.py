@@ -13,12 +13,13 @@ from tests.helpers.commands import has_ended
 SCRIPT = """\
 import os, signal, sys, threading, time
 from multiprocessing import forkserver
-from launch.fork_server import await_server, start_early
+from avcil_dist.system.process_start import await_fork_server
+from launch.fork_server import start_early
 start_early()
 print(forkserver._forkserver._forkserver_pid, 'torch' in sys.modules, flush=True)
 threading.Timer(0.2, os.killpg, (0, signal.SIGINT)).start()
 try:
-    await_server()
+    await_fork_server("ranks")
 finally:
     time.sleep(0.5)  # the server has time for a traceback of its own
 """

@@ -1,5 +1,7 @@
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -72,6 +74,49 @@ def _write(folder: Path, end: str, item: int, crashed: frozenset[int], mark_star
 
 def _break(item: int, crashed: frozenset[int], mark_start: MarkStart) -> int:
     return item // 0
+
+
+def _blocks_interrupts(item: int, crashed: frozenset[int], mark_start: MarkStart) -> bool:
+    return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def _in_new_process(script: str, folder: Path) -> str:
+    """Run a script in a session of its own, and so with a fork server of its own. Returns its output."""
+    ended = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        cwd=folder,
+        text=True,
+        timeout=100,
+        check=False,
+        start_new_session=True,
+    )
+    return ended.stdout
+
+
+@pytest.mark.slow
+def test_workers_and_their_server_start_with_interrupts_blocked(tmp_path: Path) -> None:
+    script = (
+        "from data_shards.workers import map_in_workers\n"
+        "from tests.unit.test_workers import _blocks_interrupts\n"
+        "print(map_in_workers(_blocks_interrupts, [0], processes=1))\n"
+    )
+    assert _in_new_process(script, tmp_path) == "[True]\n"
+
+
+@pytest.mark.slow
+def test_an_interrupt_while_workers_render_is_that_of_the_command_alone(tmp_path: Path) -> None:
+    script = (
+        "import os, signal, threading\n"
+        "from pathlib import Path\n"
+        "from data_shards.synthetic import SyntheticSpec, render_dataset\n"
+        "threading.Timer(0.2, os.killpg, (0, signal.SIGINT)).start()\n"
+        "try: render_dataset(Path('clips'), SyntheticSpec(), processes=2)\n"
+        "except KeyboardInterrupt: print('interrupted')\n"
+    )
+    assert _in_new_process(script, tmp_path) == "interrupted\n"
 
 
 @pytest.mark.slow

@@ -1,15 +1,13 @@
 """Commands of published data sets: `avcil data get`."""
 
 import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import click
 
-from avcil_dist.exit_codes import INTERRUPTED
 from launch.cli.count_bar import CountBar
-from launch.cli.output import echo, echo_error
+from launch.cli.output import CONTINUES, echo, interrupt_note
 from launch.cli.shards_build import print_report
 
 if TYPE_CHECKING:
@@ -77,7 +75,7 @@ def get(
     if is_imported(data_set, place, shards):
         echo(f"{shards}: imported already; {_next(data_set, shards)}")
         return
-    try:
+    with interrupt_note(f"{CONTINUES} where it stopped"):
         listed = list_files(data_set, place, mirror)
         echo("\n".join(describe_files(data_set, listed, place)))
         if dry_run:
@@ -90,9 +88,6 @@ def get(
         ):
             meters = Meters(download.show, digest.show, unpack.show, clips.show)
             fetched = get_data_set(data_set, listed, place, shards, keep=cast("Keep", keep), meters=meters)
-    except KeyboardInterrupt:
-        echo_error("interrupted; the same command continues where it stopped")
-        sys.exit(INTERRUPTED)
     if fetched.report is not None:
         print_report(fetched.report)
     echo(_next(data_set, shards, fetched.paths[data_set.lists[0].path]))

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from avcil_dist.exit_codes import INTERRUPTED
 from launch.cli.options import split_words
-from launch.cli.output import echo, echo_error, echo_list
+from launch.cli.output import echo, echo_list, interrupt_note
 
 if TYPE_CHECKING:
     from launch.doctor.findings import Finding
@@ -64,11 +63,8 @@ def _all_reduce(cluster: str, of_cluster: list[str], output: str) -> "Finding":
     work = plan_check(resources, output)
     nodes = f"{resources.nodes} node{'s' * (resources.nodes > 1)}"
     echo(f"{work.folder}: a job of {nodes} measures all-reduce; Ctrl-C ends the waiting", err=True)
-    try:
+    with interrupt_note(f"to end the job: {scheduler_of(resources.kind).cancel_command(work)}"):
         return check_cluster(resources, work, lambda: None)
-    except KeyboardInterrupt:
-        echo_error(f"interrupted; to end the job: {scheduler_of(resources.kind).cancel_command(work)}")
-        sys.exit(INTERRUPTED)
 
 
 @click.group(name="doctor-ranks", hidden=True)

@@ -7,7 +7,7 @@ import click
 
 from avcil_dist.exit_codes import USER_ERROR
 from launch.cli.options import log_options, resume_options, smoke_option, split_words
-from launch.cli.output import echo, echo_error
+from launch.cli.output import echo, echo_error, interrupt_note
 
 
 @click.command()
@@ -137,5 +137,6 @@ def logs(run: str, step: int | None, rank: int, follow: bool | None) -> None:
         current = shown_step(stream)
         step, follow = current.step, current.is_live if follow is None else follow
         echo(f"step {step}: {current.state}{f' ({current.reason})' if current.reason else ''}", err=True)
-    for piece in log_text(stream, step, rank, follow=bool(follow)):
-        echo(piece, nl=False)
+    with interrupt_note("the job runs on" if follow else ""):
+        for piece in log_text(stream, step, rank, follow=bool(follow)):
+            echo(piece, nl=False)

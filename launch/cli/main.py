@@ -43,8 +43,8 @@ class _Commands(click.Group):
             except AvcilError as error:
                 echo_error(str(error))
                 sys.exit(USER_ERROR)
-            except KeyboardInterrupt:
-                echo_error("interrupted; the same command continues from the last snapshot")
+            except KeyboardInterrupt as interrupt:
+                echo_error("; ".join(filter(None, ("interrupted", *interrupt.args))))
                 sys.exit(INTERRUPTED)
             except StepStopped as stopped:
                 echo_error(str(stopped))

@@ -14,6 +14,8 @@ from avcil_dist.errors import StorageError
 from avcil_dist.text.visible import visible
 from avcil_dist.world import world_from_environment
 
+CONTINUES = "the same command continues"  # notes of interrupts
+CONTINUES_TRAINING = f"{CONTINUES} from the last snapshot"
 SMOKE_NOTE = "the smoke run is done, all steps work; its accuracies mean nothing"
 
 
@@ -40,6 +42,18 @@ def wrapped(text: str, width: int, indent: int) -> str:
 def echo_error(text: str) -> None:
     """Print an error as one line on standard error."""
     click.echo(f"avcil: {visible(text)}", err=True)
+
+
+@contextmanager
+def interrupt_note(note: str) -> Iterator[None]:
+    """Add a note to the line that an interrupt of the block ends the command with; that of an inner block has priority.
+
+    Commands on which an interrupt has no more effect than its end have none.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(*(interrupt.args or (note,))) from None
 
 
 def is_main_rank() -> bool:

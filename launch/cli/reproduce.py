@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from launch.cli.options import grid_options, log_options, smoke_option, split_words
-from launch.cli.output import SMOKE_NOTE, echo, echo_progress, is_main_rank
+from launch.cli.output import CONTINUES_TRAINING, SMOKE_NOTE, echo, echo_progress, interrupt_note, is_main_rank
 
 if TYPE_CHECKING:
     from launch.sweep import GridPoint
@@ -71,7 +71,8 @@ def reproduce(
             return
     else:
         points = grid(num_ranks(os.environ, processes))
-        run_points(benchmark, points, processes, echo_progress, parallel=parallel, smoke=smoke)
+        with interrupt_note("" if smoke else CONTINUES_TRAINING):
+            run_points(benchmark, points, processes, echo_progress, parallel=parallel, smoke=smoke)
     if is_main_rank():
         from avcil_dist.streams.stream import stream_url
 

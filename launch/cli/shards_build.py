@@ -11,7 +11,7 @@ from rich.console import Console
 from avcil_dist.errors import ConfigError
 from launch.cli.count_bar import CountBar
 from launch.cli.options import split_words
-from launch.cli.output import echo
+from launch.cli.output import CONTINUES, echo, interrupt_note
 from launch.cli.shards_cluster import ClusterJobs, cluster_options, is_built, run_on_cluster
 
 if TYPE_CHECKING:
@@ -176,6 +176,7 @@ def check_part(part: str | None, strict: bool) -> None:
 @click.argument("words", nargs=-1, metavar="[cluster.KEY=VALUE]...")
 @clip_options
 @cluster_options
+@interrupt_note(CONTINUES)
 def build(
     source: Path,
     output: str,
@@ -254,6 +255,7 @@ def _import_features(importer: "FeatureImporter", source: Path, output: str, cli
 )
 @clip_options
 @cluster_options
+@interrupt_note(CONTINUES)
 def repack(
     urls: tuple[str, ...],
     output: str,
@@ -324,6 +326,7 @@ def merge(output: str, strict: bool) -> None:
 )
 @click.option("--part", metavar="I/N", help="Encode the I-th of N parts only; run merge when all are done.")
 @cluster_options
+@interrupt_note(CONTINUES)
 def features(
     manifest: str,
     output: str,

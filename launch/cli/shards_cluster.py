@@ -1,6 +1,5 @@
 """Options and work of the `avcil shards` commands that build by parts on a cluster."""
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
@@ -10,10 +9,9 @@ import click
 from click.core import ParameterSource
 
 from avcil_dist.errors import ConfigError
-from avcil_dist.exit_codes import INTERRUPTED
 from launch.cli.count_bar import CountBar
 from launch.cli.options import split_words
-from launch.cli.output import echo
+from launch.cli.output import echo, interrupt_note
 
 if TYPE_CHECKING:
     from data_shards.build_plan import BuildReport
@@ -92,17 +90,11 @@ def run_on_cluster(
         echo(scheduler.parts_script(resources, work))
         return None
     is_new = submit_parts(resources, work)
-    try:
+    end = scheduler.cancel_command(work)
+    with interrupt_note(f"the jobs run on. The same command shows them again. To end them: {end}"):
         echo(f"{work.folder}: {jobs.parts} parts {'submitted' if is_new else 'wait or run already'}", err=True)
         with CountBar(title) as bar:
             wait_for_parts(output, work, bar.show)
-    except KeyboardInterrupt:
-        echo(
-            f"avcil: interrupted; the jobs run on. The same command shows them again. To end them: "
-            f"{scheduler.cancel_command(work)}",
-            err=True,
-        )
-        sys.exit(INTERRUPTED)
     return replace(merge_parts(output), unchanged=False)
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 import click
 
 from launch.cli.count_bar import CountBar
-from launch.cli.output import echo
+from launch.cli.output import CONTINUES, echo, interrupt_note
 from launch.cli.shards_build import CORES, print_report
 
 
@@ -21,6 +21,7 @@ from launch.cli.shards_build import CORES, print_report
 @click.option(
     "--clips-per-shard", default=128, show_default=True, type=click.IntRange(1), help="Clips in a full shard."
 )
+@interrupt_note(CONTINUES)
 def import_features_(output: str, visual: Path, audio: Path, splits: Path, frames: int, clips_per_shard: int) -> None:
     """Import the benchmarks' released features as feature shards (float16) at OUTPUT.
 
@@ -96,6 +97,7 @@ def import_tars_(
 @click.option(
     "--processes", default=CORES, show_default=True, type=click.IntRange(1), help="Number of processes that render."
 )
+@interrupt_note(CONTINUES)
 def synth(
     folder: Path,
     classes: int,

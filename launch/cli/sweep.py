@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from launch.cli.options import grid_options, log_options, smoke_option, split_words
-from launch.cli.output import SMOKE_NOTE, echo, echo_list, echo_progress, is_main_rank
+from launch.cli.output import (
+    CONTINUES_TRAINING,
+    SMOKE_NOTE,
+    echo,
+    echo_list,
+    echo_progress,
+    interrupt_note,
+    is_main_rank,
+)
 
 if TYPE_CHECKING:
     from avcil_dist.methods.base import Method
@@ -105,7 +113,8 @@ def sweep(
         _submit(grid, num_streams, cluster, of_cluster, smoke=smoke)
         return
     points = grid(num_ranks(os.environ, processes))
-    folders = run_points(config, points, processes, echo_progress, parallel=parallel, smoke=smoke)
+    with interrupt_note("" if smoke else CONTINUES_TRAINING):
+        folders = run_points(config, points, processes, echo_progress, parallel=parallel, smoke=smoke)
     if is_main_rank():
         print_comparison(group_by_config(load_streams(folders)), Console())
         if smoke:

@@ -3,7 +3,7 @@
 import click
 
 from launch.cli.options import log_options, processes_option, split_words
-from launch.cli.output import echo, echo_once
+from launch.cli.output import CONTINUES_TRAINING, echo, echo_once, interrupt_note
 
 
 @click.command()
@@ -63,7 +63,8 @@ def resume(
             echo(note, err=True)
         echo(f"{submitted.stream}: {len(submitted.new)} submitted; see it with: avcil status {submitted.stream}")
         return
-    stream = run_stream(resumption.config, processes=processes)
+    with interrupt_note(CONTINUES_TRAINING if from_step is None else ""):
+        stream = run_stream(resumption.config, processes=processes)
     echo_once(f"{stream}: all steps are committed; see them with: avcil report {stream}")
 
 

@@ -3,7 +3,7 @@
 import click
 
 from launch.cli.options import log_options, processes_option, resume_options, smoke_option
-from launch.cli.output import SMOKE_NOTE, echo_once
+from launch.cli.output import CONTINUES_TRAINING, SMOKE_NOTE, echo_once, interrupt_note
 
 
 @click.command()
@@ -48,7 +48,10 @@ def train(
     if smoke:
         resolved = smoke_config(resolved)
     policy = ResumePolicy(restart or smoke, restart_step)
-    stream = run_stream(resolved, processes=processes, policy=policy)
+    restarted = "--restart" if restart else "--restart-step" if restart_step else None
+    note = f"without {restarted} {CONTINUES_TRAINING}" if restarted else CONTINUES_TRAINING
+    with interrupt_note("" if smoke else note):
+        stream = run_stream(resolved, processes=processes, policy=policy)
     if smoke:
         echo_once(f"{stream}: {SMOKE_NOTE}")
     else:

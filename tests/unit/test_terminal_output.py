@@ -221,7 +221,39 @@ def test_a_command_that_is_interrupted_twice_ends_with_130() -> None:
             process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=30)
     assert (process.returncode, out) == (130, "ended\n")
-    assert err == "avcil: interrupted; the same command continues from the last snapshot\n"
+    assert err == "avcil: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "interrupted", "note"),
+    [
+        ("config show demo", "avcil_dist.compose.load_config", ""),
+        ("train demo", "launch.local.run_stream", "; the same command continues from the last snapshot"),
+        (
+            "train demo --restart",
+            "launch.local.run_stream",
+            "; without --restart the same command continues from the last snapshot",
+        ),
+        ("train demo --smoke", "launch.local.run_stream", ""),
+        ("sweep demo", "launch.sweep_runs.run_points", "; the same command continues from the last snapshot"),
+        ("shards synth clips", "data_shards.synthetic.render_dataset", "; the same command continues"),
+        ("shards verify manifest.json", "data_shards.verify.verify_shards", ""),
+        ("logs runs/demo --step 0 --follow", "launch.cluster.status.log_text", "; the job runs on"),
+        ("logs runs/demo --step 0", "launch.cluster.status.log_text", ""),
+    ],
+)
+def test_an_interrupt_states_only_what_is_true_of_its_command(
+    monkeypatch: pytest.MonkeyPatch, words: str, interrupted: str, note: str
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("launch.fork_server.start_early", lambda: None)
+    monkeypatch.setattr("launch.smoke.smoke_config", lambda config: config)
+    monkeypatch.setattr("launch.sweep.make_grid", lambda *_, **__: [])
+    monkeypatch.setattr(interrupted, interrupt)
+    result = CliRunner().invoke(cli, words.split())
+    assert (result.stderr, result.exit_code) == (f"avcil: interrupted{note}\n", 130)
 
 
 def test_a_group_of_commands_leaves_bugs_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

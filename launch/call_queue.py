@@ -21,6 +21,10 @@ class CallQueue(Observer):
         """Put the call."""
         self._put("begin", step, num_epochs, num_batches, num_done)
 
+    def begin_test(self, num_batches: int) -> None:
+        """Put the call."""
+        self._put("begin_test", num_batches)
+
     def advance(self) -> None:
         """Count a batch, and put the count if the last one is old enough."""
         self._num_batches += 1

@@ -6,11 +6,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from types import TracebackType
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 import click
 from pydantic import Field
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
+from rich.table import Column
+from rich.text import Text
 
 from avcil_dist import storage
 from avcil_dist.reporting.tables import plain
@@ -20,6 +22,7 @@ from avcil_dist.text.visible import visible
 from avcil_dist.training.observer import Observer
 from launch.console import progress_console
 
+Phase = Literal["training", "testing"]
 LOG_LINES = 5
 SECONDS_BETWEEN_WRITES = 2.0
 
@@ -44,7 +47,7 @@ def duration(seconds: float) -> str:
 
 
 class RemainingTime:
-    """Estimate of the time that the rest of a step takes, from the batches of this process."""
+    """Estimate of the time that the rest of training, or of the test, takes, from the batches of this process."""
 
     def begin(self, num_batches: int, num_done: int) -> None:
         """Begin at `num_done` of `num_batches` batches."""
@@ -56,11 +59,21 @@ class RemainingTime:
 
     @property
     def seconds(self) -> float | None:
-        """The remaining time of the training in seconds; None before the first batch is done."""
+        """The remaining time in seconds; None before the first batch is done."""
         own = self._done - self._first
         if not own:
             return None
         return max(0, self._total - self._done) * (time.monotonic() - self._started) / own
+
+
+class _ValuesColumn(TextColumn):
+    """Values of the last epoch; on a narrow terminal their end is cut, and not the counts and the remaining time."""
+
+    def render(self, task: Task) -> Text:
+        """Return the text as one line."""
+        text = super().render(task)
+        text.no_wrap, text.overflow = True, "ellipsis"
+        return text
 
 
 class ProgressBar(Observer):
@@ -74,9 +87,9 @@ class ProgressBar(Observer):
         self.bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[values]}", markup=False),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
+            _ValuesColumn("{task.fields[values]}", markup=False, table_column=Column()),
             console=self.console,
             transient=True,
             disable=self.is_quiet or not self.console.is_terminal,
@@ -98,10 +111,16 @@ class ProgressBar(Observer):
     def begin(self, step: int, num_epochs: int, num_batches: int, num_done: int) -> None:
         """Show the bar; print the iteration that a snapshot continues from."""
         self.title, self.num_epochs = f"{self.stream_name}  step {step} of {self.num_steps}", num_epochs
-        self.task = self.bar.add_task(self.title, total=num_batches, completed=num_done, values="")
+        total = num_batches or None  # without training nothing is counted before the test
+        self.task = self.bar.add_task(self.title, total=total, completed=num_done, values="")
         self.remaining.begin(num_batches, num_done)
         if num_done:
             self._print(f"{self.title}  continues from iteration {num_done} of {num_batches}")
+
+    def begin_test(self, num_batches: int) -> None:
+        """Begin the bar again, for the test."""
+        self.bar.reset(self.task, total=num_batches, description=f"{self.title}  testing", values="")
+        self.remaining.begin(num_batches, 0)
 
     def advance(self) -> None:
         """Move the bar by one batch."""
@@ -131,9 +150,9 @@ class ProgressBar(Observer):
 
 @dataclass(frozen=True)
 class ProgressRecord:
-    """Content of a progress file: batches done and in all, the line of the last epoch, and the Unix time.
+    """Content of a progress file: batches of the phase done and in all, the line of the last epoch, the Unix time.
 
-    `remaining`: the estimated seconds that the training of the step still takes.
+    `remaining`: the estimated seconds that the phase still takes.
     """
 
     done: Count
@@ -141,6 +160,7 @@ class ProgressRecord:
     values: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$", max_length=1000)]
     time: Annotated[float, Field(ge=0, le=1e12)]
     remaining: Annotated[float, Field(ge=0, le=1e12)] | None = None
+    phase: Phase = "training"
 
 
 class ProgressFile(Observer):
@@ -151,12 +171,20 @@ class ProgressFile(Observer):
         self._written_at = -math.inf
         self._num_batches = self._num_done = self._num_epochs = 0
         self._line = ""
+        self._phase: Phase = "training"
         self._remaining = RemainingTime()
 
     def begin(self, step: int, num_epochs: int, num_batches: int, num_done: int) -> None:
         """Start the count."""
         self._num_epochs, self._num_batches, self._num_done = num_epochs, num_batches, num_done
         self._remaining.begin(num_batches, num_done)
+
+    def begin_test(self, num_batches: int) -> None:
+        """Start the count again, for the test, and write it at once."""
+        self._phase, self._num_batches, self._num_done = "testing", num_batches, 0
+        self._remaining.begin(num_batches, 0)
+        self._written_at = -math.inf
+        self._write()
 
     def advance(self) -> None:
         """Count one batch."""
@@ -175,7 +203,8 @@ class ProgressFile(Observer):
             return
         self._written_at = now
         remaining = self._remaining.seconds
-        progress = ProgressRecord(self._num_done, self._num_batches, self._line, time.time(), remaining)
+        done, total = self._num_done, self._num_batches
+        progress = ProgressRecord(done, total, self._line, time.time(), remaining, self._phase)
         storage.write_json(self.url, asdict(progress))
 
 

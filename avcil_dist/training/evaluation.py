@@ -1,6 +1,6 @@
 """Distributed evaluation: each clip is predicted exactly once, whatever the number of ranks and batches."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +15,10 @@ from avcil_dist.models.outputs import Output
 from avcil_dist.training.collectives import gather_rows
 from avcil_dist.training.incremental_step import Step
 from avcil_dist.training.inference_pass import InferencePass
+from avcil_dist.training.observer import Observer
 
 DAMAGED = -1
+UNOBSERVED = Observer()
 
 
 @dataclass(frozen=True)
@@ -40,34 +42,31 @@ class ScoredPredictions(Predictions):
     scores: np.ndarray
 
 
-def evaluate(
-    step: Step, network: Network, split: Split, inference: InferencePass, *, on_batch: Callable[[], None] = lambda: None
-) -> Predictions:
+def evaluate(step: Step, network: Network, split: Split, inference: InferencePass) -> Predictions:
     """Predict every clip of `split` of the seen classes, by all ranks together. The network keeps its mode.
 
-    `on_batch` is called after each batch. Raises DataError on all ranks when more clips are damaged than
-    `data.max_bad_fraction` allows.
+    Raises DataError on all ranks when more clips are damaged than `data.max_bad_fraction` allows.
     """
     clips = step.manifest.clips(step.seen_classes, split)
     predicted: list[Tensor] = []
     for batch, output in inference.run(network, clips, step.config.optim.global_eval_batch):
         predicted.append(_predict(_scores(step.method, output), batch.valid))
-        on_batch()
     return Predictions(clips, _labels(step, clips), _in_order(predicted)[: len(clips)])
 
 
 def evaluate_scores(
-    step: Step, network: Network, split: Split, inference: InferencePass, *, on_batch: Callable[[], None] = lambda: None
+    step: Step, network: Network, split: Split, inference: InferencePass, observer: Observer = UNOBSERVED
 ) -> ScoredPredictions:
-    """`evaluate`, with the class scores of every clip, on all ranks."""
+    """`evaluate`, with the class scores of every clip, on all ranks, as the test of `observer`."""
     clips = step.manifest.clips(step.seen_classes, split)
+    observer.begin_test(inference.num_batches(clips, step.config.optim.global_eval_batch))
     predicted: list[Tensor] = []
     scored: list[Tensor] = []
     for batch, output in inference.run(network, clips, step.config.optim.global_eval_batch):
         scores = _scores(step.method, output)
         predicted.append(_predict(scores, batch.valid))
         scored.append(scores.float().masked_fill(~batch.valid[:, None], torch.nan))
-        on_batch()
+        observer.advance()
     rows = slice(len(clips))
     return ScoredPredictions(clips, _labels(step, clips), _in_order(predicted)[rows], _in_order(scored)[rows])
 

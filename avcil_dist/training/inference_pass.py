@@ -59,6 +59,10 @@ class InferencePass:
     on_faults: OnFaults = lambda faults: None
     lethal: LethalClips = field(default_factory=dict)
 
+    def num_batches(self, clips: np.ndarray, global_batch: int) -> int:
+        """Return the number of `batches`."""
+        return len(plan_evaluation(clips, global_batch, self.world.size))
+
     def batches(self, clips: np.ndarray, global_batch: int | None = None) -> Iterator[Batch]:
         """Read the rank's part of the clips onto its device. All ranks have equally many batches; padding is not valid.
 

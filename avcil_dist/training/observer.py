@@ -9,8 +9,11 @@ class Observer:
     def begin(self, step: int, num_epochs: int, num_batches: int, num_done: int) -> None:
         """Training begins: `num_batches` batches in all epochs, `num_done` of them already done in a snapshot."""
 
+    def begin_test(self, num_batches: int) -> None:
+        """The test of the trained network begins: `num_batches` batches."""
+
     def advance(self) -> None:
-        """A batch of training or of the test is done."""
+        """A batch is done: of training, or of the test after `begin_test`."""
 
     def message(self, text: str) -> None:
         """A line for the log."""
@@ -38,6 +41,11 @@ class ObserverList(Observer):
         """Call `begin` of each."""
         for observer in self.observers:
             observer.begin(step, num_epochs, num_batches, num_done)
+
+    def begin_test(self, num_batches: int) -> None:
+        """Call `begin_test` of each."""
+        for observer in self.observers:
+            observer.begin_test(num_batches)
 
     def advance(self) -> None:
         """Call `advance` of each."""

@@ -180,7 +180,7 @@ def step_in_group(
     logits = store_logits(step, previous, memory, student, inference)
     step.method.end_step(exemplar_features(step, memory, student, inference) if step.needs.means else None)
 
-    tested = evaluate_scores(step, student, "test", inference, on_batch=observer.advance)
+    tested = evaluate_scores(step, student, "test", inference, observer)
     used, regions = memory_use(step, memory, model, logits), region_shares(step, student, inference)
     artifact = StepArtifact(
         step=number,

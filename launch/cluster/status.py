@@ -289,8 +289,9 @@ def _progress(chain: Chain, step: int) -> str:
     except DataError:
         return ""
     age = max(0, int(time.time() - progress.time))
-    # the batches of the test come after those of the training; a step without training has no share
-    share = f"{min(progress.done / progress.total, 1):.0%}  " if progress.total else ""
+    share = f"{progress.done / progress.total:.0%}  " if progress.total else ""  # none before a test without training
+    if progress.phase == "testing":
+        share = f"testing {share}"
     left = None if progress.remaining is None else max(0.0, progress.remaining - age)
     remaining = f"  {duration(left)} left" if left else ""
     return f"{share}{progress.values}".strip() + remaining + (f"  ({age} s ago)" if age > AGE_SECONDS else "")

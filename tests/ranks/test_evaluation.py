@@ -13,11 +13,24 @@ from avcil_dist.models.network import build_network
 from avcil_dist.streams.stream import scenario_of
 from avcil_dist.training.evaluation import DAMAGED, ScoredPredictions, evaluate, evaluate_scores
 from avcil_dist.training.incremental_step import Step
+from avcil_dist.training.observer import Observer
 from avcil_dist.world import World
 from data_shards.random_features import make_feature_shards
 from tests.helpers.features import damage
 from tests.helpers.ranks import CPU, run_ranks
 from tests.helpers.streams import write_config
+
+
+class Batches(Observer):
+    """Counts of the batches that the test begins with, and of those that are done."""
+
+    total = done = 0
+
+    def begin_test(self, num_batches: int) -> None:
+        self.total = num_batches
+
+    def advance(self) -> None:
+        self.done += 1
 
 
 def predict(world: World, config: Config) -> tuple[ScoredPredictions, int]:
@@ -28,11 +41,12 @@ def predict(world: World, config: Config) -> tuple[ScoredPredictions, int]:
     network = build_network(config.model, config.data.clip, manifest.shape, scenario.num_seen(1))
     assert config.optim.global_eval_batch == 16
     step = Step(config, manifest, scenario, 1, make_method(config.method), world, CPU)
-    batches: list[None] = []
-    predictions = evaluate(step, network, "test", step.inference(), on_batch=lambda: batches.append(None))
-    scored = evaluate_scores(step, network, "test", step.inference())
+    batches = Batches()
+    predictions = evaluate(step, network, "test", step.inference())
+    scored = evaluate_scores(step, network, "test", step.inference(), batches)
     np.testing.assert_array_equal(scored.predictions, predictions.predictions)
-    return scored, len(batches)
+    assert batches.done == batches.total
+    return scored, batches.total
 
 
 def test_three_ranks_predict_each_clip_as_one_rank_does(tmp_path: Path) -> None:

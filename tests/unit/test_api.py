@@ -50,6 +50,9 @@ class Recorder(Observer):
     def begin(self, step: int, num_epochs: int, num_batches: int, num_done: int) -> None:
         self.calls.append((step, num_epochs, num_batches, num_done))
 
+    def begin_test(self, num_batches: int) -> None:
+        self.calls.append(num_batches)
+
     def advance(self) -> None:
         self.calls.append("batch")
 
@@ -69,8 +72,9 @@ def test_calls_cross_processes_in_their_order_and_no_batch_is_lost() -> None:
     calls.message("hello")
     calls.advance()
     calls.epoch(0, {"loss/total": 1.5})
+    calls.begin_test(7)
     replay_calls(queue, seen)
-    assert seen.calls == [(1, 2, 3, 0), *["batch"] * 5, "hello", "batch", (0, {"loss/total": 1.5})]
+    assert seen.calls == [(1, 2, 3, 0), *["batch"] * 5, "hello", "batch", (0, {"loss/total": 1.5}), 7]
     replay_calls(None, None)
 
 

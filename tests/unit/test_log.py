@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from rich.console import Console
 
 from avcil_dist.system.log import VARIABLE, set_up_log
 from launch.progress import ProgressBar, RemainingTime, duration, log_warning
@@ -63,6 +64,32 @@ def test_a_terminal_shows_the_words_alone(monkeypatch: pytest.MonkeyPatch) -> No
     set_up_log(0)
     log_warning("a line")
     assert sys.stderr.getvalue() == "a line\n"
+
+
+def test_the_bar_counts_the_test_by_itself_and_cuts_no_time_on_a_narrow_terminal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with ProgressBar("demo-avcil-seed0", 4) as bar:
+        bar.begin(1, num_epochs=2, num_batches=1500, num_done=1000)
+        for _ in range(400):
+            bar.advance()
+        bar.epoch(0, VALUES)
+        [training] = line_of(bar)
+        bar.begin_test(3)
+        for _ in range(3):
+            bar.advance()
+        [testing] = line_of(bar)
+    assert re.fullmatch(r"demo-avcil-seed0  step 1 of 4 \S+\s+1400/1500 \d:\d\d:\d\d epoch 1/2 .*…\s*", training)
+    assert re.fullmatch(r"demo-avcil-seed0  step 1 of 4  testing \S+\s+3/3 \d:\d\d:\d\d\s*", testing)
+
+
+def line_of(bar: ProgressBar) -> list[str]:
+    """The lines of the bar at 80 columns."""
+    console = Console(file=io.StringIO(), width=80)
+    console.print(bar.bar.get_renderable())
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue().splitlines()
 
 
 def test_the_remaining_time_is_that_of_the_batches_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from launch.cluster.resources import ClusterConfig
 from launch.cluster.schedulers.base import JobState
 from launch.cluster.status import chain_status, log_file, log_text, streams_below
 from launch.cluster.status_table import print_status
+from launch.progress import ProgressFile
 from tests.helpers.report_streams import write_streams
 
 
@@ -181,14 +182,23 @@ def test_cancelled_steps_name_the_step_that_failed(stream: str, monkeypatch: pyt
     assert [reason for _, reason, _ in states(stream)[1:]] == ["reason", "", ""]
 
 
-@pytest.mark.parametrize(("done", "total", "shown"), [(5, 20, "25%"), (22, 20, "100%"), (3, 0, "")])
-def test_the_share_of_the_training_is_no_more_than_all(
-    stream: str, monkeypatch: pytest.MonkeyPatch, done: int, total: int, shown: str
-) -> None:
+def test_the_test_of_a_step_has_a_share_of_its_own(stream: str, monkeypatch: pytest.MonkeyPatch) -> None:
     set_jobs(monkeypatch, {1: job(11, "RUNNING", is_live=True)}, {})
-    progress = {"done": done, "total": total, "values": "", "time": time.time()}
-    Path(read_chain(stream).progress_file(1)).write_text(json.dumps(progress))
-    assert chain_status(stream).steps[1].progress == shown
+    monkeypatch.setattr("launch.progress.SECONDS_BETWEEN_WRITES", 0.0)
+    monkeypatch.setattr("launch.progress.RemainingTime.seconds", None)
+    file = ProgressFile(read_chain(stream).progress_file(1))
+    shown = []
+
+    def advance() -> None:
+        file.advance()
+        shown.append(chain_status(stream).steps[1].progress)
+
+    file.begin(1, num_epochs=1, num_batches=2, num_done=0)
+    for _ in range(2):
+        advance()
+    file.begin_test(4)
+    advance()
+    assert shown == ["50%", "100%", "testing 25%"]
 
 
 @pytest.mark.parametrize(("age", "shown"), [(0, "25%  loss 1"), (120, "25%  loss 1  (120 s ago)")])

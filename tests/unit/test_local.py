@@ -66,7 +66,7 @@ def test_steps_that_another_command_committed_meanwhile_are_not_trained(
 
     monkeypatch.setattr(local, "sole_runner", waited)
     monkeypatch.setattr(local, "stream_run", lambda *_, **__: nullcontext("id"))
-    monkeypatch.setattr(StepRun, "publish_if_unpublished", lambda self: None)
+    monkeypatch.setattr(StepRun, "publish_unpublished", lambda self: None)
     monkeypatch.setattr(local, "_run_step", lambda *_: pytest.fail("trained again"))
     assert run_stream(config, processes=1) == stream_url(config)
 

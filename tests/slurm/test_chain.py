@@ -94,11 +94,11 @@ def test_a_disturbed_chain_ends_with_the_bits_of_the_local_run(sandbox: Sandbox,
 
 def test_ranks_that_do_not_react_are_requeued_in_time_and_fail_in_the_end(sandbox: Sandbox, tmp_path: Path) -> None:
     optim = {"epochs": 100_000, "global_batch": 12, "global_replay_batch": 6, "global_eval_batch": 16}
-    config = write_config(tmp_path, optim=optim, snapshot={"every_iterations": 20})
+    config = write_config(tmp_path, method=SLOW_AVCIL, optim=optim, snapshot={"every_iterations": 20})
     (tmp_path / "deaf").mkdir()
     (tmp_path / "deaf" / "sitecustomize.py").write_text(DEAF)  # the ranks ignore the warning of the time limit
-    deaf = f"cluster.setup=[export PYTHONPATH={tmp_path}/deaf]"
-    stream = submit(config, "cluster.hours=0.05", "cluster.signal_seconds=20", "cluster.max_requeues=1", deaf)
+    deaf = f"cluster.setup=[export PYTHONPATH={tmp_path}/deaf:{PROJECT}]"
+    stream = submit(config, "cluster.hours=0.033", "cluster.signal_seconds=20", "cluster.max_requeues=1", deaf)
     job = job_of(stream, 0)
     wait_for_restart(sandbox, job, 1)
     wait_until_it_trains(stream, 0)

@@ -71,9 +71,7 @@ class _ValuesColumn(TextColumn):
 
     def render(self, task: Task) -> Text:
         """Return the text as one line."""
-        text = super().render(task)
-        text.no_wrap, text.overflow = True, "ellipsis"
-        return text
+        return Text(super().render(task).plain, no_wrap=True, overflow="ellipsis")
 
 
 class ProgressBar(Observer):

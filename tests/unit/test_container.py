@@ -30,7 +30,7 @@ def commands(cluster: ClusterConfig) -> tuple[list[str], list[str]]:
     )
     folder = f"{STREAM}/jobs/step_002"
     ranks = rank_command(cluster, "/venv/bin/python", f"{STREAM}/jobs", folder, "0a.pkl")
-    lines = sbatch_text(parameters, folder=folder, command=ranks).splitlines()
+    lines = sbatch_text(parameters, folder=folder, command=ranks).replace("\\\n", "").splitlines()
     [srun] = [line for line in lines if "launch.cluster.rank_main" in line]
     [end] = [line for line in lines if "launch.cluster.mark_failed" in line]
     return shlex.split(srun), shlex.split(end)

@@ -80,7 +80,7 @@ def submit_stream(
         chain = _with_recorded_jobs(chain, stream)
         jobs = wait_for_jobs(scheduler, {stream: chain}, _is_awaited)[stream]
         if policy != KEEP_ALL:
-            require_no_jobs(scheduler, stream, chain)
+            require_no_jobs(stream, jobs)
             with sole_runner(stream):
                 discard_state(config, policy, chain.num_steps)
             chain = _with_recorded_jobs(chain, stream)

@@ -37,19 +37,23 @@ def wait_for_jobs(
         time.sleep(POLL_SECONDS)
 
 
-def require_no_jobs(scheduler: Scheduler, stream: str, chain: Chain) -> None:
-    """Check that no job of the stream waits or runs. Raises ConfigError; SchedulerError where that cannot be known."""
-    if scheduler.live_jobs({stream: chain})[stream]:
+def require_no_jobs(stream: str, live: Mapping[int, JobState]) -> None:
+    """Check that no job of the stream waits or runs; `live` are those that do, by step. Raises ConfigError."""
+    if live:
         raise ConfigError(f"{stream}: its jobs wait or run; end them first: avcil cancel {shlex.quote(stream)}")
 
 
 def require_no_recorded_jobs(stream: str) -> None:
-    """Check as `require_no_jobs` does, where jobs of the stream were ever submitted."""
+    """Check as `require_no_jobs` does, where jobs of the stream were ever submitted.
+
+    Raises SchedulerError where the scheduler does not answer.
+    """
     if not has_chain(stream):
         return
     chain = read_chain(stream)
     try:
-        require_no_jobs(scheduler_of(chain.kind), stream, chain)
+        live = scheduler_of(chain.kind).live_jobs({stream: chain})[stream]
     except SchedulerError as error:
         record = storage.join(stream, RECORD)
         raise SchedulerError(f"{error}; if no job of this stream waits or runs, remove their record {record}") from None
+    require_no_jobs(stream, live)
